@@ -1,0 +1,1 @@
+"""Makes models: the embedded one from scratch, and better ones by reinforcement."""
