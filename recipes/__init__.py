@@ -1,0 +1,30 @@
+"""Recipes: what an edit is, how a text becomes one, how one becomes a picture, and photos in and out."""
+
+from recipes.photo import MAX_BYTES, MAX_PIXELS, MIN_SIDE, PhotoError, load_photo, read_recipe, save_picture
+from recipes.parsing import Parsed, parse
+from recipes.recipe import LOOKS, OPERATIONS, Operation, Recipe, Slot, describe, grammar, random_recipe
+from recipes.render import PREVIEW_SIDE, render, render_all, shrink
+
+__all__ = [
+    "LOOKS",
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "MIN_SIDE",
+    "OPERATIONS",
+    "PREVIEW_SIDE",
+    "Operation",
+    "Parsed",
+    "PhotoError",
+    "Recipe",
+    "Slot",
+    "describe",
+    "grammar",
+    "load_photo",
+    "parse",
+    "random_recipe",
+    "read_recipe",
+    "render",
+    "render_all",
+    "save_picture",
+    "shrink",
+]

@@ -1,0 +1,198 @@
+"""Photos in and out: any file a user has becomes an RGB array or a PhotoError that says what to do; pictures are saved
+with their recipe inside."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+
+from recipes.parsing import parse
+from recipes.recipe import Recipe
+
+MAX_PIXELS = 50_000_000
+MAX_BYTES = 50_000_000
+MIN_SIDE = 16
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM")
+_IMAGE_DESCRIPTION = 0x010E  # the EXIF tag
+_SOFTWARE = 0x0131
+
+
+class PhotoError(ValueError):
+    """A photo that cannot be read or written; the message says what to do."""
+
+
+def load_photo(source: str | os.PathLike[str] | bytes | Image.Image) -> np.ndarray:
+    """A photo as uint8 [H, W, 3] sRGB from a path, the bytes of a file, or an opened picture.
+
+    EXIF orientation is applied, transparency laid over white, embedded profiles converted, 16 bits reduced to 8; of an
+    animation the first frame counts. Raises PhotoError for anything else.
+    """
+    picture = source if isinstance(source, Image.Image) else _open(_read(source))
+    _check_size(*picture.size)
+    try:
+        return _to_rgb(picture)
+    except PhotoError:
+        raise
+    except (Exception, MemoryError) as error:  # Pillow's decoders raise nearly anything on a damaged file
+        raise PhotoError(_DAMAGED.format(reason=error or type(error).__name__)) from error
+
+
+_DAMAGED = "This file is damaged or incomplete ({reason}). Copy or export the photo again and choose the new file."
+
+
+def _read(source: str | os.PathLike[str] | bytes) -> bytes:
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        data = bytes(source)
+    else:
+        try:
+            size = os.stat(source).st_size
+            data = Path(source).read_bytes() if size <= MAX_BYTES else b"." * (MAX_BYTES + 1)
+        except (OSError, ValueError, TypeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise PhotoError(f"The photo could not be opened ({reason}). Check the file and choose it again.") from error
+    if len(data) > MAX_BYTES:
+        raise PhotoError(f"This file is larger than {MAX_BYTES // 1_000_000} MB. Save a smaller version and choose that.")
+    if not data:
+        raise PhotoError("This file is empty. Choose the photo again.")
+    return data
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise PhotoError(_TOO_LARGE.format(size="far too many")) from None
+    except Exception as error:
+        raise PhotoError(_not_a_photo(data)) from error
+
+
+def _not_a_photo(data: bytes) -> str:
+    """Why Pillow found no photo in these bytes, in words."""
+    head = data[:2048].lower()
+    if data[4:8] == b"ftyp":
+        return "HEIC photos and videos cannot be read here. Export the photo as JPEG (or PNG) and choose that."
+    if b"<svg" in head:
+        return "SVG is a drawing, not a photo. Export it as PNG and choose that."
+    if head.startswith((b"%pdf", b"%!ps")):
+        return "This is a document, not a photo. Export the page as JPEG or PNG and choose that."
+    if head.startswith((b"\xff\xd8\xff", b"\x89png", b"gif8", b"riff", b"ii*\0", b"mm\0*", b"bm")):
+        return _DAMAGED.format(reason="its header cannot be read")
+    if not any(byte < 9 for byte in head):
+        return "This file holds text, whatever its name says. Choose a JPEG, PNG or WebP photo."
+    return "This is not a photo format that can be read here. Choose a JPEG, PNG or WebP photo."
+
+
+_TOO_LARGE = f"This photo has {{size}} megapixels; up to {MAX_PIXELS // 1_000_000} can be read. Save a smaller version."
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise PhotoError(_TOO_LARGE.format(size=round(width * height / 1e6)))
+    if min(width, height) < MIN_SIDE:
+        raise PhotoError(f"This photo is {width} x {height} pixels. Choose one of at least {MIN_SIDE} x {MIN_SIDE}.")
+
+
+def _to_rgb(picture: Image.Image) -> np.ndarray:
+    picture.seek(0)
+    picture.load()
+    picture = _upright(picture)
+    if picture.mode.startswith(("I", "F")):
+        return _from_deep(np.asarray(picture))
+    picture = _flatten(_to_srgb(picture))
+    return np.array(picture.convert("RGB"), dtype=np.uint8)
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # a damaged EXIF block says nothing about the pixels
+        return picture
+
+
+def _from_deep(values: np.ndarray) -> np.ndarray:
+    """Grey of 16 or 32 bits or float [H, W] to uint8 [H, W, 3]; the white level follows from the type or the values."""
+    if values.dtype.itemsize == 2:
+        white = 65535.0
+    else:
+        values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        top = max(float(values.max()), 1e-6)
+        whites = (255.0, 65535.0) if np.array_equal(values, np.rint(values)) else (1.0, 255.0, 65535.0)
+        white = next((limit for limit in whites if top <= limit), top)
+    grey = np.clip(values * (255 / white) + 0.5, 0, 255).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def _to_srgb(picture: Image.Image) -> Image.Image:
+    """Converts an embedded profile other than sRGB; a profile that cannot be used is ignored."""
+    profile = picture.info.get("icc_profile")
+    if not profile or picture.mode not in ("RGB", "RGBA", "CMYK", "L"):
+        return picture
+    try:
+        embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(embedded).lower():
+            return picture
+        mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+        converted = ImageCms.profileToProfile(picture, embedded, ImageCms.createProfile("sRGB"), outputMode=mode)
+        return converted or picture
+    except (ImageCms.PyCMSError, ValueError, OSError):
+        return picture
+
+
+def _flatten(picture: Image.Image) -> Image.Image:
+    """Transparency over white."""
+    if not picture.has_transparency_data:
+        return picture
+    layer = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+
+
+def save_picture(picture: np.ndarray, recipe: Recipe, path: str | os.PathLike[str]) -> None:
+    """Writes uint8 [H, W, 3] RGB as JPEG (quality 95) or PNG by the path's suffix, with the recipe's text inside.
+
+    The text is in EXIF ImageDescription (JPEG) or the text chunk `Description` (PNG); `read_recipe` finds it. Atomic: the
+    path holds either what it held before or the whole new file. Raises PhotoError for another suffix or a failed write.
+    """
+    path = Path(path)
+    options = _save_options(path.suffix.lower(), str(recipe))
+    data = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture)).save(data, **options)
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}-", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise PhotoError(f"The picture could not be saved ({reason}). Free some space or choose another folder.") from error
+
+
+def _save_options(suffix: str, text: str) -> dict[str, object]:
+    if suffix in (".jpg", ".jpeg"):
+        exif = Image.Exif()
+        exif[_IMAGE_DESCRIPTION] = text
+        exif[_SOFTWARE] = "moondream-playground"
+        return {"format": "JPEG", "quality": 95, "subsampling": 0, "exif": exif}
+    if suffix == ".png":
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_text("Description", text)
+        chunks.add_text("Software", "moondream-playground")
+        return {"format": "PNG", "pnginfo": chunks}
+    raise PhotoError(f"Pictures are saved as .jpg or .png, not as {suffix or 'a file without an ending'}.")
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe | None:
+    """The recipe that `save_picture` left in a file, or None when there is none. Raises PhotoError for no picture."""
+    picture = _open(_read(path))
+    text = picture.getexif().get(_IMAGE_DESCRIPTION) or picture.info.get("Description") or ""
+    parsed = parse(text)
+    return parsed.recipe if str(parsed.recipe) == text else None

@@ -1,0 +1,140 @@
+"""Rendering: a recipe applied to a photo with OpenCV, in float32.
+
+Order: crop, exposure, warmth, contrast, saturation, sharpening, look. Values are clipped once, at the end, so that a later
+operation can bring back what an earlier one pushed out of range; the inverse of a level is its negation.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+
+from recipes.recipe import Recipe
+
+PREVIEW_SIDE = 512
+REC709 = np.array([0.2126, 0.7152, 0.0722], np.float32)  # luminance of red, green, blue (ITU-R BT.709)
+_NO_CROP = (0, 0, 100, 100)
+
+
+def render(photo: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """The photo (uint8 [H, W, 3] RGB) after the recipe (uint8 [h, w, 3] RGB). The identity returns the photo itself."""
+    if recipe.is_identity:
+        return photo
+    picture = _crop(photo, recipe)
+    if recipe.replace(crop=_NO_CROP).is_identity:
+        return np.ascontiguousarray(picture)
+    picture = _tone(picture, recipe)
+    if recipe.saturation:
+        picture = _saturate(picture, 2 ** (1.5 * recipe.saturation / 100))
+    if recipe.sharpening:
+        picture = _sharpen(picture, recipe.sharpening / 50, max(0.5, 0.0016 * max(photo.shape[:2])))
+    picture = _LOOKS[recipe.look](picture)
+    return _to_uint8(picture)
+
+
+def render_all(photo: np.ndarray, recipes: list[Recipe]) -> list[np.ndarray]:
+    """`render` for each recipe, over the machine's cores (OpenCV releases the interpreter's lock)."""
+    if len(recipes) < 2:
+        return [render(photo, recipe) for recipe in recipes]
+    with ThreadPoolExecutor(max_workers=max(1, min(len(recipes), cv2.getNumberOfCPUs(), 8))) as pool:
+        return list(pool.map(lambda recipe: render(photo, recipe), recipes))
+
+
+def shrink(photo: np.ndarray, long_side: int = PREVIEW_SIDE) -> np.ndarray:
+    """The photo (uint8 [H, W, 3]) reduced by area averaging to the given long side; never enlarged."""
+    height, width = photo.shape[:2]
+    scale = long_side / max(height, width)
+    if scale >= 1:
+        return photo
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
+
+
+def _crop(photo: np.ndarray, recipe: Recipe) -> np.ndarray:
+    height, width = photo.shape[:2]
+    left, top, right, bottom = recipe.crop
+    x0, y0 = width * left // 100, height * top // 100
+    x1, y1 = max(x0 + 1, -(-width * right // 100)), max(y0 + 1, -(-height * bottom // 100))
+    return photo[y0:y1, x0:x1]
+
+
+def _tone(picture: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """Exposure and warmth in linear light, then contrast on coded values: per channel, so one table of 256 x 3 values."""
+    levels = np.repeat((np.arange(256, dtype=np.float64) / 255)[:, None], 3, axis=1)
+    if recipe.exposure or recipe.warmth:
+        levels = _encode(_decode(levels) * (2 ** (1.5 * recipe.exposure / 100) * _warm_gains(recipe.warmth)))
+    levels = 0.5 + (levels - 0.5) * 2 ** (recipe.contrast / 100)
+    return cv2.LUT(np.ascontiguousarray(picture), levels.astype(np.float32).reshape(1, 256, 3))
+
+
+def _warm_gains(warmth: int) -> np.ndarray:
+    """Linear gains of red, green, blue that keep the Rec.709 luminance of a neutral grey."""
+    gains = np.array([2 ** (0.5 * warmth / 100), 1.0, 2 ** (-0.5 * warmth / 100)])
+    return gains / (gains @ REC709.astype(np.float64))
+
+
+def _decode(coded: np.ndarray) -> np.ndarray:
+    """sRGB-coded values 0..1 to linear light (IEC 61966-2-1)."""
+    return np.where(coded <= 0.04045, coded / 12.92, ((coded + 0.055) / 1.055) ** 2.4)
+
+
+def _encode(linear: np.ndarray) -> np.ndarray:
+    """Linear light to sRGB-coded values; above 1 the curve simply goes on."""
+    return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * np.maximum(linear, 0) ** (1 / 2.4) - 0.055)
+
+
+def _saturate(picture: np.ndarray, factor: float) -> np.ndarray:
+    return cv2.transform(picture, factor * np.eye(3, dtype=np.float32) + (1 - factor) * np.tile(REC709, (3, 1)))
+
+
+def _luminance(picture: np.ndarray) -> np.ndarray:
+    return cv2.transform(picture, REC709[None])
+
+
+def _sharpen(picture: np.ndarray, amount: float, sigma: float) -> np.ndarray:
+    """Unsharp mask: `amount` times the luminance's difference from its Gaussian blur, added to every channel."""
+    grey = _luminance(picture)
+    detail = cv2.subtract(grey, cv2.GaussianBlur(grey, (0, 0), sigma, borderType=cv2.BORDER_REFLECT))
+    return cv2.scaleAdd(cv2.merge([detail] * 3), amount, picture)
+
+
+def _to_uint8(picture: np.ndarray) -> np.ndarray:
+    return cv2.convertScaleAbs(cv2.max(picture, 0.0), alpha=255) if picture.dtype != np.uint8 else picture
+
+
+def _none(picture: np.ndarray) -> np.ndarray:
+    return picture
+
+
+def _mono(picture: np.ndarray) -> np.ndarray:
+    return cv2.transform(picture, np.tile(REC709, (3, 1)))
+
+
+def _sepia(picture: np.ndarray) -> np.ndarray:
+    """Grey toned brown: warm lights, browner shadows."""
+    return cv2.transform(picture, np.outer(np.array([1.07, 0.97, 0.78], np.float32), REC709))
+
+
+def _fade(picture: np.ndarray) -> np.ndarray:
+    """An old print: lifted blacks, soft whites, less colour, a little warm."""
+    mix = 0.8 * np.eye(3, dtype=np.float32) + 0.2 * np.tile(REC709, (3, 1))
+    scaled = np.array([[0.80], [0.78], [0.72]], np.float32) * mix
+    return cv2.transform(picture, np.hstack([scaled, np.array([[0.13], [0.12], [0.13]], np.float32)]))
+
+
+def _teal(picture: np.ndarray) -> np.ndarray:
+    """Teal shadows and orange lights: red rises and blue falls with luminance around its middle."""
+    tilt = np.array([0.24, -0.08, -0.20], np.float32)
+    matrix = np.eye(3, dtype=np.float32) + np.outer(tilt, REC709)
+    return cv2.transform(picture, np.hstack([matrix, (-0.5 * tilt)[:, None]]))
+
+
+def _noir(picture: np.ndarray) -> np.ndarray:
+    """High-contrast black and white, red-filtered so that skies turn dark."""
+    weights = 1.6 * np.array([0.45, 0.45, 0.10], np.float32)
+    return cv2.transform(picture, np.hstack([np.tile(weights, (3, 1)), np.full((3, 1), -0.33, np.float32)]))
+
+
+_LOOKS = {"none": _none, "mono": _mono, "sepia": _sepia, "fade": _fade, "teal": _teal, "noir": _noir}
