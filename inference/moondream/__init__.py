@@ -1,0 +1,31 @@
+"""Moondream 2 for transformers 5; importing this package registers the classes with the Auto classes."""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from .configuration_moondream import MoondreamConfig, MoondreamRegionConfig, MoondreamTextConfig, MoondreamVisionConfig
+from .image_processing_moondream import MoondreamImageProcessor
+from .modeling_moondream import MoondreamForConditionalGeneration, MoondreamModel
+
+AutoConfig.register(MoondreamConfig.model_type, MoondreamConfig, exist_ok=True)
+AutoModelForImageTextToText.register(MoondreamConfig, MoondreamForConditionalGeneration, exist_ok=True)
+AutoImageProcessor.register(MoondreamConfig, slow_image_processor_class=MoondreamImageProcessor, exist_ok=True)
+
+# The output head sits inside `text` in the original files, and the embedding is a bare parameter there. Named by
+# class, because by model type the mapping would be passed over without a word.
+register_checkpoint_conversion_mapping(
+    MoondreamForConditionalGeneration.__name__,
+    [WeightRenaming("model.text.lm_head", "lm_head"), WeightRenaming("text.wte", "text.wte.weight")],
+    overwrite=True,
+)
+
+__all__ = [
+    "MoondreamConfig",
+    "MoondreamForConditionalGeneration",
+    "MoondreamImageProcessor",
+    "MoondreamModel",
+    "MoondreamRegionConfig",
+    "MoondreamTextConfig",
+    "MoondreamVisionConfig",
+]

@@ -1,0 +1,139 @@
+"""Photos become the crops that Moondream's vision tower looks at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+
+
+def tiling_for(height: int, width: int, window: int, max_crops: int) -> tuple[int, int]:
+    """How many tiles (rows, columns) a picture of this size (margins taken off, pixels) is cut into.
+
+    A picture no larger than one window on either side is a single tile; the others get as many tiles of `window`
+    pixels as cover them, fewer where that would exceed `max_crops`, more where there is room for detail.
+    """
+    if height <= window or width <= window:
+        return 1, 1
+    least_rows, least_columns = math.ceil(height / window), math.ceil(width / window)
+    if least_rows * least_columns > max_crops:
+        shrink = math.sqrt(max_crops / (least_rows * least_columns))
+        return max(1, math.floor(least_rows * shrink)), max(1, math.floor(least_columns * shrink))
+    rows = max(math.floor(math.sqrt(max_crops * height / width)), least_rows)
+    columns = max(math.floor(math.sqrt(max_crops * width / height)), least_columns)
+    if rows * columns > max_crops:
+        if columns > rows:
+            columns = math.floor(max_crops / rows)
+        else:
+            rows = math.floor(max_crops / columns)
+    return max(1, rows), max(1, columns)
+
+
+class MoondreamImageProcessor(BaseImageProcessor):
+    """Cuts photos into crops: the whole photo first, then overlapping tiles from top left to bottom right.
+
+    Args (pixels unless said otherwise): `crop_size` side of a crop; `patch_size` side of a patch; `max_crops` most
+    tiles of one photo; `overlap_margin` patches shared at each inner edge.
+    """
+
+    model_input_names = ["pixel_values", "image_sizes"]
+
+    def __init__(
+        self,
+        crop_size: int = 378,
+        patch_size: int = 14,
+        max_crops: int = 12,
+        overlap_margin: int = 4,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.crop_size = crop_size
+        self.patch_size = patch_size
+        self.max_crops = max_crops
+        self.overlap_margin = overlap_margin
+        if crop_size % patch_size or self.window <= 0:
+            raise ValueError(f"A crop of {crop_size} px needs whole patches of {patch_size} px and room for margins.")
+
+    @property
+    def margin(self) -> int:
+        """Pixels that two neighbouring tiles each lose to their common edge."""
+        return self.overlap_margin * self.patch_size
+
+    @property
+    def window(self) -> int:
+        """Pixels from one tile's corner to the next one's."""
+        return self.crop_size - 2 * self.margin
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that one image takes in the text."""
+        return (self.crop_size // self.patch_size) ** 2
+
+    def tiling(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tiles for a photo of this size in pixels."""
+        return tiling_for(height - 2 * self.margin, width - 2 * self.margin, self.window, self.max_crops)
+
+    def crops(self, photo: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+        """uint8 [H, W, 3] -> crops uint8 [1 + rows*columns, S, S, 3] and the tiling."""
+        picture = Image.fromarray(photo)
+        rows, columns = self.tiling(*photo.shape[:2])
+        side, step = self.crop_size, self.window
+        whole = _resize(picture, side, side)
+        if (rows, columns) == (1, 1):
+            return np.stack([whole, whole]), (1, 1)
+        large = _resize(picture, rows * step + 2 * self.margin, columns * step + 2 * self.margin)
+        tiles = [
+            large[i * step : i * step + side, j * step : j * step + side] for i in range(rows) for j in range(columns)
+        ]
+        return np.stack([whole, *tiles]), (rows, columns)
+
+    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """One photo or a list of N: `pixel_values` uint8 [N, max_crops+1, 3, S, S], `image_sizes` int64 [N, 2].
+
+        Photos are PIL images, or uint8 arrays or tensors [H, W, 3] or [3, H, W]. Unused crops are zero.
+        """
+        return self.preprocess(images, **kwargs)
+
+    def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """See `__call__`. Raises ValueError for what is no picture."""
+        photos = [as_rgb(image) for image in _flatten(images)]
+        shape = (len(photos), self.max_crops + 1, 3, self.crop_size, self.crop_size)
+        pixel_values = torch.zeros(shape, dtype=torch.uint8)
+        image_sizes = torch.ones((len(photos), 2), dtype=torch.long)
+        for i, photo in enumerate(photos):
+            crops, tiling = self.crops(photo)
+            pixel_values[i, : len(crops)] = torch.from_numpy(crops).permute(0, 3, 1, 2)
+            image_sizes[i] = torch.tensor(tiling)
+        return BatchFeature({"pixel_values": pixel_values, "image_sizes": image_sizes})
+
+
+def as_rgb(image: Any) -> np.ndarray:
+    """A PIL image, or an array or tensor [H, W, 3], [3, H, W] or [H, W] of uint8, as uint8 [H, W, 3]."""
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    array = np.asarray(image)
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, axis=2)
+    if array.ndim == 3 and array.shape[2] != 3 and array.shape[0] == 3:
+        array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
+        raise ValueError(f"A photo is uint8 [H, W, 3] (RGB), got {array.dtype} {list(array.shape)}.")
+    return np.ascontiguousarray(array)
+
+
+def _flatten(images: Any) -> list[Any]:
+    if isinstance(images, Image.Image) or (hasattr(images, "ndim") and images.ndim <= 3):
+        return [images]
+    if isinstance(images, Sequence) or hasattr(images, "ndim"):
+        return [photo for item in images for photo in _flatten(item)]
+    raise ValueError(f"Not a photo: {type(images).__name__}.")
+
+
+def _resize(picture: Image.Image, height: int, width: int) -> np.ndarray:
+    return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))

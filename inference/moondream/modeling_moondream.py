@@ -1,0 +1,608 @@
+"""Moondream 2 as a transformers model: vision tower, language model, region heads, batched generation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+
+from .configuration_moondream import (
+    MoondreamConfig,
+    MoondreamRegionConfig,
+    MoondreamTextConfig,
+    MoondreamVisionConfig,
+)
+
+LAYER_NORM_EPS = 1e-5
+
+
+@dataclass
+class MoondreamModelOutput(ModelOutput):
+    """What the base model returns for B rows of L tokens and width D.
+
+    `last_hidden_state` [B, L, D] is after the final norm (times the output head it gives logits);
+    `pre_norm_hidden_state` [B, L, D] is before it, which is what the region heads read;
+    `hidden_states` (on request): the embeddings and each block's output, the last one before the final norm;
+    `image_hidden_states` [N, T, D]: the features of the N images, when this call used any.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    pre_norm_hidden_state: torch.Tensor | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class MoondreamOutput(ModelOutput):
+    """`MoondreamModelOutput` with `logits` [B, kept, vocab_size] and, where labels were given, the `loss`."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    pre_norm_hidden_state: torch.Tensor | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class MoondreamMLP(nn.Module):
+    """Two linear layers with the tanh approximation of GELU between them."""
+
+    def __init__(self, dim: int, inner_dim: int, out_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, inner_dim)
+        self.fc2 = nn.Linear(inner_dim, out_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out: [B, heads, L, d] queries, additive float mask; returns [B, L, heads, d] and the weights."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def _attend(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None):
+    interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager_attention_forward
+    )
+    output, _ = interface(module, q, k, v, mask, dropout=0.0, scaling=module.head_dim**-0.5)
+    return output.flatten(2)
+
+
+# Vision
+
+
+class MoondreamVisionAttention(nn.Module):
+    def __init__(self, config: MoondreamVisionConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.enc_dim // config.enc_n_heads
+        self.num_key_value_groups = 1
+        self.is_causal = False
+        self.qkv = nn.Linear(config.enc_dim, 3 * config.enc_dim)
+        self.proj = nn.Linear(config.enc_dim, config.enc_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return self.proj(_attend(self, q, k, v, None))
+
+
+class MoondreamVisionBlock(GradientCheckpointingLayer):
+    def __init__(self, config: MoondreamVisionConfig):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(config.enc_dim, eps=LAYER_NORM_EPS)
+        self.attn = MoondreamVisionAttention(config)
+        self.ln2 = nn.LayerNorm(config.enc_dim, eps=LAYER_NORM_EPS)
+        self.mlp = MoondreamMLP(config.enc_dim, config.enc_ff_dim, config.enc_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.ln1(x))
+        return x + self.mlp(self.ln2(x))
+
+
+class MoondreamPreTrainedModel(PreTrainedModel):
+    config: MoondreamConfig
+    config_class = MoondreamConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MoondreamTextBlock", "MoondreamVisionBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Small normal weights; the residual branches of a block are not rescaled."""
+        std = 0.02
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, MoondreamVisionModel):
+            nn.init.normal_(module.pos_emb, std=std)
+        elif isinstance(module, MoondreamRegionModel):
+            nn.init.normal_(module.coord_features)
+            nn.init.normal_(module.size_features)
+
+
+class MoondreamVisionModel(MoondreamPreTrainedModel):
+    """The crops of N images become T tokens of the language model's width each, T = grid squared."""
+
+    config: MoondreamVisionConfig
+    config_class = MoondreamVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: MoondreamVisionConfig):
+        super().__init__(config)
+        patch = config.in_channels * config.enc_patch_size**2
+        self.patch_emb = nn.Linear(patch, config.enc_dim)
+        self.pos_emb = nn.Parameter(torch.zeros(1, config.image_tokens, config.enc_dim))
+        self.blocks = nn.ModuleList([MoondreamVisionBlock(config) for _ in range(config.enc_n_layers)])
+        self.post_ln = nn.LayerNorm(config.enc_dim, eps=LAYER_NORM_EPS)
+        self.proj_mlp = MoondreamMLP(2 * config.enc_dim, config.proj_inner_dim, config.proj_out_dim)
+        self.post_init()
+
+    def encode_crops(self, crops: torch.Tensor) -> torch.Tensor:
+        """[M, 3, S, S] values 0..255 (uint8) -> [M, T, enc_dim].
+
+        Normalised here, in the model's own precision, because that is what the weights have seen.
+        """
+        p, g = self.config.enc_patch_size, self.config.grid
+        x = crops.to(self.patch_emb.weight.dtype).div(255.0).sub(0.5).div(0.5)
+        x = x.unflatten(3, (g, p)).unflatten(2, (g, p))  # M, C, gy, py, gx, px
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        x = self.patch_emb(x) + self.pos_emb
+        for block in self.blocks:
+            x = block(x)
+        return self.post_ln(x)
+
+    def stitch(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Tile features [n, th, tw, T, D] -> the whole picture's, pooled to one crop's grid, [n, T, D].
+
+        On inner edges the overlapping margin is dropped, on outer edges it stays.
+        """
+        g, m = self.config.grid, self.config.overlap_margin
+        n, th, tw, _, dim = tiles.shape
+        tiles = tiles.unflatten(3, (g, g))
+        rows = []
+        for i in range(th):
+            top, bottom = (0 if i == 0 else m), (g if i == th - 1 else g - m)
+            row = [
+                tiles[:, i, j, top:bottom, (0 if j == 0 else m) : (g if j == tw - 1 else g - m)] for j in range(tw)
+            ]
+            rows.append(torch.cat(row, dim=2))
+        whole = torch.cat(rows, dim=1).permute(0, 3, 1, 2)
+        return F.adaptive_avg_pool2d(whole, (g, g)).flatten(2).transpose(1, 2)
+
+    def forward(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, max_crops+1, 3, S, S] and tilings [N, 2] -> [N, T, proj_out_dim].
+
+        Padding crops are not computed. For the tiling (1, 1) the only tile is the whole picture again, so its
+        features are used twice and computed once.
+        """
+        tilings = [tuple(tiling) for tiling in image_sizes.tolist()]
+        needed = [1 if tiling == (1, 1) else 1 + tiling[0] * tiling[1] for tiling in tilings]
+        if max(needed, default=0) > pixel_values.shape[1]:
+            raise ValueError(f"image_sizes asks for {max(needed)} crops, pixel_values has {pixel_values.shape[1]}.")
+        if all(n == 1 for n in needed):
+            whole = self.encode_crops(pixel_values[:, 0])
+            return self.proj_mlp(torch.cat([whole, whole], dim=-1))
+        crops = self.encode_crops(torch.cat([image[:n] for image, n in zip(pixel_values, needed)]))
+        both = []
+        for features, tiling in zip(crops.split(needed), tilings):
+            whole = features[0]
+            tiles = whole if tiling == (1, 1) else self.stitch(features[1:].unflatten(0, tiling)[None])[0]
+            both.append(torch.cat([whole, tiles], dim=-1))
+        return self.proj_mlp(torch.stack(both))
+
+
+# Text
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions on the first dims of [B, heads, L, d]; cos and sin [B, 1, L, r/2] in float32, r <= d."""
+    half = cos.shape[-1]
+    a, b = x[..., :half].float(), x[..., half : 2 * half].float()
+    return torch.cat(
+        [(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), x[..., 2 * half :]], dim=-1
+    )
+
+
+class MoondreamTextAttention(nn.Module):
+    def __init__(self, config: MoondreamTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.n_heads // config.n_kv_heads
+        self.is_causal = True
+        self.qkv = nn.Linear(config.dim, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim)
+        self.proj = nn.Linear(config.dim, config.dim)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        heads, kv_heads = self.config.n_heads, self.config.n_kv_heads
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        return self.proj(_attend(self, q, k, v, attention_mask))
+
+
+class MoondreamTextBlock(GradientCheckpointingLayer):
+    """One norm feeds attention and MLP side by side; both are added to the residual."""
+
+    def __init__(self, config: MoondreamTextConfig, layer_idx: int):
+        super().__init__()
+        self.ln = nn.LayerNorm(config.dim, eps=LAYER_NORM_EPS)
+        self.attn = MoondreamTextAttention(config, layer_idx)
+        self.mlp = MoondreamMLP(config.dim, config.ff_dim, config.dim)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        h = self.ln(x)
+        return x + self.attn(h, rotary, attention_mask, past_key_values) + self.mlp(h)
+
+
+class MoondreamTextModel(MoondreamPreTrainedModel):
+    """The decoder: embeddings [B, L, D] in, hidden states before and after the final norm out."""
+
+    config: MoondreamTextConfig
+    config_class = MoondreamTextConfig
+    input_modalities = ("text",)
+
+    def __init__(self, config: MoondreamTextConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList([MoondreamTextBlock(config, i) for i in range(config.n_layers)])
+        self.post_ln = nn.LayerNorm(config.dim, eps=LAYER_NORM_EPS)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.wte = value
+
+    def rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine [B, 1, L, head_dim/4] in float32 for positions [B, L]."""
+        half = self.config.head_dim // 4
+        steps = torch.arange(half, dtype=torch.float32, device=position_ids.device) / half
+        angles = position_ids[:, None, :, None].float() * self.config.rope_theta**-steps
+        return angles.cos(), angles.sin()
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        output_hidden_states: bool = False,
+    ) -> MoondreamModelOutput:
+        """`attention_mask` is None (plainly causal) or the finished 4-D mask of the attention in use."""
+        if position_ids is None:
+            start = _cache_length(past_key_values)
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + start
+        rotary = self.rotary(position_ids)
+        x, states = inputs_embeds, [inputs_embeds]
+        for block in self.blocks:
+            x = block(x, rotary, attention_mask=attention_mask, past_key_values=past_key_values)
+            states.append(x)
+        return MoondreamModelOutput(
+            last_hidden_state=self.post_ln(x),
+            past_key_values=past_key_values,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            pre_norm_hidden_state=x,
+        )
+
+
+def _cache_length(cache: Cache | None) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+# Regions
+
+
+class MoondreamRegionModel(nn.Module):
+    """Coordinates and sizes of boxes as embeddings (in) and as bins (out). All values are parts of the image, 0..1."""
+
+    def __init__(self, config: MoondreamRegionConfig):
+        super().__init__()
+        self.config = config
+        self.register_buffer("coord_features", torch.randn(1, config.coord_feat_dim // 2))
+        self.register_buffer("size_features", torch.randn(2, config.size_feat_dim // 2))
+        self.coord_encoder = nn.Linear(config.coord_feat_dim, config.dim)
+        self.size_encoder = nn.Linear(config.size_feat_dim, config.dim)
+        self.coord_decoder = MoondreamMLP(config.dim, config.inner_dim, config.coord_out_dim)
+        self.size_decoder = MoondreamMLP(config.dim, config.inner_dim, config.size_out_dim)
+
+    def encode_coordinate(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., 1] a coordinate 0..1 -> [..., D] the embedding that stands for it."""
+        return self.coord_encoder(_fourier(x, self.coord_features))
+
+    def encode_size(self, wh: torch.Tensor) -> torch.Tensor:
+        """[..., 2] width and height 0..1 -> [..., D] the embedding that stands for them."""
+        return self.size_encoder(_fourier(wh, self.size_features))
+
+    def decode_coordinate(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] hidden state before the final norm -> [..., bins] logits of the next coordinate."""
+        return self.coord_decoder(hidden)
+
+    def decode_size(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] hidden state before the final norm -> [..., 2, bins] logits of width and height."""
+        return self.size_decoder(hidden).unflatten(-1, (2, -1))
+
+    def coordinate_of(self, bins: torch.Tensor) -> torch.Tensor:
+        """Bin numbers -> coordinates: bin / bins."""
+        return bins.float() / self.config.coord_out_dim
+
+    def size_of(self, bins: torch.Tensor) -> torch.Tensor:
+        """Bin numbers -> sizes on a logarithmic scale from 2^-10 to 1."""
+        return torch.exp2(10.0 * bins.float() / (self.config.size_out_dim // 2 - 1) - 10.0)
+
+    def coordinate_bin(self, value: torch.Tensor) -> torch.Tensor:
+        """The bin nearest to a coordinate (a training label); values outside 0..1 are clamped."""
+        return (value * self.config.coord_out_dim).round().long().clamp(0, self.config.coord_out_dim - 1)
+
+    def size_bin(self, value: torch.Tensor) -> torch.Tensor:
+        """The bin nearest to a size (a training label); values outside 2^-10..1 are clamped."""
+        last = self.config.size_out_dim // 2 - 1
+        return ((value.clamp(min=2.0**-10).log2() + 10.0) / 10.0 * last).round().long().clamp(0, last)
+
+
+def _fourier(x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    angles = 2 * math.pi * x.to(features.dtype) @ features
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+# The whole
+
+
+class MoondreamModel(MoondreamPreTrainedModel):
+    """Vision tower, decoder and region heads, without the output head."""
+
+    def __init__(self, config: MoondreamConfig):
+        super().__init__(config)
+        self.text = MoondreamTextModel._from_config(config.text_config)
+        self.vision = MoondreamVisionModel._from_config(config.vision_config)
+        self.region = MoondreamRegionModel(config.region_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text.wte = value
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, max_crops+1, 3, S, S] and tilings [N, 2] -> [N, T, D], ready to stand in the text."""
+        return self.vision(pixel_values, image_sizes)
+
+    def embed(
+        self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None, embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[B, L] ids -> [B, L, D], the image placeholders replaced by `image_features` [N, T, D] in reading order.
+
+        `embeds` [B, L, D] are used instead of the ids' own embeddings where they are given.
+        """
+        is_image = input_ids == self.config.image_token_id
+        if embeds is None:
+            embeds = self.text.wte(input_ids.masked_fill(is_image, 0))
+        if image_features is None:
+            return embeds
+        features = image_features.to(embeds).flatten(0, 1)
+        if int(is_image.sum()) != features.shape[0]:
+            raise ValueError(
+                f"The text has {int(is_image.sum())} image placeholders, the images give {features.shape[0]} tokens; "
+                f"each image needs {self.config.image_tokens} times the id {self.config.image_token_id}."
+            )
+        return embeds.masked_scatter(is_image[..., None], features)
+
+    def prefix_of(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """[B, L] True where tokens see each other: everything real up to a row's last image token."""
+        is_image = input_ids == self.config.image_token_id
+        prefix = is_image.flip(1).cumsum(1).flip(1) > 0
+        return prefix if attention_mask is None else prefix & (attention_mask[:, -input_ids.shape[1] :] != 0)
+
+    def _mask(
+        self,
+        embeds: torch.Tensor,
+        prefix: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor | None:
+        blocks = None if prefix is None else torch.where(prefix, 0, -1)
+        return create_causal_mask(
+            config=self.config.text_config,
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            block_sequence_ids=blocks,
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MoondreamModelOutput | tuple:
+        """One pass over B rows of L tokens.
+
+        `input_ids` [B, L]; with `inputs_embeds` [B, L, D] beside them the ids only say where the image is.
+        `attention_mask` [B, past+L] with 0 on padding (at the left). Images: `pixel_values` uint8
+        [N, max_crops+1, 3, S, S] with `image_sizes` [N, 2], or `image_features` [N, T, D] computed before.
+        `token_type_ids` [B, L], 1 on the tokens that see each other, replaces what the ids say (needed only for
+        `inputs_embeds` alone).
+        """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("Give input_ids or inputs_embeds.")
+        if pixel_values is not None and image_features is None:
+            if image_sizes is None:
+                raise ValueError("pixel_values need their image_sizes, the tiling of each image.")
+            image_features = self.get_image_features(pixel_values, image_sizes)
+        embeds = inputs_embeds if input_ids is None else self.embed(input_ids, image_features, inputs_embeds)
+        past = _cache_length(past_key_values)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.text_config)
+        flat = attention_mask is None or attention_mask.ndim == 2
+        if position_ids is None and attention_mask is not None and flat:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+        prefix = self._prefix(input_ids, token_type_ids, attention_mask) if past == 0 and flat else None
+        outputs = self.text(
+            inputs_embeds=embeds,
+            attention_mask=self._mask(embeds, prefix, attention_mask, past_key_values),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            output_hidden_states=bool(output_hidden_states),
+        )
+        outputs.image_hidden_states = image_features
+        return outputs if return_dict is not False else outputs.to_tuple()
+
+    def _prefix(
+        self,
+        input_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        if token_type_ids is not None:
+            return token_type_ids == 1
+        if input_ids is None or not (input_ids == self.config.image_token_id).any():
+            return None
+        return self.prefix_of(input_ids, attention_mask)
+
+
+class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, GenerationMixin):
+    """Moondream 2 with its output head: text through `generate`, boxes and points through `detect` and `point`."""
+
+    def __init__(self, config: MoondreamConfig):
+        super().__init__(config)
+        self.model = MoondreamModel(config)
+        self.lm_head = nn.Linear(config.text_config.dim, config.text_config.vocab_size)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.text.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.text.wte = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
+        """See `MoondreamModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_sizes)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MoondreamOutput | tuple:
+        """`MoondreamModel.forward` with logits [B, kept, vocab_size].
+
+        `labels` [B, L] (-100 where nothing is asked) are compared with the logits one place before them.
+        `logits_to_keep`: the last so many places, or a tensor of places; 0 keeps all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            image_features=image_features,
+            token_type_ids=token_type_ids,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        result = MoondreamOutput(
+            loss=None if labels is None else self._loss(logits, labels),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            pre_norm_hidden_state=outputs.pre_norm_hidden_state,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+        return result if return_dict is not False else result.to_tuple()
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
