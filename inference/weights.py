@@ -62,7 +62,8 @@ def tokenizer_folder(entry: ModelEntry) -> Path | None:
 
 def has_gpu() -> bool:
     """Whether an accelerator's driver is here; torch decides later whether it can be used."""
-    return any(os.path.exists(path) for path in NVIDIA) or (platform.system(), platform.machine()) == ("Darwin", "arm64")
+    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
+    return apple or any(os.path.exists(path) for path in NVIDIA)
 
 
 def _named_folder(entry: ModelEntry) -> Path | None:
@@ -98,7 +99,9 @@ def _how_to_get(entry: ModelEntry) -> str:
     if not _is_repository(entry.source):
         return f"its weights are missing in {Path(entry.source).name}; get the project's files again."
     revision = f" --revision {entry.revision}" if entry.revision else ""
-    commands = [f"`hf download {entry.source}{revision}`"] + [f"`hf download {entry.tokenizer}`"] * bool(entry.tokenizer)
+    commands = [f"`hf download {entry.source}{revision}`"]
+    if entry.tokenizer:
+        commands.append(f"`hf download {entry.tokenizer}`")
     folder = f", or set {entry.folder_variable} to a folder that holds them" if entry.folder_variable else ""
     return f"its weights are not on this machine. Run {' and '.join(commands)} once{folder}."
 
