@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+import recipes
+
 MAX_CANDIDATES = 8
 MAX_TEMPERATURE = 2.0
 MAX_SEED = 2**31 - 1
@@ -144,6 +146,28 @@ class InferenceError(Exception):
         super().__init__(message)
         self.kind = kind
         self.message = message
+
+
+def recipe_prompt(wish: str = "") -> str:
+    """The question that explains the grammar to a model that was not trained to write recipes.
+
+    wish: what the user asked for; the default question counts as no wish.
+    """
+    ranges = "; ".join(
+        f"{name} ({_range(operation)}: {operation.doc})" for name, operation in recipes.OPERATIONS.items()
+    )
+    wish = "" if wish == RECIPE_QUESTION else f" The wish: {wish}"
+    return (
+        "You are a photo editor. Say how this photo should be finished, as one line in exactly this form, with your "
+        f"own values: {recipes.Recipe(crop=(5, 0, 95, 100), exposure=20, contrast=10, warmth=-10, sharpening=30)}. "
+        f"The operations and their ranges: {ranges}. Answer with the line alone.{wish}"
+    )
+
+
+def _range(operation: recipes.Operation) -> str:
+    if operation.choices:
+        return " or ".join(operation.choices)
+    return ", ".join(f"{slot.low} to {slot.high}" for slot in operation.slots)
 
 
 def clean(text: str) -> str:

@@ -23,6 +23,7 @@ class ModelEntry:
     tokenizer: the repository of its tokenizer, where that is another one.
     folder_variable: an environment variable that names a folder to use instead of the repository.
     adapter: the folder of a PEFT adapter to put on top. temperature: factor on the temperature asked for.
+    top_p: words are drawn from the likeliest ones that make up this share of the probability.
     constrained: recipes are decoded under the grammar (for a model that was trained to write them);
     otherwise the grammar is explained in the prompt and the answer is read as prose.
     needs_gpu: too slow without one to be offered. memory_bytes: free memory that loading it takes.
@@ -38,6 +39,7 @@ class ModelEntry:
     folder_variable: str | None = None
     adapter: str | None = None
     temperature: float = 1.0
+    top_p: float = 1.0
     constrained: bool = True
     needs_gpu: bool = False
     memory_bytes: int = 0
@@ -70,12 +72,14 @@ MODELS: dict[str, ModelEntry] = {
         name="moondream2",
         title="Moondream 2",
         note="The open 2 B model of June 2025. It was not trained to write recipes: it is told the grammar, and its "
-        "prose is read with tolerance.",
+        "prose is read with tolerance. Temperatures are halved, as Moondream does by default.",
         backend="local",
         source="vikhyatk/moondream2",
         revision="2025-06-21",
         tokenizer="moondream/starmie-v1",
         folder_variable="MOONDREAM2_PATH",
+        temperature=0.5,
+        top_p=0.9,
         constrained=False,
         needs_gpu=True,
         memory_bytes=6 * 2**30,
