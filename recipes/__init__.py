@@ -1,9 +1,9 @@
 """Recipes: what an edit is, how a text becomes one, how one becomes a picture, and photos in and out."""
 
-from recipes.photo import MAX_BYTES, MAX_PIXELS, MIN_SIDE, PhotoError, load_photo, read_recipe, save_picture
 from recipes.parsing import Parsed, parse
+from recipes.photo import MAX_BYTES, MAX_PIXELS, MIN_SIDE, PhotoError, load_photo, read_recipe, save_picture
 from recipes.recipe import LOOKS, OPERATIONS, Operation, Recipe, Slot, describe, grammar, random_recipe
-from recipes.render import PREVIEW_SIDE, render, render_all, shrink
+from recipes.render import PREVIEW_SIDE, crop_box, render, render_all, shrink
 
 __all__ = [
     "LOOKS",
@@ -17,6 +17,7 @@ __all__ = [
     "PhotoError",
     "Recipe",
     "Slot",
+    "crop_box",
     "describe",
     "grammar",
     "load_photo",

@@ -79,18 +79,70 @@ _MOVES = {
     "warmer": ("warmth", 1), "warming": ("warmth", 1), "cooler": ("warmth", -1), "colder": ("warmth", -1),
     "cooling": ("warmth", -1), "sharpen": ("sharpening", 1), "sharper": ("sharpening", 1), "crisper": ("sharpening", 1),
 }  # fmt: skip
-_UP = frozenset("increase increasing raise raising boost boosting up more add adding higher plus enhance lift push".split())
-_DOWN = frozenset(
-    "decrease decreasing reduce reducing lower lowering down less minus drop cut dial tone decreased reduced".split()
+_UP = frozenset(
+    [
+        "increase",
+        "increasing",
+        "raise",
+        "raising",
+        "boost",
+        "boosting",
+        "up",
+        "more",
+        "add",
+        "adding",
+        "higher",
+        "plus",
+        "enhance",
+        "lift",
+        "push",
+    ]
 )
-_SMALL = frozenset("slightly slight bit little touch subtle subtly gently".split())
-_LARGE = frozenset("much strongly lot significantly very heavily greatly dramatically".split())
+_DOWN = frozenset(
+    [
+        "decrease",
+        "decreasing",
+        "reduce",
+        "reducing",
+        "lower",
+        "lowering",
+        "down",
+        "less",
+        "minus",
+        "drop",
+        "cut",
+        "dial",
+        "tone",
+        "decreased",
+        "reduced",
+    ]
+)
+_SMALL = frozenset(["slightly", "slight", "bit", "little", "touch", "subtle", "subtly", "gently"])
+_LARGE = frozenset(["much", "strongly", "lot", "significantly", "very", "heavily", "greatly", "dramatically"])
 _SIDES = {"left": 0, "top": 1, "right": 2, "bottom": 3}
 _LOOK_WORDS = {
     "mono": "mono", "monochrome": "mono", "monochromatic": "mono", "grayscale": "mono", "greyscale": "mono", "bw": "mono",
     "sepia": "sepia", "fade": "fade", "faded": "fade", "teal": "teal", "noir": "noir", "none": "none",
 }  # fmt: skip
-_LOOK_CUES = frozenset("look filter style effect apply use convert make turn go try tone in to as".split())
+_LOOK_CUES = frozenset(
+    [
+        "look",
+        "filter",
+        "style",
+        "effect",
+        "apply",
+        "use",
+        "convert",
+        "make",
+        "turn",
+        "go",
+        "try",
+        "tone",
+        "in",
+        "to",
+        "as",
+    ]
+)
 _OPERATION_OF = {word: name for name, words in _OPERATION_WORDS.items() for word in words}
 _NOT_NUMBERS = {"nan": math.nan, "inf": math.inf, "infinity": math.inf}
 
@@ -214,7 +266,9 @@ class _Reading:
         elif len(items) == 2 and isinstance(items[0], str) and isinstance(items[1], float):
             self.problem(f"{items[0][:40]} is not an operation")
 
-    def _take(self, name: str, way: int, behind: list[str | float], ahead: list[str | float], number_first: bool) -> None:
+    def _take(
+        self, name: str, way: int, behind: list[str | float], ahead: list[str | float], number_first: bool
+    ) -> None:
         if name == "look":
             return self._take_look(behind, ahead)
         order = (behind[::-1], ahead) if number_first else (ahead, behind[::-1])

@@ -54,9 +54,13 @@ def _read(source: str | os.PathLike[str] | bytes) -> bytes:
             data = Path(source).read_bytes() if size <= MAX_BYTES else b"." * (MAX_BYTES + 1)
         except (OSError, ValueError, TypeError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise PhotoError(f"The photo could not be opened ({reason}). Check the file and choose it again.") from error
+            raise PhotoError(
+                f"The photo could not be opened ({reason}). Check the file and choose it again."
+            ) from error
     if len(data) > MAX_BYTES:
-        raise PhotoError(f"This file is larger than {MAX_BYTES // 1_000_000} MB. Save a smaller version and choose that.")
+        raise PhotoError(
+            f"This file is larger than {MAX_BYTES // 1_000_000} MB. Save a smaller version and choose that."
+        )
     if not data:
         raise PhotoError("This file is empty. Choose the photo again.")
     return data
@@ -173,7 +177,9 @@ def save_picture(picture: np.ndarray, recipe: Recipe, path: str | os.PathLike[st
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         reason = error.strerror or error
-        raise PhotoError(f"The picture could not be saved ({reason}). Free some space or choose another folder.") from error
+        raise PhotoError(
+            f"The picture could not be saved ({reason}). Free some space or choose another folder."
+        ) from error
 
 
 def _save_options(suffix: str, text: str) -> dict[str, object]:

@@ -104,7 +104,9 @@ def _checked(operation: Operation, value: object) -> object:
     values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     if len(values) != len(operation.slots):
         raise ValueError(f"{operation.name} takes {len(operation.slots)} number(s), not {len(values)}")
-    numbers = tuple(_clamped(operation.name, slot, number) for slot, number in zip(operation.slots, values, strict=True))
+    numbers = tuple(
+        _clamped(operation.name, slot, number) for slot, number in zip(operation.slots, values, strict=True)
+    )
     return numbers if len(numbers) > 1 else numbers[0]
 
 
@@ -168,7 +170,9 @@ def describe(recipe: Recipe) -> str:
     if recipe.crop != (0, 0, 100, 100):
         left, top, right, bottom = recipe.crop
         words.append(f"crop to {right - left} x {bottom - top} %")
-    words += [f"{name} {getattr(recipe, name):+d}" for name in ("exposure", "contrast", "saturation") if getattr(recipe, name)]
+    words += [
+        f"{name} {getattr(recipe, name):+d}" for name in ("exposure", "contrast", "saturation") if getattr(recipe, name)
+    ]
     if recipe.warmth:
         words.append(f"{'warmer' if recipe.warmth > 0 else 'cooler'} {recipe.warmth:+d}")
     if recipe.sharpening:

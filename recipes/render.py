@@ -52,12 +52,17 @@ def shrink(photo: np.ndarray, long_side: int = PREVIEW_SIDE) -> np.ndarray:
     return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
 
 
-def _crop(photo: np.ndarray, recipe: Recipe) -> np.ndarray:
+def crop_box(photo: np.ndarray, recipe: Recipe) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom in pixels of the part of a photo [H, W, 3] that a recipe keeps; never empty."""
     height, width = photo.shape[:2]
     left, top, right, bottom = recipe.crop
     x0, y0 = width * left // 100, height * top // 100
-    x1, y1 = max(x0 + 1, -(-width * right // 100)), max(y0 + 1, -(-height * bottom // 100))
-    return photo[y0:y1, x0:x1]
+    return x0, y0, max(x0 + 1, -(-width * right // 100)), max(y0 + 1, -(-height * bottom // 100))
+
+
+def _crop(photo: np.ndarray, recipe: Recipe) -> np.ndarray:
+    left, top, right, bottom = crop_box(photo, recipe)
+    return photo[top:bottom, left:right]
 
 
 def _tone(picture: np.ndarray, recipe: Recipe) -> np.ndarray:
