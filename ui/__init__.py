@@ -1,0 +1,9 @@
+"""The web page: TABS are its tabs, each a title and the function that builds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ui import playground
+
+TABS: dict[str, Callable[[], None]] = {"Playground": playground.build}

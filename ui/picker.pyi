@@ -1,0 +1,69 @@
+"""The model picker: a drop-down of check boxes, in which a model that cannot be used is greyed and says why.
+
+gr.Dropdown cannot grey one of its choices. The value is the list of chosen names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from inference.models import MODELS, ModelEntry
+from ui.messages import refusal
+
+MAX_MODELS = 4
+_HERE = Path(__file__).resolve().parent
+
+class ModelPicker(gr.HTML):
+    """A gr.HTML whose value is a list of names."""
+
+    is_template = True
+
+    def __init__(self, value: list[str] | None = None, **settings: Any) -> None:
+        super().__init__(
+            value=value or [],
+            html_template=(_HERE / "picker.html").read_text(encoding="utf-8"),
+            js_on_load=(_HERE / "picker.js").read_text(encoding="utf-8"),
+            apply_default_css=False,
+            most=MAX_MODELS,
+            **settings,
+        )
+
+    def api_info(self) -> dict[str, Any]:
+        return {"type": "array", "items": {"type": "string", "enum": list(MODELS)}}
+
+    def example_payload(self) -> list[str]:
+        return list(MODELS)[:1]
+
+    def example_value(self) -> list[str]:
+        return list(MODELS)[:1]
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
+    from gradio.blocks import Block
+
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+def choices(models: Mapping[str, ModelEntry] = MODELS) -> list[dict[str, str]]:
+    """What the picker shows: every model, with the reason why it cannot be used, or an empty one."""
+    return [
+        {"name": entry.name, "title": entry.title, "note": entry.note, "reason": entry.unavailable() or ""}
+        for entry in models.values()
+    ]
+
+def check_choice(names: object) -> list[str]:
+    """The chosen names if they can all be asked, in the order of MODELS; gr.Error says what to change otherwise."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise refusal("Choose models from the list.", "Models")
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        offered = ", ".join(MODELS)
+        raise refusal(f"There is no model called {unknown[0][:80]!r}. On offer: {offered}.", "Models")
+    if not 1 <= len(set(names)) <= MAX_MODELS:
+        raise refusal(f"Choose one to {MAX_MODELS} models.", "Models")
+    return [name for name in MODELS if name in names]
