@@ -1,16 +1,19 @@
 """Moondream 2 for transformers 5; importing this package registers the classes with the Auto classes."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from .checkpoint import CheckpointError
 from .configuration_moondream import MoondreamConfig, MoondreamRegionConfig, MoondreamTextConfig, MoondreamVisionConfig
 from .image_processing_moondream import MoondreamImageProcessor
 from .modeling_moondream import MoondreamForConditionalGeneration, MoondreamModel
+from .processing_moondream import MoondreamProcessor, check_tokenizer, load_tokenizer, plain_ids
 
 AutoConfig.register(MoondreamConfig.model_type, MoondreamConfig, exist_ok=True)
 AutoModelForImageTextToText.register(MoondreamConfig, MoondreamForConditionalGeneration, exist_ok=True)
 AutoImageProcessor.register(MoondreamConfig, slow_image_processor_class=MoondreamImageProcessor, exist_ok=True)
+AutoProcessor.register(MoondreamConfig, MoondreamProcessor, exist_ok=True)
 
 # The output head sits inside `text` in the original files, and the embedding is a bare parameter there. Named by
 # class, because by model type the mapping would be passed over without a word.
@@ -21,11 +24,16 @@ register_checkpoint_conversion_mapping(
 )
 
 __all__ = [
+    "CheckpointError",
     "MoondreamConfig",
     "MoondreamForConditionalGeneration",
     "MoondreamImageProcessor",
     "MoondreamModel",
+    "MoondreamProcessor",
     "MoondreamRegionConfig",
     "MoondreamTextConfig",
     "MoondreamVisionConfig",
+    "check_tokenizer",
+    "load_tokenizer",
+    "plain_ids",
 ]

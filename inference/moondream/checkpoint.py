@@ -34,7 +34,7 @@ def state_dict_to_pass(source: Any, kwargs: dict[str, Any]) -> dict[str, torch.T
         return None
     weights: dict[str, torch.Tensor] = {}
     for name in sorted(set(files.values())):
-        weights |= {key.replace(COMPILED, ""): value for key, value in load_file(_find(source, name, hub)).items()}
+        weights |= {key.replace(COMPILED, ""): value for key, value in load_file(find(source, name, hub)).items()}
     return weights
 
 
@@ -50,27 +50,21 @@ def refuse_incomplete(info: dict[str, Any]) -> None:
 
 def _files_by_key(source: Any, hub: dict[str, Any]) -> dict[str, str]:
     """Each key of the checkpoint and the file it is in; empty where there is none (loading will say so)."""
-    index = _find(source, SAFE_WEIGHTS_INDEX_NAME, hub)
+    index = find(source, SAFE_WEIGHTS_INDEX_NAME, hub)
     if index is not None:
         with open(index, encoding="utf-8") as file:
             return json.load(file)["weight_map"]
-    single = _find(source, SAFE_WEIGHTS_NAME, hub)
+    single = find(source, SAFE_WEIGHTS_NAME, hub)
     if single is None:
         return {}
     with safe_open(single, "pt") as weights:
         return dict.fromkeys(weights.keys(), SAFE_WEIGHTS_NAME)
 
 
-def _find(source: Any, name: str, hub: dict[str, Any]) -> str | None:
-    quiet = dict.fromkeys(
-        (
-            "_raise_exceptions_for_gated_repo",
-            "_raise_exceptions_for_missing_entries",
-            "_raise_exceptions_for_connection_errors",
-        ),
-        False,
-    )
-    return cached_file(source, name, **hub, **quiet)
+def find(source: Any, name: str, hub: dict[str, Any]) -> str | None:
+    """The path of a file in a folder or Hub repository (cached or fetched), None when it cannot be had."""
+    quiet = ("gated_repo", "missing_entries", "connection_errors")
+    return cached_file(source, name, **hub, **{f"_raise_exceptions_for_{case}": False for case in quiet})
 
 
 def _refuse_quantised(keys: Any) -> None:

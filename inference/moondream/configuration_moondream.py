@@ -182,6 +182,11 @@ class MoondreamConfig(PreTrainedConfig):
         return self.vision_config.image_tokens
 
     @property
+    def tokenizer(self) -> dict[str, Any]:
+        """The nested `tokenizer` section: the ids of the marks, and the templates."""
+        return self.tokenizer_config
+
+    @property
     def templates(self) -> dict[str, Any]:
         """Ids around the user's text, by skill."""
         return self.tokenizer_config["templates"]

@@ -12,6 +12,8 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .configuration_moondream import MoondreamConfig
+
 
 def tiling_for(height: int, width: int, window: int, max_crops: int) -> tuple[int, int]:
     """How many tiles (rows, columns) a picture of this size (margins taken off, pixels) is cut into.
@@ -59,6 +61,12 @@ class MoondreamImageProcessor(BaseImageProcessor):
         self.overlap_margin = overlap_margin
         if crop_size % patch_size or self.window <= 0:
             raise ValueError(f"A crop of {crop_size} px needs whole patches of {patch_size} px and room for margins.")
+
+    @classmethod
+    def from_config(cls, config: MoondreamConfig) -> MoondreamImageProcessor:
+        """The image processor that fits a model."""
+        vision = config.vision_config
+        return cls(vision.crop_size, vision.enc_patch_size, vision.max_crops, vision.overlap_margin)
 
     @property
     def margin(self) -> int:
