@@ -1,0 +1,50 @@
+"""The settings: everything that the environment may say, read once, in one place."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+
+class SettingsError(ValueError):
+    """An environment variable holds something that cannot be used; the message says which and what would do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment says. An empty environment gives a playground that works.
+
+    `database_url` is never shown: it may hold a password.
+    """
+
+    data_dir: Path = ROOT / "data"
+    database_url: str | None = field(default=None, repr=False)
+    host: str = "127.0.0.1"
+    port: int = 7860
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> "Settings":
+        """Read DATA_DIR, DATABASE_URL, GRADIO_SERVER_NAME and GRADIO_SERVER_PORT (or PORT). Empty means unset.
+
+        Raises SettingsError for a port that is none.
+        """
+        said = {name: text.strip() for name, text in env.items() if text.strip()}
+        port_name = "GRADIO_SERVER_PORT" if "GRADIO_SERVER_PORT" in said else "PORT"
+        return cls(
+            data_dir=Path(said["DATA_DIR"]).expanduser() if "DATA_DIR" in said else cls.data_dir,
+            database_url=said.get("DATABASE_URL"),
+            host=said.get("GRADIO_SERVER_NAME", cls.host),
+            port=_port(port_name, said[port_name]) if port_name in said else cls.port,
+        )
+
+    @property
+    def store_url(self) -> str:
+        """Where the store is: DATABASE_URL, or without one an SQLite file in the data folder."""
+        return self.database_url or f"sqlite:///{self.data_dir / 'playground.sqlite3'}"
+
+
+def _port(name: str, text: str) -> int:
+    if text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535:
+        return int(text)
+    raise SettingsError(f"{name} must be a number from 1 to 65535, not {text[:40]!r}.")

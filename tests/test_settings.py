@@ -1,0 +1,49 @@
+"""The settings: an empty environment works, a wrong one says what is wrong, and secrets stay unseen."""
+
+from pathlib import Path
+
+import pytest
+
+from settings import ROOT, Settings, SettingsError
+
+
+def test_an_empty_environment_gives_the_defaults() -> None:
+    settings = Settings.from_env({})
+    assert settings == Settings()
+    assert settings.store_url == f"sqlite:///{ROOT / 'data' / 'playground.sqlite3'}"
+    assert (settings.host, settings.port) == ("127.0.0.1", 7860)
+
+
+def test_every_variable_is_read() -> None:
+    settings = Settings.from_env(
+        {
+            "DATA_DIR": "/somewhere/else",
+            "DATABASE_URL": "postgres://me:secret@db/x",
+            "GRADIO_SERVER_NAME": "0.0.0.0",
+            "GRADIO_SERVER_PORT": "8000",
+            "PORT": "9000",
+        }
+    )
+    assert settings == Settings(Path("/somewhere/else"), "postgres://me:secret@db/x", "0.0.0.0", 8000)
+    assert settings.store_url == "postgres://me:secret@db/x"
+
+
+def test_the_port_may_be_called_port_too() -> None:
+    assert Settings.from_env({"PORT": "9000"}).port == 9000
+
+
+def test_blank_variables_count_as_unset() -> None:
+    names = ("DATA_DIR", "DATABASE_URL", "GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "PORT")
+    assert Settings.from_env(dict.fromkeys(names, "  ")) == Settings()
+
+
+@pytest.mark.parametrize("text", ["http", "0", "65536", "-1", "7860.0", "９０００", "9" * 5000, "0000099999"])
+def test_a_port_that_is_none_is_refused_by_name(text: str) -> None:
+    with pytest.raises(SettingsError, match="GRADIO_SERVER_PORT") as caught:
+        Settings.from_env({"GRADIO_SERVER_PORT": text})
+    assert len(str(caught.value)) < 200
+
+
+def test_a_password_is_never_shown() -> None:
+    settings = Settings.from_env({"DATABASE_URL": "postgres://me:hunter2@db/x"})
+    assert "hunter2" not in repr(settings) + str(settings)

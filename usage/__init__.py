@@ -1,0 +1,1 @@
+"""What is kept: saved reward functions, in SQLite or PostgreSQL."""
