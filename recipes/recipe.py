@@ -114,7 +114,7 @@ def _clamped(name: str, slot: Slot, value: object) -> int:
     try:
         number = float(value)  # type: ignore[arg-type]
     except OverflowError:
-        number = math.inf if value > 0 else -math.inf  # type: ignore[operator]
+        return slot.high if value > 0 else slot.low  # type: ignore[operator]
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a number, not {value!r}") from None
     if not math.isfinite(number):

@@ -106,7 +106,8 @@ def _sharpen(picture: np.ndarray, amount: float, sigma: float) -> np.ndarray:
 
 
 def _to_uint8(picture: np.ndarray) -> np.ndarray:
-    return cv2.convertScaleAbs(cv2.max(picture, 0.0), alpha=255) if picture.dtype != np.uint8 else picture
+    """Rounded and clipped to 0..255."""
+    return cv2.addWeighted(picture, 255, picture, 0, 0, dtype=cv2.CV_8U)
 
 
 def _none(picture: np.ndarray) -> np.ndarray:
