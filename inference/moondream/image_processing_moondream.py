@@ -20,13 +20,16 @@ def tiling_for(height: int, width: int, window: int, max_crops: int) -> tuple[in
 
     A picture no larger than one window on either side is a single tile; the others get as many tiles of `window`
     pixels as cover them, fewer where that would exceed `max_crops`, more where there is room for detail.
+    The same as the original's, except for strips longer than about twelve times their width, where the original goes
+    beyond its own limit.
     """
     if height <= window or width <= window:
         return 1, 1
     least_rows, least_columns = math.ceil(height / window), math.ceil(width / window)
     if least_rows * least_columns > max_crops:
         shrink = math.sqrt(max_crops / (least_rows * least_columns))
-        return max(1, math.floor(least_rows * shrink)), max(1, math.floor(least_columns * shrink))
+        rows, columns = max(1, math.floor(least_rows * shrink)), max(1, math.floor(least_columns * shrink))
+        return min(rows, max_crops), min(columns, max_crops)
     rows = max(math.floor(math.sqrt(max_crops * height / width)), least_rows)
     columns = max(math.floor(math.sqrt(max_crops * width / height)), least_columns)
     if rows * columns > max_crops:
