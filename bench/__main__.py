@@ -1,0 +1,205 @@
+"""`python -m bench [--only NAME] [--json FILE]`: every benchmark as one table with pass or miss, and as JSON.
+
+A benchmark is a module named in BENCHMARKS with `rows() -> list[dict]`. A row has
+
+- `name`, `value`, `unit`: what was measured, for example "8 answers to one photo", 1.9, "s";
+- `baseline`, `ratio` (or None): what it is compared with, measured in the same run, and how they compare;
+- `target` (or None): "<= 250" is about the value, "ratio >= 5" about the ratio;
+- `note`: how it was measured, in a few words.
+
+Each module runs in a process of its own, so that threads and memory of one do not change another.
+"""
+
+import argparse
+import importlib
+import json
+import operator
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = {
+    "app": "bench.app",
+    "recipes": "bench.recipes",
+    "rewards": "bench.rewards",
+    "moondream": "bench.moondream",
+    "tiny": "bench.tiny",
+    "playground": "bench.playground",
+}
+FIELDS = ("name", "value", "unit", "baseline", "ratio", "target", "note")
+COMPARISONS = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "≤": operator.le,
+    "≥": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+TARGET = re.compile(
+    r"\s*(?P<what>value|ratio)?\s*(?P<sign><=|>=|≤|≥|<|>)\s*(?P<limit>-?\d+(?:\.\d+)?)\s*(?P<unit>\S*)\s*"
+)
+LIBRARIES = ("torch", "transformers", "gradio", "opencv-python-headless", "numpy")
+MARKS = {True: "pass", False: "MISS", None: ""}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, print, write; 1 if a benchmark failed, 0 otherwise: a missed target is a result."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the playground against its targets.")
+    parser.add_argument("--only", action="append", choices=BENCHMARKS, help="run this one; may be given several times")
+    parser.add_argument("--json", type=Path, default=ROOT / "bench-results" / "bench.json", help="where to write")
+    chosen = parser.parse_args(arguments)
+    rows: list[dict[str, Any]] = []
+    failures: dict[str, str] = {}
+    for name in chosen.only or BENCHMARKS:
+        print(f"measuring {name} …", file=sys.stderr, flush=True)
+        try:
+            measured = measure(BENCHMARKS[name])
+            rows += [{"benchmark": name, **checked(row)} for row in measured]
+        except BenchmarkError as error:
+            failures[name] = str(error)
+    print(table(rows))
+    for name, why in failures.items():
+        print(f"\n{name}: FAILED: {why}")
+    write(chosen.json, {**machine(), "rows": rows, "failures": failures})
+    print(f"\n{summary(rows, failures)} Written to {chosen.json}.")
+    return 1 if failures else 0
+
+
+class BenchmarkError(Exception):
+    """A benchmark that could not be measured, and why."""
+
+
+def measure(module: str) -> list[dict[str, Any]]:
+    """The rows of one module, run in a process of its own. Raises BenchmarkError if that ends badly."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        program = "import sys; from bench.__main__ import _measure_here; _measure_here(*sys.argv[1:])"
+        command = [sys.executable, "-c", program, module, str(file)]
+        run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        sys.stderr.write(run.stdout)
+        if run.returncode != 0:
+            said = run.stdout.strip().splitlines()[-1:] or [f"it ended with {run.returncode} and said nothing"]
+            raise BenchmarkError(said[0])
+        return json.loads(file.read_text())
+
+
+def _measure_here(module: str, file: str) -> None:
+    Path(file).write_text(json.dumps(list(importlib.import_module(module).rows())))
+
+
+def checked(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with every field in order and `met`: True, False, or None without a target."""
+    unknown = set(row) - set(FIELDS)
+    if unknown or not {"name", "value", "unit"} <= set(row):
+        raise BenchmarkError(f"a row needs name, value and unit, and may have {', '.join(FIELDS[3:])}; got {row}")
+    full = {field: row.get(field) for field in FIELDS}
+    return {**full, "met": met(full)}
+
+
+def met(row: dict[str, Any]) -> bool | None:
+    """Whether the row's value or ratio is within its target."""
+    if not row["target"]:
+        return None
+    target = TARGET.fullmatch(str(row["target"]))
+    if target is None:
+        raise BenchmarkError(f'a target reads "<= 250" or "ratio >= 5", not {row["target"]!r}')
+    number = row[target["what"] or "value"]
+    return number is not None and COMPARISONS[target["sign"]](number, float(target["limit"]))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as aligned text."""
+    header = ("benchmark", "measure", "value", "unit", "baseline", "ratio", "target", "", "note")
+    lines = [header, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    numeric = {2, 4, 5}
+    aligned = [
+        "  ".join(
+            cell.rjust(width) if i in numeric else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
+        )
+        for line in lines
+    ]
+    return "\n".join(line.rstrip() for line in [aligned[0], "  ".join("-" * width for width in widths), *aligned[1:]])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    numbers = [_number(row[field]) for field in ("value", "baseline", "ratio")]
+    value, baseline, ratio = numbers
+    words = [str(row[field] or "") for field in ("benchmark", "name", "unit", "target", "note")]
+    return (words[0], words[1], value, words[2], baseline, ratio, words[3], MARKS[row["met"]], words[4])
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def summary(rows: list[dict[str, Any]], failures: dict[str, str]) -> str:
+    """One sentence: how many targets were met and what failed."""
+    judged = [row for row in rows if row["met"] is not None]
+    failed = f", {len(failures)} benchmarks failed" if failures else ""
+    return f"{sum(row['met'] for row in judged)} of {len(judged)} targets met{failed}."
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "load": round(os.getloadavg()[0], 2),
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+            "python": platform.python_version(),
+            "libraries": {name: _version(name) for name in LIBRARIES},
+        },
+    }
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor()
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def write(file: Path, result: dict[str, Any]) -> None:
+    """Write the JSON so that a reader sees the old file or the new one, never half of either."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as half:
+        json.dump(result, half, indent=1, ensure_ascii=False)
+    os.replace(half.name, file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
