@@ -53,7 +53,7 @@ class MoondreamTextConfig(PreTrainedConfig):
     max_context: int = 2048
     rope_theta: float = 10_000.0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         # The rotary base is a plain number here: taken out, so that the library does not rewrite it.
@@ -155,7 +155,7 @@ class MoondreamConfig(PreTrainedConfig):
     tokenizer_config: dict | None = None
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         nested = dict(kwargs.pop("config", None) or {})
         for name in SECTIONS:
             section = nested.pop(name, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class MoondreamImageProcessor(BaseImageProcessor):
     tiles of one photo; `overlap_margin` patches shared at each inner edge.
     """
 
-    model_input_names = ["pixel_values", "image_sizes"]
+    model_input_names: ClassVar[list[str]] = ["pixel_values", "image_sizes"]
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class MoondreamImageProcessor(BaseImageProcessor):
         max_crops: int = 12,
         overlap_margin: int = 4,
         **kwargs: Any,
-    ):
+    ) -> None:
         super().__init__(**kwargs)
         self.crop_size = crop_size
         self.patch_size = patch_size

@@ -70,7 +70,7 @@ class MoondreamProcessor(ProcessorMixin):
         templates: dict[str, Any] | None = None,
         image_token_id: int | None = None,
         chat_template: str | None = None,
-    ):
+    ) -> None:
         self.templates = make_templates(tokenizer) if templates is None else templates
         check_tokenizer(tokenizer, self.templates)
         self.image_token_id = len(tokenizer) if image_token_id is None else image_token_id
@@ -251,7 +251,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, templates: dict[str, Any
     """
     vocabulary = tokenizer.get_vocab()
     expected = {END: 0, **{text: number for number, text in MARKS.items()}}
-    wrong = [f"{text} is {vocabulary.get(text)} and not {i}" for text, i in expected.items() if vocabulary.get(text) != i]
+    found = {text: vocabulary.get(text) for text in expected}
+    wrong = [f"{text} is {found[text]} and not {number}" for text, number in expected.items() if found[text] != number]
     for word, around in (("query", templates["query"]["prefix"]), ("caption", templates["caption"]["normal"])):
         name = around[1 : around.index(2)]
         got = tokenizer.encode(word, add_special_tokens=False)
@@ -259,8 +260,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, templates: dict[str, Any
             wrong.append(f"{word!r} is {got} and not {name}")
     if wrong:
         raise ValueError(
-            f"This is not the tokenizer of these weights: {'; '.join(wrong)}. Moondream 2 of 2025-06-21 needs {STARMIE}; "
-            "the tokenizer.json in its own repository belongs to an older model."
+            f"This is not the tokenizer of these weights: {'; '.join(wrong)}. Moondream 2 of 2025-06-21 needs "
+            f"{STARMIE}; the tokenizer.json in its own repository belongs to an older model."
         )
 
 
@@ -272,4 +273,3 @@ def make_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
     around = {skill: {"prefix": [1, *name(skill), 2], "suffix": [3]} for skill in ("query", "detect", "point")}
     return {"caption": {length: [1, *name("caption"), 2, *name(length), 3] for length in LENGTHS}, **around}
-
