@@ -1,4 +1,4 @@
-"""Reading a recipe out of whatever a model or a person wrote: canonical text, JSON, or prose ('a bit warmer, crop to 80 %').
+"""Reading a recipe out of what a model or a person wrote: canonical text, JSON, or prose ('a bit warmer, crop to 80 %').
 
 One pass over the words, so the time is linear in the length; nothing is ever raised.
 """
@@ -17,9 +17,12 @@ MAX_TEXT = 200_000
 _PROBLEMS = 12  # more would not help anybody
 
 
+_Items = list[str | float]  # words and numbers in order
+
+
 @dataclass(frozen=True)
 class Parsed:
-    """What was read: the recipe, the operations that were found, and what could not be read or was clamped, in words."""
+    """The recipe that was read, the operations that were found, and in words what could not be read or was clamped."""
 
     recipe: Recipe
     found: tuple[str, ...] = ()
@@ -32,7 +35,7 @@ class Parsed:
 
 
 def parse(text: object) -> Parsed:
-    """The recipe in a text (or a dict in the shape of `Recipe.to_json`). Never raises; numbers are clamped to their range.
+    """The recipe in a text, or in a dict as from `Recipe.to_json`. Never raises; numbers are clamped to their range.
 
     Later mentions of an operation replace earlier ones; what is not mentioned stays neutral.
     """
@@ -71,78 +74,29 @@ _OPERATION_WORDS = {
 }
 # Words that say an operation and its direction at once.
 _MOVES = {
-    "brighten": ("exposure", 1), "brighter": ("exposure", 1), "brightening": ("exposure", 1), "lighter": ("exposure", 1),
-    "lighten": ("exposure", 1), "darken": ("exposure", -1), "darker": ("exposure", -1), "darkening": ("exposure", -1),
+    "brighten": ("exposure", 1), "brighter": ("exposure", 1), "brightening": ("exposure", 1),
+    "lighten": ("exposure", 1), "lighter": ("exposure", 1),
+    "darken": ("exposure", -1), "darker": ("exposure", -1), "darkening": ("exposure", -1),
     "punchier": ("contrast", 1), "flatter": ("contrast", -1),
-    "saturate": ("saturation", 1), "desaturate": ("saturation", -1), "desaturated": ("saturation", -1),
-    "vivid": ("saturation", 1), "muted": ("saturation", -1), "duller": ("saturation", -1),
-    "warmer": ("warmth", 1), "warming": ("warmth", 1), "cooler": ("warmth", -1), "colder": ("warmth", -1),
-    "cooling": ("warmth", -1), "sharpen": ("sharpening", 1), "sharper": ("sharpening", 1), "crisper": ("sharpening", 1),
+    "saturate": ("saturation", 1), "vivid": ("saturation", 1), "duller": ("saturation", -1),
+    "desaturate": ("saturation", -1), "desaturated": ("saturation", -1), "muted": ("saturation", -1),
+    "warmer": ("warmth", 1), "warming": ("warmth", 1),
+    "cooler": ("warmth", -1), "colder": ("warmth", -1), "cooling": ("warmth", -1),
+    "sharpen": ("sharpening", 1), "sharper": ("sharpening", 1), "crisper": ("sharpening", 1),
 }  # fmt: skip
-_UP = frozenset(
-    [
-        "increase",
-        "increasing",
-        "raise",
-        "raising",
-        "boost",
-        "boosting",
-        "up",
-        "more",
-        "add",
-        "adding",
-        "higher",
-        "plus",
-        "enhance",
-        "lift",
-        "push",
-    ]
-)
-_DOWN = frozenset(
-    [
-        "decrease",
-        "decreasing",
-        "reduce",
-        "reducing",
-        "lower",
-        "lowering",
-        "down",
-        "less",
-        "minus",
-        "drop",
-        "cut",
-        "dial",
-        "tone",
-        "decreased",
-        "reduced",
-    ]
-)
-_SMALL = frozenset(["slightly", "slight", "bit", "little", "touch", "subtle", "subtly", "gently"])
-_LARGE = frozenset(["much", "strongly", "lot", "significantly", "very", "heavily", "greatly", "dramatically"])
+_UP = {"increase", "increasing", "increased", "raise", "raising", "boost", "boosting", "up", "more", "add", "adding",
+       "higher", "plus", "enhance", "lift", "push"}  # fmt: skip
+_DOWN = {"decrease", "decreasing", "decreased", "reduce", "reducing", "reduced", "lower", "lowering", "down", "less",
+         "minus", "drop", "cut", "dial"}  # fmt: skip
+_SMALL = {"slightly", "slight", "bit", "little", "touch", "subtle", "subtly", "gently"}
+_LARGE = {"much", "strongly", "lot", "significantly", "very", "heavily", "greatly", "dramatically"}
 _SIDES = {"left": 0, "top": 1, "right": 2, "bottom": 3}
 _LOOK_WORDS = {
-    "mono": "mono", "monochrome": "mono", "monochromatic": "mono", "grayscale": "mono", "greyscale": "mono", "bw": "mono",
-    "sepia": "sepia", "fade": "fade", "faded": "fade", "teal": "teal", "noir": "noir", "none": "none",
+    "mono": "mono", "monochrome": "mono", "monochromatic": "mono", "grayscale": "mono", "greyscale": "mono",
+    "bw": "mono", "sepia": "sepia", "fade": "fade", "faded": "fade", "teal": "teal", "noir": "noir", "none": "none",
 }  # fmt: skip
-_LOOK_CUES = frozenset(
-    [
-        "look",
-        "filter",
-        "style",
-        "effect",
-        "apply",
-        "use",
-        "convert",
-        "make",
-        "turn",
-        "go",
-        "try",
-        "tone",
-        "in",
-        "to",
-        "as",
-    ]
-)
+_LOOK_CUES = {"look", "filter", "style", "effect", "apply", "use", "convert", "make", "turn", "go", "try", "tone", "in",
+              "to", "as"}  # fmt: skip
 _OPERATION_OF = {word: name for name, words in _OPERATION_WORDS.items() for word in words}
 _NOT_NUMBERS = {"nan": math.nan, "inf": math.inf, "infinity": math.inf}
 
@@ -170,7 +124,7 @@ def _plain(text: str) -> str:
 class _Clause:
     """A stretch of text about one thing: its words and numbers in order."""
 
-    items: list[str | float] = field(default_factory=list)
+    items: _Items = field(default_factory=list)
 
     def has_operation(self) -> bool:
         return any(isinstance(item, str) and (item in _OPERATION_OF or item in _MOVES) for item in self.items)
@@ -180,7 +134,7 @@ class _Clause:
 
 
 def _clauses(text: str) -> Iterator[_Clause]:
-    """Splits at punctuation, 'and', 'then', 'but'; what follows a crop and names only sides or numbers stays with it."""
+    """Splits at punctuation, 'and', 'then', 'but'; what follows a crop and only names sides stays with it."""
     last: _Clause | None = None
     for clause in _pieces(text):
         continues = last is not None and not clause.has_operation() and _is_more_of_a_crop(last, clause)
@@ -266,9 +220,7 @@ class _Reading:
         elif len(items) == 2 and isinstance(items[0], str) and isinstance(items[1], float):
             self.problem(f"{items[0][:40]} is not an operation")
 
-    def _take(
-        self, name: str, way: int, behind: list[str | float], ahead: list[str | float], number_first: bool
-    ) -> None:
+    def _take(self, name: str, way: int, behind: _Items, ahead: _Items, number_first: bool) -> None:
         if name == "look":
             return self._take_look(behind, ahead)
         order = (behind[::-1], ahead) if number_first else (ahead, behind[::-1])
@@ -286,14 +238,14 @@ class _Reading:
             value = -value
         return self.put(name, (value,))
 
-    def _take_look(self, behind: list[str | float], ahead: list[str | float]) -> None:
+    def _take_look(self, behind: _Items, ahead: _Items) -> None:
         known = [item for item in ahead + behind[::-1] if isinstance(item, str) and item in _LOOK_WORDS]
         if known:
             self.values["look"] = _LOOK_WORDS[known[0]]
         elif not behind and len(ahead) == 1:
             self.problem(f"look: {str(ahead[0])[:40]} is not one of {', '.join(LOOKS)}")
 
-    def _take_crop(self, words: list[str], items: list[str | float], numbers: list[float]) -> None:
+    def _take_crop(self, words: list[str], items: _Items, numbers: list[float]) -> None:
         if _SIDES.keys() & set(words) and numbers:
             self.put("crop", _margins(items))
         elif len(numbers) >= 4:
@@ -350,7 +302,7 @@ class _Reading:
         self.put(name, known)
 
 
-def _places(items: list[str | float]) -> list[tuple[int, str, int]]:
+def _places(items: _Items) -> list[tuple[int, str, int]]:
     """Where operations are named: position, operation, direction (0 when the word has none).
 
     'a warmer temperature' names warmth twice: the plain noun right after a directed word adds nothing.
@@ -370,7 +322,7 @@ def _direction(words: list[str]) -> int:
     return next((1 if word in _UP else -1 for word in words if word in _UP or word in _DOWN), 0)
 
 
-def _margins(items: list[str | float]) -> tuple[float, ...]:
+def _margins(items: _Items) -> tuple[float, ...]:
     """'10 % from the left and the right': each side takes the number nearest before it, else the first one after."""
     first = next(item for item in items if isinstance(item, float))
     box, current = [0.0, 0.0, 100.0, 100.0], first
