@@ -1,4 +1,4 @@
-"""Reading a recipe out of what a model or a person wrote: canonical text, JSON, or prose ('a bit warmer, crop to 80 %').
+"""Reading a recipe out of what a model or a person wrote: canonical text, JSON, or prose ('a bit warmer, crop 5 %').
 
 One pass over the words, so the time is linear in the length; nothing is ever raised.
 """

@@ -59,7 +59,7 @@ def _read(source: str | os.PathLike[str] | bytes) -> bytes:
             ) from error
     if len(data) > MAX_BYTES:
         raise PhotoError(
-            f"This file is larger than {MAX_BYTES // 1_000_000} MB. Save a smaller version and choose that."
+            f"This file is over {MAX_BYTES // 1_000_000} MB. Save a smaller version and choose that."
         )
     if not data:
         raise PhotoError("This file is empty. Choose the photo again.")
@@ -158,8 +158,9 @@ def _flatten(picture: Image.Image) -> Image.Image:
 def save_picture(picture: np.ndarray, recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Writes uint8 [H, W, 3] RGB as JPEG (quality 95) or PNG by the path's suffix, with the recipe's text inside.
 
-    The text is in EXIF ImageDescription (JPEG) or the text chunk `Description` (PNG); `read_recipe` finds it. Atomic: the
-    path holds either what it held before or the whole new file. Raises PhotoError for another suffix or a failed write.
+    The text is in EXIF ImageDescription (JPEG) or in the text chunk `Description` (PNG), where `read_recipe` finds it.
+    Atomic: the path holds what it held before or the whole new file. Raises PhotoError for another suffix or a failed
+    write.
     """
     path = Path(path)
     options = _save_options(path.suffix.lower(), str(recipe))

@@ -64,7 +64,7 @@ OPERATIONS: dict[str, Operation] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """An edit. Numbers are clamped to their range and rounded; NaN, a wrong count or an unknown look raise ValueError."""
+    """An edit. Numbers are clamped to their range and rounded; NaN, infinity or an unknown look raise ValueError."""
 
     crop: tuple[int, int, int, int] = (0, 0, 100, 100)
     exposure: int = 0

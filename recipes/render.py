@@ -1,7 +1,7 @@
 """Rendering: a recipe applied to a photo with OpenCV, in float32.
 
-Order: crop, exposure, warmth, contrast, saturation, sharpening, look. Values are clipped once, at the end, so that a later
-operation can bring back what an earlier one pushed out of range; the inverse of a level is its negation.
+Order: crop, exposure, warmth, contrast, saturation, sharpening, look. Values are clipped once, at the end, so that a
+later operation can bring back what an earlier one pushed out of range; the inverse of a level is its negation.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _crop(photo: np.ndarray, recipe: Recipe) -> np.ndarray:
 
 
 def _tone(picture: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Exposure and warmth in linear light, then contrast on coded values: per channel, so one table of 256 x 3 values."""
+    """Exposure and warmth in linear light, then contrast on coded values: per channel, so one table of 256 x 3."""
     levels = np.repeat((np.arange(256, dtype=np.float64) / 255)[:, None], 3, axis=1)
     if recipe.exposure or recipe.warmth:
         levels = _encode(_decode(levels) * (2 ** (1.5 * recipe.exposure / 100) * _warm_gains(recipe.warmth)))
