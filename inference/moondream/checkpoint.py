@@ -38,13 +38,19 @@ def state_dict_to_pass(source: Any, kwargs: dict[str, Any]) -> dict[str, torch.T
     return weights
 
 
-def refuse_incomplete(info: dict[str, Any]) -> None:
-    """Raises CheckpointError when loading met missing or unknown keys: such a model would answer nonsense."""
+def refuse_incomplete(info: dict[str, Any], any_shape: bool = False) -> None:
+    """Raises CheckpointError when loading met wrong keys or (unless `any_shape`) wrong shapes.
+
+    Such a model would answer, and answer nonsense.
+    """
     missing, unknown = sorted(info.get("missing_keys", ())), sorted(info.get("unexpected_keys", ()))
     _refuse_quantised(unknown)
-    if missing or unknown:
+    shapes = [] if any_shape else sorted(info.get("mismatched_keys", ()))
+    other = [f"{name} is {list(found)} and not {list(wanted)}" for name, found, wanted in shapes]
+    if missing or unknown or other:
         raise CheckpointError(
-            f"The weights do not fit this configuration: {_list(missing)} missing, {_list(unknown)} unknown."
+            f"The weights do not fit this configuration: {_list(missing)} missing, {_list(unknown)} unknown, "
+            f"{_list(other)} of another shape."
         )
 
 

@@ -165,7 +165,7 @@ class MoondreamGeneration(GenerationMixin):
         `input_ids`: the ids of the object's name (with its leading space), one list for all images or one per image;
         or finished prompts [B, L] that contain the image placeholders, with `attention_mask` [B, L] when padded at
         the left. The images: `pixel_values` uint8 [N, max_crops+1, 3, S, S] with `image_sizes` [N, 2], or
-        `image_features` [N, T, D]. Further arguments: `max_objects` (default 50), `temperature` (0, the default,
+        `image_features` [N, T, D]. Further arguments: `max_objects` (default 50, fewer where the context ends), `temperature` (0, the default,
         takes the likeliest), `num_return_sequences` (so many samples per image, one look for all of them, returned
         one after the other), `generator` (torch.Generator), `stop` (called before each step; True ends the search).
         A box may reach beyond the image: nothing is clipped.
@@ -207,7 +207,8 @@ class MoondreamGeneration(GenerationMixin):
             skill, object_ids if input_ids is None else input_ids, attention_mask, len(image_features)
         )
         steps = 3 if skill == "detect" else 2
-        self._refuse_length(ids.shape[1], max(1, steps * max_objects))
+        self._refuse_length(ids.shape[1], steps)
+        max_objects = min(max_objects, (self.config.text_config.max_context - ids.shape[1]) // steps)
         cache = DynamicCache(config=self.config.text_config)
         outputs = self.model(
             input_ids=ids, attention_mask=mask, image_features=image_features, past_key_values=cache, use_cache=True

@@ -553,17 +553,20 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Loads a folder or Hub repository in the original layout; see `PreTrainedModel.from_pretrained`.
 
-        Raises CheckpointError for quantised files and for any key that is missing or unknown.
+        Raises CheckpointError for quantised files and for any key that is missing, unknown or of another shape.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        any_shape = kwargs.pop("ignore_mismatched_sizes", False)
         renamed = checkpoint.state_dict_to_pass(pretrained_model_name_or_path, kwargs)
         if renamed is not None:
             hub = {name: kwargs[name] for name in checkpoint.HUB_ARGUMENTS if name in kwargs}
             if not isinstance(kwargs.get("config"), MoondreamConfig):
                 kwargs["config"] = MoondreamConfig.from_pretrained(pretrained_model_name_or_path, **hub)
             kwargs["state_dict"], pretrained_model_name_or_path = renamed, None
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        checkpoint.refuse_incomplete(info)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        checkpoint.refuse_incomplete(info, any_shape)
         model._name_special_tokens()
         return (model, info) if wants_info else model
 
