@@ -58,9 +58,7 @@ def _read(source: str | os.PathLike[str] | bytes) -> bytes:
                 f"The photo could not be opened ({reason}). Check the file and choose it again."
             ) from error
     if len(data) > MAX_BYTES:
-        raise PhotoError(
-            f"This file is over {MAX_BYTES // 1_000_000} MB. Save a smaller version and choose that."
-        )
+        raise PhotoError(f"This file is over {MAX_BYTES // 1_000_000} MB. Save a smaller version and choose that.")
     if not data:
         raise PhotoError("This file is empty. Choose the photo again.")
     return data
