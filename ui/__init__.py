@@ -5,5 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ui import playground
+from usage.store import Store
 
-TABS: dict[str, Callable[[], None]] = {"Playground": playground.build}
+TABS: dict[str, Callable[[Store], None]] = {"Playground": playground.build}

@@ -24,6 +24,7 @@ from rewards import score_recipes
 Ask = Callable[[str, Request, threading.Event], Iterator[Event]]
 
 PICTURE_QUALITY = 82  # JPEG; a 512 px picture takes 20-45 kB
+UNEXPECTED = "The model stopped with an unexpected {}. Run again; if it stays, leave this model out."
 _log = logging.getLogger(__name__)
 
 
@@ -47,7 +48,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Column:
-    """One model's part: status is 'waiting', 'running', 'done', 'failed' or 'cancelled'; position counts who is before."""
+    """One model's part. status: waiting, running, done, failed or cancelled; position: how many are before it."""
 
     name: str
     title: str
@@ -96,6 +97,7 @@ def compare(
         arguments = (place, name, request, cancel, ask, inbox)
         threading.Thread(target=_work, args=arguments, name=f"ask-{name}", daemon=True).start()
     try:
+        yield Comparison(request.skill, tuple(columns))
         while True:
             columns = _settle(columns, _news(inbox, 1.0), preview, request.skill)
             over = all(column.over for column in columns)
@@ -142,9 +144,7 @@ def _work(
         inbox.put((place, _Failed(error.message, cancelled=error.kind == "cancelled" or cancel.is_set())))
     except Exception as error:
         _log.exception("%s failed", name)
-        inbox.put(
-            (place, _Failed(f"It stopped with an unexpected {type(error).__name__}. Run again, or leave it out."))
-        )
+        inbox.put((place, _Failed(UNEXPECTED.format(type(error).__name__))))
 
 
 def _news(inbox: queue.Queue[tuple[int, object]], patience: float) -> list[tuple[int, object]]:
@@ -214,8 +214,8 @@ def _card(answer: Answer, skill: str) -> Card:
 
 def _scored(cards: tuple[Card, ...], preview: np.ndarray) -> tuple[Card, ...]:
     """The group's scores and pictures. A picture that is there already is kept: its recipe has not changed."""
-    group = [card for card in cards if card.recipe is not None]
-    scored = score_recipes(preview, [card.recipe for card in group])
+    group = [(card, card.recipe) for card in cards if card.recipe is not None]
+    scored = score_recipes(preview, [recipe for _, recipe in group])
     news = {
         card.index: replace(
             card,
@@ -223,6 +223,6 @@ def _scored(cards: tuple[Card, ...], preview: np.ndarray) -> tuple[Card, ...]:
             fidelity=score.fidelity,
             picture=card.picture or picture_url(score.picture),
         )
-        for card, score in zip(group, scored, strict=True)
+        for (card, _), score in zip(group, scored, strict=True)
     }
     return tuple(news.get(card.index, card) for card in cards)

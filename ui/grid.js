@@ -63,7 +63,8 @@ function drawCard(data, column, card, columnPart) {
   part.dataset.state = card.state;
   drawPicture(data, card, part);
   say(find(part, 'card-words'), card.words);
-  say(find(part, 'card-canonical'), card.recipe);
+  find(part, 'card-canonical').textContent = card.recipe;
+  find(part, 'card-text').hidden = !card.recipe;
   say(find(part, 'card-problems'), card.problems);
   say(find(part, 'card-time'), card.time);
   find(part, 'card-copy').hidden = !card.done;
@@ -219,7 +220,7 @@ for (const [kind, on] of [['pointerover', true], ['pointerout', false]])
 
 async function copy(card, button) {
   const canonical = find(card, 'card-canonical');
-  const words = canonical.hidden ? find(card, 'card-words').textContent : canonical.textContent;
+  const words = !canonical.textContent ? find(card, 'card-words').textContent : canonical.textContent;
   try { await navigator.clipboard.writeText(words); button.textContent = 'Copied'; } catch { button.textContent = 'Select it'; }
   setTimeout(() => { button.textContent = 'Copy'; }, 1500);
 }

@@ -72,7 +72,7 @@ def _column(column: Column, skill: str) -> dict[str, Any]:
 
 def _state(column: Column) -> str:
     if column.status == "waiting":
-        return f"Queue: {column.position} before" if column.position else "Starting"
+        return f"{column.position} before you" if column.position else "Starting"
     return {"running": "Answering", "done": "Done", "failed": "Failed", "cancelled": "Cancelled"}[column.status]
 
 
@@ -90,7 +90,7 @@ def _card(card: Card, column: Column, skill: str) -> dict[str, Any]:
         "alt": f"The photo after: {describe(card.recipe)}" if card.recipe else "",
         "boxes": [[box.x_min, box.y_min, box.x_max, box.y_max] for box in card.boxes],
         "points": [[point.x, point.y] for point in card.points],
-        "time": f"{card.seconds:.2f} s" if card.done else "",
+        "time": _facts(card) if card.done else "",
     }
 
 
@@ -102,6 +102,11 @@ def _words(card: Card, column: Column, skill: str) -> str:
     if skill == "recipe":
         return f"No recipe could be read in: {card.text}" if card.text else "The answer was empty."
     return card.text or _found(card)
+
+
+def _facts(card: Card) -> str:
+    """Seconds, and how far the colours are from the photo's (CIEDE2000)."""
+    return f"{card.seconds:.2f} s" + (f" · ΔE {card.fidelity:.1f}" if card.fidelity is not None else "")
 
 
 def _found(card: Card) -> str:

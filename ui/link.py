@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from inference.answers import LENGTHS, MAX_CANDIDATES, MAX_PROMPT, MAX_SEED, MAX_TEMPERATURE, SKILLS, clean
 from inference.models import MODELS
@@ -13,7 +16,7 @@ from ui.samples import SAMPLES
 
 
 @dataclass(frozen=True)
-class Settings:
+class Setup:
     """All that a link can say. `photo` is the file name of a sample photo, or empty: uploads are never in a link."""
 
     photo: str = ""
@@ -27,7 +30,7 @@ class Settings:
     reward: RewardFunction = DEFAULT
 
 
-def read_link(query: Mapping[str, str]) -> tuple[Settings, list[str]]:
+def read_link(query: Mapping[str, str]) -> tuple[Setup, list[str]]:
     """The settings of a query string, and in plain words what in it was not understood and is left at its default."""
     values: dict[str, object] = {}
     problems: list[str] = []
@@ -39,7 +42,7 @@ def read_link(query: Mapping[str, str]) -> tuple[Settings, list[str]]:
             values[name] = read(text)
         except (ValueError, RewardFunctionError) as error:
             problems.append(f"{name}: {str(error)[:200]}")
-    return Settings(**values), problems  # type: ignore[arg-type]
+    return Setup(**values), problems  # type: ignore[arg-type]
 
 
 def _photo(text: str) -> str:
@@ -83,7 +86,7 @@ def _number(text: str, low: float, high: float) -> float:
     return number
 
 
-_READERS = {
+_READERS: dict[str, Callable[[str], object]] = {
     "photo": _photo,
     "models": _models,
     "skill": _skill,
@@ -94,3 +97,18 @@ _READERS = {
     "seed": lambda text: int(_number(text, 0, MAX_SEED)),
     "reward": RewardFunction.from_query,
 }
+
+LINKED = tuple(name for name in _READERS if name != "reward")
+
+
+def link_js(rewards: list[str], now: bool) -> str:
+    """The function that writes the settings into the address; with `now` it also copies it and returns what it did.
+
+    Its arguments: the values of LINKED, then a weight for each reward.
+    """
+    code = (Path(__file__).resolve().parent / "link.js").read_text(encoding="utf-8")
+    values = {"NAMES": list(LINKED), "REWARDS": rewards, "NOW": now}
+    code = "\n".join(line for line in code.splitlines() if not line.startswith("//"))
+    for name, value in values.items():
+        code = re.sub(rf"\b{name}\b", json.dumps(value), code)
+    return code

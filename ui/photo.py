@@ -1,8 +1,10 @@
-"""The photo input: what arrives is a file's path, so that recipes.load_photo alone decodes it, once and carefully."""
+"""The photo input: what arrives is a file's path; recipes.load_photo alone decodes it, once and carefully."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -15,39 +17,31 @@ from ui.messages import refusal
 TITLE = "This photo cannot be used"
 
 
-class PhotoInput(gr.Image):
-    """gr.Image for uploads, the clipboard and the webcam that hands over the file untouched.
+def photo_input(**settings: Any) -> gr.Image:
+    """The component: upload, paste and webcam. What it hands to a handler is the path of the untouched file.
 
-    gr.Image itself opens every file with Pillow before a handler sees it: a corrupt one or a decompression bomb
-    would end in an exception instead of a message, and orientation, CMYK and 16 bit would be decided there.
-    It has no `__init__` of its own: Gradio reads a component's settings off the constructor's signature.
+    Left alone, gr.Image opens every file with Pillow before a handler sees it, so that a corrupt file or a
+    decompression bomb ends in an exception instead of a message. Its `preprocess` is replaced on the component, for
+    Gradio writes a .pyi file beside the source of every subclass. An update of the component's properties would undo
+    this (it makes a new component): handlers return plain values for it.
     """
-
-    is_template = True  # the page draws it as an ordinary image input
-
-    def preprocess(self, payload: ImageData | None) -> str | None:
-        """The path of the file, or None. A data URL (from an API client) is written to the cache first."""
-        if payload is None:
-            return None
-        if payload.url and payload.url.startswith("data:"):
-            try:
-                return str(decode_base64_to_file(payload.url, self.GRADIO_CACHE, "png"))
-            except Exception:
-                raise refusal("The photo's data could not be read. Upload it as a file.", TITLE) from None
-        return payload.path
-
-
-def photo_input() -> PhotoInput:
-    """The component: upload, paste and webcam; its value is the path of a file."""
-    return PhotoInput(
-        type="filepath",
-        image_mode=None,
-        sources=["upload", "clipboard", "webcam"],
-        label="Photo",
-        height=260,
-        buttons=[],
-        elem_id="photo",
+    image = gr.Image(
+        type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], buttons=[], **settings
     )
+    vars(image)["preprocess"] = partial(_path, image)
+    return image
+
+
+def _path(image: gr.Image, payload: ImageData | None) -> str | None:
+    """The path of the file, or None. A data URL (from an API client) is written to the cache first."""
+    if payload is None:
+        return None
+    if payload.url and payload.url.startswith("data:"):
+        try:
+            return str(decode_base64_to_file(payload.url, image.GRADIO_CACHE, "png"))
+        except Exception:
+            raise refusal("The photo's data could not be read. Upload it as a file.", TITLE) from None
+    return payload.path
 
 
 def read_photo(path: str | None) -> np.ndarray:

@@ -43,7 +43,7 @@ element.addEventListener('change', event => {
   if (!event.target.matches('.picker-box')) return;
   props.value = [...list.querySelectorAll('input:checked')].map(box => box.value);
   show();
-  trigger('change');
+  trigger('choose');
 });
 document.addEventListener('click', event => { if (!element.contains(event.target)) details.open = false; });
 element.addEventListener('keydown', event => {

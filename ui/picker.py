@@ -18,29 +18,17 @@ MAX_MODELS = 4
 _HERE = Path(__file__).resolve().parent
 
 
-class ModelPicker(gr.HTML):
-    """A gr.HTML whose value is a list of names."""
-
-    is_template = True
-
-    def __init__(self, value: list[str] | None = None, **settings: Any) -> None:
-        super().__init__(
-            value=value or [],
-            html_template=(_HERE / "picker.html").read_text(encoding="utf-8"),
-            js_on_load=(_HERE / "picker.js").read_text(encoding="utf-8"),
-            apply_default_css=False,
-            most=MAX_MODELS,
-            **settings,
-        )
-
-    def api_info(self) -> dict[str, Any]:
-        return {"type": "array", "items": {"type": "string", "enum": list(MODELS)}}
-
-    def example_payload(self) -> list[str]:
-        return list(MODELS)[:1]
-
-    def example_value(self) -> list[str]:
-        return list(MODELS)[:1]
+def model_picker(value: list[str], **settings: Any) -> gr.HTML:
+    """The component. It fires `choose` when a person has chosen."""
+    return gr.HTML(
+        value=value,
+        choices=choices(),
+        most=MAX_MODELS,
+        html_template=(_HERE / "picker.html").read_text(encoding="utf-8"),
+        js_on_load=(_HERE / "picker.js").read_text(encoding="utf-8"),
+        apply_default_css=False,
+        **settings,
+    )
 
 
 def choices(models: Mapping[str, ModelEntry] = MODELS) -> list[dict[str, str]]:
@@ -51,7 +39,7 @@ def choices(models: Mapping[str, ModelEntry] = MODELS) -> list[dict[str, str]]:
     ]
 
 
-def check_choice(names: object) -> list[str]:
+def check_choice(names: Any) -> list[str]:
     """The chosen names if they can all be asked, in the order of MODELS; gr.Error says what to change otherwise."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise refusal("Choose models from the list.", "Models")

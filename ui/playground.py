@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,16 +15,17 @@ import gradio as gr
 from inference.answers import LENGTHS, MAX_CANDIDATES, MAX_SEED, MAX_TEMPERATURE, SKILLS, Request, RequestError
 from recipes import render, save_picture, shrink
 from rewards import DEFAULT, REWARDS, RewardFunction
+from ui import api, reward_functions
 from ui.compare import Comparison, compare, picture_url
+from ui.files import new_file
 from ui.grid import candidate_grid, grid_value
-from ui.link import Settings, read_link
+from ui.link import LINKED, Setup, link_js, read_link
 from ui.messages import refusal, warn
 from ui.photo import photo_input, read_photo
-from ui.picker import ModelPicker, check_choice, choices
+from ui.picker import check_choice, choices, model_picker
 from ui.report import report
 from ui.samples import SAMPLES, strip
-
-HERE = Path(__file__).resolve().parent
+from usage.store import Store
 
 
 @dataclass(frozen=True)
@@ -35,30 +35,37 @@ class Session:
     run: str
     cancel: threading.Event
     photo: str
-    settings: Settings
+    setup: Setup
     comparison: Comparison
 
 
 # ── Handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def open_page(request: gr.Request) -> tuple[Any, ...]:
+def open_page(store: Store, request: gr.Request) -> list[Any]:
     """The page as its address wants it; what the address gets wrong is said and left at its default."""
-    settings, problems = read_link(dict(request.query_params))
+    setup, problems = read_link(dict(request.query_params))
     if problems:
-        warn("Not understood in the link: " + "; ".join(problems), "Some settings were left as they are")
-    photo = str(SAMPLES[settings.photo].path) if settings.photo else None
-    picker = gr.HTML(value=list(settings.models), choices=choices())
-    weights = [settings.reward.weights.get(name, 0.0) for name in REWARDS]
-    prompt, length = choose_skill(settings.skill, settings.prompt)
-    return (
-        photo, settings.photo, picker, settings.skill, prompt, length,
-        settings.n, settings.temperature, settings.seed, *weights,
-    )  # fmt: skip
+        warn("; ".join(problems), "Not everything in this link could be used")
+    prompt, length = choose_skill(setup.skill, setup.prompt)
+    length["value"] = setup.length
+    return [
+        str(SAMPLES[setup.photo].path) if setup.photo else None,
+        gr.HTML(value=list(setup.models), choices=choices()),
+        setup.skill,
+        prompt,
+        length,
+        setup.n,
+        setup.temperature,
+        setup.seed,
+        setup.photo,
+        *reward_functions.to_sliders(setup.reward),
+        gr.update(choices=reward_functions.names(store)),
+    ]
 
 
 def choose_skill(name: str, prompt: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How the prompt and the caption's length look for a skill. A prompt that is another skill's default is replaced."""
+    """How prompt and length look for a skill. A prompt that is another skill's default is replaced."""
     skill = SKILLS[name]
     ours = {other.default_prompt for other in SKILLS.values()} | {""}
     if skill.prompt == "none" or (prompt in ours and skill.prompt == "optional"):
@@ -81,8 +88,8 @@ def choose_sample(event: gr.EventData) -> str:
     return str(sample.path)
 
 
-def check_photo(path: str | None) -> tuple[Any, str]:
-    """What was uploaded, pasted or taken, if it can be used; nothing and a warning if not. Either way it is no sample."""
+def check_photo(path: str | None) -> tuple[str | None, str]:
+    """What was uploaded, pasted or taken if it can be used, else nothing and a warning; and no sample's name."""
     if not path:
         return None, ""
     try:
@@ -90,37 +97,33 @@ def check_photo(path: str | None) -> tuple[Any, str]:
     except gr.Error as error:
         gr.Warning(error.message, title=error.title, duration=12)
         return None, ""
-    return gr.skip(), ""
-
-
-def new_seed() -> int:
-    """A seed that nobody chose."""
-    return secrets.randbelow(10_000)
+    return path, ""
 
 
 def run(
-    photo: str | None, sample: str, names: list[str], skill: str, prompt: str, length: str, n: float,
-    temperature: float, seed: float,
-) -> Iterator[tuple[dict[str, Any], Session, Any, Any]]:  # fmt: skip
+    photo: str | None,
+    names: list[str],
+    skill: str,
+    prompt: str,
+    length: str,
+    n: float,
+    temperature: float,
+    seed: float,
+    sample: str,
+) -> Iterator[tuple[dict[str, Any], Session, Any, Any]]:
     """Asks the models; yields the grid, the session's state and the two buttons. gr.Error says what to mend."""
     names = check_choice(names)
     pixels = read_photo(photo)
     request = ask(pixels, skill, prompt, length, n, temperature, seed)
-    settings = Settings(
-        sample, tuple(names), skill, request.prompt, length, request.n, request.temperature, request.seed
-    )
-    small = shrink(pixels)
-    view = {"src": picture_url(small), "width": pixels.shape[1], "height": pixels.shape[0]}
-    session = Session(secrets.token_hex(8), threading.Event(), str(photo), settings, Comparison(skill))
+    sample = sample if sample in SAMPLES else ""
+    setup = Setup(sample, tuple(names), skill, request.prompt, length, request.n, request.temperature, request.seed)
+    view = {"src": picture_url(shrink(pixels)), "width": pixels.shape[1], "height": pixels.shape[0]}
+    session = Session(secrets.token_hex(8), threading.Event(), str(photo), setup, Comparison(skill))
     for comparison in compare(names, request, session.cancel):
         session = replace(session, comparison=comparison.without_pictures())
         going = comparison.status == "running"
-        yield (
-            grid_value(comparison, session.run, view),
-            session,
-            gr.update(interactive=not going),
-            gr.update(interactive=going),
-        )
+        grid = grid_value(comparison, session.run, view)
+        yield grid, session, gr.update(interactive=not going), gr.update(interactive=going)
 
 
 def ask(photo: Any, skill: str, prompt: str | None, length: str, n: float, temperature: float, seed: float) -> Request:
@@ -142,9 +145,12 @@ def full_picture(session: Session | None, event: gr.EventData) -> str:
     card = _card(session, event._data)
     if session is None or card is None or card.recipe is None:
         raise refusal("That candidate is no longer here. Run again.", "Download")
-    pixels = read_photo(session.photo)
-    path = _folder() / f"{Path(session.photo).stem[:60]}-{session.settings.seed + card.index}.jpg"
-    save_picture(render(pixels, card.recipe), card.recipe, path)
+    picture = render(read_photo(session.photo), card.recipe)
+    path = new_file(f"{Path(session.photo).stem}-{session.setup.seed + card.index}.jpg")
+    try:
+        save_picture(picture, card.recipe, path)
+    except OSError as error:
+        raise refusal(f"The picture could not be written ({error.strerror}). Try again later.", "Download") from None
     return str(path)
 
 
@@ -152,10 +158,9 @@ def json_report(session: Session | None, *weights: float) -> str:
     """The path of a JSON file with the settings, the answers, the scores and the rankings of what is on the screen."""
     if session is None:
         raise refusal("There is nothing to report yet. Run first.", "Report")
-    path = _folder() / "report.json"
-    path.write_text(
-        json.dumps(report(session.settings, session.comparison, reward(weights)), indent=2), encoding="utf-8"
-    )
+    words = json.dumps(report(session.setup, session.comparison, reward(weights)), indent=2)
+    path = new_file("report.json")
+    path.write_text(words + "\n", encoding="utf-8")
     return str(path)
 
 
@@ -174,102 +179,102 @@ def _card(session: Session | None, wanted: Any) -> Any:
     return None
 
 
-def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="playground-"))
-
-
 # ── Layout ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-WEIGHTS_JS = """(...weights) => { document.dispatchEvent(new CustomEvent('playground-weights',
-  {detail: Object.fromEntries(NAMES.map((name, place) => [name, weights[place]]))})); return []; }""".replace(
-    "NAMES", json.dumps(list(REWARDS))
-)
-DELIVER_JS = """file => { const link = document.createElement('a'); link.href = file.url; link.download = file.orig_name || '';
-  document.body.append(link); link.click(); link.remove(); return []; }"""
+WEIGHTS_JS = """(...weights) => {
+  const named = Object.fromEntries(NAMES.map((name, place) => [name, weights[place]]));
+  document.dispatchEvent(new CustomEvent('playground-weights', {detail: named}));
+  return [];
+}""".replace("NAMES", json.dumps(list(REWARDS)))
+DELIVER_JS = """file => {
+  const link = document.createElement('a');
+  link.href = file.url; link.download = file.orig_name || '';
+  document.body.append(link); link.click(); link.remove();
+  return [];
+}"""
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+QUICK: dict[str, Any] = {"queue": False, **PRIVATE}
 
 
-def build() -> None:
+def build(store: Store) -> None:
     """The tab: on the left what is asked, on the right what comes back."""
-    default = Settings()
     session = gr.State(None, time_to_live=6 * 3600)
-    with gr.Row(elem_id="playground"):
-        with gr.Column(elem_id="ask", min_width=320, scale=1):
-            photo = photo_input()
-            sample = strip()
-            skill = gr.Radio(
-                [(entry.title, name) for name, entry in SKILLS.items()],
-                value=default.skill,
-                label="Skill",
-                elem_id="skill",
-            )
-            prompt = gr.Textbox(
-                label="Prompt", lines=2, max_lines=6, elem_id="prompt", placeholder=SKILLS[default.skill].placeholder
-            )
-            length = gr.Radio(list(LENGTHS), value=default.length, label="Length", visible=False, elem_id="length")
-            picker = ModelPicker(list(default.models), choices=choices(), elem_id="models")
-            with gr.Row(elem_classes="settings"):
-                n = gr.Slider(
-                    1,
-                    MAX_CANDIDATES,
-                    default.n,
-                    step=1,
-                    precision=0,
-                    label="Candidates per model",
-                    min_width=120,
-                    buttons=[],
-                )
-                temperature = gr.Slider(
-                    0, MAX_TEMPERATURE, default.temperature, step=0.1, label="Temperature", min_width=120, buttons=[]
-                )
-            with gr.Row(elem_classes="settings"):
-                seed = gr.Number(default.seed, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120)
-                another = gr.Button("New seed", size="sm", min_width=90, elem_id="new-seed")
-            with gr.Row(elem_id="actions"):
-                start = gr.Button("Run", variant="primary", elem_id="run")
-                stop = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
-        with gr.Column(elem_id="results", min_width=320, scale=3):
-            with gr.Row(elem_id="weights"):
-                sliders = [
-                    gr.Slider(
-                        0,
-                        1,
-                        DEFAULT.weights.get(name, 0.0),
-                        step=0.05,
-                        label=name.capitalize(),
-                        min_width=140,
-                        buttons=[],
-                        elem_id=f"weight-{name}",
-                    )
-                    for name in REWARDS
-                ]
-            grid = candidate_grid()
-            with gr.Row(elem_id="outcome"):
-                link = gr.Button("Copy link", size="sm", elem_id="copy-link")
-                reporting = gr.Button("Report (JSON)", size="sm", elem_id="report")
     delivery = gr.File(visible=False)
 
-    asked = [photo, sample, picker, skill, prompt, length, n, temperature, seed]
-    private: dict[str, Any] = {"api_visibility": "private"}
-    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", **private}
-    context = gr.context.Context.root_block
-    assert context is not None
-    context.load(
-        open_page, None, [photo, sample, picker, skill, prompt, length, n, temperature, seed, *sliders], **quick
-    )
-    sample.choose(choose_sample, None, photo, **quick)
-    photo.input(check_photo, photo, [photo, sample], show_progress="hidden", **private)
-    skill.input(choose_skill, [skill, prompt], [prompt, length], **quick)
-    another.click(new_seed, None, seed, **quick)
-    start.click(
-        run, asked, [grid, session, start, stop],
-        concurrency_limit=None, show_progress="hidden", **private,
-    )  # fmt: skip
-    stop.click(cancel, session, None, **quick)
-    gr.on([slider.change for slider in sliders], None, sliders, None, js=WEIGHTS_JS, **private)
-    for trigger, handler, inputs in (
-        (grid.download, full_picture, [session]),
-        (reporting.click, json_report, [session, *sliders]),
-    ):
-        trigger(handler, inputs, delivery, show_progress="hidden", **private).success(
-            None, delivery, None, js=DELIVER_JS, **private
+    def deliver(event: Any, handler: Any, inputs: list[Any]) -> None:
+        event(handler, inputs, delivery, **PRIVATE).success(None, delivery, None, js=DELIVER_JS, **PRIVATE)
+
+    with gr.Row(elem_id="playground"):
+        with gr.Column(elem_id="ask", min_width=320, scale=1):
+            asked, another, start, stop = _question()
+        with gr.Column(elem_id="results", min_width=320, scale=3):
+            with gr.Row(elem_id="weights"):
+                sliders = [_weight(name) for name in REWARDS]
+            saved = reward_functions.build(store, sliders, deliver)
+            grid = candidate_grid()
+            with gr.Row(elem_id="outcome"):
+                link = gr.Button("Copy link", size="sm", elem_id="copy-link", min_width=120)
+                reporting = gr.Button("Report (JSON)", size="sm", elem_id="report", min_width=120)
+    api.build(store)
+
+    photo, picker, skill, prompt, length, n, temperature, seed, sample = asked
+
+    def opened(request: gr.Request) -> list[Any]:
+        return open_page(store, request)
+
+    gr.on(None, opened, None, [*asked, *sliders, saved], **QUICK)
+    sample.choose(choose_sample, None, photo, **QUICK)
+    photo.input(check_photo, photo, [photo, sample], **PRIVATE)
+    skill.input(choose_skill, [skill, prompt], [prompt, length], **QUICK)
+    another.click(None, None, seed, js="() => Math.floor(Math.random() * 10000)", **PRIVATE)
+    start.click(run, asked, [grid, session, start, stop], concurrency_limit=32, **PRIVATE)
+    stop.click(cancel, session, None, **QUICK)
+    gr.on([slider.change for slider in sliders], None, sliders, None, js=WEIGHTS_JS, **PRIVATE)
+    deliver(grid.download, full_picture, [session])
+    deliver(reporting.click, json_report, [session, *sliders])
+
+    linked = [asked[ASKED.index(name)] for name in LINKED] + sliders
+    changes = [sample.choose, picker.choose, seed.change, start.click]
+    changes += [part.input for part in (skill, prompt, length, n, temperature, *sliders)]
+    for change in changes:
+        change(None, linked, None, js=link_js(list(REWARDS), now=False), **PRIVATE)
+    copied = link.click(None, linked, link, js=link_js(list(REWARDS), now=True), **PRIVATE)
+    copied.then(None, None, link, js="() => new Promise(then => setTimeout(then, 1500, 'Copy link'))", **PRIVATE)
+
+
+ASKED = ("upload", "models", "skill", "prompt", "length", "n", "temperature", "seed", "photo")
+
+
+def _question() -> tuple[list[Any], gr.Button, gr.Button, gr.Button]:
+    """The left column: the parts in the order of ASKED, then the buttons for a new seed, to run and to cancel."""
+    default = Setup()
+    photo = photo_input(label="Photo", height=240, elem_id="photo")
+    sample = strip()
+    skills = [(skill.title, name) for name, skill in SKILLS.items()]
+    skill = gr.Radio(skills, value=default.skill, label="Skill", elem_id="skill")
+    placeholder = SKILLS[default.skill].placeholder
+    prompt = gr.Textbox(label="Prompt", lines=2, max_lines=6, placeholder=placeholder, elem_id="prompt")
+    length = gr.Radio(list(LENGTHS), value=default.length, label="Length", visible=False, elem_id="length")
+    picker = model_picker(list(default.models), elem_id="models")
+    with gr.Row(elem_classes="settings"):
+        settings: dict[str, Any] = {"min_width": 120, "buttons": []}
+        n = gr.Slider(1, MAX_CANDIDATES, default.n, step=1, precision=0, label="Candidates", elem_id="n", **settings)
+        temperature = gr.Slider(
+            0, MAX_TEMPERATURE, default.temperature, step=0.1, label="Temperature", elem_id="temperature", **settings
         )
+    with gr.Row(elem_classes="settings"):
+        seed = gr.Number(
+            default.seed, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, elem_id="seed"
+        )
+        another = gr.Button("New seed", size="sm", min_width=90, elem_id="new-seed")
+    with gr.Row(elem_id="actions"):
+        start = gr.Button("Run", variant="primary", elem_id="run", min_width=120)
+        stop = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel", min_width=120)
+    return [photo, picker, skill, prompt, length, n, temperature, seed, sample], another, start, stop
+
+
+def _weight(name: str) -> gr.Slider:
+    start = DEFAULT.weights.get(name, 0.0)
+    return gr.Slider(
+        0, 1, start, step=0.05, label=name.capitalize(), min_width=90, buttons=[], elem_id=f"weight-{name}"
+    )

@@ -8,22 +8,22 @@ from inference.answers import SKILLS
 from recipes import describe
 from rewards import RewardFunction
 from ui.compare import Card, Column, Comparison
-from ui.link import Settings
+from ui.link import Setup
 
 
-def report(settings: Settings, comparison: Comparison, reward: RewardFunction | None) -> dict[str, Any]:
+def report(setup: Setup, comparison: Comparison, reward: RewardFunction | None) -> dict[str, Any]:
     """Plain JSON. `reward` None (all weights zero) leaves every total null."""
     return {
         "settings": {
-            "sample_photo": settings.photo or None,
-            "skill": settings.skill,
-            "prompt": settings.prompt,
-            "length": settings.length,
-            "candidates": settings.n,
-            "temperature": settings.temperature,
-            "seed": settings.seed,
+            "sample_photo": setup.photo or None,
+            "skill": setup.skill,
+            "prompt": setup.prompt,
+            "length": setup.length,
+            "candidates": setup.n,
+            "temperature": setup.temperature,
+            "seed": setup.seed,
         },
-        "reward": reward.to_json() if reward else None,
+        "reward": dict(reward.weights) if reward else None,
         "status": comparison.status,
         "seconds": round(comparison.seconds, 3),
         "models": [_model(column, comparison.skill, reward) for column in comparison.columns],

@@ -73,11 +73,19 @@ _TEMPLATE = """
   {{#each photos}}<button type="button" class="sample" data-file="{{file}}" aria-pressed="false" title="{{thanks}}">
     <img src="{{src}}" alt="{{thanks}}" loading="lazy" height="72"></button>{{/each}}
 </div>
+<p class="samples-thanks"></p>
 """
 
 _SCRIPT = """
-const mark = () => element.querySelectorAll('.sample').forEach(
-  button => button.setAttribute('aria-pressed', String(button.dataset.file === props.value)));
+function mark() {
+  let thanks = '';
+  for (const button of element.querySelectorAll('.sample')) {
+    const chosen = button.dataset.file === props.value;
+    button.setAttribute('aria-pressed', String(chosen));
+    if (chosen) { thanks = button.title; button.scrollIntoView({block: 'nearest', inline: 'center'}); }
+  }
+  element.querySelector('.samples-thanks').textContent = thanks || 'Samples that no training has seen';
+}
 element.addEventListener('click', event => {
   const button = event.target.closest('.sample');
   if (button) { props.value = button.dataset.file; mark(); trigger('choose', {file: button.dataset.file}); }

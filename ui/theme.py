@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gradio as gr
+from gradio import themes
 
 CSS = Path(__file__).resolve().parent / "style.css"
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Ubuntu", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
 
-def theme() -> gr.themes.Base:
+def theme() -> themes.Base:
     """Contrast is at least 4.5 to 1 for text, in light and in dark."""
-    base = gr.themes.Default(
-        primary_hue=gr.themes.colors.blue,
-        secondary_hue=gr.themes.colors.blue,
-        neutral_hue=gr.themes.colors.slate,
-        text_size=gr.themes.sizes.text_sm,
-        spacing_size=gr.themes.sizes.spacing_sm,
-        radius_size=gr.themes.sizes.radius_md,
+    base = themes.Default(
+        primary_hue=themes.colors.blue,
+        secondary_hue=themes.colors.blue,
+        neutral_hue=themes.colors.slate,
+        text_size=themes.sizes.text_sm,
+        spacing_size=themes.sizes.spacing_sm,
+        radius_size=themes.sizes.radius_md,
         font=FONTS,
         font_mono=MONO,
     )
