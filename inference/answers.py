@@ -156,7 +156,7 @@ def recipe_prompt(wish: str = "") -> str:
     ranges = "; ".join(
         f"{name} ({_range(operation)}: {operation.doc})" for name, operation in recipes.OPERATIONS.items()
     )
-    wish = "" if wish == RECIPE_QUESTION else f" The wish: {wish}"
+    wish = "" if wish in ("", RECIPE_QUESTION) else f" The wish: {wish}"
     return (
         "You are a photo editor. Say how this photo should be finished, as one line in exactly this form, with your "
         f"own values: {recipes.Recipe(crop=(5, 0, 95, 100), exposure=20, contrast=10, warmth=-10, sharpening=30)}. "

@@ -67,31 +67,18 @@ def answer(loaded: Loaded, job: Job) -> None:
         _texts(loaded, job, started)
 
 
-def prompt_ids(loaded: Loaded, request: Request, entry: ModelEntry) -> list[int]:
-    """The whole prompt: BOS, the image's placeholders, and the skill's ids around the user's words.
-
-    The suffix of a question is given twice, which is how Moondream was trained.
-    """
-    config = loaded.model.config
-    templates = config.templates
-    before = [config.bos_id] + [config.image_token_id] * config.image_tokens
-    if request.skill == "caption":
-        return before + list(templates["caption"][request.length])
-    if SKILLS[request.skill].output == "regions":
-        around = templates[request.skill]
-        return before + list(around["prefix"]) + _ids(loaded, f" {request.prompt}") + list(around["suffix"])
-    explained = request.skill == "recipe" and not entry.constrained
-    words = recipe_prompt(request.prompt) if explained else request.prompt
-    return before + list(templates["query"]["prefix"]) + _ids(loaded, words) + 2 * list(templates["query"]["suffix"])
+def ask(loaded: Loaded, request: Request, entry: ModelEntry) -> dict[str, torch.Tensor]:
+    """The model's inputs for a request, on its device: one row of ids with its mask, and the photo's crops."""
+    skill, words = request.skill, request.prompt
+    if skill == "recipe":
+        skill, words = "query", words if entry.constrained else recipe_prompt(words)
+    inputs = loaded.processor.prepare(request.photo, skill, words, request.length)
+    return {name: tensor.to(loaded.model.device) for name, tensor in inputs.items()}
 
 
-def _ids(loaded: Loaded, text: str) -> list[int]:
-    return loaded.tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def _room(loaded: Loaded, prompt: Sequence[int], least: int) -> int:
-    """How many tokens fit behind the prompt. Raises InferenceError when that is less than `least`."""
-    room = loaded.model.config.text_config.max_context - len(prompt)
+def _room(loaded: Loaded, prompt: int, least: int) -> int:
+    """How many tokens fit behind a prompt of that many. Raises InferenceError when that is less than `least`."""
+    room = loaded.model.config.text_config.max_context - prompt
     if room < least:
         raise InferenceError(
             "too_long", f"The prompt is too long for this model by {least - room} tokens. Use fewer words."
@@ -99,28 +86,21 @@ def _room(loaded: Loaded, prompt: Sequence[int], least: int) -> int:
     return room
 
 
-def _look(loaded: Loaded, request: Request) -> dict[str, torch.Tensor]:
-    device = loaded.model.device
-    return {name: tensor.to(device) for name, tensor in loaded.image_processor(request.photo).items()}
-
-
 def _texts(loaded: Loaded, job: Job, started: float) -> None:
     request, entry = job.request, job.entry
-    prompt = prompt_ids(loaded, request, entry)
+    inputs = ask(loaded, request, entry)
+    prompt = inputs["input_ids"].shape[1]
     constraint = loaded.constraint if request.skill == "recipe" and entry.constrained else None
     least = constraint.max_tokens if constraint else MIN_NEW_TOKENS
     room = min(_room(loaded, prompt, least), constraint.max_tokens if constraint else MAX_NEW_TOKENS)
     temperature = request.temperature * entry.temperature
     rows = [[i] for i in range(request.n)] if temperature else [list(range(request.n))]
-    processors = [constraint.processor(len(prompt))] if constraint else []
+    processors = [constraint.processor(prompt)] if constraint else []
     if temperature:
         processors += _drawing(temperature, entry.top_p, [request.seed + i for i in range(request.n)])
-    watcher = _Watcher(loaded, job, rows, len(prompt), started)
-    ids = torch.tensor([prompt], device=loaded.model.device)
+    watcher = _Watcher(loaded, job, rows, prompt, started)
     loaded.model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        **_look(loaded, request),
+        **inputs,
         generation_config=_generation(loaded, len(rows), room),
         logits_processor=LogitsProcessorList(processors),
         stopping_criteria=StoppingCriteriaList([watcher]),
@@ -228,24 +208,18 @@ class _Watcher(StoppingCriteria):
     def _text(self, row: int) -> str:
         """The row's text, without control tokens and characters, and without a letter that is only half there."""
         ids = [token for token in self.ids[row] if token not in CONTROL_IDS]
-        lines = self.loaded.tokenizer.decode(ids).rstrip("\ufffd").split("\n")
+        lines = self.loaded.processor.tokenizer.decode(ids).rstrip("\ufffd").split("\n")
         return "\n".join(clean(line) for line in lines).strip()
 
 
 def _regions(loaded: Loaded, job: Job, started: float) -> None:
     request, skill = job.request, job.request.skill
-    prompt = prompt_ids(loaded, request, job.entry)
+    inputs = ask(loaded, request, job.entry)
+    prompt = inputs["input_ids"].shape[1]
     steps = STEPS_PER_OBJECT[skill]
     objects = min(MAX_OBJECTS, _room(loaded, prompt, steps + 1) // steps)
     find = loaded.model.detect if skill == "detect" else loaded.model.point
-    ids = torch.tensor([prompt], device=loaded.model.device)
-    found = find(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        **_look(loaded, request),
-        max_objects=objects,
-        stop=job.stopped,
-    )[0]
+    found = find(**inputs, max_objects=objects, stop=job.stopped)[0]
     if job.stopped():
         raise Stopped
     seconds = time.perf_counter() - started
@@ -255,7 +229,7 @@ def _regions(loaded: Loaded, job: Job, started: float) -> None:
         text=_count(len(regions), "box", "boxes") if skill == "detect" else _count(len(regions), "point", "points"),
         boxes=regions if skill == "detect" else (),
         points=regions if skill == "point" else (),
-        tokens_in=len(prompt),
+        tokens_in=prompt,
         tokens_out=steps * len(regions),
         seconds=seconds,
         first_token_seconds=seconds,

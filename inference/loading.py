@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from tokenizers import Tokenizer
 from transformers import AutoModelForImageTextToText
 
 import recipes
@@ -21,7 +20,8 @@ from inference import weights
 from inference.answers import InferenceError
 from inference.constraint import RecipeConstraint
 from inference.models import ModelEntry
-from inference.moondream import MoondreamConfig, MoondreamForConditionalGeneration, MoondreamImageProcessor
+from inference.moondream import MoondreamForConditionalGeneration, MoondreamProcessor
+from inference.moondream.processing_moondream import load_tokenizer
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_ADAPTERS = 8  # kept on one base
@@ -34,16 +34,9 @@ class Loaded:
     Adapters are put on the same base, so that switching between them costs milliseconds.
     """
 
-    def __init__(self, model: MoondreamForConditionalGeneration, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: MoondreamForConditionalGeneration, processor: MoondreamProcessor) -> None:
         self.model = model
-        self.tokenizer = tokenizer
-        vision = model.config.vision_config
-        self.image_processor = MoondreamImageProcessor(
-            crop_size=vision.crop_size,
-            patch_size=vision.enc_patch_size,
-            max_crops=vision.max_crops,
-            overlap_margin=vision.overlap_margin,
-        )
+        self.processor = processor
         self._peft: PeftModel | None = None
         self._adapters: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._named = 0
@@ -51,7 +44,7 @@ class Loaded:
     @cached_property
     def constraint(self) -> RecipeConstraint:
         """Keeps an answer inside the recipe grammar."""
-        return RecipeConstraint(self.tokenizer, recipes.grammar(), end_id=self.model.config.eos_id)
+        return RecipeConstraint(self.processor.tokenizer, recipes.grammar(), end_id=self.model.config.eos_id)
 
     @contextmanager
     def adapted(self, folder: str | None) -> Iterator[None]:
@@ -99,7 +92,9 @@ class Shelf:
         tokenizer = weights.tokenizer_folder(entry)
         if folder is None or tokenizer is None:
             raise InferenceError("missing_weights", f"{entry.title}: {weights.missing_files(entry)}")
-        key = (*_version(folder / weights.CONFIG), str(tokenizer), str(device))
+        if entry.needs_gpu and device.type == "cpu":
+            raise InferenceError("unavailable", f"{entry.title} needs a GPU, and PyTorch cannot use one here.")
+        key = (*_version(weights.weights_file(folder)), str(tokenizer), device, _dtype(entry, device))
         if key not in self._kept:
             self._make_room()
             self._kept[key] = _load(entry, folder, tokenizer, device)
@@ -118,6 +113,18 @@ class Shelf:
             torch.cuda.empty_cache()
 
 
+@contextmanager
+def explained(kind: str, message: str) -> Iterator[None]:
+    """Whatever goes wrong inside is logged as it is and told as an InferenceError."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        logger.warning("%s", message, exc_info=True)
+        raise InferenceError(kind, message) from error
+
+
 def pick_device() -> torch.device:
     """The fastest device that this installation of PyTorch can use."""
     if torch.cuda.is_available():
@@ -125,41 +132,16 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def check_tokenizer(tokenizer: Tokenizer, config: MoondreamConfig) -> str | None:
-    """What is wrong with a tokenizer for these weights; None when it is the right one.
-
-    The released checkpoint lies beside a stale tokenizer, with which it would write fluent nonsense.
-    """
-    markers = {"<|endoftext|>": config.bos_id, "<|md_reserved_2|>": config.tokenizer_config["answer_id"]}
-    wrong = [text for text, expected in markers.items() if tokenizer.token_to_id(text) != expected]
-    templates = config.templates
-    words = {skill: templates[skill]["prefix"][1:-1] for skill in ("query", "detect", "point")}
-    words |= {"caption": templates["caption"]["normal"][1:2]}
-    words |= {length: ids[3:-1] for length, ids in templates["caption"].items()}
-    wrong += [word for word, ids in words.items() if tokenizer.decode(ids, skip_special_tokens=False).strip() != word]
-    if tokenizer.get_vocab_size() > config.text_config.vocab_size:
-        wrong.append("its size")
-    return f"it disagrees about {', '.join(wrong)}" if wrong else None
-
-
 def _load(entry: ModelEntry, folder: Path, tokenizer_folder: Path, device: torch.device) -> Loaded:
-    if entry.needs_gpu and device.type == "cpu":
-        raise InferenceError("unavailable", f"{entry.title} needs a GPU, and PyTorch cannot use one here.")
-    dtype = _dtype(entry, device)
-    try:
+    with explained("bad_weights", f"The weights of {entry.title} cannot be read. Get them again."):
         model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+            folder, dtype=_dtype(entry, device), local_files_only=True, trust_remote_code=False
         )
-        tokenizer = Tokenizer.from_file(str(tokenizer_folder / weights.TOKENIZER))
-    except Exception as error:
-        logger.warning("loading %s failed", entry.name, exc_info=True)
-        raise InferenceError("bad_weights", f"The files of {entry.title} cannot be read. Get them again.") from error
-    problem = check_tokenizer(tokenizer, model.config)
-    if problem:
-        wanted = f" It must be that of {entry.tokenizer}." if entry.tokenizer else ""
-        raise InferenceError("wrong_tokenizer", f"The tokenizer of {entry.title} is the wrong one: {problem}.{wanted}")
-    tokenizer.encode_special_tokens = True  # a typed "<|endoftext|>" is plain text
-    return Loaded(model.to(device).eval(), tokenizer)
+    right = f"that of {entry.tokenizer}" if entry.tokenizer else "the one that came with its weights"
+    with explained("wrong_tokenizer", f"The tokenizer of {entry.title} is not the right one. It needs {right}."):
+        tokenizer = load_tokenizer(str(tokenizer_folder), model.config.templates)
+        processor = MoondreamProcessor.from_config(model.config, tokenizer)
+    return Loaded(model.to(device).eval(), processor)
 
 
 def _dtype(entry: ModelEntry, device: torch.device) -> torch.dtype:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 import torch
 
-from inference import decoding
+from inference import decoding, loading
 from inference.answers import Event, InferenceError, Request, Waiting
 from inference.decoding import Job
 from inference.loading import Loaded, Shelf, pick_device
@@ -72,11 +72,11 @@ class Engine:
 
     def _adapt(self, stack: ExitStack, loaded: Loaded, entry: ModelEntry) -> None:
         try:
-            stack.enter_context(loaded.adapted(entry.adapter))
-        except Exception as error:
+            with loading.explained("bad_weights", f"The adapter of {entry.title} does not fit its model."):
+                stack.enter_context(loaded.adapted(entry.adapter))
+        except Exception:
             self.shelf.drop(loaded)  # half an adapter may be on it
-            logger.warning("the adapter of %s failed", entry.name, exc_info=True)
-            raise InferenceError("bad_weights", f"The adapter of {entry.title} does not fit its model.") from error
+            raise
 
 
 def explain(error: Exception, entry: ModelEntry) -> InferenceError:

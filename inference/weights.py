@@ -45,6 +45,11 @@ def model_folder(entry: ModelEntry) -> Path | None:
     return Path(entry.source) if _is_model(Path(entry.source)) else None
 
 
+def weights_file(folder: Path) -> Path:
+    """The file that the weights begin in: the only one, or the list of several."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
+
+
 def tokenizer_folder(entry: ModelEntry) -> Path | None:
     """The folder with the tokenizer: the model's own, or that of the tokenizer's repository in the Hub's cache.
 
@@ -76,7 +81,7 @@ def _is_repository(source: str) -> bool:
 
 
 def _is_model(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in WEIGHTS)
+    return (folder / CONFIG).is_file() and weights_file(folder).is_file()
 
 
 def _cached(repository: str, name: str, revision: str | None) -> Path | None:
