@@ -29,11 +29,12 @@ BROWSER_ARGS = (
     "--disable-sync",
 )
 CI = os.environ.get("CI", "").lower() in ("1", "true")
+# Here and not in pytest_configure: the Hub's library reads it when another conftest imports it, which is earlier.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps tests off the network and out of the developer's own data folder."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     data = tempfile.TemporaryDirectory(prefix="playground-tests-")
     os.environ["DATA_DIR"] = data.name

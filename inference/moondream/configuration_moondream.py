@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
 
 # Ids around the user's text as in the checkpoint of 2025-06-21 with the tokenizer moondream/starmie-v1.
 DEFAULT_TEMPLATES: dict[str, Any] = {
@@ -143,9 +144,9 @@ class MoondreamConfig(PreTrainedConfig):
 
     model_type = "moondream1"
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "text_config": MoondreamTextConfig,
-        "vision_config": MoondreamVisionConfig,
-        "region_config": MoondreamRegionConfig,
+        "text_config": SubConfigSpec(MoondreamTextConfig),
+        "vision_config": SubConfigSpec(MoondreamVisionConfig),
+        "region_config": SubConfigSpec(MoondreamRegionConfig),
     }
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 

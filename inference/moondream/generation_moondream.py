@@ -165,9 +165,10 @@ class MoondreamGeneration(GenerationMixin):
         `input_ids`: the ids of the object's name (with its leading space), one list for all images or one per image;
         or finished prompts [B, L] that contain the image placeholders, with `attention_mask` [B, L] when padded at
         the left. The images: `pixel_values` uint8 [N, max_crops+1, 3, S, S] with `image_sizes` [N, 2], or
-        `image_features` [N, T, D]. Further arguments: `max_objects` (default 50, fewer where the context ends), `temperature` (0, the default,
-        takes the likeliest), `num_return_sequences` (so many samples per image, one look for all of them, returned
-        one after the other), `generator` (torch.Generator), `stop` (called before each step; True ends the search).
+        `image_features` [N, T, D]. Further arguments: `max_objects` (default 50, fewer where the context ends),
+        `temperature` (0, the default, takes the likeliest), `num_return_sequences` (so many samples per image, one
+        look for all of them, returned one after the other), `generator` (torch.Generator), `stop` (called before
+        each step; True ends the search).
         A box may reach beyond the image: nothing is clipped.
         """
         return self._regions("detect", input_ids, attention_mask, pixel_values, image_sizes, **kwargs)

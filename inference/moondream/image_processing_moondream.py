@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -141,7 +140,7 @@ def as_rgb(image: Any) -> np.ndarray:
 def _flatten(images: Any) -> list[Any]:
     if isinstance(images, Image.Image) or (hasattr(images, "ndim") and images.ndim <= 3):
         return [images]
-    if isinstance(images, Sequence) or hasattr(images, "ndim"):
+    if isinstance(images, (list, tuple)) or hasattr(images, "ndim"):
         return [photo for item in images for photo in _flatten(item)]
     raise ValueError(f"Not a photo: {type(images).__name__}.")
 

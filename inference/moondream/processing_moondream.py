@@ -220,7 +220,7 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if not set(tokenizer.added_tokens_decoder).intersection(ids):
         return ids
     # A control token that the tokenizer does not count as special: its spelling is broken up.
-    halves = text.replace("<|", "<\0|").split("\0")
+    halves = re.split(r"(?<=<)(?=\|)", text)
     return [i for half in halves for i in tokenizer.encode(half, add_special_tokens=False, split_special_tokens=True)]
 
 

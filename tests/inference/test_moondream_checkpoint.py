@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def rewrite(folder: Path, change) -> None:
+def rewrite(folder: Path, change: Callable[[dict], object]) -> None:
     """Saves the weights again after `change` worked on the dictionary."""
     weights = load_file(folder / WEIGHTS)
     change(weights)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def edit_config(folder: Path, change) -> None:
+def edit_config(folder: Path, change: Callable[[dict], object]) -> None:
     config = json.loads((folder / "config.json").read_text())
     change(config)
     (folder / "config.json").write_text(json.dumps(config))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 
@@ -25,7 +25,7 @@ def counted(reference: Reference) -> Iterator[dict[str, int]]:
     counts = {"crops": 0, "tokens": 0}
     vision, block = reference.model.model.vision, reference.model.model.text.blocks[0]
 
-    def count(name: str):
+    def count(name: str) -> Callable:
         return lambda module, given: counts.update({name: counts[name] + given[0].shape[0] * given[0].shape[1]})
 
     hooks = [
