@@ -88,7 +88,7 @@ class _Processor(LogitsProcessor):
         self.constraint = constraint
         self.prompt_length = prompt_length
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
         allowed = self.constraint.next_mask(input_ids[:, self.prompt_length :], scores.shape[-1])
         return scores.masked_fill(~allowed, -torch.inf)
 

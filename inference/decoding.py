@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import (
@@ -139,7 +140,7 @@ class _Draw(LogitsProcessor):
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
         waits = [torch.empty(scores.shape[1]).exponential_(generator=generator) for generator in self.generators]
         noise = -torch.stack(waits).clamp(min=torch.finfo(torch.float32).tiny).log()
         drawn = (scores.float() + noise.to(scores.device)).argmax(-1, keepdim=True)
@@ -160,7 +161,7 @@ class _Watcher(StoppingCriteria):
         self.first = 0.0
         self.told = -1.0
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
         now = time.perf_counter() - self.started
         self.first = self.first or now
         for row, token in enumerate(input_ids[:, -1].tolist()):
@@ -223,14 +224,15 @@ def _regions(loaded: Loaded, job: Job, started: float) -> None:
     if job.stopped():
         raise Stopped
     seconds = time.perf_counter() - started
-    regions = tuple(_clipped(region) for region in found)
+    boxes = tuple(Box(**_clipped(region)) for region in found if skill == "detect")
+    points = tuple(Point(**_clipped(region)) for region in found if skill == "point")
     first = Answer(
         index=0,
-        text=_count(len(regions), "box", "boxes") if skill == "detect" else _count(len(regions), "point", "points"),
-        boxes=regions if skill == "detect" else (),
-        points=regions if skill == "point" else (),
+        text=_count(len(boxes), "box", "boxes") if skill == "detect" else _count(len(points), "point", "points"),
+        boxes=boxes,
+        points=points,
         tokens_in=prompt,
-        tokens_out=steps * len(regions),
+        tokens_out=steps * len(found),
         seconds=seconds,
         first_token_seconds=seconds,
         queue_seconds=started - job.arrived,
@@ -239,10 +241,9 @@ def _regions(loaded: Loaded, job: Job, started: float) -> None:
         job.emit(replace(first, index=index))
 
 
-def _clipped(region: dict[str, float]) -> Box | Point:
+def _clipped(region: dict[str, float]) -> dict[str, float]:
     """A box may reach beyond the photo, as the model gives it; what is shown does not."""
-    inside = {name: min(max(float(value), 0.0), 1.0) for name, value in region.items()}
-    return Box(**inside) if "x_min" in inside else Point(**inside)
+    return {name: min(max(float(value), 0.0), 1.0) for name, value in region.items()}
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText
 
 import recipes
 from inference import weights
@@ -35,7 +35,7 @@ class Loaded:
     """
 
     def __init__(self, model: MoondreamForConditionalGeneration, processor: MoondreamProcessor) -> None:
-        self.model = model
+        self.model: Any = model  # the library's own annotations of generate() fit no model
         self.processor = processor
         self._peft: PeftModel | None = None
         self._adapters: OrderedDict[tuple[str, int], str] = OrderedDict()
@@ -60,10 +60,11 @@ class Loaded:
         if key not in self._adapters:
             self._adapters[key] = self._add(folder)
         self._adapters.move_to_end(key)
-        self._peft.set_adapter(self._adapters[key])
+        peft = cast(PeftModel, self._peft)
+        peft.set_adapter(self._adapters[key])
         while len(self._adapters) > MAX_ADAPTERS:
             _, oldest = self._adapters.popitem(last=False)
-            self._peft.delete_adapter(oldest)
+            peft.delete_adapter(oldest)
 
     def _add(self, folder: Path) -> str:
         self._named += 1
@@ -134,7 +135,7 @@ def pick_device() -> torch.device:
 
 def _load(entry: ModelEntry, folder: Path, tokenizer_folder: Path, device: torch.device) -> Loaded:
     with explained("bad_weights", f"The weights of {entry.title} cannot be read. Get them again."):
-        model = AutoModelForImageTextToText.from_pretrained(
+        model = MoondreamForConditionalGeneration.from_pretrained(
             folder, dtype=_dtype(entry, device), local_files_only=True, trust_remote_code=False
         )
     right = f"that of {entry.tokenizer}" if entry.tokenizer else "the one that came with its weights"
