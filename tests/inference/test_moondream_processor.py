@@ -1,4 +1,4 @@
-"""Moondream's processor: prompts in template ids, text that cannot type control tokens, save and reload, stale files."""
+"""Moondream's processor: prompts in template ids, text that cannot type control tokens, save and reload."""
 
 from __future__ import annotations
 
