@@ -1,1 +1,1 @@
-"""Makes models: the embedded one from scratch, and better ones by reinforcement."""
+"""Training: the embedded model's own pre-training, and what its supervision is computed from."""

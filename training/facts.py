@@ -1,0 +1,345 @@
+"""What can be said of a photo by measuring its pixels: attributes, colours, areas, and captions made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from recipes.render import shrink
+
+FACT_SIDE = 256  # px: photos are measured at this long side, so that a fact does not depend on the file's size
+AREA_GRID = 16  # cells a side of the grid on which areas are found
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One measured property and the words for its ranges.
+
+    ``classes`` are (word, low, high) in ``unit``. A statement is true when the measured value lies in its range,
+    widened by ``tolerance`` on both sides: nobody can tell L* 37.9 from L* 38.1, and no caption should have to.
+    """
+
+    name: str
+    unit: str
+    classes: tuple[tuple[str, float, float], ...]
+    tolerance: float
+    sentence: str
+    questions: tuple[str, ...]
+
+    def word(self, value: float) -> str:
+        """The class of a measured value."""
+        return next(word for word, low, high in self.classes if low <= value < high)
+
+    def is_true(self, word: str, value: float) -> bool:
+        """Whether `word` may be said of a photo that measures `value`."""
+        return any(word == w and low - self.tolerance <= value < high + self.tolerance for w, low, high in self.classes)
+
+
+INF = float("inf")
+ATTRIBUTES: dict[str, Attribute] = {
+    a.name: a
+    for a in (
+        Attribute(
+            "brightness",
+            "mean L*",
+            (("dark", -INF, 40.0), ("medium", 40.0, 60.0), ("bright", 60.0, INF)),
+            4.0,
+            "The brightness is {}.",
+            ("How bright is this photo?", "Is this photo bright or dark?", "brightness?", "Is it well exposed?"),
+        ),
+        Attribute(
+            "contrast",
+            "standard deviation of L*",
+            (("low", -INF, 15.0), ("medium", 15.0, 25.0), ("high", 25.0, INF)),
+            2.5,
+            "The contrast is {}.",
+            ("How is the contrast?", "Does it have much contrast?", "contrast?", "Is the contrast high or low?"),
+        ),
+        Attribute(
+            "colours",
+            "mean chroma",
+            (("grey", -INF, 5.0), ("muted", 5.0, 17.0), ("vivid", 17.0, INF)),
+            2.5,
+            "The colours are {}.",
+            ("Are the colours vivid?", "How strong are the colours?", "Are the colours muted or vivid?", "colours?"),
+        ),
+        Attribute(
+            "warmth",
+            "mean b*",
+            (("cool", -INF, -3.0), ("neutral", -3.0, 7.0), ("warm", 7.0, INF)),
+            2.5,
+            "The light is {}.",
+            ("Is it warm or cool?", "Are the colours warm or cool?", "How warm is the light?", "warmth?"),
+        ),
+        Attribute(
+            "sharpness",
+            "1 - blur (Crete et al. 2007)",
+            (("soft", -INF, 0.60), ("fair", 0.60, 0.68), ("sharp", 0.68, INF)),
+            0.04,
+            "The sharpness is {}.",
+            ("Is this photo sharp?", "How sharp is it?", "Is it blurred?", "sharpness?"),
+        ),
+        Attribute(
+            "orientation",
+            "width / height",
+            (("portrait", -INF, 0.9), ("square", 0.9, 1.11), ("landscape", 1.11, INF)),
+            0.02,
+            "It is a {} picture.",
+            ("Is it portrait or landscape?", "What is the orientation?", "orientation?", "Which way is it held?"),
+        ),
+    )
+}
+SUBJECT_QUESTIONS = ("Where is the subject?", "Where is the main subject?", "subject?", "Where should I look?")
+COLOUR_QUESTIONS = ("What are the main colours?", "Which colours does it have?", "main colour?", "What colour is it?")
+UNKNOWN_ANSWER = "I am a small demonstration model and cannot tell."
+UNKNOWN_QUESTIONS = (
+    "Who is in this photo?", "How many people are there?", "What is the man doing?", "Is there a dog?", "What is this?",
+    "Where was it taken?", "What does the sign say?", "Is it raining?", "What time is it?", "What animal is it?",
+    "Read the text.", "How old is she?", "Which city is this?", "What is the weather like?", "Is anyone smiling?",
+    "What kind of car is it?", "What food is on the table?", "Tell me a story.", "Is it day or night?", "Hello",
+)  # fmt: skip
+COLOUR_NAMES = (
+    "black", "white", "grey", "red", "brown", "orange", "yellow", "green", "teal", "blue", "purple",
+)  # fmt: skip
+AREAS = ("brightest area", "darkest area", "most colourful area", "sharpest area", "main subject")
+UNKNOWN_OBJECTS = (
+    "dog", "cat", "car", "person", "face", "tree", "sign", "bird", "boat", "table", "cup", "phone", "horse", "house",
+)  # fmt: skip
+COLUMNS, ROWS = ("left", "centre", "right"), ("top", "middle", "bottom")
+PLACE_TOLERANCE = 0.06
+
+
+@dataclass(frozen=True)
+class Area:
+    """Where a photo is most of something. Coordinates 0..1, x to the right, y down.
+
+    box: (x_min, y_min, x_max, y_max). point: (x, y), the centre of gravity of the area inside its box.
+    level: [AREA_GRID, AREA_GRID] float, the map less its threshold; positive cells belong to such an area.
+    """
+
+    box: tuple[float, float, float, float]
+    point: tuple[float, float]
+    level: np.ndarray
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that `measure` found. values: attribute -> number. shares: colour name -> share of the pixels, 0..1."""
+
+    values: dict[str, float]
+    shares: dict[str, float]
+    subject: tuple[float, float]
+
+    def main_colours(self) -> list[str]:
+        """The most frequent colour, and a second one where it covers at least 18 % of the photo."""
+        ranked = sorted(self.shares, key=lambda name: -self.shares[name])
+        return ranked[: 2 if self.shares[ranked[1]] >= 0.18 else 1]
+
+    def colour_is_true(self, name: str, main: bool) -> bool:
+        """A main colour has at least 0.7 of the largest share; any other one mentioned covers at least 10 %."""
+        share = self.shares.get(name, 0.0)
+        return share >= 0.7 * max(self.shares.values()) if main else share >= 0.10
+
+    def place(self) -> tuple[str, str]:
+        """(row, column) of the subject on a grid of thirds."""
+        x, y = self.subject
+        return ROWS[min(int(y * 3), 2)], COLUMNS[min(int(x * 3), 2)]
+
+    def place_is_true(self, row: str, column: str) -> bool:
+        """Whether the subject's centre lies in that third, give or take `PLACE_TOLERANCE` of a side."""
+        x, y = self.subject
+        inside = [
+            index / 3 - PLACE_TOLERANCE <= v <= (index + 1) / 3 + PLACE_TOLERANCE
+            for index, v in ((COLUMNS.index(column), x), (ROWS.index(row), y))
+        ]
+        return all(inside)
+
+
+def lab(photo: np.ndarray) -> np.ndarray:
+    """CIELAB of an RGB uint8 photo, float32 [H, W, 3]: L* 0..100, a* and b* about -127..127."""
+    return cv2.cvtColor(np.ascontiguousarray(photo, np.float32) / 255.0, cv2.COLOR_RGB2LAB)
+
+
+def unblur(luma: np.ndarray) -> float:
+    """1 - the no-reference blur measure of Crete et al. (2007), "The blur effect", on luminance [H, W], 0..1.
+
+    What a further 9-tap box blur takes away from the neighbouring differences: much from a sharp picture.
+    """
+    worst = 0.0
+    for kernel, axis in (((9, 1), 1), ((1, 9), 0)):
+        soft = cv2.blur(luma, kernel)
+        before, after = np.abs(np.diff(luma, axis=axis)), np.abs(np.diff(soft, axis=axis))
+        total = float(before.sum())
+        lost = float(np.maximum(before - after, 0).sum())
+        worst = max(worst, (total - lost) / total if total > 1e-6 else 1.0)
+    return 1.0 - worst
+
+
+def colour_shares(image: np.ndarray) -> dict[str, float]:
+    """Share of the pixels of each of `COLOUR_NAMES`, from CIELAB [H, W, 3]: black, white and grey below chroma 9."""
+    light, a, b = (image[..., i] for i in range(3))
+    chroma, hue = np.hypot(a, b), np.degrees(np.arctan2(b, a)) % 360
+    edges = (
+        (45, "red"),
+        (80, "orange"),
+        (105, "yellow"),
+        (185, "green"),
+        (235, "teal"),
+        (305, "blue"),
+        (340, "purple"),
+    )
+    index = np.full(light.shape, COLOUR_NAMES.index("red"))
+    low = 0
+    for high, name in edges:
+        index[(hue >= low) & (hue < high)] = COLOUR_NAMES.index(name)
+        low = high
+    index[(index == COLOUR_NAMES.index("orange")) & (light < 58)] = COLOUR_NAMES.index("brown")
+    plain = chroma < 9
+    index[plain] = COLOUR_NAMES.index("grey")
+    index[plain & (light > 78)] = COLOUR_NAMES.index("white")
+    index[(light < 22) & (chroma < 16)] = COLOUR_NAMES.index("black")
+    counts = np.bincount(index.ravel(), minlength=len(COLOUR_NAMES)) / index.size
+    return dict(zip(COLOUR_NAMES, counts.tolist(), strict=True))
+
+
+def saliency(image: np.ndarray) -> np.ndarray:
+    """How far each pixel of a CIELAB image is from the photo's mean colour, held to the middle, [H, W].
+
+    Achanta et al. (2009), "Frequency-tuned salient region detection", times a Gaussian centre prior of 0.35 sides.
+    """
+    soft = cv2.GaussianBlur(image, (0, 0), max(image.shape[:2]) * 0.02)
+    distance = np.linalg.norm(soft - image.reshape(-1, 3).mean(0), axis=-1)
+    height, width = distance.shape
+    y = (np.arange(height) + 0.5) / height - 0.5
+    x = (np.arange(width) + 0.5) / width - 0.5
+    return distance * np.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * 0.35**2)).astype(np.float32)
+
+
+def best_rectangle(level: np.ndarray) -> tuple[int, int, int, int]:
+    """The rectangle of greatest sum in a [G, G] grid (Kadane's algorithm over all pairs of rows).
+
+    Returns (left, top, right, bottom) in cells, right and bottom exclusive.
+    """
+    size = level.shape[0]
+    below = np.vstack([np.zeros((1, level.shape[1])), np.cumsum(level, axis=0)])
+    best, found = -np.inf, (0, 0, size, size)
+    for top in range(size):
+        for bottom in range(top + 1, size + 1):
+            running, start = 0.0, 0
+            for column, value in enumerate((below[bottom] - below[top]).tolist()):
+                if running <= 0:
+                    running, start = 0.0, column
+                running += value
+                if running > best:
+                    best, found = running, (start, top, column + 1, bottom)
+    return found
+
+
+def area_of(heat: np.ndarray) -> Area:
+    """The area of a heat map [H, W]: the rectangle that gathers most above its mean + 0.6 standard deviations."""
+    grid = cv2.resize(heat.astype(np.float32), (AREA_GRID, AREA_GRID), interpolation=cv2.INTER_AREA)
+    grid = cv2.GaussianBlur(grid, (0, 0), 1.0, borderType=cv2.BORDER_REPLICATE)
+    level = grid - (grid.mean() + 0.6 * grid.std())
+    left, top, right, bottom = best_rectangle(level)
+    inside = np.maximum(level[top:bottom, left:right], 1e-6)
+    y = float((inside.sum(1) * (np.arange(top, bottom) + 0.5)).sum() / inside.sum()) / AREA_GRID
+    x = float((inside.sum(0) * (np.arange(left, right) + 0.5)).sum() / inside.sum()) / AREA_GRID
+    box = (left / AREA_GRID, top / AREA_GRID, right / AREA_GRID, bottom / AREA_GRID)
+    return Area(box, (x, y), level)
+
+
+def areas(photo: np.ndarray, names: tuple[str, ...] = AREAS) -> dict[str, Area]:
+    """The named `AREAS` of an RGB uint8 photo [H, W, 3]."""
+    image = lab(shrink(photo, FACT_SIDE))
+    light = image[..., 0]
+    heat = {
+        "brightest area": lambda: light,
+        "darkest area": lambda: -light,
+        "most colourful area": lambda: np.hypot(image[..., 1], image[..., 2]),
+        "sharpest area": lambda: np.sqrt(
+            cv2.GaussianBlur(np.abs(cv2.Laplacian(light, cv2.CV_32F)), (0, 0), FACT_SIDE * 0.03)
+        ),
+        "main subject": lambda: saliency(image),
+    }
+    return {name: area_of(heat[name]()) for name in names}
+
+
+def measure(photo: np.ndarray) -> Facts:
+    """The facts of an RGB uint8 photo [H, W, 3], measured at `FACT_SIDE`."""
+    small = shrink(photo, FACT_SIDE)
+    image = lab(small)
+    light = image[..., 0]
+    values = {
+        "brightness": float(light.mean()),
+        "contrast": float(light.std()),
+        "colours": float(np.hypot(image[..., 1], image[..., 2]).mean()),
+        "warmth": float(image[..., 2].mean()),
+        "sharpness": unblur(light),
+        "orientation": photo.shape[1] / photo.shape[0],
+    }
+    return Facts(values, colour_shares(image), area_of(saliency(image)).point)
+
+
+def colour_sentence(facts: Facts) -> str:
+    """For example "It is mostly blue, with grey."."""
+    colours = facts.main_colours()
+    return f"It is mostly {colours[0]}" + (f", with {colours[1]}." if len(colours) > 1 else ".")
+
+
+def place_sentence(facts: Facts) -> str:
+    """For example "The subject is at the middle left."."""
+    return "The subject is at the {} {}.".format(*facts.place())
+
+
+def caption(facts: Facts, length: str) -> str:
+    """A caption of computed facts, `length` one of short, normal, long."""
+    words = {name: a.word(facts.values[name]) for name, a in ATTRIBUTES.items()}
+    if length == "short":
+        return f"A {words['brightness']}, {words['warmth']} {words['orientation']} picture."
+    sentences = [ATTRIBUTES[name].sentence.format(words[name]) for name in ("orientation", "brightness", "warmth")]
+    sentences.append(colour_sentence(facts))
+    if length == "long":
+        sentences += [ATTRIBUTES[name].sentence.format(words[name]) for name in ("contrast", "colours", "sharpness")]
+        sentences.append(place_sentence(facts))
+    return " ".join(sentences)
+
+
+def question_and_answer(facts: Facts, rng: np.random.Generator) -> tuple[str, str]:
+    """A random question that the model may be asked and its true answer, or a question that it must decline."""
+    kind = rng.integers(len(ATTRIBUTES) + 3)
+    if kind < len(ATTRIBUTES):
+        attribute = list(ATTRIBUTES.values())[kind]
+        answer = attribute.sentence.format(attribute.word(facts.values[attribute.name]))
+        return str(rng.choice(attribute.questions)), answer
+    if kind == len(ATTRIBUTES):
+        return str(rng.choice(COLOUR_QUESTIONS)), colour_sentence(facts)
+    if kind == len(ATTRIBUTES) + 1:
+        return str(rng.choice(SUBJECT_QUESTIONS)), place_sentence(facts)
+    return str(rng.choice(UNKNOWN_QUESTIONS)), UNKNOWN_ANSWER
+
+
+def judge(text: str, facts: Facts) -> list[tuple[str, bool]]:
+    """Every fact that a sentence of this module's wording states, as (fact, whether it is true)."""
+    found: list[tuple[str, bool]] = []
+    words = text.replace(",", " ").replace(".", " ").split()
+    for sentence in text.split("."):
+        tokens = sentence.replace(",", " ").split()
+        for name, attribute in ATTRIBUTES.items():
+            stem = attribute.sentence.split("{}")[0].strip()
+            if sentence.strip().startswith(stem):
+                word = sentence.strip()[len(stem) :].split()[0] if sentence.strip()[len(stem) :].split() else ""
+                if any(word == w for w, _, _ in attribute.classes):
+                    found.append((f"{name}: {word}", attribute.is_true(word, facts.values[name])))
+        if tokens[:3] == ["It", "is", "mostly"]:
+            names = [w for w in tokens[3:] if w in COLOUR_NAMES]
+            found += [(f"colour: {n}", facts.colour_is_true(n, main=i == 0)) for i, n in enumerate(names)]
+        if tokens[:5] == ["The", "subject", "is", "at", "the"] and len(tokens) == 7:
+            row, column = tokens[5], tokens[6]
+            if row in ROWS and column in COLUMNS:
+                found.append((f"subject: {row} {column}", facts.place_is_true(row, column)))
+    if words[:1] == ["A"] and words[-1:] == ["picture"] and len(words) == 5:
+        for name, word in zip(("brightness", "warmth", "orientation"), words[1:4], strict=True):
+            found.append((f"{name}: {word}", ATTRIBUTES[name].is_true(word, facts.values[name])))
+    return found

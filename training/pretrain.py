@@ -1,0 +1,216 @@
+"""`python -m training.pretrain`: trains moondream-tiny, the embedded model, from scratch on the bundled photos.
+
+Reproducible from a seed (each step's batch is a function of seed and step), resumable (`--resume` goes on from the last
+checkpoint of the working folder), on two CPU cores. What it learns is described in `lessons`, how well in `quality`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from inference.moondream import (
+    MoondreamConfig,
+    MoondreamForConditionalGeneration,
+    MoondreamImageProcessor,
+)
+from recipes import load_photo
+from training.card import export, model_card
+from training.lessons import Lessons, every_text
+from training.objective import WEIGHTS, recipe_segments, step_loss
+from training.photos import bundled
+from training.quality import Reader, evaluate, held_out
+from training.tokenizer import build_tokenizer, templates
+
+OUT = Path(__file__).resolve().parent.parent / "assets" / "moondream-tiny"
+VOCABULARY = 1024
+TINY = {
+    "text": {"dim": 192, "ff_dim": 768, "n_layers": 4, "n_heads": 3, "vocab_size": VOCABULARY, "max_context": 2048},
+    "vision": {
+        "enc_dim": 128, "enc_n_layers": 4, "enc_ff_dim": 384, "enc_n_heads": 4, "enc_patch_size": 14,
+        "proj_out_dim": 192, "proj_inner_dim": 384, "crop_size": 112, "max_crops": 8, "overlap_margin": 1,
+    },
+    "region": {
+        "dim": 192, "coord_feat_dim": 256, "coord_out_dim": 1024, "size_feat_dim": 512, "size_out_dim": 2048,
+        "inner_dim": 128,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A training run: seed, steps, images per step, peak learning rate, moving average of the weights."""
+
+    seed: int = 7
+    steps: int = 3000
+    batch: int = 16
+    learning_rate: float = 1.5e-3
+    warmup: int = 100
+    average: float = 0.998
+    threads: int = 1
+
+
+class Average:
+    """An exponential moving average of a model's weights, which is what is shipped."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Moves the average towards the model; faster in the first steps."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            self.weights[name].lerp_(value, 1 - decay)
+
+
+def rate(step: int, settings: Settings) -> float:
+    """Learning rate as a share of its peak: linear warm-up, then a cosine down to 2 %."""
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Batches(torch.utils.data.Dataset):
+    """`Lessons` with the photos already cut into crops, made in a worker process while the model computes."""
+
+    def __init__(self, lessons: Lessons, image_processor: MoondreamImageProcessor) -> None:
+        self.lessons, self.image_processor = lessons, image_processor
+
+    def __len__(self) -> int:
+        return len(self.lessons)
+
+    def __getitem__(self, step: int) -> tuple[dict, dict]:
+        torch.set_num_threads(1)
+        lessons = self.lessons[step]
+        return dict(self.image_processor(lessons.pop("images"), return_tensors="pt")), lessons
+
+
+Parts = tuple[MoondreamForConditionalGeneration, MoondreamImageProcessor, PreTrainedTokenizerFast]
+
+
+def build(settings: Settings, photos: list[np.ndarray]) -> Parts:
+    """Fresh weights, image processor, and the tokenizer of what is said of the photos."""
+    tokenizer = build_tokenizer(every_text(photos), VOCABULARY)
+    around = templates(tokenizer)
+    torch.manual_seed(settings.seed)
+    model = MoondreamForConditionalGeneration(MoondreamConfig(config={**TINY, "tokenizer": {"templates": around}}))
+    vision = TINY["vision"]
+    image_processor = MoondreamImageProcessor(
+        crop_size=vision["crop_size"],
+        patch_size=vision["enc_patch_size"],
+        max_crops=vision["max_crops"],
+        overlap_margin=vision["overlap_margin"],
+    )
+    return model, image_processor, tokenizer
+
+
+def optimiser(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    """Writes a checkpoint so that a killed process leaves the last good one."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def note(path: Path, numbers: dict) -> None:
+    """Adds a line of JSON to a file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(numbers) + "\n")
+
+
+def train(
+    settings: Settings, work: Path, photos: list[np.ndarray], resume: bool, save_every: int = 100, workers: int = 1
+) -> tuple[Parts, float]:
+    """Trains on photos (uint8 RGB); returns the parts, with averaged weights, and the seconds that it took in all.
+
+    `work` gets `checkpoint.pt` every `save_every` steps and one line per 20 steps in `metrics.jsonl`.
+    """
+    torch.set_num_threads(settings.threads)
+    work.mkdir(parents=True, exist_ok=True)
+    model, image_processor, tokenizer = build(settings, photos)
+    average, optimizer = Average(model, settings.average), optimiser(model, settings)
+    first, spent = 0, 0.0
+    checkpoint = work / "checkpoint.pt"
+    if resume and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        if state["settings"] != asdict(settings):
+            raise SystemExit(
+                f"{checkpoint} belongs to other settings: {state['settings']}. Use them, or another --work."
+            )
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.weights, first, spent = state["average"], state["step"], state["seconds"]
+    lessons = Lessons(photos, tokenizer, model.config.templates, settings.batch, settings.seed, settings.steps)
+    apart = {"num_workers": workers, "prefetch_factor": 4, "multiprocessing_context": "spawn"} if workers else {}
+    loader = DataLoader(Batches(lessons, image_processor), None, sampler=range(first, settings.steps), **apart)
+    segments = recipe_segments(tokenizer)
+    started = time.monotonic() - spent
+    progress = tqdm(loader, initial=first, total=settings.steps, unit="step", file=sys.stdout, mininterval=5)
+    for step, (images, lesson) in enumerate(progress, first):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * rate(step, settings)
+        losses = step_loss(model, images, lesson, segments)
+        optimizer.zero_grad()
+        sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update(model, step)
+        last = step + 1 == settings.steps
+        if step % 20 == 0 or last:
+            numbers = {name: round(value.item(), 4) for name, value in losses.items()}
+            progress.set_postfix(numbers)
+            note(work / "metrics.jsonl", {"step": step, "seconds": round(time.monotonic() - started, 1), **numbers})
+        if (step + 1) % save_every == 0 or last:
+            state = {"settings": asdict(settings), "step": step + 1, "seconds": time.monotonic() - started}
+            state |= {"model": model.state_dict(), "average": average.weights, "optimizer": optimizer.state_dict()}
+            save_atomically(state, checkpoint)
+    model.load_state_dict(average.weights)
+    return (model.eval(), image_processor, tokenizer), time.monotonic() - started
+
+
+def main() -> None:
+    """Trains, measures and writes the model folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the model (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="folder of checkpoints and metrics")
+    parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--threads", type=int, default=Settings.threads)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --work")
+    args = parser.parse_args()
+    settings = Settings(seed=args.seed, steps=args.steps, threads=args.threads)
+    photos = [load_photo(info.path) for info in bundled("train")]
+    (model, image_processor, tokenizer), seconds = train(settings, args.work, photos, args.resume)
+    print(f"Trained in {seconds / 60:.1f} minutes. Measuring on the held-out photos ...")
+    model = model.to(torch.float16).to(torch.float32)  # measured as it is shipped
+    figures = evaluate(Reader(model, image_processor, tokenizer), held_out())
+    export(model, image_processor, tokenizer, args.out, model_card(asdict(settings), model, figures, seconds), figures)
+    print(json.dumps(figures, indent=1))
+    print(f"Written to {args.out}.")
+
+
+if __name__ == "__main__":
+    main()
