@@ -110,14 +110,15 @@ def _texts(loaded: Loaded, job: Job, started: float) -> None:
 
 
 def _generation(loaded: Loaded, rows: int, new_tokens: int) -> GenerationConfig:
-    """Sampling from whatever the processors leave, without warping of its own; never a control token but the end."""
+    """Takes whatever the processors leave, without warping of its own; never a control token but the end.
+
+    Several rows need `do_sample`, which then has nothing left to choose: the processors leave one token per row.
+    """
     config = loaded.model.config
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if rows > 1 else {"do_sample": False}
     return GenerationConfig(
-        do_sample=rows > 1,
+        **plain,
         num_return_sequences=rows,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
         max_new_tokens=new_tokens,
         eos_token_id=config.eos_id,
         pad_token_id=config.eos_id,

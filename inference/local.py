@@ -19,7 +19,9 @@ from inference.loading import Loaded, Shelf, pick_device
 from inference.models import ModelEntry
 from inference.turns import Stopped, Turns
 
-MAX_THREADS = 2  # a small model gains nothing from more, and the screen needs the rest
+# Small models gain nothing from a second thread, and beside a training run two threads that wait for each other at
+# every operation are many times slower than one.
+THREADS = 1
 logger = logging.getLogger(__name__)
 
 
@@ -61,7 +63,7 @@ class Engine:
             job.emit(None)
 
     def _compute(self, job: Job) -> None:
-        torch.set_num_threads(min(MAX_THREADS, torch.get_num_threads()))
+        torch.set_num_threads(THREADS)
         loaded = self.shelf.get(job.entry, self.device)
         with ExitStack() as stack:
             self._adapt(stack, loaded, job.entry)
