@@ -1,0 +1,103 @@
+"""moondream-tiny: eight candidate recipes for one photo, and how well it sees held-out photos (from its model card)."""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from inference.answers import Answer, Request
+from inference.models import TINY, answer
+from recipes import load_photo
+from training.photos import bundled
+
+RUNS = 7
+
+
+def ask(n: int, seed: int) -> list[Answer]:
+    """One request of `n` recipes through the same call as the playground's."""
+    photo = load_photo(bundled("held-out")[0].path)
+    request = Request(photo=photo, skill="recipe", n=n, temperature=1.0, seed=seed)
+    return [event for event in answer("moondream-tiny", request) if isinstance(event, Answer)]
+
+
+def timed(n: int, seed: int) -> float:
+    """Seconds of one request."""
+    start = time.perf_counter()
+    if len(ask(n, seed)) != n:
+        raise RuntimeError(f"moondream-tiny did not give {n} recipes")
+    return time.perf_counter() - start
+
+
+def peak_memory() -> dict[str, float]:
+    """Peak resident memory (MiB) of a fresh process before and after eight candidates."""
+    code = "from bench.tiny import in_process; in_process()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def in_process() -> None:
+    """Prints this process's peak memory after loading torch alone, and after eight candidates."""
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    ask(8, 0)
+    print(json.dumps({"libraries": before, "answered": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+
+
+def rows() -> list[dict[str, Any]]:
+    """Speed, memory and the measured quality."""
+    timed(8, 0)  # loads the model
+    together = statistics.median(timed(8, seed) for seed in range(RUNS))
+    apart = statistics.median(sum(timed(1, seed + i) for i in range(8)) for seed in range(3))
+    distinct = statistics.median(len({a.text for a in ask(8, 10 * seed)}) for seed in range(5))
+    memory = peak_memory()
+    measured = json.loads((Path(TINY) / "quality.json").read_text(encoding="utf-8"))
+    return [
+        _row("8 recipes for one photo", together, "s", apart, apart / together, "<= 1", f"median of {RUNS}; 8 calls"),
+        _row("distinct recipes of 8, temperature 1", distinct, "", note="median of 5 seeds", target=">= 8"),
+        _row("peak memory, 8 recipes", memory["answered"], "MiB", memory["libraries"], note="torch and transformers"),
+        *quality_rows(measured),
+    ]
+
+
+def quality_rows(measured: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """The figures that the model was shipped with, on held-out photos."""
+    recipe, stated, regions = measured["recipe"], measured["facts"], measured["regions"]
+    lowered, single = 100 * recipe["error_lowered_by"], recipe["error_best_single_recipe"]
+    note = f"held-out photos, {recipe['cases']} degraded copies"
+    return [
+        _row("CIELAB error lowered by greedy recipe", lowered, "%", target=">= 30", note=note),
+        _row("cases in which it is lowered", 100 * recipe["share_lowered"], "%", target=">= 80", note=note),
+        _row(
+            "error restored, against best single recipe",
+            recipe["error_restored"],
+            "dE",
+            single,
+            single / recipe["error_restored"],
+            "ratio > 1",
+            note,
+        ),
+        _row("stated facts that are true", 100 * stated["true"], "%", target=">= 90", note=f"{stated['facts']} facts"),
+        _row("point inside the area", 100 * regions["hit"], "%", target=">= 80"),
+        _row("detect, mean IoU", regions["iou"], "", target=">= 0.5"),
+    ]
+
+
+def _row(
+    name: str,
+    value: float,
+    unit: str,
+    baseline: float | None = None,
+    ratio: float | None = None,
+    target: str | None = None,
+    note: str = "",
+) -> dict[str, Any]:
+    fields = {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": ratio}
+    return {**fields, "target": target, "note": note}
