@@ -36,8 +36,9 @@ def providers_by_import() -> dict[str, set[str]]:
     """Which installed distributions bring which top-level names. (Python 3.10's own answer lacks many.)"""
     found: dict[str, set[str]] = {}
     for distribution in importlib.metadata.distributions():
-        for file in distribution.files or []:
-            found.setdefault(file.parts[0].partition(".")[0], set()).add(canonicalize_name(distribution.name))
+        record = distribution.read_text("RECORD") or ""
+        for name in {re.split(r"[/.,]", line, maxsplit=1)[0] for line in record.splitlines()}:
+            found.setdefault(name, set()).add(canonicalize_name(distribution.metadata["Name"]))
     return found
 
 
