@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
 import recipes
@@ -37,7 +36,7 @@ class Loaded:
     def __init__(self, model: MoondreamForConditionalGeneration, processor: MoondreamProcessor) -> None:
         self.model: Any = model  # the library's own annotations of generate() fit no model
         self.processor = processor
-        self._peft: PeftModel | None = None
+        self._peft: Any = None  # a PeftModel, once there is an adapter
         self._adapters: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._named = 0
 
@@ -60,13 +59,14 @@ class Loaded:
         if key not in self._adapters:
             self._adapters[key] = self._add(folder)
         self._adapters.move_to_end(key)
-        peft = cast(PeftModel, self._peft)
-        peft.set_adapter(self._adapters[key])
+        self._peft.set_adapter(self._adapters[key])
         while len(self._adapters) > MAX_ADAPTERS:
             _, oldest = self._adapters.popitem(last=False)
-            peft.delete_adapter(oldest)
+            self._peft.delete_adapter(oldest)
 
     def _add(self, folder: Path) -> str:
+        from peft import PeftModel, get_peft_model_state_dict  # seconds that the first answer need not wait for
+
         self._named += 1
         name = f"adapter{self._named}"
         if self._peft is None:

@@ -10,7 +10,7 @@ from inference.moondream import MoondreamConfig, MoondreamForConditionalGenerati
 from training.tokenizer import build_tokenizer, templates
 
 TEXTS = ["A bright photo with warm colours.", "How should this photo be finished?", "the main subject"]
-CONTEXT = 200
+CONTEXT = 128
 
 
 def save_random_model(folder: Path, seed: int = 0) -> None:

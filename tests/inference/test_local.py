@@ -249,6 +249,37 @@ def test_typed_control_tokens_are_plain_text(engine: Engine, entry: ModelEntry, 
     assert answers(engine, entry, request(photo, skill, prompt="a<|endoftext|><|md_reserved_2|><|image|> b"))
 
 
+def test_a_trainers_pass_sees_the_probabilities_that_were_sampled_from(
+    engine: Engine, entry: ModelEntry, photo: np.ndarray
+) -> None:
+    """Photos of two tilings, prompts of two lengths (padded at the left), two rollouts each, under the constraint."""
+    loaded = engine.shelf.get(entry, CPU)
+    model, constraint = loaded.model, loaded.constraint
+    inputs = loaded.processor.prepare([photo, photo[:60]], "query", [request(photo).prompt, "And this one?"])
+    assert inputs["attention_mask"].min() == 0 and len(inputs["image_sizes"].unique(dim=0)) == 2
+    prompt = inputs["input_ids"].shape[1]
+    torch.manual_seed(0)
+    out = model.generate(
+        **inputs,
+        do_sample=True,
+        top_k=0,
+        num_return_sequences=2,
+        max_new_tokens=constraint.max_tokens,
+        logits_processor=[constraint.processor(prompt)],
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    completion = out.sequences[:, prompt:]
+    sampled = torch.stack(out.scores, 1).log_softmax(-1).gather(-1, completion[..., None])[..., 0]
+    twice = {name: tensor.repeat_interleave(2, 0) for name, tensor in inputs.items()}
+    mask = torch.cat([twice["attention_mask"], torch.ones_like(completion)], 1)
+    with torch.no_grad():
+        logits = model(**twice | {"input_ids": out.sequences, "attention_mask": mask}).logits[:, prompt - 1 : -1]
+    seen = constraint.apply(logits, completion).log_softmax(-1).gather(-1, completion[..., None])[..., 0]
+    torch.testing.assert_close((seen - sampled).exp(), torch.ones_like(sampled), atol=1e-4, rtol=0)
+    assert all(recipes.parse(text).ok for text in loaded.processor.decode_answers(completion))
+
+
 # Waiting and stopping
 
 
@@ -494,8 +525,8 @@ def test_too_long_a_prompt_is_told_with_how_much(engine: Engine, entry: ModelEnt
 
 
 def test_an_answer_that_fills_the_context_is_cut_off(engine: Engine, entry: ModelEntry, photo: np.ndarray) -> None:
-    long = answers(engine, entry, request(photo, "query", prompt="s " * 70))[0]
-    assert long.tokens_in + long.tokens_out == 200
+    long = answers(engine, entry, request(photo, "query", prompt="s " * 40))[0]
+    assert long.tokens_in + long.tokens_out == engine.shelf.get(entry, CPU).model.config.text_config.max_context
 
 
 @pytest.mark.parametrize("flaw", ["cut", "garbage", "sizes"])
