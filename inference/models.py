@@ -55,8 +55,8 @@ MODELS: dict[str, ModelEntry] = {
     "moondream-tiny": ModelEntry(
         name="moondream-tiny",
         title="moondream-tiny",
-        note="A demonstration model: Moondream's architecture with a thousandth of its size, trained for this "
-        "playground. It knows light, colour and sharpness, and nothing about the world.",
+        note="A demonstration model: Moondream 2's architecture at a five-hundredth of its size, trained for this "
+        "playground. It knows light, colour, sharpness and framing, and nothing about the world.",
         backend="local",
         source=TINY,
     ),

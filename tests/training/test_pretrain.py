@@ -13,9 +13,9 @@ from inference.answers import RECIPE_QUESTION
 from recipes import grammar, load_photo, parse
 from training.card import export
 from training.lessons import IGNORE, Lessons
-from training.objective import pack, recipe_loss, recipe_segments
+from training.objective import Packed, pack, recipe_loss, recipe_segments
 from training.photos import bundled
-from training.pretrain import Settings, build, train
+from training.pretrain import Parts, Settings, build, train
 from training.quality import Reader, load_reader
 
 SETTINGS = Settings(seed=3, steps=4, batch=2, warmup=2)
@@ -27,12 +27,12 @@ def photos() -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def parts(photos: list[np.ndarray]):
+def parts(photos: list[np.ndarray]) -> Parts:
     return build(SETTINGS, photos)
 
 
 @pytest.fixture(scope="module")
-def lessons(parts, photos: list[np.ndarray]) -> Lessons:
+def lessons(parts: Parts, photos: list[np.ndarray]) -> Lessons:
     model, _, tokenizer = parts
     return Lessons(photos, tokenizer, model.config.templates, batch=4, seed=1, steps=5)
 
@@ -54,7 +54,7 @@ def test_lessons_are_in_the_templates_that_inference_uses(lessons: Lessons) -> N
         assert len(lesson.answer) == len(grammar()) + 1
 
 
-def test_packed_lessons_compute_what_each_would_alone(parts, lessons: Lessons) -> None:
+def test_packed_lessons_compute_what_each_would_alone(parts: Parts, lessons: Lessons) -> None:
     model, image_processor, _ = parts
     batch = lessons[0]
     images = image_processor(batch["images"], return_tensors="pt")
@@ -62,9 +62,9 @@ def test_packed_lessons_compute_what_each_would_alone(parts, lessons: Lessons) -
     with torch.inference_mode():
         features = model.get_image_features(images["pixel_values"], images["image_sizes"])
 
-        def states(packed):
+        def states(packed: Packed) -> list[torch.Tensor]:
             out = model.model.text(packed.embeds, attention_mask=packed.mask, position_ids=packed.positions)
-            return [s[l != IGNORE] for s, l in zip(out.last_hidden_state, packed.labels, strict=True)]
+            return [hidden[label != IGNORE] for hidden, label in zip(out.last_hidden_state, packed.labels, strict=True)]
 
         together = states(pack(model, features, rows))
         for index, row in enumerate(rows):
@@ -72,7 +72,7 @@ def test_packed_lessons_compute_what_each_would_alone(parts, lessons: Lessons) -
             assert torch.allclose(together[index], torch.cat(alone), atol=1e-5)
 
 
-def test_a_packed_lesson_sees_what_the_model_sees_when_it_answers(parts, lessons: Lessons) -> None:
+def test_a_packed_lesson_sees_what_the_model_sees_when_it_answers(parts: Parts, lessons: Lessons) -> None:
     """The training mask and positions are those of the model's own forward pass."""
     model, image_processor, tokenizer = parts
     batch = lessons[1]
@@ -87,7 +87,7 @@ def test_a_packed_lesson_sees_what_the_model_sees_when_it_answers(parts, lessons
     assert torch.allclose(mine.last_hidden_state, theirs.last_hidden_state, atol=1e-5)
 
 
-def test_near_levels_cost_less_than_far_ones(parts) -> None:
+def test_near_levels_cost_less_than_far_ones(parts: Parts) -> None:
     _, _, tokenizer = parts
     segments = recipe_segments(tokenizer)
     encode = lambda text: torch.tensor([[*tokenizer.encode(text, add_special_tokens=False), 0]])  # noqa: E731
@@ -113,7 +113,7 @@ def test_a_killed_run_goes_on_and_ends_where_it_would_have(tmp_path: Path, photo
 
         drawn = 0
 
-        def __getitem__(self, index):
+        def __getitem__(self, index: int) -> np.ndarray:
             Dying.drawn += 1
             if Dying.drawn > 2 * SETTINGS.batch:
                 raise Killed
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path, photos: list[
         train(SETTINGS, tmp_path, photos, resume=True, workers=0)
 
 
-def test_the_exported_folder_loads_with_the_auto_classes(tmp_path: Path, parts) -> None:
+def test_the_exported_folder_loads_with_the_auto_classes(tmp_path: Path, parts: Parts) -> None:
     model, image_processor, tokenizer = parts
     kept = {name: value.half().float() for name, value in model.state_dict().items()}
     export(model, image_processor, tokenizer, tmp_path / "tiny", "# card\n", {"a": 1})

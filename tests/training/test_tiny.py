@@ -1,0 +1,77 @@
+"""The embedded model as it is shipped: it looks at photos that it was not trained on, and says what is so."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from inference.answers import Answer, Request
+from inference.models import TINY, answer
+from recipes import load_photo, parse, render
+from training.photos import bundled
+from training.quality import Reader, examples, held_out, load_reader, regions, restoration, statements
+from training.restoration import error
+
+
+@pytest.fixture(scope="module")
+def reader() -> Reader:
+    return load_reader(TINY)
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[np.ndarray]:
+    return held_out()
+
+
+def test_the_folder_is_small_and_says_what_it_is() -> None:
+    folder = Path(TINY)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 10_000_000
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "demonstration model" in card
+    quality = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
+    assert f"{quality['facts']['true']:.1%}" in card
+
+
+def test_its_recipes_undo_what_was_done_to_held_out_photos(reader: Reader, photos: list[np.ndarray]) -> None:
+    spoilt = examples(photos, copies=2, seed=99)
+    found = restoration(reader, spoilt)
+    assert found["error_lowered_by"] >= 0.30, found
+    assert found["share_lowered"] >= 0.80, found
+    assert found["error_restored"] < found["error_best_single_recipe"], found
+
+
+def test_its_recipes_belong_to_their_photos(reader: Reader, photos: list[np.ndarray]) -> None:
+    spoilt = examples(photos, copies=1, seed=5)
+    recipes = reader.recipes([e.spoilt for e in spoilt])
+    own = np.mean([error(render(e.spoilt, r), e.original) for e, r in zip(spoilt, recipes, strict=True)])
+    shifted = recipes[1:] + recipes[:1]
+    swapped = np.mean([error(render(e.spoilt, r), e.original) for e, r in zip(spoilt, shifted, strict=True)])
+    untouched = np.mean([error(e.spoilt, e.original) for e in spoilt])
+    assert own < untouched < swapped
+
+
+def test_what_it_states_is_true(reader: Reader, photos: list[np.ndarray]) -> None:
+    seen = [e.spoilt for e in examples(photos, copies=1, seed=7)] + [e.original for e in examples(photos, 1, 7)]
+    found = statements(reader, seen)
+    assert found["true"] >= 0.90, found
+    assert found["facts"] > 500
+    assert found["without_a_fact"] < 0.02 * found["facts"]
+
+
+def test_it_finds_areas(reader: Reader, photos: list[np.ndarray]) -> None:
+    found = regions(reader, [e.original for e in examples(photos, 1, 7)])
+    assert found["hit"] >= 0.80, found
+    assert found["iou"] >= 0.50, found
+
+
+@pytest.mark.parametrize("index", [0, 9, 17])
+def test_eight_samples_at_temperature_one_are_distinct_and_valid(index: int) -> None:
+    photo = load_photo(bundled("held-out")[index].path)
+    request = Request(photo=photo, skill="recipe", n=8, temperature=1.0, seed=1)
+    texts = [event.text for event in answer("moondream-tiny", request) if isinstance(event, Answer)]
+    assert len(set(texts)) == 8
+    for text in texts:
+        parsed = parse(text)
+        assert str(parsed.recipe) == text
+        assert not parsed.problems
