@@ -33,8 +33,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Scored:
-    """A recipe with its preview (uint8 RGB), its scores by reward, and `fidelity`: mean CIEDE2000 to the source, cropped
-    alike (0 is the same, 2.3 just noticeable)."""
+    """A recipe with its preview (uint8 RGB), its scores by reward, and `fidelity`: mean CIEDE2000 to the source,
+    cropped alike (0 is the same, 2.3 just noticeable)."""
 
     recipe: Recipe
     picture: np.ndarray

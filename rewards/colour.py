@@ -2,8 +2,8 @@
 
     colour = M^3 / (M^3 + HALF^3) * exp(-vivid - pushed - clip - turn - change)
 
-- M: the colourfulness of Hasler and Suesstrunk, "Measuring colourfulness in natural images" (2003); 0 is grey, 15 slightly,
-  33 moderately, 45 averagely, 59 quite, 82 highly colourful. Grey scores 0, and the first factor rises with M.
+- M: the colourfulness of Hasler and Suesstrunk, "Measuring colourfulness in natural images" (2003); 0 is grey, 15
+  slightly, 33 moderately, 45 averagely, 59 quite, 82 highly colourful. Grey scores 0; the first factor rises with M.
 - vivid = (ln(M / max(M of the source, NATURAL)) / VIVID)^2 / 2 if positive: over-saturated, unless the photo was.
 - pushed = (ln(M / (PUSHED * M of the source)) / PUSHED_WIDTH)^2 / 2 if positive: no longer this photo's colours.
 - clip = new share of pixels with a channel at its end / CLIP.
@@ -65,7 +65,7 @@ def _beyond(value: float, limit: float) -> float:
 
 
 def colourfulness(picture: np.ndarray) -> float:
-    """M of Hasler and Suesstrunk of a uint8 picture [H, W, 3]: spread plus 0.3 times the mean of R - G and (R + G)/2 - B."""
+    """M of Hasler and Suesstrunk of a uint8 picture: spread plus 0.3 times the mean of R - G and (R + G) / 2 - B."""
     opponents = cv2.transform(compare.small(picture, 128), np.array([[1, -1, 0], [0.5, 0.5, -1]], np.float32))
     mean, spread = cv2.meanStdDev(opponents)
     return float(255 * (np.hypot(*spread[:, 0]) + 0.3 * np.hypot(*mean[:, 0])))

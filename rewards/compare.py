@@ -1,5 +1,5 @@
-"""How a candidate compares with its source: where it was cut out, how far its colours moved, what was clipped, whether the
-content can still be recognised. Shared by the rewards; all on small versions of the pictures, so that it costs little."""
+"""How a candidate compares with its source: where it was cut out, how far its colours moved, what was clipped, whether
+the content can still be recognised. Shared by the rewards; colours and structure on small versions, to cost little."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COARSE, _SAMPLE = 8, 4  # a crop is looked for at 1/8 first, then among a few p
 
 @dataclass(frozen=True)
 class Pair:
-    """A candidate beside the part of the source that it shows: both uint8 RGB; `area` is the part's share of the source."""
+    """A candidate beside the part of the source that it shows, both uint8 RGB; `area` is that part's share."""
 
     source: np.ndarray
     picture: np.ndarray
@@ -102,7 +102,7 @@ def clipped(picture: np.ndarray) -> float:
 
 
 def fidelity(source: np.ndarray, picture: np.ndarray) -> float:
-    """Mean CIEDE2000 between two uint8 pictures of one view, on versions of at most 64 px: 0 is the same, 2.3 just noticeable."""
+    """Mean CIEDE2000 between two uint8 pictures of one view, on versions of at most 64 px: 2.3 is just noticeable."""
     return float(ciede2000(lab(small(source)), lab(small(picture))).mean())
 
 

@@ -2,15 +2,15 @@
 
     creativity = fresh * recognisable * distinct
 
-- fresh = exp(-(ln(n / FRESH) / WIDTH)^2 / 2), n = hypot(mean CIEDE2000 to the source, REFRAMED * share that was cut away):
-  0 for the source itself, 1 where the change is plain to see (about 12), less again where hardly anything is left of it.
-- recognisable = structure^4 * readable * exp(-burnt / BURNT): the structure term of SSIM (Wang, Bovik, Sheikh and Simoncelli,
-  2004) is what is left of the content, near 0 for noise; readable asks for light and contrast as photographs have them,
-  exp(-((mean L* - LIGHT) / LIGHT_WIDTH)^2 / 2) and the same of a spread of L* below CONTRAST; burnt is the new share of
-  clipped pixels.
-- distinct = 1 - exp(-(d / DISTINCT)^2), d the distance to the nearest other candidate of the group, as in n, between the
-  sorted L*, a* and b* of both (a Wasserstein distance): identical candidates score 0. A single candidate has nobody to
-  differ from, so distinct is 1: its score is its novelty against the photo.
+- fresh = exp(-(ln(n / FRESH) / WIDTH)^2 / 2), n = hypot(mean CIEDE2000 to the source, REFRAMED * share cut away): 0 for
+  the source itself, 1 where the change is plain to see (about 12), less again where hardly anything is left of it.
+- recognisable = structure^4 * readable * exp(-burnt / BURNT): the structure term of SSIM (Wang, Bovik, Sheikh and
+  Simoncelli, 2004) is what is left of the content, near 0 for noise; readable asks for light and contrast as
+  photographs have them, exp(-((mean L* - LIGHT) / LIGHT_WIDTH)^2 / 2) and the same of a spread of L* below CONTRAST;
+  burnt is the new share of clipped pixels.
+- distinct = 1 - exp(-(d / DISTINCT)^2), d the distance to the nearest other candidate of the group: as n, but between
+  the sorted L*, a* and b* of both (a Wasserstein distance). Identical candidates score 0. A single candidate has nobody
+  to differ from: distinct is 1, and its score is its novelty against the photo.
 
 So what is fresh depends on the photo: a dark one can be opened, a bright one deepened, a vivid one calmed.
 """

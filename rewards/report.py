@@ -1,9 +1,9 @@
 """`python -m rewards.report`: do the rewards need the photo? A table and JSON over a folder of photos.
 
-For each reward alone and for equal weights: the mean score of the untouched photos, of the one recipe that is best for all
-of them, and of the best recipe per photo, both among the same random recipes. The blind share is what the one recipe gains
-of what the best per photo gain: 1 would mean that a model need not look. `at the limits` is the share of photos whose best
-recipe has an operation at its extreme. Each recipe is scored alone, as a group of one.
+For each reward alone and for equal weights: the mean score of the untouched photos, of the one recipe that is best for
+all of them, and of the best recipe per photo, both out of the same random recipes. The blind share is what the one recipe
+gains, divided by what the best per photo gain: 1 would mean that a model need not look. `at the limits` is the share of
+photos whose best recipe has an operation at its extreme. Each recipe is scored alone, as a group of one.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
-    files = sorted(file for file in options.photos.iterdir() if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    files = sorted(
+        file for file in options.photos.iterdir() if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")
+    )
     files = files[:: options.every]
     rows = report(files, draw(options.recipes, options.seed), options.processes)
     print(f"{len(files)} photos, {options.recipes} random recipes (seed {options.seed})\n\n{table(rows)}\n")
