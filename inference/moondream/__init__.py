@@ -1,4 +1,12 @@
-"""Moondream 2 for transformers 5; importing this package registers the classes with the Auto classes."""
+"""Moondream 2 for transformers 5; importing this package registers the classes with the Auto classes.
+
+model = AutoModelForImageTextToText.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
+given = processor.prepare(photo, "query", "Is it dark?")
+ids = model.generate(**given, do_sample=True, num_return_sequences=8, max_new_tokens=64)  # one look for all eight
+texts = processor.decode_answers(ids[:, given["input_ids"].shape[1] :])
+boxes = model.detect(**processor.prepare(photo, "detect", "dog"))
+"""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping

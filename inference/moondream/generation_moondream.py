@@ -68,6 +68,24 @@ class MoondreamGeneration(GenerationMixin):
         prefix = None if token_type_ids is None or not is_first_iteration else token_type_ids == 1
         return self.model._mask(inputs_embeds, prefix, attention_mask, past_key_values)
 
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Repeats everything but the pixels of a single photo, of which the repetitions are views."""
+        images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        repeated = {
+            name: image[:, None].expand(-1, expand_size, *image.shape[1:]).flatten(0, 1)
+            for name, image in images.items()
+        }
+        return input_ids, {**model_kwargs, **repeated}
+
     def _prefill(
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:

@@ -631,7 +631,7 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         result = MoondreamOutput(
-            loss=None if labels is None else self._loss(logits, labels),
+            loss=None if labels is None else self._loss(logits, labels, kwargs.get("num_items_in_batch")),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -640,6 +640,10 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         )
         return result if return_dict is not False else result.to_tuple()
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        labels = labels.masked_fill(labels == self.config.image_token_id, -100)
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, count: int | torch.Tensor | None) -> torch.Tensor:
+        """Cross-entropy of the next tokens: the mean, or the sum over `count`, the labels of a whole accumulated step."""
+        wanted = labels.masked_fill(labels == self.config.image_token_id, -100)[:, 1:].flatten()
+        scores = logits[:, :-1].flatten(0, 1).float()
+        if count is None:
+            return F.cross_entropy(scores, wanted, ignore_index=-100)
+        return F.cross_entropy(scores, wanted, ignore_index=-100, reduction="sum") / count

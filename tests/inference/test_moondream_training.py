@@ -62,6 +62,9 @@ def test_the_loss_is_that_of_the_next_token() -> None:
         loss, logits = model(**given, labels=labels).loss, model(**given).logits
     wanted = torch.nn.functional.cross_entropy(logits[:, -5:-1].flatten(0, 1), labels[:, -4:].flatten())
     torch.testing.assert_close(loss, wanted)
+    with torch.no_grad():
+        accumulated = model(**given, labels=labels, num_items_in_batch=16).loss
+    torch.testing.assert_close(accumulated, wanted / 2)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
