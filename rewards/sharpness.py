@@ -3,8 +3,8 @@
     sharpness = d^4 / (d^4 + HALF^4) * exp(-over - halo - burnt - change - cut)
 
 - d, the detail: root mean square of the Laplacian of the slightly smoothed luminance, a focus measure (Pertuz, Puig and
-  Garcia, "Analysis of focus measure operators for shape-from-focus", 2013), without the share of white noise that the
-  flattest blocks show (Immerkaer, "Fast noise variance estimation", 1996). The first factor rises with it.
+  Garcia, "Analysis of focus measure operators for shape-from-focus", 2013), without the white noise that the flattest
+  blocks show (Immerkaer, "Fast noise variance estimation", 1996). The first factor rises with it.
 - over = (ln(d / max(d of the source, NATURAL)) / OVER)^2 / 2 if positive: crisper than photos are and than this one was.
 - halo = (mean overshoot beyond the local extremes of the source, at its tones / HALO)^2.
 - burnt = new share of pixels that lost their tone / BURNT.
@@ -23,19 +23,17 @@ import numpy as np
 
 from rewards import compare
 
-HALF = 0.033  # the detail that scores one half, in units of the luminance's range
-NATURAL = 0.048  # the detail of a crisp photo
+HALF = 0.03  # the detail that scores one half, in units of the luminance's range
+NATURAL = 0.043  # the detail of a crisp photo
 OVER = 0.3
 HALO = 0.012
 BURNT = 0.4
 CHANGE = 40.0
 CUT = 0.15
 
-SMOOTH = 0.7  # sigma in pixels
-NOISE_GAIN = 1.5  # of white noise through smoothing and Laplacian: 0.77; twice that, so that no noise is ever detail
-_LEVELS = 16  # int16 holds the Laplacian of a uint8 picture times this
-_NOISE_KERNEL = np.array([1, -2, 1], np.float32)
-_BLOCK = 16
+NOISE_GAIN = 0.8  # of white noise through smoothing and Laplacian: 0.41; twice that, so that no noise is ever detail
+_SMOOTH = np.array([1, 2, 1], np.float32)  # binomial, like a Gaussian of sigma 0.7
+_NOISE = np.array([1, -2, 1], np.float32)  # Immerkaer's mask is the outer product of this with itself
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,10 @@ def detail(grey: np.ndarray) -> float:
 
     A tenth of the gradient at a quarter of the size is added, so that a heavily blurred picture still has an order.
     """
-    smooth = cv2.GaussianBlur(grey.astype(np.int16) * _LEVELS, (5, 5), SMOOTH, borderType=cv2.BORDER_REFLECT)
-    fine = _energy(cv2.Laplacian(smooth, cv2.CV_16S, ksize=1, borderType=cv2.BORDER_REFLECT), _LEVELS)
-    quarter = cv2.resize(grey, (max(1, grey.shape[1] // 4), max(1, grey.shape[0] // 4)), interpolation=cv2.INTER_AREA)
+    smooth = cv2.copyMakeBorder(cv2.sepFilter2D(grey, cv2.CV_16S, _SMOOTH, _SMOOTH), 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    around = smooth[:-2, 1:-1] + smooth[2:, 1:-1] + smooth[1:-1, :-2] + smooth[1:-1, 2:]
+    fine = _energy(around - 4 * smooth[1:-1, 1:-1], 16)
+    quarter = _blocks(grey, 4)
     coarse = sum(_energy(cv2.Sobel(quarter, cv2.CV_16S, *way), 8) for way in ((1, 0), (0, 1)))
     return float(np.sqrt(max(fine - NOISE_GAIN * noise(grey) ** 2, 0.0) + 0.01 * coarse))
 
@@ -97,18 +96,17 @@ def noise(grey: np.ndarray) -> float:
 
     Immerkaer's mask, root mean square over blocks of 16 x 16 that are neither black nor white: the 30th percentile.
     """
-    mask = cv2.sepFilter2D(grey, cv2.CV_16S, _NOISE_KERNEL, _NOISE_KERNEL).astype(np.float32)
-    energy, light = _blocks(mask * mask), _blocks(grey)
+    mask = cv2.sepFilter2D(grey, cv2.CV_16S, _NOISE, _NOISE).astype(np.float32)
+    energy, light = _blocks(mask * mask, 16), _blocks(grey, 16)
     inside = energy[(light > 12) & (light < 243)]
     blocks = np.sort(inside if len(inside) >= 8 else energy, axis=None)
     return float(np.sqrt(blocks[int(0.3 * len(blocks))]) / 6 / 255)
 
 
-def _blocks(values: np.ndarray) -> np.ndarray:
-    """Means of blocks of 16 x 16; what is left over at the right and at the bottom does not count."""
-    rows, columns = (max(1, side // _BLOCK) for side in values.shape)
-    even = values[: rows * _BLOCK, : columns * _BLOCK]
-    return cv2.resize(even, (columns, rows), interpolation=cv2.INTER_AREA)
+def _blocks(values: np.ndarray, size: int) -> np.ndarray:
+    """Means of blocks of size x size; what is left over at the right and at the bottom does not count."""
+    rows, columns = (max(1, side // size) for side in values.shape)
+    return cv2.resize(values[: rows * size, : columns * size], (columns, rows), interpolation=cv2.INTER_AREA)
 
 
 def toneless(grey: np.ndarray) -> float:
@@ -129,10 +127,9 @@ def halos(source: np.ndarray, grey: np.ndarray) -> float:
 
 
 def _tones(source: np.ndarray, grey: np.ndarray) -> np.ndarray:
-    """A table uint8 [256] from the source's tones to the candidate's: means of both over 32 ranges of the source's tone,
+    """A table uint8 [256] from the source's tones to the candidate's: means of both over 32 ranges of the source's,
     on versions of an eighth of the size, where neither blur nor sharpening shows; straight on at both ends."""
-    size = max(1, grey.shape[1] // 8), max(1, grey.shape[0] // 8)
-    few, many = (cv2.resize(image, size, interpolation=cv2.INTER_AREA).ravel() for image in (source, grey))
+    few, many = _blocks(source, 8).ravel(), _blocks(grey, 8).ravel()
     counts = np.bincount(few >> 3, minlength=32)
     known = counts > 0
     x, y = (np.bincount(few >> 3, values, minlength=32)[known] / counts[known] for values in (few, many))
