@@ -62,7 +62,7 @@ class RewardFunction:
 
     def to_query(self) -> str:
         """As in a URL: `sharpness:0.3,creativity:0.7`."""
-        return ",".join(f"{name}:{weight:g}" for name, weight in self.weights.items() if weight)
+        return ",".join(f"{name}:{_short(weight)}" for name, weight in self.weights.items() if weight)
 
     def total(self, scores: Mapping[str, float | None]) -> float | None:
         """The weighted mean of the scores that are not None and weigh something; None when there is none."""
@@ -71,6 +71,12 @@ class RewardFunction:
         if not known:
             return None
         return sum(weight * score for weight, score in known) / sum(weight for weight, _ in known)
+
+
+def _short(weight: float) -> str:
+    """The shortest text that reads back as the same number: 1, 0.3, 0.3515625."""
+    text = f"{weight:g}"
+    return text if float(text) == weight else repr(weight)
 
 
 def _no_repeats(pairs: list[tuple[str, float]]) -> dict[str, float]:
