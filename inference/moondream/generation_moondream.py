@@ -273,6 +273,7 @@ def without_repeats(count: int, same: Callable[[int, int], bool]) -> tuple[list[
 
 
 def cache_length(cache: Cache | None) -> int:
+    """How many places of the text are in the cache already."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -302,9 +303,9 @@ class AnswerMarkerBan(LogitsProcessor):
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if input_ids.shape[1] > self.prompt_length:
-            scores[:, self.answer_id] = -torch.inf
-        return scores
+        if input_ids.shape[1] <= self.prompt_length:
+            return scores
+        return scores.index_fill(1, torch.tensor([self.answer_id], device=scores.device), -torch.inf)
 
 
 class _RegionSearch:

@@ -641,7 +641,7 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         return result if return_dict is not False else result.to_tuple()
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, count: int | torch.Tensor | None) -> torch.Tensor:
-        """Cross-entropy of the next tokens: the mean, or the sum over `count`, the labels of a whole accumulated step."""
+        """Cross-entropy of the next tokens: the mean, or the sum over `count`, the labels of an accumulated step."""
         wanted = labels.masked_fill(labels == self.config.image_token_id, -100)[:, 1:].flatten()
         scores = logits[:, :-1].flatten(0, 1).float()
         if count is None:
