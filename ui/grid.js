@@ -201,7 +201,7 @@ function showBefore(card, on) {
 element.addEventListener('click', event => {
   const card = event.target.closest('.card');
   if (!card) return;
-  const [model, index] = [card.closest('.column').dataset.model, Number(card.dataset.key.split('/').pop())];
+  const [model, index] = [card.closest('.model-column').dataset.model, Number(card.dataset.key.split('/').pop())];
   if (event.target.closest('.card-download')) trigger('download', {model: model, index: index});
   else if (event.target.closest('.card-copy')) copy(card, event.target.closest('.card-copy'));
   else if (event.target.closest('.card-compare') || (event.target.closest('.card-frame') && touched)) {

@@ -256,13 +256,13 @@ def _question() -> tuple[list[Any], gr.Button, gr.Button, gr.Button]:
     prompt = gr.Textbox(label="Prompt", lines=2, max_lines=6, placeholder=placeholder, elem_id="prompt")
     length = gr.Radio(list(LENGTHS), value=default.length, label="Length", visible=False, elem_id="length")
     picker = model_picker(list(default.models), elem_id="models")
-    with gr.Row(elem_classes="settings"):
+    with gr.Row(elem_classes="knobs"):
         settings: dict[str, Any] = {"min_width": 120, "buttons": []}
         n = gr.Slider(1, MAX_CANDIDATES, default.n, step=1, precision=0, label="Candidates", elem_id="n", **settings)
         temperature = gr.Slider(
             0, MAX_TEMPERATURE, default.temperature, step=0.1, label="Temperature", elem_id="temperature", **settings
         )
-    with gr.Row(elem_classes="settings"):
+    with gr.Row(elem_classes="knobs"):
         seed = gr.Number(
             default.seed, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, elem_id="seed"
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 import uvicorn
@@ -16,7 +17,7 @@ from settings import Settings
 from tests.ui import fake_backend
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, BrowserContext, Page
 
 FAKES = ("one", "two", "three", "slow", "broken", "bug", "queued", "prose", "hostile")
 PLAIN = ("one", "two", "three")
@@ -40,18 +41,30 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         thread.join(10)
 
 
-@pytest.fixture
-def open_page(browser: Browser, server: str) -> Iterator[Callable[..., Page]]:
-    """Opens the page with a query string; at the end no page may have met an error or asked another host."""
-    contexts, errors, hosts = [], [], set()
+@pytest.fixture(scope="module")
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """One browser context for a file's tests: what the first page has fetched the others find in its cache."""
+    shared = browser.new_context(viewport={"width": 1400, "height": 1000})
+    yield shared
+    shared.close()
 
-    def opened(query: str = "", width: int = 1400, height: int = 1000, **settings: object) -> Page:
-        context = browser.new_context(viewport={"width": width, "height": height}, **settings)  # type: ignore[arg-type]
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(15_000)
+
+@pytest.fixture
+def open_page(browser: Browser, context: BrowserContext, server: str) -> Iterator[Callable[..., Page]]:
+    """Opens the page with a query string; at the end no page may have met an error or asked another host.
+
+    Settings of the browser (viewport, has_touch, color_scheme) open it in a context of its own.
+    """
+    pages: list[Page] = []
+    errors: list[str] = []
+    hosts: set[str] = set()
+
+    def opened(query: str = "", **settings: Any) -> Page:
+        page = (browser.new_context(**settings) if settings else context).new_page()
+        pages.append(page)
+        page.set_default_timeout(60_000)  # a machine may be busy
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("request", lambda request: hosts.add(request.url.split("/")[2] if "//" in request.url else ""))
+        page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
         page.goto(f"{server}/?{query}")
         page.wait_for_selector("#candidates .grid-columns", state="attached")
         page.wait_for_selector("#models .picker-choice", state="attached")
@@ -60,7 +73,7 @@ def open_page(browser: Browser, server: str) -> Iterator[Callable[..., Page]]:
         return page
 
     yield opened
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.close() if page.context == context else page.context.close()
     assert errors == []
-    assert hosts - {server.split("/")[2], ""} == set()
+    assert hosts - {urlsplit(server).netloc, ""} == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -20,16 +21,16 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.browser
 Open = Callable[..., "Page"]
-OVER = ".column:is([data-status=done], [data-status=failed], [data-status=cancelled])"
+OVER = ".model-column:is([data-status=done], [data-status=failed], [data-status=cancelled])"
 SEEN = "() => getComputedStyle(document.querySelector('.card .card-before')).opacity"
 CAT = "photo=chelsea.jpg&models=one,three"
 
 
 def run(page: Page) -> None:
     page.get_by_role("button", name="Run", exact=True).click()
-    page.wait_for_selector("#candidates .column")
+    page.wait_for_selector("#candidates .model-column")
     page.wait_for_function(
-        "over => [...document.querySelectorAll('.column')].every(column => column.matches(over))", arg=OVER
+        "over => [...document.querySelectorAll('.model-column')].every(column => column.matches(over))", arg=OVER
     )
     page.wait_for_selector("#run:not([disabled])")
 
@@ -145,7 +146,7 @@ def test_the_same_seed_gives_the_same_result_and_another_does_not(open_page: Ope
 
 
 def test_before_and_after_by_mouse_keyboard_and_finger(open_page: Open) -> None:
-    page = open_page(CAT, has_touch=True)
+    page = open_page(CAT, has_touch=True, viewport={"width": 1400, "height": 1000})
     run(page)
     card = page.locator(".card").first
     card.scroll_into_view_if_needed()
@@ -165,19 +166,21 @@ def test_before_and_after_by_mouse_keyboard_and_finger(open_page: Open) -> None:
 def test_a_failing_model_fails_in_its_own_column_only(open_page: Open) -> None:
     page = open_page("photo=chelsea.jpg&models=one,broken,bug")
     run(page)
-    assert page.locator(".column[data-model=one] .card[data-state=ready]").count() == 4
-    assert page.locator(".column[data-model=one]").get_attribute("data-status") == "done"
-    assert "The fake model is broken. Choose another one." in page.locator(".column[data-model=broken]").inner_text()
-    assert "unexpected TypeError" in page.locator(".column[data-model=bug]").inner_text()
+    assert page.locator(".model-column[data-model=one] .card[data-state=ready]").count() == 4
+    assert page.locator(".model-column[data-model=one]").get_attribute("data-status") == "done"
+    assert (
+        "The fake model is broken. Choose another one." in page.locator(".model-column[data-model=broken]").inner_text()
+    )
+    assert "unexpected TypeError" in page.locator(".model-column[data-model=bug]").inner_text()
     assert "Traceback" not in page.locator("body").inner_text()
 
 
 def test_cancel_stops_and_the_page_can_run_again(open_page: Open) -> None:
     page = open_page("photo=chelsea.jpg&models=slow&n=8")
     page.get_by_role("button", name="Run", exact=True).click()
-    page.wait_for_selector(".column[data-status=running]")
+    page.wait_for_selector(".model-column[data-status=running]")
     page.get_by_role("button", name="Cancel").click()
-    page.wait_for_selector(".column[data-status=cancelled]", timeout=3000)
+    page.wait_for_selector(".model-column[data-status=cancelled]")
     assert page.locator(".grid-status").text_content().startswith("Cancelled with")
     page.wait_for_selector("#run:not([disabled])")
     page.locator("#models summary").click()
@@ -191,19 +194,23 @@ def test_the_place_in_the_queue_is_shown(open_page: Open) -> None:
     page = open_page("photo=chelsea.jpg&models=queued&n=1")
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text(re.compile("[12] before you")).wait_for()
-    page.wait_for_selector(".column[data-status=done]")
+    page.wait_for_selector(".model-column[data-status=done]")
 
 
 @pytest.mark.parametrize("skill", ["query", "caption"])
 def test_text_streams(open_page: Open, skill: str) -> None:
     page = open_page(f"photo=chelsea.jpg&models=slow&n=1&skill={skill}&prompt=What+is+it")
-    page.get_by_role("button", name="Run", exact=True).click()
-    page.wait_for_selector(".card[data-state=pending] .card-words:not([hidden])")
-    early = page.locator(".card-words").text_content()
-    page.wait_for_selector(".column[data-status=done]")
-    late = page.locator(".card-words").text_content()
-    assert late.startswith(early) and len(late) > len(early)
-    assert late.endswith("pixels.")
+    page.evaluate(
+        """() => { window.heard = []; new MutationObserver(() => {
+            const words = document.querySelector('.card-words');
+            if (words && words.textContent && window.heard.at(-1) !== words.textContent)
+                window.heard.push(words.textContent);
+        }).observe(document.querySelector('#candidates'), {subtree: true, childList: true, characterData: true}); }"""
+    )
+    run(page)
+    heard = page.evaluate("window.heard")
+    assert len(heard) >= 3 and heard[-1].endswith("pixels.")
+    assert all(late.startswith(early) for early, late in itertools.pairwise(heard))
 
 
 @pytest.mark.parametrize(("skill", "shape"), [("detect", "rect"), ("point", "circle")])
@@ -236,8 +243,8 @@ def test_a_link_brings_the_settings_back(open_page: Open) -> None:
     page.locator(".sample[data-file='coffee.jpg']").click()
     page.wait_for_selector("#photo img[src]")
     page.locator("#models summary").click()
-    for box in page.locator(".picker-box:checked").all():
-        box.uncheck()
+    while page.locator(".picker-box:checked").count():
+        page.locator(".picker-box:checked").first.uncheck()
     page.locator("input[value=two]").check()
     page.keyboard.press("Escape")
     page.get_by_label("Detect").check()
@@ -288,7 +295,7 @@ def test_two_people_do_not_see_each_other(open_page: Open) -> None:
     for page in (left, right):
         page.get_by_role("button", name="Run", exact=True).click()
     for page in (left, right):
-        page.wait_for_selector(".column[data-status=done]")
+        page.wait_for_selector(".model-column[data-status=done]")
     assert {card["recipe"] for card in cards(left)} & {card["recipe"] for card in cards(right)} == set()
     assert scores_of([card["recipe"] for card in cards(left)]) != scores_of([card["recipe"] for card in cards(right)])
     right.get_by_role("button", name="Report (JSON)")
