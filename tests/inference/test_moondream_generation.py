@@ -240,6 +240,19 @@ def test_sampled_regions_share_one_look(reference: Reference) -> None:
     assert len({str(entries) for entries in found}) > 2
 
 
+def test_a_row_that_has_ended_stays_ended_while_others_go_on() -> None:
+    reference, model = load("moondream2-small"), fresh_small().eval()
+    ends = iter([[True, False], [False, False], [True, True]])
+
+    def script(module: torch.nn.Module, given: tuple, scores: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor([0 if end else 50 for end in next(ends)]), scores.shape[-1])
+
+    model.lm_head.register_forward_hook(script)
+    given = {name: value[:2] for name, value in reference.inputs.items()}
+    found = model.point(reference.expected["object_ids"], **given)
+    assert [len(entries) for entries in found] == [0, 2]
+
+
 def test_regions_stop_when_told(reference: Reference) -> None:
     calls = iter([False, False, True, True, True])
     found = reference.model.detect(
