@@ -2,8 +2,8 @@
 
 For each reward alone and for equal weights: the mean score of the untouched photos, of the one recipe that is best for
 all of them, and of the best recipe per photo, both out of the same random recipes. The blind share is what the one
-recipe gains, divided by what the best per photo gain: 1 would mean that a model need not look. `at the limits` is the share of
-photos whose best recipe has an operation at its extreme. Each recipe is scored alone, as a group of one.
+recipe gains, divided by what the best per photo gain: 1 would mean that a model need not look. `at the limits` is the
+share of photos whose best recipe has an operation at its extreme. Each recipe is scored alone, as a group of one.
 """
 
 from __future__ import annotations
