@@ -27,14 +27,15 @@ class Settings:
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
         """Read DATA_DIR, DATABASE_URL, GRADIO_SERVER_NAME and GRADIO_SERVER_PORT (or PORT). Empty means unset.
 
-        Raises SettingsError for a port that is none.
+        In a Space (SPACE_ID) the server listens to the outside unless it is told otherwise. Raises SettingsError for a
+        port that is none.
         """
         said = {name: text.strip() for name, text in env.items() if text.strip()}
         port_name = "GRADIO_SERVER_PORT" if "GRADIO_SERVER_PORT" in said else "PORT"
         return cls(
             data_dir=Path(said["DATA_DIR"]).expanduser() if "DATA_DIR" in said else cls.data_dir,
             database_url=said.get("DATABASE_URL"),
-            host=said.get("GRADIO_SERVER_NAME", cls.host),
+            host=said.get("GRADIO_SERVER_NAME", "0.0.0.0" if "SPACE_ID" in said else cls.host),
             port=_port(port_name, said[port_name]) if port_name in said else cls.port,
         )
 

@@ -32,6 +32,12 @@ def test_the_port_may_be_called_port_too() -> None:
     assert Settings.from_env({"PORT": "9000"}).port == 9000
 
 
+def test_a_space_is_reached_from_outside_and_a_desk_is_not() -> None:
+    assert Settings.from_env({"SPACE_ID": "me/playground"}).host == "0.0.0.0"
+    assert Settings.from_env({"SPACE_ID": "me/playground", "GRADIO_SERVER_NAME": "::1"}).host == "::1"
+    assert Settings.from_env({}).host == "127.0.0.1"
+
+
 def test_blank_variables_count_as_unset() -> None:
     names = ("DATA_DIR", "DATABASE_URL", "GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "PORT")
     assert Settings.from_env(dict.fromkeys(names, "  ")) == Settings()
