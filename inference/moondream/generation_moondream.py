@@ -288,11 +288,53 @@ def _can_select(cache: Cache | None) -> bool:
 
 def select_rows(cache: Cache, rows: list[int]) -> None:
     """Makes a filled dynamic or static cache hold these rows, in this order; a row may be taken several times."""
-    for layer in cache.layers:
+    for number, layer in enumerate(cache.layers):
         index = torch.tensor(rows, device=layer.keys.device)
-        layer.keys, layer.values = layer.keys[index], layer.values[index]
         if isinstance(layer, StaticLayer):
-            layer.batch_size = len(rows)
+            layer.keys, layer.values, layer.batch_size = layer.keys[index], layer.values[index], len(rows)
+        else:
+            cache.layers[number] = RoomyLayer(layer.keys, layer.values, index)
+
+
+class RoomyLayer(DynamicLayer):
+    """A dynamic cache layer with room at its end: a new token does not copy all that was before it.
+
+    Starts with the chosen rows of keys and values [B, heads, L, d]. For generating, not for gradients: it writes in
+    place.
+    """
+
+    ROOM = 128  # tokens
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self._key_room = self._with_room(keys, rows)
+        self.values, self._value_room = self._with_room(values, rows)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends [B, heads, n, d] and returns all keys and all values."""
+        self.keys, self._key_room = self._append(self.keys, self._key_room, key_states)
+        self.values, self._value_room = self._append(self.values, self._value_room, value_states)
+        return self.keys, self.values
+
+    def _append(self, held: torch.Tensor, room: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        length, end = held.shape[2], held.shape[2] + new.shape[2]
+        # Whoever reorders or selects rows leaves tensors of their own in `keys` and `values`.
+        if held.data_ptr() != room.data_ptr() or len(held) != len(room) or end > room.shape[2]:
+            held, room = self._with_room(held, None, new.shape[2])
+        room[:, :, length:end] = new
+        return room[:, :, :end], room
+
+    def _with_room(
+        self, states: torch.Tensor, rows: torch.Tensor | None, more: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states (or their chosen rows) at the start of a larger tensor, and that tensor."""
+        count, length = len(states) if rows is None else len(rows), states.shape[2]
+        room = states.new_empty(count, states.shape[1], length + more + self.ROOM, states.shape[3])
+        room[:, :, :length] = states if rows is None else states[rows]
+        return room[:, :, :length], room
 
 
 class AnswerMarkerBan(LogitsProcessor):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import GenerationMixin
 
+from inference.moondream.generation_moondream import RoomyLayer
 from tests.inference.moondream_reference import Reference, fresh_small
 from tests.inference.moondream_reference import reference as load
 
@@ -56,7 +57,8 @@ def test_candidates_are_those_of_rows_that_each_look_for_themselves(reference: R
     cases = [(0, "query"), (3, "caption_short")]
     batch = reference.batch(cases, features=False)
     assert batch["attention_mask"].min() == 0
-    settings = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.5, "cache_implementation": cache}
+    tokens = RoomyLayer.ROOM + 12  # more than the shared cache has room for at first
+    settings = {"max_new_tokens": tokens, "do_sample": True, "temperature": 1.5, "cache_implementation": cache}
     torch.manual_seed(3)
     together = reference.model.generate(**batch, num_return_sequences=3, **settings)
     torch.manual_seed(3)
@@ -107,6 +109,13 @@ def test_beams_share_the_look(reference: Reference) -> None:
         written = reference.model.generate(**batch, max_new_tokens=4, num_beams=3, num_return_sequences=2)
     assert counts["crops"] == 4 * reference.model.config.image_tokens
     assert written.shape == (2, batch["input_ids"].shape[1] + 4)
+
+
+def test_beams_write_what_they_write_without_sharing(reference: Reference) -> None:
+    batch = reference.batch([(0, "query"), (1, "query")], features=False)
+    settings = {"max_new_tokens": 12, "num_beams": 4, "do_sample": False}
+    together = reference.model.generate(**batch, num_return_sequences=2, **settings)
+    assert together.tolist() == _without_sharing(reference, batch, 2, settings).tolist()
 
 
 def test_sampling_is_reproducible(reference: Reference) -> None:
