@@ -11,9 +11,10 @@ let run = null;
 
 const digits = value => value === null || value === undefined ? '–' : value.toFixed(2);
 
-function say(part, text) {
-  const words = text || '';
-  if (part.textContent !== words) part.textContent = words;
+function put(part, words) { if (part.textContent !== words) part.textContent = words; }
+
+function say(part, words) {
+  put(part, words || '');
   part.hidden = !words;
 }
 
@@ -63,7 +64,7 @@ function drawCard(data, column, card, columnPart) {
   part.dataset.state = card.state;
   drawPicture(data, card, part);
   say(find(part, 'card-words'), card.words);
-  find(part, 'card-canonical').textContent = card.recipe;
+  put(find(part, 'card-canonical'), card.recipe);
   find(part, 'card-text').hidden = !card.recipe;
   say(find(part, 'card-problems'), card.problems);
   say(find(part, 'card-time'), card.time);
@@ -127,7 +128,7 @@ function score() {
     part.dataset.best = badge === 'Best of all' ? 'all' : badge ? 'model' : '';
     say(find(part, 'card-badge'), data.columns.length === 1 && badge ? 'Best' : badge);
   }
-  status(data, best);
+  status(data);
 }
 
 function scoreCard(data, column, card, value, rank) {
@@ -137,9 +138,9 @@ function scoreCard(data, column, card, value, rank) {
   part.dataset.rank = value === null ? '' : String(rank + 1);
   if (!scored) return;
   part.dataset.total = value === null ? '' : String(value);
-  find(part, 'card-total').textContent = digits(value);
-  find(part, 'card-rank').textContent = value === null ? '' : 'No. ' + (rank + 1);
-  drawParts(find(part, 'card-parts'), data.rewards, card.scores, card.fidelity);
+  put(find(part, 'card-total'), digits(value));
+  put(find(part, 'card-rank'), value === null ? '' : 'No. ' + (rank + 1));
+  drawParts(find(part, 'card-parts'), data.rewards, card.scores);
 }
 
 function drawParts(list, names, scores) {
@@ -154,7 +155,7 @@ function drawParts(list, names, scores) {
   names.forEach((name, place) => {
     const row = list.children[place], value = scores[name], words = digits(value);
     if (row.lastChild.lastChild.textContent !== words) {
-      row.lastChild.lastChild.textContent = words;
+      put(row.lastChild.lastChild, words);
       row.lastChild.firstChild.style.setProperty('--share', value || 0);
       row.title = value === null || value === undefined ? 'not applicable to this picture' : '';
     }
@@ -167,9 +168,9 @@ function scoreColumn(data, column, totals) {
   const value = mean(totals);
   part.hidden = !column.cards.some(card => data.rewards.some(name => card.scores[name] !== undefined));
   part.dataset.mean = value === null ? '' : String(value);
-  find(part, 'mean-total').textContent = digits(value);
-  find(part, 'mean-parts').textContent =
-    data.rewards.map(name => name + ' ' + digits(mean(column.cards.map(card => card.scores[name])))).join(' · ');
+  put(find(part, 'mean-total'), digits(value));
+  const parts = data.rewards.map(name => name + ' ' + digits(mean(column.cards.map(card => card.scores[name]))));
+  put(find(part, 'mean-parts'), parts.join(' · '));
 }
 
 // Puts a column's cards in order. Where nothing changes nothing is touched; what has the focus keeps it.
@@ -185,11 +186,7 @@ function arrange(column, order) {
   if (focused && focused !== document.activeElement && list.contains(focused)) focused.focus({preventScroll: true});
 }
 
-function status(data, best) {
-  const words = !data || !data.columns ? '' : data.status;
-  const part = find(element, 'grid-status');
-  if (part.textContent !== (words || '')) part.textContent = words || '';
-}
+function status(data) { put(find(element, 'grid-status'), (data && data.status) || ''); }
 
 // ── Hands: before/after, copying, downloading ───────────────────────────────────────────────────────────────────────
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -21,9 +21,8 @@ NAMED = {"/compare", "/score", "/models", "/reward_functions", "/save_reward_fun
 
 
 @pytest.fixture(scope="module")
-def client(server: str) -> Iterator[Client]:
-    with Client(server, verbose=False) as connected:
-        yield connected
+def client(server: str) -> Client:
+    return Client(server, verbose=False)
 
 
 def test_exactly_the_named_endpoints_are_offered(client: Client) -> None:

@@ -335,8 +335,8 @@ def test_a_reward_function_travels_as_a_file(open_page: Open, tmp_path: Path) ->
     other.get_by_text("Save, load and share reward functions").click()
     other.locator("#reward-functions input[type=file]").set_input_files(file)
     other.wait_for_function("() => document.querySelector('#weight-creativity input[type=range]').value === '0.35'")
-    file.write_text('{"beauty": 1}')
-    other.locator("#reward-functions input[type=file]").set_input_files(file)
+    (tmp_path / "wrong.json").write_text('{"beauty": 1}')
+    other.locator("#reward-functions input[type=file]").set_input_files(tmp_path / "wrong.json")
     other.get_by_text("There is no reward named beauty").wait_for()
 
 
