@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from inference.answers import LENGTHS, RECIPE_QUESTION
 from recipes import LOOKS, shrink
 from training import facts
+from training.probe import place_targets, whole_targets
 from training.restoration import spoil
 
 COORD_BINS, SIZE_BINS = 1024, 1024
@@ -38,7 +39,8 @@ class Lesson:
 class Lessons(Dataset):
     """Batches by step number: the same seed, step and photos give the same batch, in whatever process.
 
-    Each item is a dict: `images` (list of uint8 [H, W, 3]) and `recipe`, `text`, `region` (a `Lesson` per image each).
+    Each item is a dict: `images` (uint8 [H, W, 3] each), `recipe`, `text`, `region` (a `Lesson` per image each), and
+    `places`, `whole` (the probe's targets per image).
     """
 
     def __init__(
@@ -49,16 +51,17 @@ class Lessons(Dataset):
         batch: int,
         seed: int,
         steps: int,
+        grid: int,
     ) -> None:
         self.photos, self.tokenizer, self.templates = photos, tokenizer, templates
-        self.batch, self.seed, self.steps = batch, seed, steps
+        self.batch, self.seed, self.steps, self.grid = batch, seed, steps, grid
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> dict:
         cv2.setNumThreads(1)
-        lessons: dict[str, list] = {"images": [], "recipe": [], "text": [], "region": []}
+        lessons: dict[str, list] = {"images": [], "recipe": [], "text": [], "region": [], "places": [], "whole": []}
         for row in range(self.batch):
             rng = np.random.default_rng([self.seed, step, row])
             photo = random_view(self.photos[rng.integers(len(self.photos))], rng)
@@ -71,6 +74,8 @@ class Lessons(Dataset):
             measured = facts.measure(example.spoilt)
             lessons["text"].append(self.text_lesson(measured, rng))
             lessons["region"].append(self.region_lesson(example.spoilt, rng))
+            lessons["places"].append(place_targets(example.spoilt, example.recipe, self.grid))
+            lessons["whole"].append(whole_targets(measured, example.recipe))
         return lessons
 
     def encode(self, text: str) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
@@ -11,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from inference.moondream import MoondreamForConditionalGeneration
 from recipes import grammar
 from training.lessons import IGNORE, Lesson, pad
+from training.probe import Probe
 
 LEVEL_WIDTH = 0.8  # levels: how far a recipe's soft targets reach
-WEIGHTS = {"recipe": 0.25, "text": 2.0, "end": 0.3, "region": 0.1}
+WEIGHTS = {"recipe": 0.25, "text": 2.0, "end": 0.3, "region": 0.1, "places": 3.0, "whole": 5.0}
 
 
 def bin_loss(logits: torch.Tensor, value: torch.Tensor, bins: int, width: float) -> torch.Tensor:
@@ -118,12 +120,13 @@ def region_loss(model: MoondreamForConditionalGeneration, hidden: torch.Tensor, 
 
 
 def step_loss(
-    model: MoondreamForConditionalGeneration, images: dict, lessons: dict, segments: Segments
+    model: MoondreamForConditionalGeneration, probe: Probe, images: dict, lessons: dict, segments: Segments
 ) -> dict[str, torch.Tensor]:
-    """All losses of a step: of recipes, of text tokens, of whether there is a region, and of where it is."""
+    """All losses of a step: recipes, text tokens, whether there is a region and where, and the probe's."""
     rows = list(zip(lessons["recipe"], lessons["text"], lessons["region"], strict=True))
     with torch.autocast("cpu", torch.bfloat16):
         features = model.model.get_image_features(images["pixel_values"], images["image_sizes"])
+        seen = probe(features, *(torch.from_numpy(np.stack(lessons[name])) for name in ("places", "whole")))
         packed = pack(model, features, rows)
         out = model.model.text(packed.embeds, attention_mask=packed.mask, position_ids=packed.positions)
         kept = packed.labels != IGNORE
@@ -136,6 +139,7 @@ def step_loss(
         "text": F.cross_entropy(logits[kinds == 1], labels[kinds == 1]),
         "end": F.cross_entropy(logits[kinds == 2], labels[kinds == 2]),
         "region": regions,
+        **seen,
     }
 
 

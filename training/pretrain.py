@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from training.card import export, model_card
 from training.lessons import Lessons, every_text
 from training.objective import WEIGHTS, recipe_segments, step_loss
 from training.photos import bundled
+from training.probe import Probe
 from training.quality import Reader, evaluate, held_out
 from training.tokenizer import build_tokenizer, templates
 
@@ -55,8 +57,8 @@ class Settings:
     """A training run: seed, steps, images per step, peak learning rate, moving average of the weights."""
 
     seed: int = 7
-    steps: int = 3000
-    batch: int = 16
+    steps: int = 2800
+    batch: int = 12
     learning_rate: float = 1.5e-3
     warmup: int = 100
     average: float = 0.998
@@ -86,6 +88,14 @@ def rate(step: int, settings: Settings) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def training_photos() -> list[np.ndarray]:
+    """The train split; photos of the smaller sources three times, so that no one source is nearly all there is."""
+    infos = bundled("train")
+    largest = Counter(info.source for info in infos).most_common(1)[0][0]
+    photos = [(load_photo(info.path), 1 if info.source == largest else 3) for info in infos]
+    return [photo for photo, times in photos for _ in range(times)]
+
+
 class Batches(torch.utils.data.Dataset):
     """`Lessons` with the photos already cut into crops, made in a worker process while the model computes."""
 
@@ -110,6 +120,7 @@ def build(settings: Settings, photos: list[np.ndarray]) -> Parts:
     around = templates(tokenizer)
     torch.manual_seed(settings.seed)
     model = MoondreamForConditionalGeneration(MoondreamConfig(config={**TINY, "tokenizer": {"templates": around}}))
+    initialise(model)
     vision = TINY["vision"]
     image_processor = MoondreamImageProcessor(
         crop_size=vision["crop_size"],
@@ -120,10 +131,40 @@ def build(settings: Settings, photos: list[np.ndarray]) -> Parts:
     return model, image_processor, tokenizer
 
 
-def optimiser(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+@torch.no_grad()
+def initialise(model: MoondreamForConditionalGeneration) -> None:
+    """Weights that suit a small width: linears of unit gain (residual branches less), and places that can be seen.
+
+    The position embedding starts as sines and cosines of both axes, as strong as the patches themselves: from the
+    usual 0.02 a small tower takes most of its training to find out where anything is.
+    """
+    depth = {"text": model.config.text_config.n_layers, "vision": model.config.vision_config.enc_n_layers}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            part = depth.get(name.split(".")[1], 0) if ".blocks." in name else 0
+            branch = part and name.endswith(("attn.proj", "mlp.fc2"))
+            head = name == "lm_head" or name.endswith("decoder.fc2")
+            gain = 0.1 if head else (2 * part) ** -0.5 if branch else 1.0
+            nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
+    nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
+    vision = model.config.vision_config
+    model.model.vision.pos_emb.copy_(waves(vision.grid, vision.enc_dim)[None])
+
+
+def waves(grid: int, width: int) -> torch.Tensor:
+    """Sines and cosines of the rows and columns of a grid, [grid * grid, width]."""
+    place = (torch.arange(grid) + 0.5) / grid
+    angles = place[:, None] * torch.pi * 2.0 ** torch.linspace(-1, 3, width // 4)[None]
+    axis = torch.cat([angles.sin(), angles.cos()], -1)
+    rows, columns = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
+    return 0.5 * torch.cat([rows, columns], -1).flatten(0, 1)
+
+
+def optimiser(model: nn.Module, probe: nn.Module, settings: Settings) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    parameters = [p for part in (model, probe) for p in part.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
 
@@ -151,7 +192,8 @@ def train(
     torch.set_num_threads(settings.threads)
     work.mkdir(parents=True, exist_ok=True)
     model, image_processor, tokenizer = build(settings, photos)
-    average, optimizer = Average(model, settings.average), optimiser(model, settings)
+    probe = Probe(model.config.text_config.dim)
+    average, optimizer = Average(model, settings.average), optimiser(model, probe, settings)
     first, spent = 0, 0.0
     checkpoint = work / "checkpoint.pt"
     if resume and checkpoint.exists():
@@ -161,9 +203,13 @@ def train(
                 f"{checkpoint} belongs to other settings: {state['settings']}. Use them, or another --work."
             )
         model.load_state_dict(state["model"])
+        probe.load_state_dict(state["probe"])
         optimizer.load_state_dict(state["optimizer"])
         average.weights, first, spent = state["average"], state["step"], state["seconds"]
-    lessons = Lessons(photos, tokenizer, model.config.templates, settings.batch, settings.seed, settings.steps)
+    vision = model.config.vision_config
+    lessons = Lessons(
+        photos, tokenizer, model.config.templates, settings.batch, settings.seed, settings.steps, vision.grid
+    )
     apart = {"num_workers": workers, "prefetch_factor": 4, "multiprocessing_context": "spawn"} if workers else {}
     loader = DataLoader(Batches(lessons, image_processor), None, sampler=range(first, settings.steps), **apart)
     segments = recipe_segments(tokenizer)
@@ -172,7 +218,7 @@ def train(
     for step, (images, lesson) in enumerate(progress, first):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate(step, settings)
-        losses = step_loss(model, images, lesson, segments)
+        losses = step_loss(model, probe, images, lesson, segments)
         optimizer.zero_grad()
         sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -185,7 +231,12 @@ def train(
             note(work / "metrics.jsonl", {"step": step, "seconds": round(time.monotonic() - started, 1), **numbers})
         if (step + 1) % save_every == 0 or last:
             state = {"settings": asdict(settings), "step": step + 1, "seconds": time.monotonic() - started}
-            state |= {"model": model.state_dict(), "average": average.weights, "optimizer": optimizer.state_dict()}
+            state |= {
+                "model": model.state_dict(),
+                "average": average.weights,
+                "probe": probe.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
             save_atomically(state, checkpoint)
     model.load_state_dict(average.weights)
     return (model.eval(), image_processor, tokenizer), time.monotonic() - started
@@ -202,7 +253,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --work")
     args = parser.parse_args()
     settings = Settings(seed=args.seed, steps=args.steps, threads=args.threads)
-    photos = [load_photo(info.path) for info in bundled("train")]
+    photos = training_photos()
     (model, image_processor, tokenizer), seconds = train(settings, args.work, photos, args.resume)
     print(f"Trained in {seconds / 60:.1f} minutes. Measuring on the held-out photos ...")
     model = model.to(torch.float16).to(torch.float32)  # measured as it is shipped

@@ -12,7 +12,7 @@ from training.facts import lab
 
 ERROR_SIDE = 160  # px: both pictures are compared at this long side
 STRENGTH = 70  # levels: how far a photo is degraded at most, -70..70
-BLUR = 0.003  # Gaussian sigma at level 100, as a share of the long side
+BLUR = 0.0045  # Gaussian sigma at level 100, as a share of the long side
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Degraded:
 
 
 def random_undo(rng: np.random.Generator, strength: int = STRENGTH) -> Recipe:
-    """A recipe to be undone: each operation is there with probability 0.65 at a level from tens; crop with 0.35."""
+    """A recipe to be undone: each operation is there with probability 0.85 at a level from tens; crop with 0.35."""
 
     def level(low: int, high: int) -> int:
-        return int(rng.integers(low // 10, high // 10 + 1)) * 10 if rng.random() < 0.65 else 0
+        return int(rng.integers(low // 10, high // 10 + 1)) * 10 if rng.random() < 0.85 else 0
 
     edges = [int(rng.integers(0, 6)) * 5 if rng.random() < 0.6 else 0 for _ in range(4)]
     left, top, right, bottom = edges if rng.random() < 0.35 else (0, 0, 0, 0)
@@ -72,7 +72,7 @@ def frame(photo: np.ndarray, crop: tuple[int, int, int, int], rng: np.random.Gen
     return canvas
 
 
-def spoil(photo: np.ndarray, rng: np.random.Generator, share: float = 0.85) -> Degraded:
+def spoil(photo: np.ndarray, rng: np.random.Generator, share: float = 0.93) -> Degraded:
     """A random degradation of the photo; a share of the photos stay as they are, and their recipe is the identity."""
     undo = random_undo(rng) if rng.random() < share else Recipe()
     return Degraded(photo, degrade(photo, undo, rng), undo)

@@ -12,10 +12,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from inference.answers import RECIPE_QUESTION
 from recipes import grammar, load_photo, parse
 from training.card import export
+from training.facts import lab
 from training.lessons import IGNORE, Lessons
 from training.objective import Packed, pack, recipe_loss, recipe_segments
 from training.photos import bundled
 from training.pretrain import Parts, Settings, build, train
+from training.probe import PLACE_TARGETS, WHOLE_TARGETS
 from training.quality import Reader, load_reader
 
 SETTINGS = Settings(seed=3, steps=4, batch=2, warmup=2)
@@ -34,7 +36,7 @@ def parts(photos: list[np.ndarray]) -> Parts:
 @pytest.fixture(scope="module")
 def lessons(parts: Parts, photos: list[np.ndarray]) -> Lessons:
     model, _, tokenizer = parts
-    return Lessons(photos, tokenizer, model.config.templates, batch=4, seed=1, steps=5)
+    return Lessons(photos, tokenizer, model.config.templates, batch=4, seed=1, steps=5, grid=8)
 
 
 def test_a_batch_is_a_function_of_seed_and_step(lessons: Lessons) -> None:
@@ -85,6 +87,20 @@ def test_a_packed_lesson_sees_what_the_model_sees_when_it_answers(parts: Parts, 
         mine = model.model.text(packed.embeds, attention_mask=packed.mask, position_ids=packed.positions)
         theirs = model.model(**inputs)
     assert torch.allclose(mine.last_hidden_state, theirs.last_hidden_state, atol=1e-5)
+
+
+def test_the_probe_is_told_what_was_done_to_the_photo(lessons: Lessons) -> None:
+    batch = lessons[3]
+    for photo, lesson, whole, places in zip(
+        batch["images"], batch["recipe"], batch["whole"], batch["places"], strict=True
+    ):
+        recipe = parse(lessons.tokenizer.decode(lesson.answer[:-1])).recipe
+        assert whole[:4] * 40 == pytest.approx([recipe.exposure, recipe.contrast, recipe.saturation, recipe.warmth])
+        assert whole[5:9] * 10 == pytest.approx([*recipe.crop[:2], 100 - recipe.crop[2], 100 - recipe.crop[3]])
+        assert places.shape == (64, PLACE_TARGETS)
+        assert whole.shape == (WHOLE_TARGETS,)
+        light = lab(photo)[..., 0].mean()
+        assert places[:, 0].mean() * 20 + 50 == pytest.approx(light, abs=1)
 
 
 def test_near_levels_cost_less_than_far_ones(parts: Parts) -> None:
