@@ -1,6 +1,7 @@
 """The grammar constraint: all that is sampled under it is a recipe, and a trainer sees the same distribution."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
 import recipes
 from inference.constraint import RecipeConstraint
 from training.tokenizer import build_tokenizer
+
+Pair = tuple[Any, RecipeConstraint]  # a tokenizer, and the constraint compiled for it
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -25,22 +28,24 @@ def byte_tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def words():
+def words() -> Any:
     return build_tokenizer(["A bright photo with warm colours."] * 3, vocab_size=512)
 
 
 @pytest.fixture(scope="module")
-def one_token(words):
+def one_token(words: Any) -> Pair:
     return words, RecipeConstraint(words, recipes.grammar())
 
 
 @pytest.fixture(scope="module")
-def many_tokens():
+def many_tokens() -> Pair:
     tokenizer = byte_tokenizer()
     return tokenizer, RecipeConstraint(tokenizer, recipes.grammar(), end_id=0)
 
 
-def sample(constraint, logits: torch.Generator, rows: int, vocab_size: int, scale: float) -> torch.Tensor:
+def sample(
+    constraint: RecipeConstraint, logits: torch.Generator, rows: int, vocab_size: int, scale: float
+) -> torch.Tensor:
     """Completions drawn step by step from random logits under the constraint."""
     ids = torch.zeros(rows, 0, dtype=torch.long)
     for _ in range(constraint.max_tokens):
@@ -50,7 +55,7 @@ def sample(constraint, logits: torch.Generator, rows: int, vocab_size: int, scal
     return ids
 
 
-def written(tokenizer, ids: torch.Tensor) -> str:
+def written(tokenizer: Any, ids: torch.Tensor) -> str:
     ids = ids.tolist()
     assert 0 in ids, "the answer must have ended"
     assert not any(ids[ids.index(0) :]), "nothing but the end token may follow the end"
@@ -59,7 +64,9 @@ def written(tokenizer, ids: torch.Tensor) -> str:
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), scale=st.floats(0.1, 30), many=st.booleans())
-def test_whatever_is_sampled_is_a_recipe(one_token, many_tokens, seed, scale, many):
+def test_whatever_is_sampled_is_a_recipe(
+    one_token: Pair, many_tokens: Pair, seed: int, scale: float, many: bool
+) -> None:
     tokenizer, constraint = many_tokens if many else one_token
     size = tokenizer.get_vocab_size() if many else len(tokenizer)
     for row in sample(constraint, torch.Generator().manual_seed(seed), 4, size, scale):
@@ -69,7 +76,7 @@ def test_whatever_is_sampled_is_a_recipe(one_token, many_tokens, seed, scale, ma
         assert str(parsed.recipe) == text
 
 
-def test_every_alternative_can_be_reached(one_token):
+def test_every_alternative_can_be_reached(one_token: Pair) -> None:
     tokenizer, constraint = one_token
     ids = torch.zeros(1, 0, dtype=torch.long)
     for alternatives in recipes.grammar():
@@ -79,7 +86,7 @@ def test_every_alternative_can_be_reached(one_token):
     assert constraint.next_mask(ids, len(tokenizer))[0].nonzero().flatten().tolist() == [0]
 
 
-def test_the_automaton_accepts_exactly_the_language_where_alternatives_begin_alike():
+def test_the_automaton_accepts_exactly_the_language_where_alternatives_begin_alike() -> None:
     tokenizer = byte_tokenizer()
     grammar = [["a", "ab", "abc"], ["b", "bc", "c"], ["x"]]
     constraint = RecipeConstraint(tokenizer, grammar, end_id=0)
@@ -95,7 +102,7 @@ def test_the_automaton_accepts_exactly_the_language_where_alternatives_begin_ali
     assert found == language
 
 
-def test_mask_agrees_with_the_steps_and_is_finite_in_every_precision(one_token):
+def test_mask_agrees_with_the_steps_and_is_finite_in_every_precision(one_token: Pair) -> None:
     tokenizer, constraint = one_token
     ids = sample(constraint, torch.Generator().manual_seed(1), 3, len(tokenizer), 1.0)
     mask = constraint.mask(ids, len(tokenizer))
@@ -110,24 +117,24 @@ def test_mask_agrees_with_the_steps_and_is_finite_in_every_precision(one_token):
         assert logp.exp()[~mask].max() == 0
 
 
-def test_a_text_that_broke_the_rules_may_only_end(one_token):
+def test_a_text_that_broke_the_rules_may_only_end(one_token: Pair) -> None:
     tokenizer, constraint = one_token
     stray = torch.tensor([tokenizer.encode("A bright photo")])
     assert constraint.next_mask(stray, len(tokenizer))[0].nonzero().flatten().tolist() == [0]
     assert not constraint.mask(stray, len(tokenizer))[0, 0, stray[0, 0]]
 
 
-def test_ids_beyond_the_tokenizer_are_never_allowed(one_token):
+def test_ids_beyond_the_tokenizer_are_never_allowed(one_token: Pair) -> None:
     tokenizer, constraint = one_token
     ids = torch.full((1, 2), 10**6)
     assert constraint.mask(ids, len(tokenizer) + 100)[..., len(tokenizer) :].sum() == 0
 
 
-def test_a_tokenizer_that_cannot_write_the_grammar_is_refused(words):
+def test_a_tokenizer_that_cannot_write_the_grammar_is_refused(words: Any) -> None:
     class Shouting:
         eos_token_id = 0
 
-        def encode(self, text, add_special_tokens):
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
             return words.encode(text.upper())
 
         decode = staticmethod(words.decode)
@@ -137,7 +144,7 @@ def test_a_tokenizer_that_cannot_write_the_grammar_is_refused(words):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_generate_and_a_trainers_pass_see_the_same_distribution(one_token, temperature):
+def test_generate_and_a_trainers_pass_see_the_same_distribution(one_token: Pair, temperature: float) -> None:
     """Importance ratios of a left-padded batch are 1 with the constraint on both sides, and are not without it."""
     tokenizer, constraint = one_token
     torch.manual_seed(0)
