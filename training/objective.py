@@ -16,6 +16,7 @@ from training.probe import Probe
 
 LEVEL_WIDTH = 0.8  # levels: how far a recipe's soft targets reach
 WEIGHTS = {"recipe": 0.25, "text": 2.0, "end": 0.3, "region": 0.1, "places": 3.0, "whole": 5.0}
+FINDING = 900  # the step from which regions weigh more, and image tokens must also say where they are
 
 
 def bin_loss(logits: torch.Tensor, value: torch.Tensor, bins: int, width: float) -> torch.Tensor:
@@ -117,6 +118,11 @@ def region_loss(model: MoondreamForConditionalGeneration, hidden: torch.Tensor, 
         for axis in range(2):
             loss = loss + 0.5 * bin_loss(decoded[..., axis, :], size_position(size[:, axis], bins), bins, 15.0)
     return loss
+
+
+def weights_at(step: int) -> dict[str, float]:
+    """What each loss weighs: first to see, then to find."""
+    return WEIGHTS | ({"region": 0.3, "spots": 3.0} if step >= FINDING else {})
 
 
 def step_loss(

@@ -31,7 +31,7 @@ from inference.moondream import (
 from recipes import load_photo
 from training.card import export, model_card
 from training.lessons import Lessons, every_text
-from training.objective import WEIGHTS, recipe_segments, step_loss
+from training.objective import recipe_segments, step_loss, weights_at
 from training.photos import bundled
 from training.probe import Probe
 from training.quality import Reader, evaluate, held_out
@@ -162,10 +162,13 @@ def waves(grid: int, width: int) -> torch.Tensor:
 
 def optimiser(model: nn.Module, probe: nn.Module, settings: Settings) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only."""
-    parameters = [p for part in (model, probe) for p in part.parameters() if p.requires_grad]
+    late = list(probe.spots.parameters())  # without a gradient until they are needed
+    named = [*model.named_parameters(), *probe.named_parameters()]
+    parameters = [p for name, p in named if p.requires_grad and not name.startswith("spots")]
     matrices = [p for p in parameters if p.ndim > 1]
     vectors = [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    groups.append({"params": late, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
 
 
@@ -220,7 +223,7 @@ def train(
             group["lr"] = settings.learning_rate * rate(step, settings)
         losses = step_loss(model, probe, images, lesson, segments)
         optimizer.zero_grad()
-        sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
+        sum(weight * losses[name] for name, weight in weights_at(step).items()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         average.update(model, step)

@@ -36,13 +36,24 @@ class Probe(nn.Module):
         super().__init__()
         self.places = nn.Linear(width, PLACE_TARGETS)
         self.whole = nn.Sequential(nn.Linear(width, 128), nn.GELU(), nn.Linear(128, WHOLE_TARGETS))
+        self.spots = nn.Linear(width, 2)
+        nn.init.zeros_(self.spots.weight)
+        nn.init.zeros_(self.spots.bias)
 
     def forward(self, features: torch.Tensor, places: torch.Tensor, whole: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Losses against the targets [N, T, PLACE_TARGETS] and [N, WHOLE_TARGETS]."""
+        """Losses against the targets [N, T, PLACE_TARGETS] and [N, WHOLE_TARGETS], and of where each token lies."""
         return {
+            "spots": F.smooth_l1_loss(self.spots(features).float(), self.centres(features)),
             "places": F.smooth_l1_loss(self.places(features).float(), places),
             "whole": F.smooth_l1_loss(self.whole(features.mean(1)).float(), whole),
         }
+
+    def centres(self, features: torch.Tensor) -> torch.Tensor:
+        """x and y of each token's place, -2..2, for features [N, T, D] of a square grid: [N, T, 2]."""
+        side = round(features.shape[1] ** 0.5)
+        line = ((torch.arange(side) + 0.5) / side - 0.5) * 4
+        spots = torch.stack([line.repeat(side), line.repeat_interleave(side)], -1)
+        return spots[None].expand(len(features), -1, -1)
 
 
 def place_targets(photo: np.ndarray, undo: Recipe, grid: int) -> np.ndarray:
