@@ -46,11 +46,10 @@ def open_page(store: Store, request: gr.Request) -> list[Any]:
     """The page as its address wants it; what the address gets wrong is said and left at its default."""
     setup, problems = read_link(dict(request.query_params))
     if problems:
-        warn("; ".join(problems), "Not everything in this link could be used")
+        warn(f"Not everything in this link could be used. {'; '.join(problems)}.", "Link")
     prompt, length = choose_skill(setup.skill, setup.prompt)
     length["value"] = setup.length
     return [
-        str(SAMPLES[setup.photo].path) if setup.photo else None,
         gr.HTML(value=list(setup.models), choices=choices()),
         setup.skill,
         prompt,
@@ -222,7 +221,7 @@ def build(store: Store) -> None:
     def opened(request: gr.Request) -> list[Any]:
         return open_page(store, request)
 
-    gr.on(None, opened, None, [*asked, *sliders, saved], **QUICK)
+    gr.on(None, opened, None, [*asked[1:], *sliders, saved], **PRIVATE)  # queued: only those events can show a warning
     sample.choose(choose_sample, None, photo, **QUICK)
     photo.input(check_photo, photo, [photo, sample], **PRIVATE)
     skill.input(choose_skill, [skill, prompt], [prompt, length], **QUICK)

@@ -90,6 +90,7 @@ element.addEventListener('click', event => {
   const button = event.target.closest('.sample');
   if (button) { props.value = button.dataset.file; mark(); trigger('choose', {file: button.dataset.file}); }
 });
-watch('value', mark);
+// A name that comes from a link is chosen as if it had been clicked.
+watch('value', () => { mark(); if (props.value) trigger('choose', {file: props.value}); });
 mark();
 """

@@ -68,7 +68,7 @@ def open_page(browser: Browser, context: BrowserContext, server: str) -> Iterato
         page.goto(f"{server}/?{query}")
         page.wait_for_selector("#candidates .grid-columns", state="attached")
         page.wait_for_selector("#models .picker-choice", state="attached")
-        if "photo=" in query:
+        if ".jpg" in query:
             page.wait_for_selector("#photo img[src]")
         return page
 
