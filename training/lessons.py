@@ -20,6 +20,7 @@ from training.restoration import spoil
 
 COORD_BINS, SIZE_BINS = 1024, 1024
 IGNORE = -100
+LIFELIKE = 1700  # the step from which photos are damaged as in life, mostly slightly
 ASPECTS = (2.0, 1.5, 1.33, 1.0, 0.75, 0.67)
 
 
@@ -65,7 +66,7 @@ class Lessons(Dataset):
         for row in range(self.batch):
             rng = np.random.default_rng([self.seed, step, row])
             photo = random_view(self.photos[rng.integers(len(self.photos))], rng)
-            example = spoil(photo, rng)
+            example = spoil(photo, rng, lifelike=step >= LIFELIKE)
             recipe = example.recipe
             if rng.random() < 0.15:  # looks are taste, not damage: seen now and then, so that sampling knows them
                 recipe = recipe.replace(look=str(rng.choice(LOOKS[1:])))
@@ -138,7 +139,9 @@ def every_text(photos: Sequence[np.ndarray], seed: int = 0) -> list[str]:
     for index, photo in enumerate(photos):
         rng = np.random.default_rng([seed, index])
         for _ in range(4):
-            texts.append(facts.caption(facts.measure(spoil(random_view(photo, rng), rng).spoilt), "long"))
+            texts.append(
+                facts.caption(facts.measure(spoil(random_view(photo, rng), rng, lifelike=False).spoilt), "long")
+            )
     texts += [f"It is mostly {name}, with {name}." for name in facts.COLOUR_NAMES] * 3
     texts += [f"The subject is at the {row} {column}." for row in facts.ROWS for column in facts.COLUMNS] * 3
     texts += [a.sentence.format(word) for a in facts.ATTRIBUTES.values() for word, _, _ in a.classes] * 3

@@ -14,7 +14,6 @@ from recipes import grammar
 from training.lessons import IGNORE, Lesson, pad
 from training.probe import Probe
 
-LEVEL_WIDTH = 0.8  # levels: how far a recipe's soft targets reach
 WEIGHTS = {"recipe": 0.25, "text": 2.0, "end": 0.3, "region": 0.1, "places": 3.0, "whole": 5.0}
 FINDING = 900  # the step from which regions weigh more, and image tokens must also say where they are
 
@@ -152,18 +151,18 @@ def step_loss(
 Segments = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def recipe_segments(tokenizer: PreTrainedTokenizerFast) -> Segments:
+def recipe_segments(tokenizer: PreTrainedTokenizerFast, width: float) -> Segments:
     """Per segment of the recipe's grammar: the ids of its alternatives [n], and soft targets [n, n].
 
     Levels of an operation are ordered: neighbours of the true one get a share of the target, falling as a Gaussian of
-    `LEVEL_WIDTH` levels. Words (looks) are not.
+    `width` levels. Words (looks) are not.
     """
     segments = []
     for alternatives in grammar():
         ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)[0] for text in alternatives])
         order = torch.arange(len(ids)).float()
         numbers = all(text.strip().lstrip("+-").isdigit() for text in alternatives)
-        soft = torch.exp(-0.5 * ((order[:, None] - order[None]) / LEVEL_WIDTH) ** 2) if numbers else torch.eye(len(ids))
+        soft = torch.exp(-0.5 * ((order[:, None] - order[None]) / width) ** 2) if numbers else torch.eye(len(ids))
         segments.append((ids, soft / soft.sum(-1, keepdim=True)))
     return segments
 

@@ -30,7 +30,7 @@ from inference.moondream import (
 )
 from recipes import load_photo
 from training.card import export, model_card
-from training.lessons import Lessons, every_text
+from training.lessons import LIFELIKE, Lessons, every_text
 from training.objective import recipe_segments, step_loss, weights_at
 from training.photos import bundled
 from training.probe import Probe
@@ -39,6 +39,7 @@ from training.tokenizer import build_tokenizer, templates
 
 OUT = Path(__file__).resolve().parent.parent / "assets" / "moondream-tiny"
 VOCABULARY = 1024
+LEVEL_WIDTHS = (0.8, 1.5)  # levels: how far a recipe's soft targets reach before and after LIFELIKE
 TINY = {
     "text": {"dim": 192, "ff_dim": 768, "n_layers": 4, "n_heads": 3, "vocab_size": VOCABULARY, "max_context": 2048},
     "vision": {
@@ -215,13 +216,13 @@ def train(
     )
     apart = {"num_workers": workers, "prefetch_factor": 4, "multiprocessing_context": "spawn"} if workers else {}
     loader = DataLoader(Batches(lessons, image_processor), None, sampler=range(first, settings.steps), **apart)
-    segments = recipe_segments(tokenizer)
+    sharp, wide = (recipe_segments(tokenizer, width) for width in LEVEL_WIDTHS)
     started = time.monotonic() - spent
     progress = tqdm(loader, initial=first, total=settings.steps, unit="step", file=sys.stdout, mininterval=5)
     for step, (images, lesson) in enumerate(progress, first):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate(step, settings)
-        losses = step_loss(model, probe, images, lesson, segments)
+        losses = step_loss(model, probe, images, lesson, wide if step >= LIFELIKE else sharp)
         optimizer.zero_grad()
         sum(weight * losses[name] for name, weight in weights_at(step).items()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

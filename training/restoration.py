@@ -11,7 +11,8 @@ from recipes import Recipe, render, shrink
 from training.facts import lab
 
 ERROR_SIDE = 160  # px: both pictures are compared at this long side
-STRENGTH = 70  # levels: how far a photo is degraded at most, -70..70
+STRENGTH = 70  # levels: how far a photo is degraded at most where every strength is as frequent, -70..70
+SPREAD = 40  # levels: standard deviation of damage as it is in life, mostly slight
 BLUR = 0.0045  # Gaussian sigma at level 100, as a share of the long side
 
 
@@ -24,20 +25,26 @@ class Degraded:
     recipe: Recipe
 
 
-def random_undo(rng: np.random.Generator, strength: int = STRENGTH) -> Recipe:
-    """A recipe to be undone: each operation is there with probability 0.85 at a level from tens; crop with 0.35."""
+def random_undo(rng: np.random.Generator, lifelike: bool = True) -> Recipe:
+    """A recipe to be undone, with a crop in 35 of 100.
+
+    Lifelike levels are normally distributed: then the likeliest answer to an unclear photo is a careful one. The others
+    are uniform, 0 in 15 of 100, which shows much of what there is to see.
+    """
 
     def level(low: int, high: int) -> int:
         return int(rng.integers(low // 10, high // 10 + 1)) * 10 if rng.random() < 0.85 else 0
 
+    def slight() -> int:
+        return int(np.clip(round(rng.normal(0, SPREAD / 10)), -9, 9)) * 10
+
     edges = [int(rng.integers(0, 6)) * 5 if rng.random() < 0.6 else 0 for _ in range(4)]
     left, top, right, bottom = edges if rng.random() < 0.35 else (0, 0, 0, 0)
+    tone = [slight() if lifelike else level(-STRENGTH, STRENGTH) for _ in range(4)]
+    names = ("exposure", "contrast", "saturation", "warmth")
     return Recipe(
         crop=(left, top, 100 - right, 100 - bottom),
-        exposure=level(-strength, strength),
-        contrast=level(-strength, strength),
-        saturation=level(-strength, strength),
-        warmth=level(-strength, strength),
+        **dict(zip(names, tone, strict=True)),
         sharpening=level(0, 100),
     )
 
@@ -72,9 +79,9 @@ def frame(photo: np.ndarray, crop: tuple[int, int, int, int], rng: np.random.Gen
     return canvas
 
 
-def spoil(photo: np.ndarray, rng: np.random.Generator, share: float = 0.93) -> Degraded:
+def spoil(photo: np.ndarray, rng: np.random.Generator, share: float = 0.93, lifelike: bool = True) -> Degraded:
     """A random degradation of the photo; a share of the photos stay as they are, and their recipe is the identity."""
-    undo = random_undo(rng) if rng.random() < share else Recipe()
+    undo = random_undo(rng, lifelike) if rng.random() < share else Recipe()
     return Degraded(photo, degrade(photo, undo, rng), undo)
 
 

@@ -105,7 +105,7 @@ def test_the_probe_is_told_what_was_done_to_the_photo(lessons: Lessons) -> None:
 
 def test_near_levels_cost_less_than_far_ones(parts: Parts) -> None:
     _, _, tokenizer = parts
-    segments = recipe_segments(tokenizer)
+    segments = recipe_segments(tokenizer, 0.8)
     encode = lambda text: torch.tensor([[*tokenizer.encode(text, add_special_tokens=False), 0]])  # noqa: E731
     text = "crop 0 0 100 100; exposure {}; contrast 0; saturation 0; warmth 0; sharpening 0; look none"
     true = encode(text.format("+10"))

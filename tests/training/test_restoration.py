@@ -46,7 +46,10 @@ def test_random_undo_is_in_range_and_repeatable() -> None:
     recipes = [random_undo(np.random.default_rng(seed)) for seed in range(200)]
     assert recipes == [random_undo(np.random.default_rng(seed)) for seed in range(200)]
     assert len(set(map(str, recipes))) > 150
-    assert all(-70 <= r.exposure <= 70 and r.crop[0] <= 25 and r.crop[3] >= 75 for r in recipes)
+    uniform = [abs(random_undo(np.random.default_rng(seed), lifelike=False).exposure) for seed in range(200)]
+    assert max(uniform) <= 70
+    assert sum(v >= 60 for v in uniform) > sum(abs(r.exposure) >= 60 for r in recipes)
+    assert all(-90 <= r.exposure <= 90 and r.crop[0] <= 25 and r.crop[3] >= 75 for r in recipes)
 
 
 def test_error_is_zero_for_the_same_picture_and_symmetric_in_size() -> None:
