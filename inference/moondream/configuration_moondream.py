@@ -150,9 +150,9 @@ class MoondreamConfig(PreTrainedConfig):
     }
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    region_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None
+    vision_config: Any = None
+    region_config: Any = None
     tokenizer_config: dict | None = None
     tie_word_embeddings: bool = False
 
