@@ -58,7 +58,7 @@ def blind_shares() -> list[dict[str, Any]]:
     return found
 
 
-def plainly(source: np.ndarray, picture: np.ndarray) -> list[float]:
+def plainly(source: np.ndarray, picture: np.ndarray) -> list[Any]:
     """The measures behind the three rewards for a candidate of the source's size, as one would write them first."""
     grey_source, grey = color.rgb2gray(source), color.rgb2gray(picture)
     detail = [np.sqrt((laplace(gaussian(image, 0.7)) ** 2).mean()) for image in (grey_source, grey)]

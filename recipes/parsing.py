@@ -265,7 +265,7 @@ class _Reading:
         for slot, value, number in zip(slots, values, numbers, strict=True):
             if abs(value - number) > 0.5:
                 self.problem(f"{name} {value:.6g} was brought into {slot.low}..{slot.high}")
-        self.values[name] = numbers if len(numbers) > 1 else numbers[0]
+        self.values[name] = numbers[0] if len(numbers) == 1 else numbers
         return None
 
     # ── JSON ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -290,7 +290,7 @@ class _Reading:
 
     def _json_numbers(self, name: str, value: object) -> None:
         if isinstance(value, Mapping):
-            value = [value.get(side, 100 if index > 1 else 0) for side, index in _SIDES.items()]
+            value = [value[side] if side in value else (0, 0, 100, 100)[at] for side, at in _SIDES.items()]
         parts = value if isinstance(value, (list, tuple)) else [value]
         numbers = [_as_float(part) for part in parts[:8]]
         if any(number is None for number in numbers) or len(numbers) != len(OPERATIONS[name].slots):
@@ -309,9 +309,9 @@ def _places(items: _Items) -> list[tuple[int, str, int]]:
     """
     places: list[tuple[int, str, int]] = []
     for at, item in enumerate(items):
-        if isinstance(item, float):
+        if not isinstance(item, str):
             continue
-        name, way = _MOVES.get(item) or (_OPERATION_OF.get(item, ""), 0)
+        name, way = _MOVES.get(item, (_OPERATION_OF.get(item, ""), 0))
         repeated = bool(places) and way == 0 and places[-1][:2] == (at - 1, name)
         if name and not repeated:
             places.append((at, name, way))
@@ -329,7 +329,7 @@ def _margins(items: _Items) -> tuple[float, ...]:
     for item in items:
         if isinstance(item, float):
             current = item
-        elif item in _SIDES:
+        elif isinstance(item, str) and item in _SIDES:
             side = _SIDES[item]
             box[side] = current if side < 2 else 100 - current
     return tuple(box)

@@ -7,6 +7,7 @@ import io
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
@@ -181,7 +182,7 @@ def save_picture(picture: np.ndarray, recipe: Recipe, path: str | os.PathLike[st
         ) from error
 
 
-def _save_options(suffix: str, text: str) -> dict[str, object]:
+def _save_options(suffix: str, text: str) -> dict[str, Any]:
     if suffix in (".jpg", ".jpeg"):
         exif = Image.Exif()
         exif[_IMAGE_DESCRIPTION] = text

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from dataclasses import replace as _replace
+from typing import Any
 
 import numpy as np
 
@@ -86,17 +87,17 @@ class Recipe:
         """True when rendering changes nothing."""
         return self == Recipe()
 
-    def replace(self, **changes: object) -> Recipe:
+    def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed."""
         return _replace(self, **changes)
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """A plain dict: numbers, a list of four for crop, a word for look."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return values | {"crop": list(self.crop)}
 
 
-def _checked(operation: Operation, value: object) -> object:
+def _checked(operation: Operation, value: Any) -> Any:
     if operation.choices:
         if value not in operation.choices:
             raise ValueError(f"{operation.name} must be one of {', '.join(operation.choices)}, not {value!r}")
@@ -107,14 +108,19 @@ def _checked(operation: Operation, value: object) -> object:
     numbers = tuple(
         _clamped(operation.name, slot, number) for slot, number in zip(operation.slots, values, strict=True)
     )
-    return numbers if len(numbers) > 1 else numbers[0]
+    return _alone(numbers)
 
 
-def _clamped(name: str, slot: Slot, value: object) -> int:
+def _alone(numbers: tuple[int, ...]) -> tuple[int, ...] | int:
+    """One number stands by itself, several stay together."""
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _clamped(name: str, slot: Slot, value: Any) -> int:
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = float(value)
     except OverflowError:
-        return slot.high if value > 0 else slot.low  # type: ignore[operator]
+        return slot.high if value > 0 else slot.low
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a number, not {value!r}") from None
     if not math.isfinite(number):
@@ -122,7 +128,7 @@ def _clamped(name: str, slot: Slot, value: object) -> int:
     return slot.clamp(number)
 
 
-def _written(operation: Operation, value: object) -> str:
+def _written(operation: Operation, value: Any) -> str:
     if operation.choices:
         return str(value)
     values = value if isinstance(value, tuple) else (value,)
@@ -150,7 +156,7 @@ def random_recipe(rng: np.random.Generator, touch: float = 0.5) -> Recipe:
     Each operation is left neutral with probability 1 - touch, otherwise each of its numbers is uniform over its levels
     (a crop's four sides, a look other than none). touch=1 draws all operations uniformly.
     """
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     for name, operation in OPERATIONS.items():
         if rng.random() >= touch:
             continue
@@ -158,8 +164,8 @@ def random_recipe(rng: np.random.Generator, touch: float = 0.5) -> Recipe:
             values[name] = operation.choices[int(rng.integers(1, len(operation.choices)))]
         else:
             numbers = tuple(int(rng.choice(range(slot.low, slot.high + 1, slot.step))) for slot in operation.slots)
-            values[name] = numbers if len(numbers) > 1 else numbers[0]
-    return Recipe(**values)  # type: ignore[arg-type]
+            values[name] = _alone(numbers)
+    return Recipe(**values)
 
 
 def describe(recipe: Recipe) -> str:

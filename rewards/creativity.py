@@ -23,8 +23,8 @@ import numpy as np
 from rewards import compare
 
 FRESH, WIDTH = 12.0, 0.35
-REFRAMED = 20.0
-LIGHT, LIGHT_WIDTH = 52.0, 10.0
+REFRAMED = 15.0
+LIGHT, LIGHT_WIDTH = 52.0, 8.0
 CONTRAST, CONTRAST_WIDTH = 20.0, 6.0
 BURNT = 0.3
 DISTINCT = 6.0

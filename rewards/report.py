@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -44,7 +45,7 @@ def measure_file(file: Path, recipes: list[Recipe]) -> np.ndarray:
     return measure(load_photo(file), recipes)
 
 
-def summarise(scores: np.ndarray, recipes: list[Recipe]) -> dict[str, dict[str, object]]:
+def summarise(scores: np.ndarray, recipes: list[Recipe]) -> dict[str, dict[str, Any]]:
     """The table for scores [photos, 1 + recipes, rewards]: a row of COLUMNS and the best single recipe per function."""
     functions = {name: RewardFunction({name: 1.0}) for name in REWARDS} | {"equal weights": DEFAULT}
     return {name: _row(_totals(scores, function), recipes) for name, function in functions.items()}
@@ -57,7 +58,7 @@ def _totals(scores: np.ndarray, function: RewardFunction) -> np.ndarray:
     return np.nansum(scores * weights, axis=-1) / np.maximum((known * weights).sum(axis=-1), 1e-9)
 
 
-def _row(totals: np.ndarray, recipes: list[Recipe]) -> dict[str, object]:
+def _row(totals: np.ndarray, recipes: list[Recipe]) -> dict[str, Any]:
     untouched, per_recipe = totals[:, 0].mean(), totals[:, 1:].mean(axis=0)
     single = max(untouched, per_recipe.max())
     best = totals[:, 1:].max(axis=1).mean()
@@ -81,7 +82,7 @@ def at_limit(recipe: Recipe) -> bool:
     return ends or min(right - left, bottom - top) <= narrowest
 
 
-def table(rows: dict[str, dict[str, object]]) -> str:
+def table(rows: dict[str, dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = ["| reward | untouched | best single | best of all, per photo | blind share | at the limits |"]
     lines.append("|---|---|---|---|---|---|")
@@ -90,7 +91,7 @@ def table(rows: dict[str, dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def report(files: Iterable[Path], recipes: list[Recipe], processes: int = 2) -> dict[str, dict[str, object]]:
+def report(files: Iterable[Path], recipes: list[Recipe], processes: int = 2) -> dict[str, dict[str, Any]]:
     """The table over some files."""
     with ProcessPoolExecutor(processes) as pool:
         scores = list(pool.map(partial(measure_file, recipes=recipes), files))
@@ -99,7 +100,7 @@ def report(files: Iterable[Path], recipes: list[Recipe], processes: int = 2) -> 
 
 def main() -> None:
     """Prints the table; writes JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--photos", type=Path, default=PHOTOS, help="folder of photos (bundled ones by default)")
     parser.add_argument("--every", type=int, default=1, help="take every n-th photo")
     parser.add_argument("--recipes", type=int, default=256)

@@ -5,7 +5,7 @@
 - d, the detail: root mean square of the Laplacian of the slightly smoothed luminance, a focus measure (Pertuz, Puig and
   Garcia, "Analysis of focus measure operators for shape-from-focus", 2013), without the white noise that the flattest
   blocks show (Immerkaer, "Fast noise variance estimation", 1996). The first factor rises with it.
-- over = (ln(d / max(d of the source, NATURAL)) / OVER)^2 / 2 if positive: crisper than photos are and than this one was.
+- over = (ln(d / max(d of the source, NATURAL)) / OVER)^2 / 2 if positive: crisper than photos are and this one was.
 - halo = (mean overshoot beyond the local extremes of the source, at its tones / HALO)^2.
 - burnt = new share of pixels that lost their tone / BURNT.
 - change = (mean CIEDE2000 to the source / CHANGE)^2, so that black and white or a colour cast are no way to win.

@@ -12,7 +12,7 @@ EVERY, RECIPES = 12, 96  # of the bundled photos, of the 256 recipes of the full
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[str, dict[str, object]]:
+def rows() -> dict[str, dict[str, float]]:
     files = sorted(PHOTOS.glob("*.jpg"))[::EVERY]
     recipes = draw(RECIPES)
     return summarise(np.stack([measure(load_photo(file), recipes) for file in files]), recipes)
