@@ -18,6 +18,7 @@ from ui.theme import CSS, theme
 from usage.store import Store, StoreError
 
 TITLE = "Moondream Playground"
+LOCAL = ("127.0.0.1", "0.0.0.0", "::", "::1")
 
 
 def blocks(store: Store) -> gr.Blocks:
@@ -57,6 +58,7 @@ def main() -> None:
         app = create_app(settings)
     except (SettingsError, StoreError) as error:
         sys.exit(str(error))
+    print(f"{TITLE}: http://{'localhost' if settings.host in LOCAL else settings.host}:{settings.port}", flush=True)
     uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning")
 
 
