@@ -82,7 +82,7 @@ def _load() -> tuple[Any, dict[str, Any]]:
     # On one thread CPU time is what an idle machine's clock shows, and a busy machine does not change it.
     torch.set_num_threads(1)
     model = AutoModelForImageTextToText.from_pretrained(MODEL).eval()
-    config = model.config
+    config: Any = model.config
     around = config.templates["query"]
     prompt = [*around["prefix"], *range(100, 107), *around["suffix"] * 2]
     ids = [config.bos_id, *[config.image_token_id] * config.image_tokens, *prompt]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -54,7 +55,8 @@ class Lessons(Dataset):
         steps: int,
         grid: int,
     ) -> None:
-        self.photos, self.tokenizer, self.templates = photos, tokenizer, templates
+        self.photos, self.templates = photos, templates
+        self.tokenizer: Any = tokenizer
         self.batch, self.seed, self.steps, self.grid = batch, seed, steps, grid
 
     def __len__(self) -> int:
@@ -65,7 +67,7 @@ class Lessons(Dataset):
         lessons: dict[str, list] = {"images": [], "recipe": [], "text": [], "region": [], "places": [], "whole": []}
         for row in range(self.batch):
             rng = np.random.default_rng([self.seed, step, row])
-            photo = random_view(self.photos[rng.integers(len(self.photos))], rng)
+            photo = random_view(self.photos[int(rng.integers(len(self.photos)))], rng)
             example = spoil(photo, rng, lifelike=step >= LIFELIKE)
             recipe = example.recipe
             if rng.random() < 0.15:  # looks are taste, not damage: seen now and then, so that sampling knows them
