@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def report(files: Iterable[Path], recipes: list[Recipe], processes: int = 2) -> dict[str, dict[str, Any]]:
     """The table over some files."""
-    with ProcessPoolExecutor(processes) as pool:
+    # a fork after OpenCV has started its threads can hang
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         scores = list(pool.map(partial(measure_file, recipes=recipes), files))
     return summarise(np.stack(scores), recipes)
 

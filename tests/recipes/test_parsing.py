@@ -7,11 +7,14 @@ import math
 from time import thread_time
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recipes import OPERATIONS, Recipe, parse
 from recipes.parsing import MAX_TEXT
+
+# A busy machine must not fail a property.
+CALM = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.mark.parametrize(
@@ -91,6 +94,7 @@ words = st.sampled_from([*OPERATIONS, "left", "warmer", "raise", "by", "mono", "
 numbers = st.one_of(st.integers().map(str), st.floats().map(str), st.sampled_from(["10^9", "nan", "-inf", "1e400"]))
 
 
+@CALM
 @given(st.one_of(st.text(max_size=300), st.lists(st.one_of(words, numbers), max_size=40).map(" ".join)))
 def test_never_raises_and_gives_a_valid_recipe(text: str) -> None:
     parsed = parse(text)
@@ -106,6 +110,7 @@ json_values = st.recursive(
 )
 
 
+@CALM
 @given(st.dictionaries(st.sampled_from([*OPERATIONS, "recipe", "x"]), json_values))
 def test_never_raises_on_json(values: dict) -> None:
     one, other = parse(values), parse(json.dumps(values))
@@ -113,6 +118,7 @@ def test_never_raises_on_json(values: dict) -> None:
         assert one.recipe == other.recipe
 
 
+@CALM
 @given(st.floats(), st.sampled_from(["exposure", "contrast", "saturation", "warmth", "sharpening"]))
 def test_any_number_is_clamped_alike_in_text_and_json(value: float, name: str) -> None:
     written, given_ = parse(f"{name} {value!r}").recipe, parse({name: value}).recipe

@@ -7,10 +7,13 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recipes import LOOKS, OPERATIONS, Recipe, describe, grammar, parse, random_recipe
+
+# A busy machine must not fail a property.
+CALM = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 levels = st.sampled_from
 
@@ -31,6 +34,7 @@ def test_canonical_text() -> None:
     assert not recipe.is_identity and Recipe().is_identity
 
 
+@CALM
 @given(recipes())
 def test_text_and_json_round_trip(recipe: Recipe) -> None:
     for text in (str(recipe), json.dumps(recipe.to_json()), recipe.to_json()):
@@ -105,6 +109,7 @@ def test_describe(recipe: Recipe, words: str) -> None:
     assert describe(recipe) == words
 
 
+@CALM
 @given(recipes())
 def test_describe_names_what_is_touched(recipe: Recipe) -> None:
     words = describe(recipe)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recipes import LOOKS, Recipe, crop_box, random_recipe, render, render_all, shrink
+
+# A busy machine must not fail a property.
+CALM = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,7 @@ def test_a_crop_only_cuts(photo: np.ndarray) -> None:
     assert np.array_equal(render(photo, recipe), photo[24:72, 16:144])
 
 
+@CALM
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 40), st.integers(60, 100))
 def test_a_crop_is_never_empty(height: int, width: int, low: int, high: int) -> None:
     picture = render(np.zeros((height, width, 3), np.uint8), Recipe(crop=(low, low, high, high), contrast=10))
@@ -114,7 +118,7 @@ def test_looks_differ_and_mono_is_grey(photo: np.ndarray) -> None:
         assert np.array_equal(picture[..., 0], picture[..., 2])
 
 
-@settings(max_examples=60, deadline=None)
+@CALM
 @given(st.integers(0, 2**32 - 1), st.tuples(st.integers(1, 50), st.integers(1, 50)))
 def test_any_recipe_on_any_size_renders(seed: int, size: tuple[int, int]) -> None:
     rng = np.random.default_rng(seed)

@@ -6,14 +6,18 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rewards import DEFAULT, REWARDS, RewardFunction, RewardFunctionError
 
+# A busy machine must not fail a property.
+CALM = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+
 weights = st.dictionaries(st.sampled_from(list(REWARDS)), st.floats(0, 1), min_size=1).filter(lambda w: any(w.values()))
 
 
+@CALM
 @given(weights)
 def test_json_and_query_round_trip(values: dict[str, float]) -> None:
     function = RewardFunction(values)
@@ -70,6 +74,7 @@ def test_bad_links_are_said(text: str) -> None:
         RewardFunction.from_query(text)
 
 
+@CALM
 @given(st.text(max_size=60))
 def test_no_text_escapes(text: str) -> None:
     for read in (RewardFunction.from_json, RewardFunction.from_query):
@@ -87,6 +92,7 @@ def test_total_is_the_weighted_mean_of_what_applies() -> None:
     assert function.total({}) is None
 
 
+@CALM
 @given(weights, st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=3, max_size=3))
 def test_total_stays_in_range(values: dict[str, float], scores: list[float | None]) -> None:
     total = RewardFunction(values).total(dict(zip(REWARDS, scores)))

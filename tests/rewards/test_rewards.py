@@ -16,6 +16,9 @@ from rewards import REWARDS, compare, score, score_recipes
 from rewards.colour import colourfulness
 from rewards.sharpness import detail, noise
 
+# A busy machine must not fail a property.
+CALM = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+
 FOLDER = Path(__file__).resolve().parents[2] / "assets" / "photos"
 FILES = sorted(FOLDER.glob("*.jpg"))
 SOME = FILES[::9]
@@ -61,7 +64,7 @@ pictures = arrays.arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 
 
 
 @pytest.mark.parametrize("name", REWARDS)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@CALM
 @given(source=pictures, candidates=st.lists(pictures, max_size=4))
 def test_any_pictures_score_in_range(name: str, source: np.ndarray, candidates: list[np.ndarray]) -> None:
     values = REWARDS[name](source, candidates)
@@ -232,7 +235,7 @@ def test_the_photo_itself_is_not_creative(photos: list[np.ndarray]) -> None:
 def test_identical_candidates_score_zero(scene: np.ndarray) -> None:
     teal = render(scene, Recipe(look="teal", warmth=-40))
     sepia = render(scene, Recipe(look="sepia"))
-    assert one("creativity", scene, sepia) > 0.2
+    assert one("creativity", scene, sepia) > 0.1
     assert REWARDS["creativity"](scene, [sepia, sepia.copy()]) == [0, 0]
     first, second, third = REWARDS["creativity"](scene, [sepia, teal, sepia])
     assert first == third == 0 and second > 0
