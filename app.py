@@ -14,7 +14,7 @@ from serving import health
 from settings import Settings, SettingsError
 from ui import TABS
 from ui.samples import PHOTOS
-from ui.theme import CSS, theme
+from ui.theme import HEAD, theme
 from usage.store import Store, StoreError
 
 TITLE = "Moondream Playground"
@@ -40,7 +40,7 @@ def create_app(settings: Settings) -> FastAPI:
         blocks(Store(settings.store_url)),
         path="/",
         theme=theme(),
-        css_paths=[CSS],
+        head=HEAD,
         footer_links=["api"],
         run_history=False,
         ssr_mode=False,

@@ -124,7 +124,7 @@ def _alternative() -> Any:
 
     from rewards import DEFAULT, REWARDS
     from ui.grid import candidate_grid
-    from ui.theme import CSS, theme
+    from ui.theme import HEAD, theme
 
     value = _grid_value()
     with gr.Blocks(analytics_enabled=False, fill_width=True) as page:
@@ -135,7 +135,7 @@ def _alternative() -> Any:
         page.load(lambda: value, None, grid)
         for slider in sliders:
             slider.change(lambda *weights: _ranked(value, weights), sliders, grid, queue=False, show_progress="hidden")
-    return gr.mount_gradio_app(FastAPI(), page, path="/", theme=theme(), css_paths=[CSS], ssr_mode=False)
+    return gr.mount_gradio_app(FastAPI(), page, path="/", theme=theme(), head=HEAD, ssr_mode=False)
 
 
 def _grid_value() -> dict[str, Any]:

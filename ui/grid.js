@@ -173,17 +173,17 @@ function scoreColumn(data, column, totals) {
   put(find(part, 'mean-parts'), parts.join(' · '));
 }
 
-// Puts a column's cards in order. Where nothing changes nothing is touched; what has the focus keeps it.
+// Puts a column's cards in order. The one with the focus is never moved, for it would lose it: the others go around it.
 function arrange(column, order) {
   const list = find(columnParts.get(column.name), 'cards');
-  const focused = document.activeElement;
-  order.forEach((place, rank) => {
-    const part = cardParts.get(column.name + '/' + column.cards[place].index);
-    const here = list.children[rank];
-    if (here === part) return;
-    if (list.moveBefore) list.moveBefore(part, here); else list.insertBefore(part, here);
+  const parts = order.map(place => cardParts.get(column.name + '/' + column.cards[place].index));
+  if (parts.every((part, rank) => list.children[rank] === part)) return;
+  const kept = list.contains(document.activeElement) ? document.activeElement.closest('.card') : null;
+  const middle = parts.indexOf(kept);
+  parts.forEach((part, rank) => {
+    if (middle < 0 && list.children[rank] !== part) list.insertBefore(part, list.children[rank]);
+    if (middle >= 0 && part !== kept) list.insertBefore(part, rank < middle ? kept : null);
   });
-  if (focused && focused !== document.activeElement && list.contains(focused)) focused.focus({preventScroll: true});
 }
 
 function status(data) { put(find(element, 'grid-status'), (data && data.status) || ''); }

@@ -35,7 +35,7 @@ function show() {
     box.disabled = !box.checked && (Boolean(box.dataset.reason) || value.length >= props.most);
   }
   const titles = (props.choices || []).filter(choice => value.includes(choice.name)).map(choice => choice.title);
-  chosen.textContent = titles.length ? titles.join(', ') : 'Choose one to ' + props.most;
+  chosen.textContent = titles.length ? titles.join(' · ') : 'Choose one to ' + props.most;
   element.querySelector('.picker-legend').textContent = 'Up to ' + props.most + ' side by side';
 }
 

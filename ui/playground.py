@@ -185,6 +185,9 @@ WEIGHTS_JS = """(...weights) => {
   document.dispatchEvent(new CustomEvent('playground-weights', {detail: named}));
   return [];
 }""".replace("NAMES", json.dumps(list(REWARDS)))
+SKILL_JS = (
+    "skill => { document.querySelector('#results').dataset.skill = skill; return []; }"  # rewards are for recipes
+)
 DELIVER_JS = """file => {
   const link = document.createElement('a');
   link.href = file.url; link.download = file.orig_name || '';
@@ -225,6 +228,7 @@ def build(store: Store) -> None:
     sample.choose(choose_sample, None, photo, **QUICK)
     photo.input(check_photo, photo, [photo, sample], **PRIVATE)
     skill.input(choose_skill, [skill, prompt], [prompt, length], **QUICK)
+    skill.change(None, skill, None, js=SKILL_JS, **PRIVATE)
     another.click(None, None, seed, js="() => Math.floor(Math.random() * 10000)", **PRIVATE)
     start.click(run, asked, [grid, session, start, stop], concurrency_limit=32, **PRIVATE)
     stop.click(cancel, session, None, **QUICK)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from gradio import themes
 
-CSS = Path(__file__).resolve().parent / "style.css"
+# In the head the style sheet stays as it is written. As `css` Gradio would rewrite its selectors, and badly: media
+# queries no longer reach what is outside the tabs, `:is(a, b)` is cut at its comma, container queries are dropped.
+HEAD = f"<style>{(Path(__file__).resolve().parent / 'style.css').read_text(encoding='utf-8')}</style>"
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Ubuntu", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
