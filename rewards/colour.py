@@ -45,9 +45,10 @@ class _View:
     """A picture as this reward measures it."""
 
     def __init__(self, picture: np.ndarray) -> None:
-        self.colourfulness = colourfulness(picture)
+        small = compare.small(picture)
+        self.colourfulness = colourfulness(small)
         self.clipped = compare.clipped(picture)
-        self.lab = compare.lab(compare.small(picture))
+        self.lab = compare.lab(small)
 
 
 def _score(source: _View, picture: _View) -> float:
@@ -55,7 +56,7 @@ def _score(source: _View, picture: _View) -> float:
     pushed = _beyond(picture.colourfulness, PUSHED * max(source.colourfulness, 1.0)) / PUSHED_WIDTH
     clip = max(0.0, picture.clipped - source.clipped) / CLIP
     turn = hue_turn(source.lab, picture.lab) / TURN
-    change = float(compare.ciede2000(source.lab, picture.lab).mean()) / CHANGE
+    change = compare.difference(source.lab, picture.lab) / CHANGE
     rich = (picture.colourfulness / HALF) ** 3
     return float(rich / (1 + rich) * np.exp(-(vivid**2 + pushed**2) / 2 - clip - turn**2 - change**2))
 
@@ -65,8 +66,8 @@ def _beyond(value: float, limit: float) -> float:
 
 
 def colourfulness(picture: np.ndarray) -> float:
-    """M of Hasler and Suesstrunk of a uint8 picture: spread plus 0.3 times the mean of R - G and (R + G) / 2 - B."""
-    opponents = cv2.transform(compare.small(picture, 128), np.array([[1, -1, 0], [0.5, 0.5, -1]], np.float32))
+    """M of Hasler and Suesstrunk of float32 sRGB 0..1: spread plus 0.3 times the mean of R - G and (R + G) / 2 - B."""
+    opponents = cv2.transform(picture, np.array([[1, -1, 0], [0.5, 0.5, -1]], np.float32))
     mean, spread = cv2.meanStdDev(opponents)
     return float(255 * (np.hypot(*spread[:, 0]) + 0.3 * np.hypot(*mean[:, 0])))
 

@@ -96,14 +96,20 @@ def lab(picture: np.ndarray) -> np.ndarray:
 
 
 def clipped(picture: np.ndarray) -> float:
-    """The share of pixels of a uint8 picture with a channel at either end of its range (<= 1 or >= 254)."""
-    inside = cv2.inRange(picture, (2, 2, 2), (253, 253, 253))
+    """The share of pixels of a uint8 picture with a channel at either end of its range (<= 1 or >= 254); of every fourth
+    row, which is enough."""
+    inside = cv2.inRange(picture[::4], (2, 2, 2), (253, 253, 253))
     return 1.0 - cv2.countNonZero(inside) / inside.size
 
 
 def fidelity(source: np.ndarray, picture: np.ndarray) -> float:
-    """Mean CIEDE2000 between two uint8 pictures of one view, on versions of at most 64 px: 2.3 is just noticeable."""
-    return float(ciede2000(lab(small(source)), lab(small(picture))).mean())
+    """Mean CIEDE2000 between two uint8 pictures of one view, on small versions: 2.3 is just noticeable."""
+    return difference(lab(small(source)), lab(small(picture)))
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> float:
+    """Mean CIEDE2000 of two small CIELAB arrays [H, W, 3], over every second pixel of every second row."""
+    return float(ciede2000(one[::2, ::2], other[::2, ::2]).mean())
 
 
 def ciede2000(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -45,7 +45,7 @@ class _View:
         before, after = compare.small(pair.source), compare.small(pair.picture)
         lab_before, self.lab = compare.lab(before), compare.lab(after)
         self.box = pair.box
-        self.change = float(compare.ciede2000(lab_before, self.lab).mean())
+        self.change = compare.difference(lab_before, self.lab)
         self.cut = 1 - pair.area
         self.structure = compare.structure(before, after)
         self.burnt = max(0.0, compare.clipped(pair.picture) - compare.clipped(pair.source))
