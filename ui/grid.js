@@ -62,6 +62,7 @@ function drawCard(data, column, card, columnPart) {
     find(columnPart, 'cards').append(part);
   }
   part.dataset.state = card.state;
+  part.copied = card.recipe || (data.output === 'regions' ? JSON.stringify({boxes: card.boxes, points: card.points}) : card.words);
   drawPicture(data, card, part);
   say(find(part, 'card-words'), card.words);
   put(find(part, 'card-canonical'), card.recipe);
@@ -71,7 +72,7 @@ function drawCard(data, column, card, columnPart) {
   find(part, 'card-copy').hidden = !card.done;
   find(part, 'card-download').hidden = !card.recipe;
   const label = column.title + ', candidate ' + (card.index + 1);
-  find(part, 'card-copy').setAttribute('aria-label', 'Copy ' + (card.recipe ? 'recipe' : 'text') + ' of ' + label);
+  find(part, 'card-copy').setAttribute('aria-label', 'Copy ' + {recipe: 'recipe', text: 'text', regions: 'coordinates'}[data.output] + ' of ' + label);
   find(part, 'card-download').setAttribute('aria-label', 'Download picture of ' + label + ' in full size');
 }
 
@@ -216,9 +217,7 @@ for (const [kind, on] of [['pointerover', true], ['pointerout', false]])
   });
 
 async function copy(card, button) {
-  const canonical = find(card, 'card-canonical');
-  const words = !canonical.textContent ? find(card, 'card-words').textContent : canonical.textContent;
-  try { await navigator.clipboard.writeText(words); button.textContent = 'Copied'; } catch { button.textContent = 'Select it'; }
+  try { await navigator.clipboard.writeText(card.copied); button.textContent = 'Copied'; } catch { button.textContent = 'Select it'; }
   setTimeout(() => { button.textContent = 'Copy'; }, 1500);
 }
 

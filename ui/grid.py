@@ -55,7 +55,7 @@ def _status(comparison: Comparison) -> str:
         return f"Cancelled with {words} ready."
     if comparison.status == "done":
         return f"{words} ready after {comparison.seconds:.1f} s."
-    return f"{words} ready"
+    return f"{words} ready" if ready else f"{words} ready. A model's first run also loads it."
 
 
 def _column(column: Column, skill: str) -> dict[str, Any]:
