@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 
 import cv2
@@ -83,7 +83,7 @@ class Comparison:
 
 def compare(
     names: list[str], request: Request, cancel: threading.Event, ask: Ask = answer, every: float = 0.1
-) -> Iterator[Comparison]:
+) -> Generator[Comparison, None, None]:
     """Yields a snapshot whenever there is news, at most once per `every` seconds, and at least once a second.
 
     Each model answers in its own thread. Set `cancel` or close the iterator, and they stop at their next token.

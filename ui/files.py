@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gradio.utils import get_upload_folder
@@ -12,10 +14,17 @@ from ui.messages import refusal
 
 
 def new_file(name: str) -> Path:
-    """A path in a new folder, under a name that every file system takes; gr.Error when there is no room for it."""
+    """A path in a new folder, under a name that every file system takes. Raises OSError."""
     folder = Path(get_upload_folder()) / secrets.token_hex(16)
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise refusal(f"The file could not be written ({error.strerror}). Try again later.", "Download") from None
+    folder.mkdir(parents=True)
     return folder / (re.sub(r"[^\w.-]+", "-", name)[-80:].strip("-.") or "file")
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """What goes wrong with a file inside is a gr.Error that says so: a full disk is no reason to lose the page."""
+    try:
+        yield
+    except OSError as error:
+        words = f"The file could not be written ({error.strerror}). Try again later."
+        raise refusal(words, "Download") from None

@@ -6,6 +6,7 @@ import json
 import secrets
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from typing import Any
 import gradio as gr
 
 from inference.answers import LENGTHS, MAX_CANDIDATES, MAX_SEED, MAX_TEMPERATURE, SKILLS, Request, RequestError
-from recipes import render, save_picture, shrink
+from recipes import Recipe, render, save_picture, shrink
 from rewards import DEFAULT, REWARDS, RewardFunction
 from ui import api, reward_functions
 from ui.compare import Comparison, compare, picture_url
-from ui.files import new_file
+from ui.files import new_file, writing
 from ui.grid import candidate_grid, grid_value
 from ui.link import LINKED, Setup, link_js, read_link
 from ui.messages import refusal, warn
@@ -26,6 +27,8 @@ from ui.picker import check_choice, choices, model_picker
 from ui.report import report
 from ui.samples import SAMPLES, strip
 from usage.store import Store
+
+SHOWN_BY_BROWSERS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif")
 
 
 @dataclass(frozen=True)
@@ -88,15 +91,23 @@ def choose_sample(event: gr.EventData) -> str:
 
 
 def check_photo(path: str | None) -> tuple[str | None, str]:
-    """What was uploaded, pasted or taken if it can be used, else nothing and a warning; and no sample's name."""
+    """What was uploaded, pasted or taken if it can be used, else nothing and a warning; and no sample's name.
+
+    What no browser can show (a TIFF, say) is turned into a PNG.
+    """
     if not path:
         return None, ""
     try:
-        read_photo(path)
+        pixels = read_photo(path)
+        if Path(path).suffix.lower() in SHOWN_BY_BROWSERS:
+            return path, ""
+        with writing():
+            shown = new_file(f"{Path(path).stem}.png")
+            save_picture(pixels, Recipe(), shown)
+            return str(shown), ""
     except gr.Error as error:
         gr.Warning(error.message, title=error.title, duration=12)
         return None, ""
-    return path, ""
 
 
 def run(
@@ -118,11 +129,12 @@ def run(
     setup = Setup(sample, tuple(names), skill, request.prompt, length, request.n, request.temperature, request.seed)
     view = {"src": picture_url(shrink(pixels)), "width": pixels.shape[1], "height": pixels.shape[0]}
     session = Session(secrets.token_hex(8), threading.Event(), str(photo), setup, Comparison(skill))
-    for comparison in compare(names, request, session.cancel):
-        session = replace(session, comparison=comparison.without_pictures())
-        going = comparison.status == "running"
-        grid = grid_value(comparison, session.run, view)
-        yield grid, session, gr.update(interactive=not going), gr.update(interactive=going)
+    with closing(compare(names, request, session.cancel)) as snapshots:
+        for comparison in snapshots:
+            session = replace(session, comparison=comparison.without_pictures())
+            going = comparison.status == "running"
+            grid = grid_value(comparison, session.run, view)
+            yield grid, session, gr.update(interactive=not going), gr.update(interactive=going)
 
 
 def ask(photo: Any, skill: str, prompt: str | None, length: str, n: float, temperature: float, seed: float) -> Request:
@@ -145,11 +157,9 @@ def full_picture(session: Session | None, event: gr.EventData) -> str:
     if session is None or card is None or card.recipe is None:
         raise refusal("That candidate is no longer here. Run again.", "Download")
     picture = render(read_photo(session.photo), card.recipe)
-    path = new_file(f"{Path(session.photo).stem}-{session.setup.seed + card.index}.jpg")
-    try:
+    with writing():
+        path = new_file(f"{Path(session.photo).stem}-{session.setup.seed + card.index}.jpg")
         save_picture(picture, card.recipe, path)
-    except OSError as error:
-        raise refusal(f"The picture could not be written ({error.strerror}). Try again later.", "Download") from None
     return str(path)
 
 
@@ -158,8 +168,9 @@ def json_report(session: Session | None, *weights: float) -> str:
     if session is None:
         raise refusal("There is nothing to report yet. Run first.", "Report")
     words = json.dumps(report(session.setup, session.comparison, reward(weights)), indent=2)
-    path = new_file("report.json")
-    path.write_text(words + "\n", encoding="utf-8")
+    with writing():
+        path = new_file("report.json")
+        path.write_text(words + "\n", encoding="utf-8")
     return str(path)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from rewards import REWARDS, RewardFunction, RewardFunctionError
-from ui.files import new_file
+from ui.files import new_file, writing
 from ui.messages import inform, refusal, warn
 from usage.store import Store, StoreError
 
@@ -86,8 +86,10 @@ def read_file(path: str | None) -> list[Any]:
 
 def write_file(name: str | None, *weights: float) -> str:
     """The path of a JSON file with the sliders as they are."""
-    path = new_file(f"{(name or '').strip() or 'reward'}.json")
-    path.write_text(of_sliders(weights).to_json() + "\n", encoding="utf-8")
+    function = of_sliders(weights)
+    with writing():
+        path = new_file(f"{(name or '').strip() or 'reward'}.json")
+        path.write_text(function.to_json() + "\n", encoding="utf-8")
     return str(path)
 
 

@@ -135,8 +135,13 @@ def test_a_download_for_which_there_is_no_room_is_refused_in_words(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr("ui.files.get_upload_folder", lambda: str(tmp_path / "file"))
-    with pytest.raises(gr.Error, match="could not be written"):
-        playground.full_picture(session, Clicked({"model": "one", "index": 1}))
+    for attempt in (
+        lambda: playground.full_picture(session, Clicked({"model": "one", "index": 1})),
+        lambda: playground.json_report(session, 1.0, 1.0, 1.0),
+        lambda: reward_functions.write_file("mine", 1.0, 1.0, 1.0),
+    ):
+        with pytest.raises(gr.Error, match="could not be written"):
+            attempt()
 
 
 def test_the_report_tells_settings_answers_and_totals(session: playground.Session) -> None:
@@ -159,6 +164,15 @@ def test_the_grids_value_is_plain_json(session: playground.Session) -> None:
     value = grid_value(session.comparison, "run", {"src": "", "width": 4, "height": 3})
     assert json.loads(json.dumps(value)) == value
     assert value["rewards"] == list(REWARDS)
+
+
+def test_leaving_the_page_stops_its_run(session: playground.Session) -> None:
+    """Gradio closes the generator when a tab is closed or reloaded."""
+    run = playground.run(session.photo, ["slow"], "recipe", "", "normal", 2, 1.0, 1, "")
+    _, begun, *_ = next(run)
+    assert not begun.cancel.is_set()
+    run.close()  # type: ignore[attr-defined]
+    assert begun.cancel.is_set()
 
 
 def test_cancel_sets_the_sessions_event(session: playground.Session) -> None:

@@ -70,6 +70,13 @@ def test_a_good_upload_is_kept_and_is_no_sample(photo: np.ndarray, tmp_path: Pat
     assert np.array_equal(read_photo(str(path)), photo)
 
 
+def test_what_no_browser_shows_becomes_a_png(photo: np.ndarray, tmp_path: Path) -> None:
+    Image.fromarray(photo).save(tmp_path / "scan.tiff")
+    shown, sample = check_photo(str(tmp_path / "scan.tiff"))
+    assert shown is not None and Path(shown).name == "scan.png" and sample == ""
+    assert np.array_equal(read_photo(shown), photo)
+
+
 def test_a_bad_upload_is_cleared_and_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = []
     monkeypatch.setattr(gr, "Warning", lambda message, **settings: said.append(message))
