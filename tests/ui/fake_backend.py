@@ -27,7 +27,7 @@ def answer(entry: ModelEntry, request: Request, cancel: threading.Event) -> Iter
     """The contract of a backend: Waiting, Partial and one Answer per candidate."""
     if entry.source == "queued":
         yield from (Waiting(2), Waiting(1))
-        _pause(0.3, cancel)
+        _pause(2.0, cancel)
     yield Waiting(0)
     if entry.source == "broken":
         raise InferenceError("failed", "The fake model is broken. Choose another one.")
