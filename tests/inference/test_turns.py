@@ -18,7 +18,7 @@ class Person:
         self.thread = threading.Thread(target=self._take, args=(turns, log, number), daemon=True)
         self.thread.start()
 
-    def _take(self, turns, log, number):
+    def _take(self, turns: Turns, log: list[int], number: int) -> None:
         try:
             with turns.turn(self.stop.is_set, self.seen.put):
                 log.append(number)
@@ -29,7 +29,7 @@ class Person:
             self.outcome = "stopped"
 
 
-def test_first_come_first_served_with_positions():
+def test_first_come_first_served_with_positions() -> None:
     turns, log = Turns(), []
     people = []
     for number in range(4):
@@ -46,7 +46,7 @@ def test_first_come_first_served_with_positions():
     assert len(turns) == 0
 
 
-def test_who_gives_up_leaves_the_line_and_the_others_move_up():
+def test_who_gives_up_leaves_the_line_and_the_others_move_up() -> None:
     turns, log = Turns(), []
     first, second = Person(turns, log, 0), None
     assert first.inside.wait(5)
@@ -65,7 +65,7 @@ def test_who_gives_up_leaves_the_line_and_the_others_move_up():
     assert log == [0, 2] and len(turns) == 0
 
 
-def test_a_failure_inside_frees_the_turn():
+def test_a_failure_inside_frees_the_turn() -> None:
     turns = Turns()
     with pytest.raises(ZeroDivisionError), turns.turn(lambda: False, lambda position: None):
         1 / 0  # noqa: B018
@@ -73,7 +73,7 @@ def test_a_failure_inside_frees_the_turn():
         assert len(turns) == 1
 
 
-def test_nobody_is_let_in_who_has_stopped_already():
+def test_nobody_is_let_in_who_has_stopped_already() -> None:
     turns = Turns()
     with pytest.raises(Stopped), turns.turn(lambda: True, lambda position: None):
         pytest.fail("must not come in")
