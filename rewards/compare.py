@@ -96,7 +96,7 @@ def lab(picture: np.ndarray) -> np.ndarray:
 
 
 def clipped(picture: np.ndarray) -> float:
-    """The share of pixels of a uint8 picture with a channel at an end of its range (<= 1 or >= 254), in each fourth row:
+    """The share of pixels of a uint8 picture with a channel at an end of its range (<= 1 or >= 254), each fourth row:
     that is enough."""
     inside = cv2.inRange(picture[::4], (2, 2, 2), (253, 253, 253))
     return 1.0 - cv2.countNonZero(inside) / inside.size
