@@ -33,7 +33,12 @@ def run(page: Page) -> None:
 def violations(page: Page) -> list[str]:
     page.evaluate(AXE.read_text(encoding="utf-8"))
     found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
-    return [f"{one['id']}: {node['html'][:160]}" for one in found if one["id"] not in NOT_OURS for node in one["nodes"]]
+    return [
+        f"{one['id']}: {node['html'][:160]} {node['failureSummary']}"
+        for one in found
+        if one["id"] not in NOT_OURS
+        for node in one["nodes"]
+    ]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -111,6 +116,16 @@ def test_a_phone_scrolls_in_one_direction_only(open_page: Open, skill: str) -> N
         ".filter(part => part.getBoundingClientRect().right > 390.5).map(part => part.id || part.className)"
     )
     assert wide == []
+
+
+@pytest.mark.parametrize("skill", ["recipe", "caption"])
+@pytest.mark.parametrize(("width", "height"), [(1280, 720), (1400, 1000), (1920, 1080)])
+def test_run_is_in_sight_at_once(open_page: Open, width: int, height: int, skill: str) -> None:
+    page = open_page(f"photo=chelsea.jpg&skill={skill}", viewport={"width": width, "height": height})
+    box, column = page.locator("#run").bounding_box(), page.locator("#ask").bounding_box()
+    assert box is not None and column is not None
+    assert box["y"] + box["height"] <= height
+    assert column["x"] <= box["x"] and box["x"] + box["width"] <= column["x"] + column["width"]
 
 
 def test_the_whole_click_by_keyboard(open_page: Open) -> None:
