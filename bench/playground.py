@@ -1,6 +1,7 @@
 """How long a reward slider takes to show on the screen: 24 candidates in the real page, in a real browser.
 
-The alternative is measured beside it: the slider's value goes to the server, which scores, ranks and sends a new grid.
+The alternative is measured beside it: the sliders' values go to the server, which scores and ranks and sends back small
+news (no picture twice), and the page draws them in the same way.
 `answer` here is a backend that answers at once: no model is measured.
 """
 
@@ -48,6 +49,11 @@ MEASURE = """async ({slider, moves}) => {
   return times;
 }"""
 
+SHOW = """news => {
+  document.dispatchEvent(new CustomEvent('playground-weights', {detail: news.weights}));
+  return [];
+}"""
+
 
 def rows() -> list[dict[str, Any]]:
     """Slider to paint, and the first picture and all pictures after a click; needs Chromium (CHROMIUM names one)."""
@@ -64,7 +70,7 @@ def rows() -> list[dict[str, Any]]:
         page.wait_for_selector(".card-after[src]")
         there = page.evaluate(MEASURE, {"slider": "#weight-sharpness input[type=range]", "moves": MOVES})
     count = MODELS_AT_ONCE * CANDIDATES
-    note = f"median {statistics.median(here):.0f} ms; baseline: by the server on this machine, p95"
+    note = f"median {statistics.median(here):.0f} ms; baseline: p95 of a round trip to the server, on this machine"
     return [
         {
             "name": f"slider to paint, {count} candidates, p95",
@@ -131,10 +137,13 @@ def _alternative() -> Any:
         sliders = [
             gr.Slider(0, 1, DEFAULT.weights[name], step=0.05, label=name, elem_id=f"weight-{name}") for name in REWARDS
         ]
-        grid = candidate_grid()
+        grid, news = candidate_grid(), gr.JSON(visible=False)
         page.load(lambda: value, None, grid)
         for slider in sliders:
-            slider.change(lambda *weights: _ranked(value, weights), sliders, grid, queue=False, show_progress="hidden")
+            moved = slider.change(
+                lambda *weights: _ranked(value, weights), sliders, news, queue=False, show_progress="hidden"
+            )
+            moved.then(None, news, None, js=SHOW)
     return gr.mount_gradio_app(FastAPI(), page, path="/", theme=theme(), head=HEAD, ssr_mode=False)
 
 
@@ -152,19 +161,18 @@ def _grid_value() -> dict[str, Any]:
 
 
 def _ranked(value: dict[str, Any], weights: tuple[float, ...]) -> dict[str, Any]:
-    """The grid's value with each column's cards in order, and their totals as text."""
+    """The weights, and each column's cards with their totals, best first."""
     from rewards import REWARDS, RewardFunction
 
-    function = RewardFunction(dict(zip(REWARDS, weights))) if any(weights) else None
-    columns = []
+    named = dict(zip(REWARDS, weights))
+    function = RewardFunction(named) if any(weights) else None
+    order = {}
     for column in value["columns"]:
-        totals = {
-            card["index"]: (function.total(card["scores"]) or 0.0) if function else 0.0 for card in column["cards"]
-        }
-        cards = sorted(column["cards"], key=lambda card: -totals[card["index"]])
-        cards = [{**card, "words": f"{totals[card['index']]:.3f}"} for card in cards]
-        columns.append({**column, "cards": cards})
-    return {**value, "columns": columns}
+        totalled = [
+            (function.total(card["scores"]) or 0.0 if function else 0.0, card["index"]) for card in column["cards"]
+        ]
+        order[column["name"]] = sorted(totalled, key=lambda one: -one[0])
+    return {"weights": named, "order": order}
 
 
 @contextmanager
