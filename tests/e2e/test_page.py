@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -126,6 +126,14 @@ def test_run_is_in_sight_at_once(open_page: Open, width: int, height: int, skill
     assert box is not None and column is not None
     assert box["y"] + box["height"] <= height
     assert column["x"] <= box["x"] and box["x"] + box["width"] <= column["x"] + column["width"]
+
+
+@pytest.mark.parametrize("settings", [PHONE, {"viewport": {"width": 1400, "height": 900}}])
+def test_the_sliders_stay_in_sight_above_the_results(open_page: Open, settings: dict[str, Any]) -> None:
+    page = open_page("photo=chelsea.jpg&models=one&n=8", **settings)
+    run(page)
+    page.locator(".card").last.scroll_into_view_if_needed()
+    page.wait_for_function("() => document.querySelector('#weights').getBoundingClientRect().top === 0")
 
 
 def test_the_whole_click_by_keyboard(open_page: Open) -> None:
