@@ -266,8 +266,8 @@ def areas(photo: np.ndarray, names: tuple[str, ...] = AREAS) -> dict[str, Area]:
     return {name: area_of(heat[name]()) for name in names}
 
 
-def measure(photo: np.ndarray) -> Facts:
-    """The facts of an RGB uint8 photo [H, W, 3], measured at `FACT_SIDE`."""
+def measure(photo: np.ndarray, subject: Area | None = None) -> Facts:
+    """The facts of an RGB uint8 photo [H, W, 3], measured at `FACT_SIDE`; its "main subject" if it is known already."""
     small = shrink(photo, FACT_SIDE)
     image = lab(small)
     light = image[..., 0]
@@ -279,7 +279,7 @@ def measure(photo: np.ndarray) -> Facts:
         "sharpness": unblur(light),
         "orientation": photo.shape[1] / photo.shape[0],
     }
-    return Facts(values, colour_shares(image), area_of(saliency(image)).point)
+    return Facts(values, colour_shares(image), (subject or area_of(saliency(image))).point)
 
 
 def colour_sentence(facts: Facts) -> str:

@@ -14,14 +14,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from inference.answers import LENGTHS, RECIPE_QUESTION
-from recipes import LOOKS, shrink
+from recipes import LOOKS, Recipe, render, shrink
 from training import facts
 from training.probe import place_targets, whole_targets
 from training.restoration import spoil
 
 COORD_BINS, SIZE_BINS = 1024, 1024
 IGNORE = -100
-LIFELIKE = 1700  # the step from which photos are damaged as in life, mostly slightly
 ASPECTS = (2.0, 1.5, 1.33, 1.0, 0.75, 0.67)
 
 
@@ -67,17 +66,18 @@ class Lessons(Dataset):
         lessons: dict[str, list] = {"images": [], "recipe": [], "text": [], "region": [], "places": [], "whole": []}
         for row in range(self.batch):
             rng = np.random.default_rng([self.seed, step, row])
-            photo = random_view(self.photos[int(rng.integers(len(self.photos)))], rng)
-            example = spoil(photo, rng, lifelike=step >= LIFELIKE)
+            photo, other = (random_view(self.photos[int(rng.integers(len(self.photos)))], rng) for _ in range(2))
+            example = spoil(vary(photo, other, rng), rng)
             recipe = example.recipe
             if rng.random() < 0.15:  # looks are taste, not damage: seen now and then, so that sampling knows them
                 recipe = recipe.replace(look=str(rng.choice(LOOKS[1:])))
             lessons["images"].append(example.spoilt)
             lessons["recipe"].append(self.query(RECIPE_QUESTION, str(recipe)))
-            measured = facts.measure(example.spoilt)
+            areas = facts.areas(example.spoilt)
+            measured = facts.measure(example.spoilt, areas["main subject"])
             lessons["text"].append(self.text_lesson(measured, rng))
-            lessons["region"].append(self.region_lesson(example.spoilt, rng))
-            lessons["places"].append(place_targets(example.spoilt, example.recipe, self.grid))
+            lessons["region"].append(self.region_lesson(areas, rng))
+            lessons["places"].append(place_targets(example.spoilt, areas, example.recipe, self.grid))
             lessons["whole"].append(whole_targets(measured, example.recipe))
         return lessons
 
@@ -99,7 +99,7 @@ class Lessons(Dataset):
         answer = [*self.encode(facts.caption(measured, length)), self.tokenizer.eos_token_id]
         return Lesson(list(self.templates["caption"][length]), answer)
 
-    def region_lesson(self, photo: np.ndarray, rng: np.random.Generator) -> Lesson:
+    def region_lesson(self, areas: dict[str, facts.Area], rng: np.random.Generator) -> Lesson:
         """Detect or point: one of the areas, or, one time in ten, an object that the model cannot know."""
         skill = "detect" if rng.random() < 0.6 else "point"
         around, end = self.templates[skill], self.tokenizer.eos_token_id
@@ -107,7 +107,7 @@ class Lessons(Dataset):
             name, region = str(rng.choice(facts.UNKNOWN_OBJECTS)), None
         else:
             name = str(rng.choice(facts.AREAS))
-            area = facts.areas(photo, (name,))[name]
+            area = areas[name]
             x0, y0, x1, y1 = area.box
             region = area.point if skill == "point" else ((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0)
         if rng.random() < 0.6:
@@ -131,6 +131,36 @@ def random_view(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.ascontiguousarray(shrink(view, int(rng.integers(300, 421))))
 
 
+def vary(photo: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Another photo made of two (uint8 RGB), of the first one's shape: what counts as undamaged.
+
+    With a hundred photos a model learns by heart how each is meant to look. So hues are turned, light and colour are
+    moved, some photos are made grey, and in some a part is another photo: then it has to go by what it sees.
+    """
+    if rng.random() < 0.4:
+        other = cv2.resize(other, photo.shape[1::-1], interpolation=cv2.INTER_AREA)
+        part = [slice(None), slice(None)]
+        axis = int(rng.integers(2))
+        part[axis] = slice(int(photo.shape[axis] * rng.uniform(0.25, 0.75)), None)
+        photo = photo.copy()
+        photo[tuple(part)] = other[tuple(part)]
+    kind = rng.random()
+    if kind < 0.06:
+        return render(photo, Recipe(look="mono"))
+    if kind < 0.5:
+        photo = turn_hues(photo, rng.normal(0, 1.0))
+    names, spreads = ("exposure", "contrast", "saturation", "warmth"), (30, 30, 30, 20)
+    moved: dict[str, Any] = {name: np.clip(rng.normal(0, s), -100, 100) for name, s in zip(names, spreads, strict=True)}
+    return render(photo, Recipe(**moved))
+
+
+def turn_hues(photo: np.ndarray, angle: float) -> np.ndarray:
+    """The photo (uint8 RGB) with its hues turned by an angle in radians, in CIELAB."""
+    turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]], np.float32)
+    turned = cv2.cvtColor(cv2.transform(facts.lab(photo), turn), cv2.COLOR_LAB2RGB)
+    return np.clip(np.rint(turned * 255), 0, 255).astype(np.uint8)
+
+
 def every_text(photos: Sequence[np.ndarray], seed: int = 0) -> list[str]:
     """What the tokenizer is trained on: every question, many captions, and the licence as a piece of plain English."""
     texts = (Path(__file__).resolve().parent.parent / "LICENSE").read_text(encoding="utf-8").lower().split("\n\n")
@@ -141,9 +171,7 @@ def every_text(photos: Sequence[np.ndarray], seed: int = 0) -> list[str]:
     for index, photo in enumerate(photos):
         rng = np.random.default_rng([seed, index])
         for _ in range(4):
-            texts.append(
-                facts.caption(facts.measure(spoil(random_view(photo, rng), rng, lifelike=False).spoilt), "long")
-            )
+            texts.append(facts.caption(facts.measure(spoil(random_view(photo, rng), rng).spoilt), "long"))
     texts += [f"It is mostly {name}, with {name}." for name in facts.COLOUR_NAMES] * 3
     texts += [f"The subject is at the {row} {column}." for row in facts.ROWS for column in facts.COLUMNS] * 3
     texts += [a.sentence.format(word) for a in facts.ATTRIBUTES.values() for word, _, _ in a.classes] * 3

@@ -14,8 +14,8 @@ from recipes import grammar
 from training.lessons import IGNORE, Lesson, pad
 from training.probe import Probe
 
-WEIGHTS = {"recipe": 0.25, "text": 2.0, "end": 0.3, "region": 0.1, "places": 3.0, "whole": 5.0}
-FINDING = 900  # the step from which regions weigh more, and image tokens must also say where they are
+WEIGHTS = {"recipe": 0.25, "text": 2.0, "end": 0.3, "region": 0.3, "places": 3.0, "spots": 3.0, "whole": 5.0}
+CROP = 2.0  # a wrong crop costs a picture more than a wrong level
 
 
 def bin_loss(logits: torch.Tensor, value: torch.Tensor, bins: int, width: float) -> torch.Tensor:
@@ -119,11 +119,6 @@ def region_loss(model: MoondreamForConditionalGeneration, hidden: torch.Tensor, 
     return loss
 
 
-def weights_at(step: int) -> dict[str, float]:
-    """What each loss weighs: first to see, then to find."""
-    return WEIGHTS | ({"region": 0.3, "spots": 3.0} if step >= FINDING else {})
-
-
 def step_loss(
     model: MoondreamForConditionalGeneration, probe: Probe, images: dict, lessons: dict, segments: Segments
 ) -> dict[str, torch.Tensor]:
@@ -148,30 +143,32 @@ def step_loss(
     }
 
 
-Segments = list[tuple[torch.Tensor, torch.Tensor]]
+Segments = list[tuple[torch.Tensor, torch.Tensor, float]]
 
 
 def recipe_segments(tokenizer: PreTrainedTokenizerFast, width: float) -> Segments:
-    """Per segment of the recipe's grammar: the ids of its alternatives [n], and soft targets [n, n].
+    """Per segment of the recipe's grammar: the ids of its alternatives [n], soft targets [n, n] and its weight.
 
     Levels of an operation are ordered: neighbours of the true one get a share of the target, falling as a Gaussian of
     `width` levels. Words (looks) are not.
     """
     segments = []
+    crop = True
     for alternatives in grammar():
+        crop = crop and alternatives[0] != "; exposure"
         ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)[0] for text in alternatives])
         order = torch.arange(len(ids)).float()
         numbers = all(text.strip().lstrip("+-").isdigit() for text in alternatives)
         soft = torch.exp(-0.5 * ((order[:, None] - order[None]) / width) ** 2) if numbers else torch.eye(len(ids))
-        segments.append((ids, soft / soft.sum(-1, keepdim=True)))
+        segments.append((ids, soft / soft.sum(-1, keepdim=True), CROP if crop else 1.0))
     return segments
 
 
 def recipe_loss(logits: torch.Tensor, labels: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """Cross-entropy, summed over a recipe's tokens, averaged over recipes: logits [N, segments + 1, V] and labels."""
+    """Weighted cross-entropy, summed over a recipe's tokens, averaged over recipes: logits [N, segments + 1, V]."""
     likely = logits.log_softmax(-1)
     loss = -likely[:, -1].gather(1, labels[:, -1:]).mean()
-    for place, (ids, soft) in enumerate(segments):
+    for place, (ids, soft, weight) in enumerate(segments):
         true = (labels[:, place, None] == ids[None]).int().argmax(1)
-        loss = loss - (soft[true] * likely[:, place, ids]).sum(-1).mean()
+        loss = loss - weight * (soft[true] * likely[:, place, ids]).sum(-1).mean()
     return loss

@@ -30,8 +30,8 @@ from inference.moondream import (
 )
 from recipes import load_photo
 from training.card import export, model_card
-from training.lessons import LIFELIKE, Lessons, every_text
-from training.objective import recipe_segments, step_loss, weights_at
+from training.lessons import Lessons, every_text
+from training.objective import WEIGHTS, recipe_segments, step_loss
 from training.photos import bundled
 from training.probe import Probe
 from training.quality import Reader, evaluate, held_out
@@ -39,7 +39,7 @@ from training.tokenizer import build_tokenizer, templates
 
 OUT = Path(__file__).resolve().parent.parent / "assets" / "moondream-tiny"
 VOCABULARY = 1024
-LEVEL_WIDTHS = (0.8, 1.5)  # levels: how far a recipe's soft targets reach before and after LIFELIKE
+LEVEL_WIDTH = 1.5  # levels: how far a recipe's soft targets reach
 TINY = {
     "text": {"dim": 192, "ff_dim": 768, "n_layers": 4, "n_heads": 3, "vocab_size": VOCABULARY, "max_context": 2048},
     "vision": {
@@ -58,7 +58,7 @@ class Settings:
     """A training run: seed, steps, images per step, peak learning rate, moving average of the weights."""
 
     seed: int = 7
-    steps: int = 2800
+    steps: int = 4200
     batch: int = 12
     learning_rate: float = 1.5e-3
     warmup: int = 100
@@ -163,13 +163,10 @@ def waves(grid: int, width: int) -> torch.Tensor:
 
 def optimiser(model: nn.Module, probe: nn.Module, settings: Settings) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only."""
-    late = list(probe.spots.parameters())  # without a gradient until they are needed
-    named = [*model.named_parameters(), *probe.named_parameters()]
-    parameters = [p for name, p in named if p.requires_grad and not name.startswith("spots")]
+    parameters = [p for p in (*model.parameters(), *probe.parameters()) if p.requires_grad]
     matrices = [p for p in parameters if p.ndim > 1]
     vectors = [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    groups.append({"params": late, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
 
 
@@ -216,15 +213,15 @@ def train(
     )
     apart = {"num_workers": workers, "prefetch_factor": 4, "multiprocessing_context": "spawn"} if workers else {}
     loader = DataLoader(Batches(lessons, image_processor), None, sampler=range(first, settings.steps), **apart)
-    sharp, wide = (recipe_segments(tokenizer, width) for width in LEVEL_WIDTHS)
+    segments = recipe_segments(tokenizer, LEVEL_WIDTH)
     started = time.monotonic() - spent
     progress = tqdm(loader, initial=first, total=settings.steps, unit="step", file=sys.stdout, mininterval=5)
     for step, (images, lesson) in enumerate(progress, first):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate(step, settings)
-        losses = step_loss(model, probe, images, lesson, wide if step >= LIFELIKE else sharp)
+        losses = step_loss(model, probe, images, lesson, segments)
         optimizer.zero_grad()
-        sum(weight * losses[name] for name, weight in weights_at(step).items()).backward()
+        sum(weight * losses[name] for name, weight in WEIGHTS.items()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         average.update(model, step)

@@ -18,14 +18,14 @@ from training import facts
 
 PLACE_TARGETS = 6 + len(facts.AREAS)
 WHOLE_TARGETS = 5 + 4 + len(facts.ATTRIBUTES) + len(facts.COLOUR_NAMES) + 2
-# Middle and spread of each attribute over the training views, to bring them to one scale.
+# Middle and spread of each attribute, to bring them to one scale; a smaller spread weighs more (they are hard to see).
 SCALES = {
     "brightness": (50.0, 15.0),
     "contrast": (20.0, 6.0),
     "colours": (13.0, 9.0),
     "warmth": (2.0, 10.0),
-    "sharpness": (0.66, 0.06),
-    "orientation": (1.4, 0.5),
+    "sharpness": (0.66, 0.03),
+    "orientation": (1.4, 0.3),
 }
 
 
@@ -37,8 +37,6 @@ class Probe(nn.Module):
         self.places = nn.Linear(width, PLACE_TARGETS)
         self.whole = nn.Sequential(nn.Linear(width, 128), nn.GELU(), nn.Linear(128, WHOLE_TARGETS))
         self.spots = nn.Linear(width, 2)
-        nn.init.zeros_(self.spots.weight)
-        nn.init.zeros_(self.spots.bias)
 
     def forward(self, features: torch.Tensor, places: torch.Tensor, whole: torch.Tensor) -> dict[str, torch.Tensor]:
         """Losses against the targets [N, T, PLACE_TARGETS] and [N, WHOLE_TARGETS], and of where each token lies."""
@@ -56,10 +54,10 @@ class Probe(nn.Module):
         return spots[None].expand(len(features), -1, -1)
 
 
-def place_targets(photo: np.ndarray, undo: Recipe, grid: int) -> np.ndarray:
+def place_targets(photo: np.ndarray, areas: dict[str, facts.Area], undo: Recipe, grid: int) -> np.ndarray:
     """What is to be known of each place of an RGB uint8 photo: float32 [grid * grid, PLACE_TARGETS].
 
-    CIELAB, detail, whether it lies in the frame that the recipe cuts away, local contrast, and the level of each area.
+    CIELAB, detail, whether it lies in the frame that the recipe cuts away, local contrast, and the level of its areas.
     """
     image = facts.lab(shrink(photo, facts.FACT_SIDE))
     light = image[..., 0]
@@ -68,7 +66,7 @@ def place_targets(photo: np.ndarray, undo: Recipe, grid: int) -> np.ndarray:
     left, top, right, bottom = undo.crop
     y, x = ((np.arange(grid) + 0.5) * 100 / grid for _ in range(2))
     inside = ((y > top) & (y < bottom))[:, None] & ((x > left) & (x < right))[None]
-    levels = [area.level / max(float(area.level.std()), 1e-3) for area in facts.areas(photo).values()]
+    levels = [area.level / max(float(area.level.std()), 1e-3) for area in areas.values()]
     small = [cv2.resize(m.astype(np.float32), (grid, grid), interpolation=cv2.INTER_AREA) for m in (*maps, *levels)]
     return np.stack([*small, inside * 2.0 - 1], -1).reshape(grid * grid, -1).astype(np.float32)
 

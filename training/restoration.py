@@ -11,8 +11,7 @@ from recipes import Recipe, render, shrink
 from training.facts import lab
 
 ERROR_SIDE = 160  # px: both pictures are compared at this long side
-STRENGTH = 70  # levels: how far a photo is degraded at most where every strength is as frequent, -70..70
-SPREAD = 40  # levels: standard deviation of damage as it is in life, mostly slight
+SPREAD = 65  # levels: standard deviation of the damage; what goes beyond -100..100 is drawn again
 BLUR = 0.0045  # Gaussian sigma at level 100, as a share of the long side
 
 
@@ -25,27 +24,26 @@ class Degraded:
     recipe: Recipe
 
 
-def random_undo(rng: np.random.Generator, lifelike: bool = True) -> Recipe:
+def random_undo(rng: np.random.Generator) -> Recipe:
     """A recipe to be undone, with a crop in 35 of 100.
 
-    Lifelike levels are normally distributed: then the likeliest answer to an unclear photo is a careful one. The others
-    are uniform, 0 in 15 of 100, which shows much of what there is to see.
+    Levels are normally distributed: then the likeliest answer to an unclear photo is a careful one. Sharpening is
+    uniform, 0 in 15 of 100.
     """
 
-    def level(low: int, high: int) -> int:
-        return int(rng.integers(low // 10, high // 10 + 1)) * 10 if rng.random() < 0.85 else 0
-
-    def slight() -> int:
-        return int(np.clip(round(rng.normal(0, SPREAD / 10)), -9, 9)) * 10
+    def level() -> int:
+        while abs(value := round(rng.normal(0, SPREAD / 10)) * 10) > 100:
+            pass
+        return value
 
     edges = [int(rng.integers(0, 6)) * 5 if rng.random() < 0.6 else 0 for _ in range(4)]
     left, top, right, bottom = edges if rng.random() < 0.35 else (0, 0, 0, 0)
-    tone = [slight() if lifelike else level(-STRENGTH, STRENGTH) for _ in range(4)]
+    tone = [level() for _ in range(4)]
     names = ("exposure", "contrast", "saturation", "warmth")
     return Recipe(
         crop=(left, top, 100 - right, 100 - bottom),
         **dict(zip(names, tone, strict=True)),
-        sharpening=level(0, 100),
+        sharpening=int(rng.integers(11)) * 10 if rng.random() < 0.85 else 0,
     )
 
 
@@ -79,9 +77,9 @@ def frame(photo: np.ndarray, crop: tuple[int, int, int, int], rng: np.random.Gen
     return canvas
 
 
-def spoil(photo: np.ndarray, rng: np.random.Generator, share: float = 0.93, lifelike: bool = True) -> Degraded:
+def spoil(photo: np.ndarray, rng: np.random.Generator, share: float = 0.93) -> Degraded:
     """A random degradation of the photo; a share of the photos stay as they are, and their recipe is the identity."""
-    undo = random_undo(rng, lifelike) if rng.random() < share else Recipe()
+    undo = random_undo(rng) if rng.random() < share else Recipe()
     return Degraded(photo, degrade(photo, undo, rng), undo)
 
 

@@ -13,7 +13,7 @@ from inference.answers import RECIPE_QUESTION
 from recipes import grammar, load_photo, parse
 from training.card import export
 from training.facts import lab
-from training.lessons import IGNORE, Lessons
+from training.lessons import IGNORE, Lessons, turn_hues, vary
 from training.objective import Packed, pack, recipe_loss, recipe_segments
 from training.photos import bundled
 from training.pretrain import Parts, Settings, build, train
@@ -44,6 +44,23 @@ def test_a_batch_is_a_function_of_seed_and_step(lessons: Lessons) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(first["images"], again["images"], strict=True))
     assert first["recipe"] == again["recipe"]
     assert first["recipe"] != other["recipe"]
+
+
+def test_a_varied_photo_keeps_its_shape_and_is_another_one(photos: list[np.ndarray]) -> None:
+    photo, other = photos[:2]
+    varied = [vary(photo, other, np.random.default_rng(seed)) for seed in range(30)]
+    assert all(v.shape == photo.shape and v.dtype == np.uint8 for v in varied)
+    assert np.array_equal(varied[3], vary(photo, other, np.random.default_rng(3)))
+    assert sum(bool((v[..., 0] == v[..., 2]).all()) for v in varied) < 10
+    assert np.ptp([v.mean() for v in varied]) > 20
+
+
+def test_turned_hues_leave_light_and_strength_of_the_colours() -> None:
+    photo = np.full((4, 4, 3), (150, 120, 100), np.uint8)
+    before, after = lab(photo)[0, 0], lab(turn_hues(photo, 1.0))[0, 0]
+    assert after[0] == pytest.approx(before[0], abs=1)
+    assert np.hypot(*after[1:]) == pytest.approx(np.hypot(*before[1:]), abs=1.5)
+    assert abs(np.arctan2(after[2], after[1]) - np.arctan2(before[2], before[1])) == pytest.approx(1.0, abs=0.1)
 
 
 def test_lessons_are_in_the_templates_that_inference_uses(lessons: Lessons) -> None:
@@ -125,13 +142,13 @@ def test_a_killed_run_goes_on_and_ends_where_it_would_have(tmp_path: Path, photo
     whole, _ = train(SETTINGS, tmp_path / "whole", photos, resume=False, save_every=2, workers=0)
 
     class Dying(list):
-        """Photos that can be drawn from only until the third step begins."""
+        """Photos that can be drawn from, two a lesson, only until the third step begins."""
 
         drawn = 0
 
         def __getitem__(self, index: int) -> np.ndarray:
             Dying.drawn += 1
-            if Dying.drawn > 2 * SETTINGS.batch:
+            if Dying.drawn > 4 * SETTINGS.batch:
                 raise Killed
             return super().__getitem__(index)
 
