@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,20 +42,27 @@ class Scored:
     fidelity: float
 
 
-def score(source: np.ndarray, candidates: list[np.ndarray]) -> list[dict[str, float | None]]:
-    """Every reward of every candidate: uint8 RGB pictures of one group, made by one model from one source photo."""
-    columns = {name: reward(source, candidates) for name, reward in REWARDS.items()}
+def score(
+    source: np.ndarray, candidates: list[np.ndarray], names: Collection[str] = tuple(REWARDS)
+) -> list[dict[str, float | None]]:
+    """The named rewards of every candidate: uint8 RGB pictures of one group, made by one model from one source photo.
+
+    A reward's values do not depend on which others are asked for.
+    """
+    columns = {name: reward(source, candidates) for name, reward in REWARDS.items() if name in names}
     return [{name: values[index] for name, values in columns.items()} for index in range(len(candidates))]
 
 
-def score_recipes(photo: np.ndarray, recipes: list[Recipe]) -> list[Scored]:
+def score_recipes(photo: np.ndarray, recipes: list[Recipe], names: Collection[str] = tuple(REWARDS)) -> list[Scored]:
     """The one function behind the scores on screen, in the API and in training: shrinks the photo (uint8 RGB) to the
-    preview size, renders each recipe and scores the results as one group."""
+    preview size, renders each recipe and scores the results as one group. A recipe that repeats is rendered once."""
     source = shrink(photo, PREVIEW_SIDE)
-    pictures = render_all(source, recipes)
+    different = list(dict.fromkeys(recipes))
+    rendered = dict(zip(different, render_all(source, different), strict=True))
+    pictures = [rendered[recipe] for recipe in recipes]
     return [
         Scored(recipe, picture, scores, _fidelity(source, recipe, picture))
-        for recipe, picture, scores in zip(recipes, pictures, score(source, pictures), strict=True)
+        for recipe, picture, scores in zip(recipes, pictures, score(source, pictures, names), strict=True)
     ]
 
 
