@@ -1,0 +1,180 @@
+"""The worker: starts queued runs one after another, each in a process of its own, and follows those that live already.
+
+A run outlives the application that started it. The worker's thread lives only while there are runs to do; two workers
+on one folder take turns through a lock on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from training.runs import Run, RunConfig, RunError, Runs
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = (sys.executable, "-m", "training.grpo")
+MAX_QUEUED = 8
+TWICE = 2.0  # seconds in which the same wish again is a double click
+NICE = 10  # a training run leaves the processor to the people who wait for an answer
+_log = logging.getLogger(__name__)
+
+
+class Worker:
+    """Does the runs of a folder in their order. `on_end` is called, in the worker's thread, with each run that ends."""
+
+    def __init__(
+        self,
+        runs: Runs,
+        command: Sequence[str] = COMMAND,
+        on_end: Callable[[Run], None] | None = None,
+        every: float = 0.3,
+    ) -> None:
+        self.runs = runs
+        self.command = tuple(command)
+        self.on_end = on_end
+        self.every = every
+        self._lock = threading.Lock()
+        self._submitting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    # ── What others ask for ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def submit(self, config: RunConfig) -> Run:
+        """Queues a run. Raises RunError when too many wait, or when the same was asked for a moment ago."""
+        with self._submitting:
+            waiting = self.waiting()
+            if len([run for run in waiting if run.status().state == "queued"]) >= MAX_QUEUED:
+                raise RunError(f"{MAX_QUEUED} runs are waiting already. Try again when one of them has begun.")
+            if any(_is_twice(run, config) for run in waiting):
+                raise RunError("This run was queued a moment ago. It is in the list.")
+            run = self.runs.create(config)
+        self.wake()
+        return run
+
+    def waiting(self) -> list[Run]:
+        """The runs that are not over, in the order in which they are done: those that work, then the queued ones."""
+        found = [(run, run.status()) for run in self.runs.list()]
+        found = [(run, status) for run, status in found if not status.over]
+        found.sort(key=lambda one: (one[1].state == "queued", one[1].created))
+        return [run for run, _ in found]
+
+    def position(self, run: Run) -> int:
+        """How many runs are done before this one: 0 for the one that works or comes next."""
+        ids = [other.id for other in self.waiting()]
+        return ids.index(run.id) if run.id in ids else 0
+
+    def resume(self, run: Run) -> None:
+        """Queues a run again that stopped before it was done; it goes on from its last checkpoint. Raises RunError."""
+        state = run.status().state
+        if state not in ("interrupted", "cancelled", "failed"):
+            raise RunError(f"Only a run that was stopped can be resumed; this one is {state}.")
+        if run.alive():
+            raise RunError("This run is still ending. Try again in a moment.")
+        try:
+            (run.folder / "cancel").unlink(missing_ok=True)
+            run.set_status(state="queued", phase="", ended=0.0, message="")
+        except OSError as error:
+            raise RunError(f"The run's folder could not be written ({error.strerror}).") from None
+        self.wake()
+
+    def wake(self) -> None:
+        """Sees to it that somebody does what is queued and follows what works. Called after every change."""
+        with self._lock:
+            if self._thread is None and not self._stop.is_set() and self.waiting():
+                self._thread = threading.Thread(target=self._work, name="training", daemon=True)
+                self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the worker's thread. A run that works goes on, and the next worker finds it."""
+        self._stop.set()
+        with self._lock:
+            thread = self._thread
+        if thread:
+            thread.join(10)
+
+    # ── The worker's thread ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def _work(self) -> None:
+        mine = FileLock(self.runs.folder / ".worker")
+        while not self._stop.is_set():
+            try:
+                with mine.acquire(timeout=self.every):
+                    self._work_through()
+            except Timeout:
+                pass  # another application works on this folder
+            except Exception:
+                _log.exception("The training worker stumbled")
+                self._stop.wait(5)
+            with self._lock:
+                if self._stop.is_set() or not self.waiting():
+                    self._thread = None
+                    return
+
+    def _work_through(self) -> None:
+        while not self._stop.is_set() and (waiting := self.waiting()):
+            run = waiting[0]
+            child = None if run.alive() else self._start(run)
+            while not self._stop.wait(self.every) and _works(run, child):
+                pass
+            if not self._stop.is_set():
+                self._settle(run, child)
+
+    def _start(self, run: Run) -> subprocess.Popen[bytes] | None:
+        try:
+            with open(run.folder / "log.txt", "ab") as log:
+                child = subprocess.Popen(
+                    [*self.command, str(run.folder)],
+                    cwd=ROOT,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            _end(run, "failed", f"The training process could not be started ({error.strerror}).")
+            return None
+        with contextlib.suppress(OSError, AttributeError):  # not every system has it
+            os.setpriority(os.PRIO_PROCESS, child.pid, NICE)
+        return child
+
+    def _settle(self, run: Run, child: subprocess.Popen[bytes] | None) -> None:
+        """Gives a run whose process has gone its last state, and tells who wants to know."""
+        code = child.returncode if child else None
+        state = run.status().state
+        if state == "queued" and child:
+            _end(run, "failed", f"The training process ended before it began (exit code {code}). Its log says why.")
+        elif state == "interrupted" and code is not None and code > 0:
+            _end(run, "failed", f"The training process ended with an error (exit code {code}). Its log says why.")
+        elif state == "interrupted":
+            _end(run, "interrupted", "Its process was ended before it was done. Resume it, or see its log.")
+        if self.on_end:
+            try:
+                self.on_end(run)
+            except Exception:
+                _log.exception("What follows a run failed")
+
+
+def _works(run: Run, child: subprocess.Popen[bytes] | None) -> bool:
+    """Whether a process works on it: ours, or one that an earlier application has started."""
+    return (child is not None and child.poll() is None) or run.alive()
+
+
+def _end(run: Run, state: str, message: str) -> None:
+    with contextlib.suppress(OSError):  # it may have been deleted, or the disk is full: the next look says the same
+        run.set_status(state=state, ended=time.time(), message=message)
+
+
+def _is_twice(run: Run, config: RunConfig) -> bool:
+    with contextlib.suppress(RunError):
+        return run.config() == config and time.time() - run.status().created < TWICE
+    return False
