@@ -1,4 +1,4 @@
-"""A training run that learns nothing: it obeys a run's protocol without a model. `python -m tests.training.fake_run FOLDER`.
+"""A training run that learns nothing: it obeys a run's protocol without a model.
 
 The seed says how it goes: 1xx loses on held-out photos, 2xx fails, 3xx waits at step 3 until it is ended or cancelled,
 4xx writes hostile words, 5xx wins but with an alarm; any other wins. FAKE_RUN_PAUSE is its seconds per step.
