@@ -72,7 +72,7 @@ def ask(loaded: Loaded, request: Request, entry: ModelEntry) -> dict[str, torch.
     """The model's inputs for a request, on its device: one row of ids with its mask, and the photo's crops."""
     skill, words = request.skill, request.prompt
     if skill == "recipe":
-        skill, words = "query", words if entry.constrained else recipe_prompt(words)
+        skill, words = "query", recipe_prompt(words) if entry.explained else words
     inputs = loaded.processor.prepare(request.photo, skill, words, request.length)
     return {name: tensor.to(loaded.model.device) for name, tensor in inputs.items()}
 

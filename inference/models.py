@@ -24,8 +24,8 @@ class ModelEntry:
     folder_variable: an environment variable that names a folder to use instead of the repository.
     adapter: the folder of a PEFT adapter to put on top. temperature: factor on the temperature asked for.
     top_p: words are drawn from the likeliest ones that make up this share of the probability.
-    constrained: recipes are decoded under the grammar (for a model that was trained to write them);
-    otherwise the grammar is explained in the prompt and the answer is read as prose.
+    constrained: recipes are decoded under the grammar; otherwise the answer is read as prose.
+    explained: the grammar is told in the prompt (for a model that was not trained from the start to write recipes).
     needs_gpu: too slow without one to be offered. memory_bytes: free memory that loading it takes.
     """
 
@@ -41,6 +41,7 @@ class ModelEntry:
     temperature: float = 1.0
     top_p: float = 1.0
     constrained: bool = True
+    explained: bool = False
     needs_gpu: bool = False
     memory_bytes: int = 0
 
@@ -81,6 +82,7 @@ MODELS: dict[str, ModelEntry] = {
         temperature=0.5,
         top_p=0.9,
         constrained=False,
+        explained=True,
         needs_gpu=True,
         memory_bytes=6 * 2**30,
     ),

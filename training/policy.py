@@ -14,7 +14,7 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 
 from inference.constraint import RecipeConstraint
-from inference.moondream import MoondreamForConditionalGeneration, MoondreamImageProcessor
+from inference.moondream import MoondreamForConditionalGeneration, MoondreamImageProcessor, register_names
 
 MAX_LOOKS = 512  # photos whose features are kept: 3 MB each for Moondream 2, 50 kB for moondream-tiny
 LOOKS_AT_ONCE = 8
@@ -76,6 +76,10 @@ class RepeatedPhotos(MoondreamImageProcessor):
                 cut[id(photo)] = (photo, super().preprocess([photo], **kwargs))
         seen = [cut[id(photo)][1] for photo in photos]
         return BatchFeature({name: torch.cat([one[name] for one in seen]) for name in ("pixel_values", "image_sizes")})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: the settings, without the photos."""
+        return {name: value for name, value in super().to_dict().items() if name != "_cut"}
 
 
 class Policy(MoondreamForConditionalGeneration):
@@ -208,6 +212,9 @@ class Policy(MoondreamForConditionalGeneration):
         sight[:, :prompt, :prompt] |= prefix[:, :, None] & prefix[:, None]
         sight[:, :, :prompt] &= real[:, None]
         return (sight | torch.eye(len(owner), dtype=torch.bool, device=prompts.device))[:, None]
+
+
+register_names(Policy)
 
 
 def _groups(prompts: torch.Tensor, masks: torch.Tensor, features: torch.Tensor) -> tuple[list[int], list[int]]:

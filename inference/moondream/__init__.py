@@ -23,13 +23,16 @@ AutoModelForImageTextToText.register(MoondreamConfig, MoondreamForConditionalGen
 AutoImageProcessor.register(MoondreamConfig, slow_image_processor_class=MoondreamImageProcessor, exist_ok=True)
 AutoProcessor.register(MoondreamConfig, MoondreamProcessor, exist_ok=True)
 
+
 # The output head sits inside `text` in the original files, and the embedding is a bare parameter there. Named by
 # class, because by model type the mapping would be passed over without a word.
-register_checkpoint_conversion_mapping(
-    MoondreamForConditionalGeneration.__name__,
-    [WeightRenaming("model.text.lm_head", "lm_head"), WeightRenaming("text.wte", "text.wte.weight")],
-    overwrite=True,
-)
+def register_names(model: type[MoondreamForConditionalGeneration]) -> None:
+    """Lets a class load and save the original names; needed for each subclass."""
+    names = [WeightRenaming("model.text.lm_head", "lm_head"), WeightRenaming("text.wte", "text.wte.weight")]
+    register_checkpoint_conversion_mapping(model.__name__, names, overwrite=True)
+
+
+register_names(MoondreamForConditionalGeneration)
 
 __all__ = [
     "CheckpointError",
@@ -44,4 +47,5 @@ __all__ = [
     "check_tokenizer",
     "load_tokenizer",
     "plain_ids",
+    "register_names",
 ]

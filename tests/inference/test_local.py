@@ -216,12 +216,12 @@ def test_a_model_that_never_learned_recipes_is_told_the_grammar(
 ) -> None:
     loaded = engine.shelf.get(entry, CPU)
 
-    def asked(constrained: bool) -> str:
-        ids = ask(loaded, request(photo), dataclasses.replace(entry, constrained=constrained))["input_ids"][0]
+    def asked(explained: bool) -> str:
+        ids = ask(loaded, request(photo), dataclasses.replace(entry, explained=explained))["input_ids"][0]
         return loaded.processor.tokenizer.decode([i for i in ids.tolist() if i != loaded.model.config.image_token_id])
 
-    assert "saturation (-100 to 100" in asked(False) and "How should this photo be finished?" not in asked(False)
-    assert "How should this photo be finished?" in asked(True) and "saturation" not in asked(True)
+    assert "saturation (-100 to 100" in asked(True) and "How should this photo be finished?" not in asked(True)
+    assert "How should this photo be finished?" in asked(False) and "saturation" not in asked(False)
 
 
 def test_the_trainers_processor_writes_the_same_prompt(

@@ -1,0 +1,506 @@
+"""`python -m training.grpo <run folder>`: a GRPO fine-tune with TRL, on the rewards that score on screen.
+
+The folder's config.json says what to do; a run that was interrupted goes on from its last whole checkpoint. The last
+line on standard output is one JSON object: base and tuned means on held-out photos, interval, seconds, peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import psutil
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from datasets import Dataset
+from filelock import FileLock, Timeout
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from transformers import PrinterCallback, TrainerCallback
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from inference import weights
+from inference.answers import RECIPE_QUESTION, recipe_prompt
+from inference.constraint import RecipeConstraint
+from inference.models import ModelEntry
+from inference.moondream import MoondreamProcessor
+from inference.moondream.processing_moondream import load_tokenizer
+from recipes import Recipe, grammar, parse, save_picture
+from rewards import REWARDS, RewardFunction, score_recipes
+from training.collect import Collected, CollectError, both
+from training.evaluate import EvaluateError, Judged, difference, entry_of, judge, summary, totals
+from training.plot import draw_curve
+from training.policy import Policy, RepeatedPhotos, greedy
+from training.runs import Run, RunConfig, RunError, write_whole
+
+TARGETS = r".*\.text\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
+WATCHED = 8  # held-out photos that are answered along the way
+ALL_PARTS_EVERY = 5  # steps: rewards that weigh nothing are computed only now and then
+SHOWN = 4  # held-out photos with both answers in the result
+CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "adapter_model.safetensors")
+
+
+class Stop(Exception):
+    """The run cannot go on; the message says why and what to do."""
+
+
+@dataclass
+class Learner:
+    """What learns: the policy under PEFT, its processor, how it is asked, and the entry that it comes from."""
+
+    model: Any
+    policy: Policy
+    processor: MoondreamProcessor
+    question: str
+    entry: ModelEntry
+
+    def answer(self, photos: Sequence[np.ndarray]) -> list[str]:
+        """Its likeliest recipe for each photo."""
+        training = self.model.training
+        self.model.eval()
+        texts = greedy(self.model, self.processor, photos, self.question)
+        self.model.train(training)
+        return texts
+
+    def judged(self, photos: Sequence[np.ndarray]) -> list[Judged]:
+        """Its likeliest recipes, scored as in `training.evaluate`."""
+        return [judge(photo, text) for photo, text in zip(photos, self.answer(photos), strict=True)]
+
+
+def learner(config: RunConfig) -> Learner:
+    """The base with a new adapter, or with that of the run it goes on from. Raises Stop."""
+    try:
+        entry = entry_of(config.base)
+    except EvaluateError as error:
+        raise Stop(str(error)) from None
+    missing = weights.missing_files(entry)
+    folder, words = weights.model_folder(entry), weights.tokenizer_folder(entry)
+    if missing or folder is None or words is None:
+        raise Stop(f"{entry.title} cannot be trained: {missing}")
+    large = torch.cuda.is_available() and entry.needs_gpu
+    if entry.needs_gpu and not torch.cuda.is_available():
+        raise Stop(f"{entry.title} cannot be trained here: it needs a GPU, and PyTorch cannot use one.")
+    policy = Policy.from_pretrained(folder, dtype=torch.bfloat16 if large else torch.float32, local_files_only=True)
+    tokenizer = load_tokenizer(str(words), policy.config.templates)
+    cutter = RepeatedPhotos.from_config(policy.config)
+    processor = MoondreamProcessor(
+        cutter, tokenizer, templates=policy.config.templates, image_token_id=policy.config.image_token_id
+    )
+    policy.prepare(RecipeConstraint(tokenizer, grammar(), end_id=policy.config.eos_id), config.temperature)
+    if torch.cuda.is_available():
+        policy.to("cuda")  # type: ignore[arg-type]
+    model = _adapted(policy, entry, config)
+    return Learner(model, policy, processor, recipe_prompt() if entry.explained else RECIPE_QUESTION, entry)
+
+
+def _adapted(policy: Policy, entry: ModelEntry, config: RunConfig) -> Any:
+    if entry.adapter:
+        return PeftModel.from_pretrained(policy, entry.adapter, is_trainable=True)
+    torch.manual_seed(config.seed)
+    settings = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=TARGETS)
+    return get_peft_model(policy, settings)
+
+
+@dataclass
+class Scorer:
+    """The reward that TRL asks for: the very numbers that the playground shows for the same candidates.
+
+    Rows come in blocks of `group` answers to one photo. Beside the total the parts are kept for the log.
+    """
+
+    photos: Sequence[np.ndarray]
+    function: RewardFunction
+    group: int
+    calls: int = 0
+    parts: dict[str, float | None] = field(default_factory=dict)
+    __name__: str = "reward"
+
+    def __call__(self, completions: list[Any], photo: list[int], **_: Any) -> list[float | None]:
+        """One total per completion; None for an answer that is no recipe. Raises whatever a reward raises."""
+        texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
+        everything = self.calls % ALL_PARTS_EVERY == 0
+        self.calls += 1
+        names = [name for name in REWARDS if everything or self.function.weights.get(name)]
+        blocks = [slice(start, start + self.group) for start in range(0, len(texts), self.group)]
+        with ThreadPoolExecutor(2) as pool:
+            scored = list(pool.map(lambda block: self._block(texts[block], photo[block.start], names), blocks))
+        self._keep(texts, [row for block in scored for row in block], names)
+        return [None if row is None else _finite(self.function.total(row)) for block in scored for row in block]
+
+    def _block(self, texts: list[str], photo: int, names: Sequence[str]) -> list[dict[str, float | None] | None]:
+        parsed = [parse(text) for text in texts]
+        recipes = [one.recipe for one in parsed if one.ok]
+        scores = iter(score_recipes(self.photos[photo], recipes, names) if recipes else [])
+        return [next(scores).scores if one.ok else None for one in parsed]
+
+    def _keep(self, texts: list[str], rows: list[dict[str, float | None] | None], names: Sequence[str]) -> None:
+        read = [row for row in rows if row is not None]
+        groups = [texts[start : start + self.group] for start in range(0, len(texts), self.group)]
+        self.parts = dict.fromkeys(REWARDS)
+        for name in names:
+            known = [value for row in read if (value := row[name]) is not None]
+            self.parts[name] = float(np.mean(known)) if known else None
+        self.parts["valid"] = len(read) / max(1, len(texts))
+        self.parts["distinct"] = float(np.mean([len(set(group)) / len(group) for group in groups]))
+
+
+def _finite(total: float | None) -> float | None:
+    if total is not None and not np.isfinite(total):
+        raise Stop(f"A reward gave {total}, which is no number. The run stops rather than learn from it.")
+    return total
+
+
+class Watch(TrainerCallback):
+    """Writes metrics, probe answers and progress into the run's folder, and stops the trainer when it is asked to."""
+
+    def __init__(self, run: Run, config: RunConfig, learner: Learner, scorer: Scorer, held_out: Collected) -> None:
+        self.run, self.config, self.learner, self.scorer = run, config, learner, scorer
+        self.photos, self.names = held_out.photos[:WATCHED], held_out.names[:WATCHED]
+        self.began = time.monotonic()
+        self.held: float | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """One line of metrics per step."""
+        if not state.is_world_process_zero or not logs or "reward" not in logs:
+            return
+        line = {"step": state.global_step, "seconds": round(time.monotonic() - self.began, 2)}
+        named = {"reward": "reward", "kl": "kl", "entropy": "entropy", "learning_rate": "learning_rate"}
+        line |= {name: logs[key] for name, key in named.items() if key in logs}
+        line |= {"no_signal": logs.get("frac_reward_zero_std"), **self.scorer.parts}
+        if self.held is not None:
+            line["held_out"], self.held = self.held, None
+        self.run.add("metrics", line)
+        print(_line(line, state.max_steps), flush=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Probes, progress, cancelling."""
+        if self.run.cancelled:
+            control.should_training_stop = True
+        if not state.is_world_process_zero:
+            return
+        if state.global_step % self.config.probe_every == 0:
+            self.probe(state.global_step)
+        self.run.set_status(step=state.global_step)
+
+    def probe(self, step: int) -> None:
+        """The likeliest answers to the first held-out photos; the first photo's is shown."""
+        judged = self.learner.judged(self.photos)
+        self.held = float(np.nanmean(totals(judged, self.scorer.function)))
+        first = judged[0]
+        line = {"step": step, "photo": self.names[0], "recipe": str(first.recipe), "scores": first.scores}
+        self.run.add("probes", line | {"total": self.scorer.function.total(first.scores), "held_out": self.held})
+
+
+def _line(numbers: dict[str, Any], steps: int) -> str:
+    """A step as a line of the log."""
+    told = [f"step {numbers['step']}/{steps}", f"reward {numbers['reward']:.3f}"]
+    told += [f"{name} {value:.3f}" for name in REWARDS if (value := numbers.get(name)) is not None]
+    told += [f"{name} {numbers[name]:.3f}" for name in ("kl", "entropy", "distinct") if numbers.get(name) is not None]
+    return "  ".join(told)
+
+
+def rows(photos: Sequence[np.ndarray], question: str, seed: int) -> Dataset:
+    """One row per photo: the question, the photo and its number. The photos themselves stay in memory."""
+    pictures = [Image.fromarray(photo) for photo in photos]
+
+    def fill(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        prompts = [[{"role": "user", "content": question}] for _ in batch["photo"]]
+        return {**batch, "prompt": prompts, "image": [pictures[place] for place in batch["photo"]]}
+
+    return Dataset.from_dict({"photo": list(range(len(photos)))}).with_transform(fill)
+
+
+def settings(run: Run, config: RunConfig, entry: ModelEntry, steps: int, longest: int) -> GRPOConfig:
+    """TRL's settings."""
+    large = torch.cuda.is_available() and entry.needs_gpu
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = config.photos_per_step * config.rollouts
+    if batch % world:
+        raise Stop(f"{batch} answers a step cannot be shared by {world} processes. Change photos_per_step.")
+    return GRPOConfig(
+        output_dir=str(run.folder),
+        per_device_train_batch_size=batch // world,
+        num_generations=config.rollouts,
+        max_completion_length=longest,
+        max_steps=steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(5, steps),
+        beta=config.beta,
+        temperature=config.temperature,
+        max_grad_norm=1.0,
+        seed=config.seed,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=large,
+        gradient_checkpointing=large,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def trainer(run: Run, config: RunConfig, learner: Learner, scorer: Scorer, steps: int) -> GRPOTrainer:
+    """The stock trainer, whose log-probabilities come from the policy."""
+    longest = learner.policy.constraint.max_tokens if learner.policy.constraint else 64
+    made = GRPOTrainer(
+        model=learner.model,
+        reward_funcs=[scorer],  # type: ignore[list-item]
+        args=settings(run, config, learner.entry, steps, longest),
+        train_dataset=rows(scorer.photos, learner.question, config.seed),
+        processing_class=learner.processor,
+    )
+    made.remove_callback(PrinterCallback)
+    # The trainer has laid its own log-probability pass, which knows no grammar, over the policy's.
+    learner.policy.__dict__.pop("forward", None)
+    return made
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; what a killed process left half done is removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2] or 0))
+    while found:
+        newest = found.pop()
+        if all((newest / name).is_file() for name in CHECKPOINT_FILES) and _is_json(newest / CHECKPOINT_FILES[0]):
+            return newest
+        shutil.rmtree(newest, ignore_errors=True)
+    return None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def steps_of(config: RunConfig, photos: int) -> int:
+    """Updates: as asked, or as many as the epochs take."""
+    if config.epochs is None:
+        return config.steps
+    return max(1, round(config.epochs * photos / config.photos_per_step))
+
+
+def keep_adapter(learner: Learner, run: Run) -> None:
+    """Writes the adapter beside its place and moves it there whole."""
+    part = run.folder / ".adapter.part"
+    shutil.rmtree(part, ignore_errors=True)
+    learner.model.save_pretrained(part)
+    shutil.rmtree(run.adapter, ignore_errors=True)
+    os.replace(part, run.adapter)
+
+
+def work(run: Run, config: RunConfig, phase: Callable[[str], None]) -> dict[str, Any] | None:
+    """The whole run; None when it was cancelled. Raises Stop, and what rewards, trainer and disk raise."""
+    phase("loading the model")
+    learns = learner(config)
+    phase("looking at the photos")
+    try:
+        photos, held_out = both(config.photos, config.held_out, config.max_photos, config.seed)
+    except CollectError as error:
+        raise Stop(str(error)) from None
+    print(f"Training on {photos.words()}. Judging by {held_out.words()}.", flush=True)
+    steps = steps_of(config, len(photos.photos))
+    function = config.reward_function
+    scorer = Scorer(photos.photos, function, config.rollouts)
+    teaches = trainer(run, config, learns, scorer, steps)
+    first = teaches.accelerator.is_main_process
+    phase("measuring the base")
+    with learns.model.disable_adapter():
+        base = learns.judged(held_out.photos) if first else []
+    watch = Watch(run, config, learns, scorer, held_out)
+    checkpoint = last_checkpoint(run.folder)
+    if first:
+        start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        run.forget_after(start)
+        run.set_status(step=start, steps=steps)
+        save_picture(held_out.photos[0], Recipe(), run.folder / "probe.png")
+        if not checkpoint:
+            watch.probe(0)
+    teaches.add_callback(watch)
+    phase("training")
+    teaches.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    phase("writing")
+    if first:
+        keep_adapter(learns, run)
+        draw_curve(run.metrics(), run.folder / "reward.png")
+    if run.cancelled or not first:
+        return None
+    phase("measuring the tuned model")
+    tuned = learns.judged(held_out.photos)
+    return result(run, learns.entry, function, held_out, base, tuned)
+
+
+def result(
+    run: Run, entry: ModelEntry, function: RewardFunction, held_out: Collected, base: list[Judged], tuned: list[Judged]
+) -> dict[str, Any]:
+    """What is written into result.json."""
+    metrics = run.metrics()
+    gain = difference(base, tuned, function)
+    return {
+        "base_model": entry.name,
+        "held_out": len(base),
+        "base": summary(base, function),
+        "tuned": summary(tuned, function),
+        "difference": gain,
+        "wins": gain["low"] is not None and gain["low"] > 0,
+        "alarm": alarm(metrics, gain),
+        "pairs": _pairs(run, function, held_out, base, tuned),
+        "steps": run.status().step,
+        "entropy": _ends(metrics, "entropy"),
+        "distinct": _ends(metrics, "distinct"),
+        "valid": min((line["valid"] for line in metrics if line.get("valid") is not None), default=None),
+    }
+
+
+def _pairs(
+    run: Run, function: RewardFunction, held_out: Collected, base: list[Judged], tuned: list[Judged]
+) -> list[dict[str, Any]]:
+    pairs = []
+    for place, (photo, name, before, after) in enumerate(zip(held_out.photos, held_out.names, base, tuned)):
+        if place == SHOWN:
+            break
+        save_picture(photo, Recipe(), run.folder / f"pair-{place}.png")
+        pair = {"photo": name, "picture": f"pair-{place}.png", "base": str(before.recipe), "tuned": str(after.recipe)}
+        pair |= {"base_total": function.total(before.scores), "tuned_total": function.total(after.scores)}
+        pairs.append(pair)
+    return pairs
+
+
+def _ends(metrics: Sequence[dict[str, Any]], name: str) -> dict[str, float | None]:
+    """The means over the first and the last tenth of the run, at least five steps."""
+    known = [line[name] for line in metrics if line.get(name) is not None]
+    some = max(5, len(known) // 10)
+    ends = {"first": known[:some], "last": known[-some:]}
+    return {key: float(np.mean(values)) if values else None for key, values in ends.items()}
+
+
+def alarm(metrics: Sequence[dict[str, Any]], gain: dict[str, float | None]) -> str:
+    """A sentence when the run learned nothing, or learned what does not hold on other photos; else nothing."""
+    silent = [line["no_signal"] for line in metrics if line.get("no_signal") is not None]
+    if silent and np.mean(silent) > 0.9:
+        return "All answers to a photo got the same reward in nearly every step: there was nothing to learn from."
+    reward = _ends(metrics, "reward")
+    risen = reward["first"] is not None and reward["last"] is not None and reward["last"] > reward["first"] + 0.02
+    if risen and gain["mean"] is not None and gain["mean"] < -0.005:
+        return "The reward rose in training and fell on held-out photos: what was learned does not hold elsewhere."
+    return ""
+
+
+def main() -> None:
+    """Works on one run's folder, from its config to its result."""
+    args = _arguments()
+    run = Run(args.folder)
+    os.nice(10) if hasattr(os, "nice") else None  # whoever looks at the page comes first
+    torch.set_num_threads(args.threads)
+    cv2.setNumThreads(1)
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    lock = FileLock(run.folder / "lock", timeout=10)
+    try:
+        config = _config(run, args.base)
+        if main_process:
+            lock.acquire()
+        _live(run, config, main_process)
+    except Timeout:
+        sys.exit("Another process is working on this run already.")
+    except RunError as error:
+        sys.exit(str(error))
+    finally:
+        lock.release()
+
+
+def _live(run: Run, config: RunConfig, main_process: bool) -> None:
+    """Runs `work` and writes how it ended."""
+
+    def phase(words: str) -> None:
+        if main_process:
+            run.set_status(phase=words)
+            print(f"[{time.monotonic() - began:5.1f} s] {words}", flush=True)
+
+    began = time.monotonic()
+    if main_process:
+        run.set_status(state="running", started=time.time(), ended=0.0, steps=config.steps, message="")
+    try:
+        found = work(run, config, phase)
+    except BaseException as error:
+        if main_process:
+            _fail(run, error)
+        raise SystemExit(1) from None
+    if not main_process:
+        return
+    spent = {"seconds": time.time() - psutil.Process().create_time(), "peak_memory_bytes": _peak_memory()}
+    if found is None:
+        run.set_status(state="cancelled", phase="", ended=time.time(), message="Cancelled. What it learned is kept.")
+        print(json.dumps({"run": run.id, "state": "cancelled", "step": run.status().step, **spent}))
+        return
+    write_whole(run.folder / "result.json", json.dumps(found | spent, indent=1))
+    run.set_status(state="done", phase="", ended=time.time(), message=found["alarm"])
+    told = {"run": run.id, "state": "done", "base": found["base"]["total"], "tuned": found["tuned"]["total"]}
+    print(json.dumps({**told, "difference": found["difference"], "wins": found["wins"], **spent}))
+
+
+def _fail(run: Run, error: BaseException) -> None:
+    """Says in the run's state why it ended; on a full disk that may not be possible either."""
+    if isinstance(error, Stop):
+        words = str(error)
+    elif isinstance(error, OSError) and error.errno == 28:
+        words = "The disk is full. Free some space and resume: the last whole checkpoint is kept."
+    elif isinstance(error, MemoryError | torch.OutOfMemoryError):
+        words = "It ran out of memory. Take fewer photos per step or fewer rollouts."
+    elif isinstance(error, KeyboardInterrupt):
+        words = "It was interrupted. Resume it."
+    else:
+        words = f"It failed ({type(error).__name__}). The log has the details."
+        traceback.print_exception(error)
+    print(words, file=sys.stderr)
+    try:
+        run.set_status(state="failed", phase="", ended=time.time(), message=words)
+    except OSError:
+        print("This could not be written to the run's folder either.", file=sys.stderr)
+
+
+def _config(run: Run, base: str | None) -> RunConfig:
+    config = run.config()
+    return config if base is None else RunConfig.make(**{**config.model_dump(), "base": base})
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the run's folder, with its config.json")
+    parser.add_argument("--base", help="another model to start from than the config says")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    return parser.parse_args()
+
+
+def _peak_memory() -> int:
+    """Bytes of main memory that this process held at most."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return int(psutil.Process().memory_info().rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    main()
