@@ -12,32 +12,36 @@ from fastapi import FastAPI
 from recipes import MAX_BYTES
 from serving import health
 from settings import Settings, SettingsError
+from training.worker import COMMAND
 from ui import TABS
+from ui.house import House, Shared
 from ui.samples import PHOTOS
 from ui.theme import HEAD, theme
-from usage.store import Store, StoreError
+from usage.store import StoreError
 
 TITLE = "Moondream Playground"
 LOCAL = ("127.0.0.1", "0.0.0.0", "::", "::1")
 
 
-def blocks(store: Store) -> gr.Blocks:
+def blocks(house: House) -> gr.Blocks:
     """The page."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML(f"<h1>{TITLE}</h1>", elem_id="banner", apply_default_css=False)
-        for title, build in TABS.items():
-            with gr.Tab(title):
-                build(store)
+        with gr.Tabs() as tabs:
+            shared = Shared.make(tabs)
+            for title, build in TABS.items():
+                with gr.Tab(title):
+                    build(house, shared)
     return page.queue(max_size=64)
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """Page and routes as one ASGI application."""
+def create_app(settings: Settings, training: tuple[str, ...] = COMMAND) -> FastAPI:
+    """Page and routes as one ASGI application. training: the command that does a run, given its folder."""
     app = FastAPI(title=TITLE)
     app.include_router(health.router)
     return gr.mount_gradio_app(
         app,
-        blocks(Store(settings.store_url)),
+        blocks(House.open(settings.data_dir, settings.store_url, training)),
         path="/",
         theme=theme(),
         head=HEAD,

@@ -35,7 +35,7 @@ class Worker:
         self,
         runs: Runs,
         command: Sequence[str] = COMMAND,
-        on_end: Callable[[Run], None] | None = None,
+        on_end: Callable[[Run], object] | None = None,
         every: float = 0.3,
     ) -> None:
         self.runs = runs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ui import playground
-from usage.store import Store
+from ui import finetune, playground
+from ui.house import House, Shared
 
-TABS: dict[str, Callable[[Store], None]] = {"Playground": playground.build}
+TABS: dict[str, Callable[[House, Shared], None]] = {"Playground": playground.build, finetune.TAB: finetune.build}

@@ -12,7 +12,9 @@ from inference.answers import MAX_CANDIDATES, MAX_SEED, MAX_TEMPERATURE, SKILLS,
 from inference.models import MODELS
 from recipes import Recipe, describe, parse
 from rewards import RewardFunction, RewardFunctionError, score_recipes
+from ui import api_runs
 from ui.compare import compare as snapshots
+from ui.house import House
 from ui.messages import refusal
 from ui.photo import photo_input, read_photo
 from ui.picker import check_choice
@@ -71,7 +73,7 @@ def models() -> list[dict[str, Any]]:
     """Every model on offer, and why one cannot be used."""
     return [
         {"name": entry.name, "title": entry.title, "note": entry.note, "unavailable": entry.unavailable()}
-        for entry in MODELS.values()
+        for entry in list(MODELS.values())
     ]
 
 
@@ -92,7 +94,7 @@ def save_reward_function(store: Store, name: str, weights: Any) -> dict[str, Any
     return {"name": saved.name, "weights": dict(saved.function.weights)}
 
 
-def build(store: Store) -> None:
+def build(house: House) -> None:
     """The endpoints. Their inputs are components that no page shows: so Gradio checks every file that comes in."""
     hidden: dict[str, Any] = {"visible": False}
     photo = photo_input(label="photo", **hidden)
@@ -111,5 +113,6 @@ def build(store: Store) -> None:
     call(compare, asked, answer, api_name="compare", concurrency_limit=16)
     call(score, [photo, recipes], answer, api_name="score", concurrency_limit=2)
     call(models, None, answer, api_name="models", queue=False)
-    call(partial(reward_functions, store), None, answer, api_name="reward_functions")
-    call(partial(save_reward_function, store), [name, weights], answer, api_name="save_reward_function")
+    call(partial(reward_functions, house.store), None, answer, api_name="reward_functions")
+    call(partial(save_reward_function, house.store), [name, weights], answer, api_name="save_reward_function")
+    api_runs.build(house)

@@ -1,4 +1,4 @@
-"""Files that are made for a download: in Gradio's own cache, which it empties by age."""
+"""Files that are made for a download: in Gradio's own cache, which it empties by age; and how a browser gets them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import gradio as gr
 from gradio.utils import get_upload_folder
 
 from ui.messages import refusal
+
+DELIVER_JS = """file => {
+  const link = document.createElement('a');
+  link.href = file.url; link.download = file.orig_name || '';
+  document.body.append(link); link.click(); link.remove();
+  return [];
+}"""
 
 
 def new_file(name: str) -> Path:
@@ -28,3 +37,9 @@ def writing() -> Iterator[None]:
     except OSError as error:
         words = f"The file could not be written ({error.strerror}). Try again later."
         raise refusal(words, "Download") from None
+
+
+def deliver(event: Any, handler: Any, inputs: list[Any], delivery: gr.File) -> None:
+    """After the event the browser downloads the file whose path the handler returns; `delivery` is not shown."""
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    event(handler, inputs, delivery, **private).success(None, delivery, None, js=DELIVER_JS, **private)

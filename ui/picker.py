@@ -35,7 +35,7 @@ def choices(models: Mapping[str, ModelEntry] = MODELS) -> list[dict[str, str]]:
     """What the picker shows: every model, with the reason why it cannot be used, or an empty one."""
     return [
         {"name": entry.name, "title": entry.title, "note": entry.note, "reason": entry.unavailable() or ""}
-        for entry in models.values()
+        for entry in list(models.values())  # a run that ends may add one
     ]
 
 
@@ -45,8 +45,8 @@ def check_choice(names: Any) -> list[str]:
         raise refusal("Choose models from the list.", "Models")
     unknown = [name for name in names if name not in MODELS]
     if unknown:
-        offered = ", ".join(MODELS)
+        offered = ", ".join(list(MODELS))
         raise refusal(f"There is no model called {unknown[0][:80]!r}. On offer: {offered}.", "Models")
     if not 1 <= len(set(names)) <= MAX_MODELS:
         raise refusal(f"Choose one to {MAX_MODELS} models.", "Models")
-    return [name for name in MODELS if name in names]
+    return [name for name in list(MODELS) if name in names]

@@ -15,18 +15,18 @@ import gradio as gr
 
 from inference.answers import LENGTHS, MAX_CANDIDATES, MAX_SEED, MAX_TEMPERATURE, SKILLS, Request, RequestError
 from recipes import Recipe, render, save_picture, shrink
-from rewards import DEFAULT, REWARDS, RewardFunction
-from ui import api, reward_functions
+from rewards import REWARDS, RewardFunction
+from ui import api, files, reward_functions
 from ui.compare import Comparison, compare, picture_url
 from ui.files import new_file, writing
 from ui.grid import candidate_grid, grid_value
+from ui.house import House, Shared
 from ui.link import LINKED, Setup, link_js, read_link
 from ui.messages import refusal, warn
 from ui.photo import photo_input, read_photo
-from ui.picker import check_choice, choices, model_picker
+from ui.picker import check_choice, choices
 from ui.report import report
 from ui.samples import SAMPLES, strip
-from usage.store import Store
 
 SHOWN_BY_BROWSERS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif")
 
@@ -45,9 +45,15 @@ class Session:
 # ── Handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def open_page(store: Store, request: gr.Request) -> list[Any]:
-    """The page as its address wants it; what the address gets wrong is said and left at its default."""
+def open_page(house: House, request: gr.Request) -> list[Any]:
+    """The page as its address wants it; what the address gets wrong is said and left at its default.
+
+    Where it names no models, the newest tuned model in service stands beside what it came from.
+    """
     setup, problems = read_link(dict(request.query_params))
+    front = house.adopted.front()
+    if front and not request.query_params.get("models"):
+        setup = replace(setup, models=tuple(front))
     if problems:
         warn(f"Not everything in this link could be used. {'; '.join(problems)}.", "Link")
     prompt, length = choose_skill(setup.skill, setup.prompt)
@@ -62,7 +68,7 @@ def open_page(store: Store, request: gr.Request) -> list[Any]:
         setup.seed,
         setup.photo,
         *reward_functions.to_sliders(setup.reward),
-        gr.update(choices=reward_functions.names(store)),
+        gr.update(choices=reward_functions.names(house.store)),
     ]
 
 
@@ -199,41 +205,37 @@ WEIGHTS_JS = """(...weights) => {
 SKILL_JS = (
     "skill => { document.querySelector('#results').dataset.skill = skill; return []; }"  # rewards are for recipes
 )
-DELIVER_JS = """file => {
-  const link = document.createElement('a');
-  link.href = file.url; link.download = file.orig_name || '';
-  document.body.append(link); link.click(); link.remove();
-  return [];
-}"""
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 QUICK: dict[str, Any] = {"queue": False, **PRIVATE}
 
 
-def build(store: Store) -> None:
+def build(house: House, shared: Shared) -> None:
     """The tab: on the left what is asked, on the right what comes back."""
+    sliders = shared.sliders
     session = gr.State(None, time_to_live=6 * 3600)
     delivery = gr.File(visible=False)
 
     def deliver(event: Any, handler: Any, inputs: list[Any]) -> None:
-        event(handler, inputs, delivery, **PRIVATE).success(None, delivery, None, js=DELIVER_JS, **PRIVATE)
+        files.deliver(event, handler, inputs, delivery)
 
     with gr.Row(elem_id="playground"):
         with gr.Column(elem_id="ask", min_width=320, scale=1):
-            asked, another, start, stop = _question()
+            asked, another, start, stop = _question(shared.picker)
         with gr.Column(elem_id="results", min_width=320, scale=3):
             with gr.Row(elem_id="weights"):
-                sliders = [_weight(name) for name in REWARDS]
-            saved = reward_functions.build(store, sliders, deliver)
+                for slider in sliders:
+                    slider.render()
+            saved = reward_functions.build(house.store, sliders, deliver)
             grid = candidate_grid()
             with gr.Row(elem_id="outcome"):
                 link = gr.Button("Copy link", size="sm", elem_id="copy-link", min_width=120)
                 reporting = gr.Button("Report (JSON)", size="sm", elem_id="report", min_width=120)
-    api.build(store)
+    api.build(house)
 
     photo, picker, skill, prompt, length, n, temperature, seed, sample = asked
 
     def opened(request: gr.Request) -> list[Any]:
-        return open_page(store, request)
+        return open_page(house, request)
 
     gr.on(None, opened, None, [*asked[1:], *sliders, saved], **PRIVATE)  # queued: only those events can show a warning
     sample.choose(choose_sample, None, photo, **QUICK)
@@ -259,7 +261,7 @@ def build(store: Store) -> None:
 ASKED = ("upload", "models", "skill", "prompt", "length", "n", "temperature", "seed", "photo")
 
 
-def _question() -> tuple[list[Any], gr.Button, gr.Button, gr.Button]:
+def _question(picker: gr.HTML) -> tuple[list[Any], gr.Button, gr.Button, gr.Button]:
     """The left column: the parts in the order of ASKED, then the buttons for a new seed, to run and to cancel."""
     default = Setup()
     photo = photo_input(label="Photo", height=240, elem_id="photo")
@@ -269,7 +271,7 @@ def _question() -> tuple[list[Any], gr.Button, gr.Button, gr.Button]:
     placeholder = SKILLS[default.skill].placeholder
     prompt = gr.Textbox(label="Prompt", lines=2, max_lines=6, placeholder=placeholder, elem_id="prompt")
     length = gr.Radio(list(LENGTHS), value=default.length, label="Length", visible=False, elem_id="length")
-    picker = model_picker(list(default.models), elem_id="models")
+    picker.render()
     with gr.Row(elem_classes="knobs"):
         settings: dict[str, Any] = {"min_width": 120, "buttons": []}
         n = gr.Slider(1, MAX_CANDIDATES, default.n, step=1, precision=0, label="Candidates", elem_id="n", **settings)
@@ -285,10 +287,3 @@ def _question() -> tuple[list[Any], gr.Button, gr.Button, gr.Button]:
         start = gr.Button("Run", variant="primary", elem_id="run", min_width=120)
         stop = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel", min_width=120)
     return [photo, picker, skill, prompt, length, n, temperature, seed, sample], another, start, stop
-
-
-def _weight(name: str) -> gr.Slider:
-    start = DEFAULT.weights.get(name, 0.0)
-    return gr.Slider(
-        0, 1, start, step=0.05, label=name.capitalize(), min_width=90, buttons=[], elem_id=f"weight-{name}"
-    )

@@ -18,6 +18,7 @@ from ui.samples import SAMPLES
 
 CAT = str(SAMPLES["chelsea.jpg"].path)
 NAMED = {"/compare", "/score", "/models", "/reward_functions", "/save_reward_function"}
+NAMED |= {"/retrain", "/run_status", "/cancel_run", "/runs", "/use_run", "/revert"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,60 @@
+"""What the tabs work on: the store, the runs and what does them; and the components that several tabs share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import gradio as gr
+
+from rewards import DEFAULT, REWARDS
+from training.adopt import Adopted
+from training.runs import Runs
+from training.worker import COMMAND, Worker
+from ui.link import Setup
+from ui.picker import model_picker
+from usage.store import Store
+
+
+@dataclass(frozen=True)
+class House:
+    """One application's store, runs, worker, and tuned models in service."""
+
+    store: Store
+    runs: Runs
+    worker: Worker
+    adopted: Adopted
+
+    @classmethod
+    def open(cls, data_dir: Path, store_url: str, command: tuple[str, ...] = COMMAND) -> House:
+        """Brings back what was in service, and goes on with the runs that were not over. Raises StoreError."""
+        store = Store(store_url)
+        runs = Runs(data_dir / "runs")
+        adopted = Adopted(runs)
+        adopted.load()
+        worker = Worker(runs, command, on_end=adopted.settle)
+        worker.wake()
+        return cls(store, runs, worker, adopted)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Components of more than one tab. The tab that shows one calls its `render`."""
+
+    tabs: gr.Tabs
+    sliders: list[gr.Slider]
+    picker: gr.HTML
+
+    @classmethod
+    def make(cls, tabs: gr.Tabs) -> Shared:
+        """Inside the page's blocks: the components, not yet shown."""
+        picker = model_picker(list(Setup().models), elem_id="models", render=False)
+        return cls(tabs, [_weight(name) for name in REWARDS], picker)
+
+
+def _weight(name: str) -> gr.Slider:
+    start = DEFAULT.weights.get(name, 0.0)
+    label = name.capitalize()
+    return gr.Slider(
+        0, 1, start, step=0.05, label=label, min_width=90, buttons=[], elem_id=f"weight-{name}", render=False
+    )
