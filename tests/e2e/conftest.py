@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -14,6 +16,7 @@ import uvicorn
 import app
 from inference import models
 from settings import Settings
+from tests.training.test_worker import FAKE
 from tests.ui import fake_backend
 
 if TYPE_CHECKING:
@@ -23,14 +26,14 @@ FAKES = ("one", "two", "three", "slow", "broken", "bug", "queued", "prose", "hos
 PLAIN = ("one", "two", "three")
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the application, served by uvicorn as `python app.py` does."""
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The address of the application, served by uvicorn as `python app.py` does; its runs learn nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.BACKENDS, "fake", "tests.ui.fake_backend")
         for name in FAKES:
             patch.setitem(models.MODELS, name, fake_backend.entry(name, "" if name in PLAIN else name))
-        application = app.create_app(Settings(data_dir=tmp_path_factory.mktemp("data")))
+        application = app.create_app(Settings(data_dir=folder), training=FAKE)
         running = uvicorn.Server(uvicorn.Config(application, host="127.0.0.1", port=0, log_level="warning"))
         thread = threading.Thread(target=running.run, daemon=True)
         thread.start()
@@ -39,6 +42,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
         running.should_exit = True
         thread.join(10)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an application that all files of tests share."""
+    with serving(tmp_path_factory.mktemp("data")) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

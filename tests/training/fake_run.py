@@ -82,7 +82,13 @@ def probe_photo(run: Run) -> str:
 def write_adapter(run: Run) -> None:
     """An adapter for moondream-tiny that changes nothing: its second factor is zero."""
     run.adapter.mkdir(exist_ok=True)
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["qkv"]}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["text.blocks.0.attn.qkv"],
+    }
     config |= {"base_model_name_or_path": "moondream-tiny", "inference_mode": True}
     module = "base_model.model.model.text.blocks.0.attn.qkv"
     tensors = {
