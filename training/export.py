@@ -34,9 +34,7 @@ def pack(run: Run, base: ModelEntry, path: Path) -> None:
             archive.write(file, file.relative_to(run.folder).as_posix())
 
 
-def push(
-    run: Run, base: ModelEntry, repository: str, token: str, private: bool = True, endpoint: str | None = None
-) -> str:
+def push(run: Run, base: ModelEntry, repository: str, token: str, private: bool = True) -> str:
     """Uploads the adapter and its card to a repository of the Hub and returns its address.
 
     The token is used for this call and kept nowhere. Raises RunError, in whose message it never is.
@@ -49,7 +47,7 @@ def push(
     check_adapter(run.adapter, base)
     with tempfile.TemporaryDirectory(prefix="run-export-") as folder:
         _write_adapter(run, base, Path(folder))
-        return _upload(Path(folder), repository, token, private, endpoint)
+        return _upload(Path(folder), repository, token, private)
 
 
 def is_repository(name: str) -> bool:
@@ -57,11 +55,11 @@ def is_repository(name: str) -> bool:
     return bool(_REPOSITORY.fullmatch(name))
 
 
-def _upload(folder: Path, repository: str, token: str, private: bool, endpoint: str | None) -> str:
+def _upload(folder: Path, repository: str, token: str, private: bool) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    api = HfApi(endpoint=endpoint, token=token)
+    api = HfApi(token=token)
     try:
         made = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="An adapter tuned in the playground")

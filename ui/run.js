@@ -152,15 +152,16 @@ function drawCurves(chart) {
   put(find('curve-low'), digits(low - pad));
   find('curve-reward').setAttribute('aria-label', series.map(one => {
     const known = one.values.filter(value => value !== null);
-    return one.name + ' from ' + digits(known[0]) + ' to ' + digits(known[known.length - 1]);
+    return one.label + ' from ' + digits(known[0]) + ' to ' + digits(known[known.length - 1]);
   }).join(', '));
   find('curve-legend').replaceChildren(...series.map(one => {
     const known = one.values.filter(value => value !== null), part = node('li', mark(one));
-    part.append(node('i'), document.createTextNode(one.name + ' ' + digits(known[known.length - 1])));
+    part.append(node('i'), document.createTextNode(one.label + ' ' + digits(known[known.length - 1])));
     if (one.weight === 0) part.append(node('small', '', ' not rewarded'));
     return part;
   }));
   const kl = chart.kl.filter(value => value !== null);
+  put(find('curve-facts'), chart.facts);
   curve(find('curve-kl'), chart.steps, [{name: 'kl', weight: 1, values: chart.kl}], 0, Math.max(1e-6, ...kl) * 1.06);
   put(find('kl-now'), kl.length ? kl[kl.length - 1].toFixed(3) : '');
   find('curve-kl').setAttribute('aria-label', kl.length ? 'Now ' + kl[kl.length - 1].toFixed(3) + ', at most ' + Math.max(...kl).toFixed(3) : 'Nothing yet');

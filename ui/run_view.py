@@ -99,12 +99,21 @@ def _progress(house: House, run: Run, status: Status) -> dict[str, Any] | None:
         return {"share": None if not ahead else 0, "words": words, "left": ""}
     phase = status.phase[:1].upper() + status.phase[1:]
     counted = f"step {status.step:,} of {status.steps:,}" if status.step else ""
-    left = status.seconds_left()
+    left = _seconds_left(run, status)
     return {
         "share": status.step / status.steps if status.step and status.steps else None,
         "words": " · ".join(filter(None, [phase or "Starting", counted])),
         "left": f"about {duration(left)} left" if left is not None and status.step < status.steps else "",
     }
+
+
+def _seconds_left(run: Run, status: Status) -> float | None:
+    """From the pace of the last steps, where they say it; else from the time since the start."""
+    last = [line for line in run.metrics()[-20:] if _number(line.get("seconds")) is not None]
+    if len(last) < 3 or last[-1]["seconds"] <= last[0]["seconds"]:
+        return status.seconds_left()
+    pace = (last[-1]["seconds"] - last[0]["seconds"]) / (len(last) - 1)
+    return pace * (status.steps - status.step)
 
 
 def _actions(house: House, run: Run, status: Status, result: dict[str, Any] | None) -> dict[str, Any]:
@@ -125,13 +134,41 @@ def _actions(house: House, run: Run, status: Status, result: dict[str, Any] | No
 
 
 def _chart(run: Run, config: RunConfig) -> dict[str, Any]:
-    lines = thinned(run.metrics(), POINTS)
-    series = [{"name": "reward", "weight": 1.0, "values": [_number(line.get("reward")) for line in lines]}]
-    for name in REWARDS:
-        values = [_number(line.get(name)) for line in lines]
-        series.append({"name": name, "weight": config.reward.get(name, 0.0), "values": values})
-    steps = [_number(line.get("step")) or 0 for line in lines]
-    return {"steps": steps, "series": series, "kl": [_number(line.get("kl")) for line in lines]}
+    everything = run.metrics()
+    lines = thinned(everything, POINTS)
+    weights = {"reward": 1.0, "held_out": 1.0} | {name: config.reward.get(name, 0.0) for name in REWARDS}
+    labels = {"held_out": "reward on unseen photos"}
+    return {
+        "steps": [_number(line.get("step")) or 0 for line in lines],
+        "series": [
+            {"name": name, "label": labels.get(name, name), "weight": weight, "values": _column(lines, name)}
+            for name, weight in weights.items()
+        ],
+        "kl": _column(lines, "kl"),
+        "facts": _spread(everything[-10:]),
+    }
+
+
+def _column(lines: list[dict[str, Any]], name: str) -> list[float | None]:
+    return [_number(line.get(name)) for line in lines]
+
+
+def _spread(lines: list[dict[str, Any]]) -> str:
+    """How much the answers still differ, over the last steps: without differences there is nothing to learn from."""
+    means = {}
+    for name in ("entropy", "distinct", "valid", "no_signal"):
+        known = [value for value in _column(lines, name) if value is not None]
+        means[name] = sum(known) / len(known) if known else None
+    words = []
+    if means["distinct"] is not None:
+        words.append(f"{means['distinct']:.0%} of the answers to a photo differ")
+    if means["entropy"] is not None:
+        words.append(f"entropy {means['entropy']:.2f}")
+    if means["valid"] is not None:
+        words.append(f"{means['valid']:.0%} valid recipes")
+    if means["no_signal"]:
+        words.append(f"no signal in {means['no_signal']:.0%} of the groups, whose answers all scored the same")
+    return " · ".join(words)
 
 
 def thinned(lines: list[Any], most: int) -> list[Any]:
