@@ -6,6 +6,7 @@ before it is let in: only safetensors, only for its own base, only shapes that f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import struct
@@ -91,8 +92,9 @@ class Adopted:
     def front(self) -> list[str]:
         """The names of the newest model in service and, before it, of what it came from; none when none is."""
         for name in reversed(self._read()["used"]):
-            if self.uses(name):
-                return [self._before(self.runs.get(name)), model_name(name)]
+            with contextlib.suppress(RunError):  # its folder may have been removed by hand
+                if self.uses(name):
+                    return [self._before(self.runs.get(name)), model_name(name)]
         return []
 
     def base(self, run: Run) -> ModelEntry:

@@ -148,6 +148,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """The whole table as one JSON object. names: as `entry_of` takes them. Raises EvaluateError, InferenceError."""
     runs = [name for name in names if name != "base" and name not in MODELS]
+    for name in runs:
+        entry_of(name)  # a wrong name is told before anything is computed
     base = _base(runs)
     models = {}
     for name in names:

@@ -52,6 +52,7 @@ from training.runs import Run, RunConfig, RunError, write_whole
 TARGETS = r".*\.text\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
 WATCHED = 8  # held-out photos that are answered along the way
 ALL_PARTS_EVERY = 5  # steps: rewards that weigh nothing are computed only now and then
+LOCK_PATIENCE = 10.0  # seconds: somebody may just be looking whether the run is alive
 SHOWN = 4  # held-out photos with both answers in the result
 CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "adapter_model.safetensors")
 
@@ -416,7 +417,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
     main_process = int(os.environ.get("RANK", "0")) == 0
-    lock = FileLock(run.folder / "lock", timeout=10)
+    lock = FileLock(run.folder / "lock", timeout=LOCK_PATIENCE)
     try:
         config = _config(run, args.base)
         if main_process:
