@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -105,8 +105,11 @@ def bases(house: House) -> list[tuple[str, str]]:
     for entry in list(MODELS.values()):
         if entry.backend == "local" and entry.adapter is None and entry.unavailable() is None:
             offered.setdefault((entry.source, None), (entry.title, entry.name))
-    runs = [run for run in reversed(house.runs.list()) if run.has_adapter and run.status().over]
-    return [*offered.values(), *((f"{title(run)} ({run.id[:15]})", model_name(run.id)) for run in runs)]
+    for run in reversed(house.runs.list()):
+        with suppress(RunError):
+            if run.has_adapter and run.status().over:
+                offered[run.id, None] = (f"{title(run)} ({run.id[:15]})", model_name(run.id))
+    return list(offered.values())
 
 
 def tab_opened(event: gr.SelectData) -> bool:
@@ -127,11 +130,7 @@ def length_chosen(length: str) -> dict[str, Any]:
 def estimate(house: House, length: str, steps: float | None, rollouts: float | None) -> str:
     """How long it will take, in words; from earlier runs where there are any."""
     wanted = steps_of(length, steps)
-    past = [
-        result["seconds"] / guess(result["steps"], run.config().rollouts)
-        for run in house.runs.list()
-        if (result := run.result()) and _positive(result.get("seconds")) and _positive(result.get("steps"))
-    ]
+    past = [pace for run in house.runs.list() if (pace := _pace(run)) is not None]
     seconds = guess(wanted, rollouts or 8) * (median(past[-5:]) if past else 1.0)
     source = "as earlier runs on this machine took" if past else "a first guess; it gets better with each run"
     waiting = len(house.worker.waiting())
@@ -139,13 +138,20 @@ def estimate(house: House, length: str, steps: float | None, rollouts: float | N
     return f"{wanted:,} steps take about {duration(seconds)} ({source}) and cost nothing.{queue}"
 
 
+def _pace(run: Run) -> float | None:
+    """How much longer than guessed a run took, as a factor; None where it is not known."""
+    result = run.result() or {}
+    seconds, steps = (result.get(key) for key in ("seconds", "steps"))
+    if not (isinstance(seconds, (int, float)) and isinstance(steps, (int, float)) and seconds > 0 and steps > 0):
+        return None
+    with suppress(RunError):
+        return seconds / guess(steps, run.config().rollouts)
+    return None
+
+
 def guess(steps: float, rollouts: float) -> float:
     """Seconds that a run takes, before any was timed."""
     return START + PER_STEP * steps * rollouts / 8
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value > 0
 
 
 def steps_of(length: str, steps: float | None) -> int:
