@@ -232,8 +232,8 @@ def settings(run: Run, config: RunConfig, entry: ModelEntry, steps: int, longest
     large = torch.cuda.is_available() and entry.needs_gpu
     world = int(os.environ.get("WORLD_SIZE", "1"))
     batch = config.photos_per_step * config.rollouts
-    if batch % world:
-        raise Stop(f"{batch} answers a step cannot be shared by {world} processes. Change photos_per_step.")
+    if config.photos_per_step % world:
+        raise Stop(f"{config.photos_per_step} photos a step cannot be shared by {world} processes. Change the number.")
     return GRPOConfig(
         output_dir=str(run.folder),
         per_device_train_batch_size=batch // world,
