@@ -34,6 +34,7 @@ BENCHMARKS = {
     "moondream": "bench.moondream",
     "tiny": "bench.tiny",
     "playground": "bench.playground",
+    "grpo": "bench.grpo",
 }
 FIELDS = ("name", "value", "unit", "baseline", "ratio", "target", "note")
 COMPARISONS = {
