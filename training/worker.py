@@ -128,6 +128,8 @@ class Worker:
                 pass
             if not self._stop.is_set():
                 self._settle(run, child)
+                if not run.status().over:
+                    self._stop.wait(10 * self.every)  # it could not be written down: a full disk, perhaps
 
     def _start(self, run: Run) -> subprocess.Popen[bytes] | None:
         try:

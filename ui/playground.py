@@ -205,6 +205,12 @@ WEIGHTS_JS = """(...weights) => {
 SKILL_JS = (
     "skill => { document.querySelector('#results').dataset.skill = skill; return []; }"  # rewards are for recipes
 )
+# A click, for a tab that is chosen by an update tells nobody.
+TO_FINE_TUNE_JS = """() => {
+  [...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.trim() === 'Fine-tune').click();
+  scrollTo({top: 0});
+  return [];
+}"""
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 QUICK: dict[str, Any] = {"queue": False, **PRIVATE}
 
@@ -228,6 +234,7 @@ def build(house: House, shared: Shared) -> None:
             saved = reward_functions.build(house.store, sliders, deliver)
             grid = candidate_grid()
             with gr.Row(elem_id="outcome"):
+                teach = gr.Button("Teach a model this reward", size="sm", elem_id="teach", min_width=120)
                 link = gr.Button("Copy link", size="sm", elem_id="copy-link", min_width=120)
                 reporting = gr.Button("Report (JSON)", size="sm", elem_id="report", min_width=120)
     api.build(house)
@@ -248,6 +255,7 @@ def build(house: House, shared: Shared) -> None:
     gr.on([slider.change for slider in sliders], None, sliders, None, js=WEIGHTS_JS, **PRIVATE)
     deliver(grid.download, full_picture, [session])
     deliver(reporting.click, json_report, [session, *sliders])
+    teach.click(None, None, None, js=TO_FINE_TUNE_JS, **PRIVATE)
 
     linked = [asked[ASKED.index(name)] for name in LINKED] + sliders
     changes = [sample.choose, picker.choose, seed.change, start.click]

@@ -6,13 +6,16 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 
 from inference.models import MODELS
 from tests.e2e.conftest import serving
 from tests.e2e.test_page import PHONE, violations
+from tests.e2e.test_playground import set_weight
 from tests.training.test_worker import until
 from training.runs import Runs
 from ui.samples import SAMPLES
@@ -86,6 +89,18 @@ def test_the_empty_tab_says_what_to_do(open_page: Open) -> None:
     page.get_by_label("Smoke test").check()
     page.locator("#tune-estimate").get_by_text("10 steps take about").wait_for()
     assert violations(page) == []
+
+
+def test_the_playground_leads_to_the_tab_with_its_reward(open_page: Open) -> None:
+    page = open_page("")
+    for name, weight in {"sharpness": 0.8, "colour": 0, "creativity": 0}.items():
+        set_weight(page, name, weight)
+    page.get_by_role("button", name="Teach a model this reward").click()
+    page.locator("#tune-start").wait_for()
+    page.locator(".tune-reward").get_by_text("sharpness 0.8", exact=True).wait_for()
+    page.get_by_role("tab", name="Playground").click()
+    page.get_by_label("Caption").check()
+    assert page.locator("#teach").is_hidden()
 
 
 def test_a_winner_stands_beside_its_base_and_one_click_reverts(open_page: Open, runs: Runs) -> None:
@@ -290,3 +305,30 @@ def test_a_phone_scrolls_in_one_direction_only_in_the_tab(open_page: Open) -> No
         " && part.getBoundingClientRect().right > 390.5).map(part => part.id || part.className || part.tagName)"
     )
     assert wide == []
+
+
+def test_a_program_trains_uses_and_reverts(server: str) -> None:
+    client = Client(server, verbose=False)
+
+    def ask(name: str, *values: object) -> Any:
+        return client.predict(*values, api_name=f"/{name}")
+
+    run = ask("retrain", {"colour": 1}, "moondream-tiny", "bundled", 6, 304, "By program")["run"]
+    until(lambda: ask("run_status", run)["step"] == 3)
+    assert ask("cancel_run", run)["state"] in ("running", "cancelled")
+    until(lambda: ask("run_status", run)["state"] == "cancelled")
+    won = ask("retrain", {"colour": 1}, "moondream-tiny", "bundled", 6, 4, "")["run"]
+    until(lambda: ask("run_status", won)["in_use"])
+    told = ask("run_status", won)
+    assert told["result"]["wins"] and told["metrics"]["step"] == told["step"] == 6
+    assert [one["state"] for one in ask("runs") if one["run"] in (run, won)] == ["cancelled", "done"]
+    assert f"run-{won}" in [one["name"] for one in ask("models")]
+    photo = handle_file(SAMPLES["chelsea.jpg"].path)
+    answered = ask("compare", photo, ["moondream-tiny", f"run-{won}"], "recipe", "", 1, 0, 1)["models"]
+    assert [one["error"] for one in answered] == [None, None]
+    assert answered[0]["candidates"][0]["recipe"] == answered[1]["candidates"][0]["recipe"], "its adapter adds nothing"
+    assert f"run-{won}" not in ask("revert", won)["models"]
+    assert ask("use_run", won)["models"] == ["moondream-tiny", f"run-{won}"]
+    ask("revert", won)
+    with pytest.raises(AppError, match="There is no run"):
+        ask("run_status", "../../etc")

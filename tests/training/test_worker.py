@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -209,3 +210,43 @@ def test_what_follows_an_end_may_fail_and_the_next_run_is_done(make: Callable[..
     worker = make(on_end=fails)
     done = [worker.submit(config(seed)) for seed in (1, 2)]
     until(lambda: [state(run) for run in done] == ["done", "done"])
+
+
+def test_a_killed_application_leaves_its_run_to_the_next(make: Callable[..., Worker], runs: Runs) -> None:
+    program = (
+        "import sys, time; from training.runs import *; from training.worker import *;"
+        f"worker = Worker(Runs({str(runs.folder)!r}), {FAKE!r}, every=0.02);"
+        "asked = dict(base='moondream-tiny', reward={'sharpness': 1}, steps=6);"
+        "[worker.submit(RunConfig.make(seed=seed, **asked)) for seed in (300, 1)]; time.sleep(600)"
+    )
+    application = subprocess.Popen([sys.executable, "-c", program], cwd=module.ROOT)
+    until(lambda: len(runs.list()) == 2 and any(run.status().step == 3 for run in runs.list()))
+    application.kill()
+    application.wait()
+    first, second = make().waiting()
+    assert state(first) == "running" and first.alive() and state(second) == "queued"
+    after = make()
+    after.wake()
+    assert after.position(second) == 1
+    first.cancel()
+    until(lambda: state(second) == "done")
+    assert state(first) == "cancelled" and first.log().count("begins") == 1
+
+
+def test_a_full_disk_at_the_start_is_tried_again(
+    make: Callable[..., Worker], runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[Run] = []
+
+    def full(*_: object, **__: object) -> None:
+        tries.append(run)
+        raise OSError(28, "No space left on device")
+
+    run, worker = runs.create(config()), make()
+    with monkeypatch.context() as patch:
+        patch.setattr(module.subprocess, "Popen", full)
+        patch.setattr("training.runs.os.fsync", full)
+        worker.wake()
+        until(lambda: len(tries) >= 4)
+        assert state(run) == "queued"
+    until(lambda: state(run) == "done")

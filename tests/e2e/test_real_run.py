@@ -1,0 +1,64 @@
+"""One short run with the real trainer, from the button to both columns: the Fine-tune tab and `training.grpo` agree."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from inference.models import MODELS
+from tests.e2e.conftest import serving
+from tests.e2e.test_finetune import ended, start, tune
+from training.runs import Runs
+from training.worker import COMMAND
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
+Open = Callable[..., "Page"]
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("real")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[str]:
+    """An application whose runs are real."""
+    assert (sys.executable, "-m", "training.grpo") == COMMAND
+    with serving(folder, COMMAND) as address:
+        yield address
+    for name in [name for name in MODELS if name.startswith("run-")]:
+        del MODELS[name]
+
+
+def test_a_real_run_from_the_button_to_both_columns(open_page: Open, folder: Path) -> None:
+    page = open_page("photo=chelsea.jpg&n=1&reward=sharpness:1")
+    page.set_default_timeout(300_000)
+    tune(page)
+    page.get_by_label("Custom").check()
+    page.locator("#tune-steps input").fill(str(STEPS))
+    start(page, seed=7, length="Custom")
+    ended(page)
+    run = Runs(folder / "runs").list()[0]
+    assert [line["step"] for line in run.metrics()] == [1, 2, 3] and run.status().step == STEPS
+    assert page.locator(".curve-reward polyline.line-reward").count() == 1
+    assert page.locator(".probe-strip li").count() == len(run.probes())
+    assert page.locator(".run-table tbody tr").count() == 5
+    assert "on 15 photos that it has not seen" in page.locator(".run-verdict").inner_text()
+    page.wait_for_function("() => [...document.querySelectorAll('.pair img')].every(image => image.naturalWidth > 0)")
+    if page.get_by_role("button", name="Use it all the same").is_visible():
+        page.get_by_role("button", name="Use it all the same").click()
+    page.get_by_role("button", name="Revert").wait_for()
+    page.get_by_role("tab", name="Playground").click()
+    page.locator(".picker-chosen").get_by_text("moondream-tiny · tuned: sharpness 1").wait_for()
+    page.get_by_role("button", name="Run", exact=True).click()
+    for model in ("moondream-tiny", f"run-{run.id}"):
+        page.wait_for_selector(f".model-column[data-model='{model}'][data-status=done]")
+    assert page.locator(".card[data-state=ready]").count() == 2
