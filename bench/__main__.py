@@ -35,6 +35,7 @@ BENCHMARKS = {
     "tiny": "bench.tiny",
     "playground": "bench.playground",
     "grpo": "bench.grpo",
+    "learning": "bench.learning",
 }
 FIELDS = ("name", "value", "unit", "baseline", "ratio", "target", "note")
 COMPARISONS = {
