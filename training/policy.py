@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 
@@ -111,7 +113,25 @@ class Policy(MoondreamForConditionalGeneration):
         if self.constraint is not None and "logits_processor" not in kwargs:
             length = kwargs["input_ids"].shape[1]
             kwargs["logits_processor"] = [self.constraint.processor(length)]
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        with self.folded():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Inside, adapters in float32 are folded into the weights that they sit on, which saves a third of the time of
+        writing; the weights come back as they were, to the last bit."""
+        found: list[Any] = [module for module in self.modules() if isinstance(module, LoraLayer)]
+        layers = [layer for layer in found if not layer.disable_adapters and not layer.merged]
+        layers = [layer for layer in layers if layer.get_base_layer().weight.dtype == torch.float32]
+        kept = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+        try:
+            for layer in layers:
+                layer.merge()
+            yield
+        finally:
+            for layer, weight in zip(layers, kept, strict=True):
+                layer.merged_adapters.clear()
+                layer.get_base_layer().weight.data.copy_(weight)
 
     def forward(  # type: ignore[override]
         self,
@@ -218,14 +238,17 @@ register_names(Policy)
 
 
 def _groups(prompts: torch.Tensor, masks: torch.Tensor, features: torch.Tensor) -> tuple[list[int], list[int]]:
-    """The first row of each group of neighbouring rows with one prompt and photo, and each row's group."""
+    """The first row of each group of rows with one prompt and photo, and each row's group."""
     first: list[int] = []
     place: list[int] = []
     for row in range(len(prompts)):
-        same = first and all(torch.equal(part[row], part[first[-1]]) for part in (prompts, masks, features))
-        if not same:
+        for group in reversed(range(len(first))):  # most often the last one
+            if all(torch.equal(part[row], part[first[group]]) for part in (prompts, masks, features)):
+                break
+        else:
             first.append(row)
-        place.append(len(first) - 1)
+            group = len(first) - 1
+        place.append(group)
     return first, place
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,6 +140,32 @@ def test_the_gradients_of_an_adapter_are_the_same_either_way(
     assert max(float(a.abs().max()) for a, _ in pairs) > 0
     for shared, plain in pairs:
         torch.testing.assert_close(shared, plain, atol=1e-6, rtol=1e-3)
+
+
+def test_adapters_are_folded_in_for_writing_and_come_out_again(
+    policy: Policy, processor: MoondreamProcessor, photos: list[np.ndarray]
+) -> None:
+    model = get_peft_model(policy, LoraConfig(r=4, target_modules=r".*\.text\.blocks\.\d+\.mlp\.fc[12]"))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    inputs = processor.prepare(photos, "query", [RECIPE_QUESTION] * 3)
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 40}
+    written = model.generate(**inputs, **settings)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    unfolded = super(Policy, policy).generate(  # type: ignore[misc]
+        **inputs,
+        **settings,
+        logits_processor=[policy.constraint.processor(inputs["input_ids"].shape[1])],  # type: ignore[union-attr]
+    )
+    assert written.tolist() == unfolded.tolist()
+    with model.disable_adapter():
+        assert model.generate(**inputs, **settings).tolist() != written.tolist()
+    given, _ = rollouts(policy, processor, photos)
+    model(**given, fused_lm_head=True).log_probs.sum().backward()
+    assert all(weight.grad is not None for name, weight in model.named_parameters() if "lora_B" in name)
 
 
 def test_each_photo_is_looked_at_once(policy: Policy, processor: MoondreamProcessor, photos: list[np.ndarray]) -> None:
