@@ -35,6 +35,7 @@ BENCHMARKS = {
     "tiny": "bench.tiny",
     "playground": "bench.playground",
     "grpo": "bench.grpo",
+    "latency": "bench.latency",
     "learning": "bench.learning",
 }
 FIELDS = ("name", "value", "unit", "baseline", "ratio", "target", "note")
