@@ -269,6 +269,8 @@ def delete(house: House, run: Run) -> None:
     """Removes a run, and its photos if nobody else needs them."""
     if house.adopted.uses(run.id):
         raise RunError("This run's model is in use in the playground. Revert it first.")
+    if any(other.config().base == str(run.folder.resolve()) for other in house.worker.waiting()):
+        raise RunError("Another run is waiting to go on from this one. Delete it when that is done.")
     config = run.config()
     house.runs.delete(run.id)
     uploads.forget(house.runs, config.photos)

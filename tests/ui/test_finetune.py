@@ -337,6 +337,16 @@ def test_a_queued_run_is_cancelled_and_resumed(still: House) -> None:
     assert run.status().state == "queued" and not run.cancelled
 
 
+def test_what_a_queued_run_starts_from_is_not_deleted(still: House) -> None:
+    earlier = finished(still)
+    waiting = press(still, base=model_name(earlier.id))
+    with pytest.raises(gr.Error, match="Another run is waiting"):
+        finetune.act(still, clicked(run=earlier.id, do="delete"))
+    finetune.act(still, clicked(run=waiting, do="cancel"))
+    finetune.act(still, clicked(run=earlier.id, do="delete"))
+    assert [run.id for run in still.runs.list()] == [waiting]
+
+
 def test_a_download_is_a_zip_of_the_run(still: House) -> None:
     run = finished(still, name="So/me <b>")
     path = Path(finetune.download(still, clicked(run=run.id)))
