@@ -17,7 +17,7 @@ from recipes import MAX_BYTES
 from rewards import REWARDS
 from training import export, uploads
 from training.adopt import model_name, title
-from training.runs import MAX_NAME, MAX_PHOTOS, MAX_STEPS, Run, RunConfig, RunError
+from training.runs import MAX_NAME, MAX_STEPS, Run, RunConfig, RunError
 from ui import reward_functions
 from ui.files import deliver, new_file, writing
 from ui.house import House, Shared
@@ -423,10 +423,10 @@ def _form(house: House) -> tuple[gr.HTML, list[Any], gr.Markdown, gr.Button]:
     base = gr.Dropdown(offered, value=offered[0][1] if offered else None, label="Start from", elem_id="tune-base")
     kind = gr.Radio(list(PHOTOS), value=PHOTOS[0], label="Photos to learn from", elem_id="tune-photos")
     files = gr.File(
-        label=f"Up to {MAX_PHOTOS:,} photos, or one zip (each file up to {MAX_BYTES // 1_000_000} MB)",
+        label=f"Photos or one zip, up to {MAX_BYTES // 1_000_000} MB each",
         file_count="multiple",
         file_types=["image", ".zip"],
-        height=140,
+        height=160,
         visible=False,
         elem_id="tune-files",
     )

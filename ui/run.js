@@ -90,8 +90,10 @@ function drawResult(result) {
   find('run-table').tBodies[0].replaceChildren(...rows.map(cells => {
     const row = node('tr');
     cells.forEach((words, place) => {
-      const cell = node(place ? 'td' : 'th', '', words);
+      const [mean, interval] = place ? words.split(' (') : [words];
+      const cell = node(place ? 'td' : 'th', '', mean);
       if (!place) cell.scope = 'row';
+      if (interval) cell.append(' ', node('small', '', '(' + interval));
       row.append(cell);
     });
     return row;
