@@ -6,7 +6,9 @@ later operation can bring back what an earlier one pushed out of range; the inve
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import cv2
 import numpy as np
@@ -38,8 +40,17 @@ def render_all(photo: np.ndarray, recipes: list[Recipe]) -> list[np.ndarray]:
     """`render` for each recipe, over the machine's cores (OpenCV releases the interpreter's lock)."""
     if len(recipes) < 2:
         return [render(photo, recipe) for recipe in recipes]
-    with ThreadPoolExecutor(max_workers=max(1, min(len(recipes), cv2.getNumberOfCPUs(), 8))) as pool:
-        return list(pool.map(lambda recipe: render(photo, recipe), recipes))
+    return list(_threads().map(lambda recipe: render(photo, recipe), recipes))
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """One pool for the process: threads that come and go leave memory behind them that nobody gets back."""
+    return ThreadPoolExecutor(max(1, min(cv2.getNumberOfCPUs(), 8)), "render")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not live on in a forked process
 
 
 def shrink(photo: np.ndarray, long_side: int = PREVIEW_SIDE) -> np.ndarray:

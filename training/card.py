@@ -27,7 +27,7 @@ from a boat, and says so.
 |---|---|
 | data | {train} photos (`assets/photos`, split "train"), random views of them, degraded at random |
 | supervision | computed from pixels (`training/facts.py`, `training/restoration.py`); no labels, no other model |
-| training | seed {seed}, {steps} steps of {batch} photos with three lessons each |
+| training | seed {seed}, {steps} steps of {batch} photos, three lessons each; then refined (`training/refine.py`) |
 | time | {minutes:.0f} minutes, {threads} CPU thread(s) |
 | input | crops of {crop} px, up to {tiles} tiles, {tokens} image tokens |
 

@@ -130,6 +130,7 @@ class Scorer:
     group: int
     calls: int = 0
     parts: dict[str, float | None] = field(default_factory=dict)
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
     __name__: str = "reward"
 
     def __call__(self, completions: list[Any], photo: list[int], **_: Any) -> list[float | None]:
@@ -139,8 +140,7 @@ class Scorer:
         self.calls += 1
         names = [name for name in REWARDS if everything or self.function.weights.get(name)]
         blocks = [slice(start, start + self.group) for start in range(0, len(texts), self.group)]
-        with ThreadPoolExecutor(2) as pool:
-            scored = list(pool.map(lambda block: self._block(texts[block], photo[block.start], names), blocks))
+        scored = list(self.threads.map(lambda block: self._block(texts[block], photo[block.start], names), blocks))
         self._keep(texts, [row for block in scored for row in block], names)
         return [None if row is None else _finite(self.function.total(row)) for block in scored for row in block]
 

@@ -17,7 +17,7 @@ from inference.answers import LENGTHS, RECIPE_QUESTION
 from recipes import LOOKS, Recipe, render, shrink
 from training import facts
 from training.probe import place_targets, whole_targets
-from training.restoration import spoil
+from training.restoration import ERROR_SIDE, spoil
 
 COORD_BINS, SIZE_BINS = 1024, 1024
 IGNORE = -100
@@ -40,7 +40,8 @@ class Lesson:
 class Lessons(Dataset):
     """Batches by step number: the same seed, step and photos give the same batch, in whatever process.
 
-    Each item is a dict: `images` (uint8 [H, W, 3] each), `recipe`, `text`, `region` (a `Lesson` per image each), and
+    Each item is a dict: `images` (uint8 [H, W, 3] each), `originals` (undamaged, at ERROR_SIDE),
+    `recipe`, `text`, `region` (a `Lesson` per image each), and
     `places`, `whole` (the probe's targets per image).
     """
 
@@ -63,7 +64,8 @@ class Lessons(Dataset):
 
     def __getitem__(self, step: int) -> dict:
         cv2.setNumThreads(1)
-        lessons: dict[str, list] = {"images": [], "recipe": [], "text": [], "region": [], "places": [], "whole": []}
+        names = ("images", "originals", "recipe", "text", "region", "places", "whole")
+        lessons: dict[str, list] = {name: [] for name in names}
         for row in range(self.batch):
             rng = np.random.default_rng([self.seed, step, row])
             photo, other = (random_view(self.photos[int(rng.integers(len(self.photos)))], rng) for _ in range(2))
@@ -72,6 +74,7 @@ class Lessons(Dataset):
             if rng.random() < 0.15:  # looks are taste, not damage: seen now and then, so that sampling knows them
                 recipe = recipe.replace(look=str(rng.choice(LOOKS[1:])))
             lessons["images"].append(example.spoilt)
+            lessons["originals"].append(shrink(example.original, ERROR_SIDE))
             lessons["recipe"].append(self.query(RECIPE_QUESTION, str(recipe)))
             areas = facts.areas(example.spoilt)
             measured = facts.measure(example.spoilt, areas["main subject"])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import xxhash
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
@@ -63,20 +64,23 @@ def _fingerprint(pixels: torch.Tensor, tiling: torch.Tensor) -> bytes:
 
 
 class RepeatedPhotos(MoondreamImageProcessor):
-    """An image processor that cuts a photo into crops once, however often the same image object is given."""
+    """An image processor that cuts a photo into crops once, however often it is given. It knows photos by their pixels,
+    since the trainer hands on copies."""
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
         """See `MoondreamImageProcessor.preprocess`."""
-        cut: dict[int, tuple[Any, BatchFeature]] = self.__dict__.setdefault("_cut", {})
+        cut: OrderedDict[bytes, BatchFeature] = self.__dict__.setdefault("_cut", OrderedDict())
         photos = [image for item in images for image in (item if isinstance(item, (list, tuple)) else [item])]
         if not all(isinstance(photo, Image.Image) for photo in photos):
             return super().preprocess(images, **kwargs)
-        for photo in photos:
-            if id(photo) not in cut:
-                if len(cut) >= MAX_LOOKS:
-                    cut.clear()
-                cut[id(photo)] = (photo, super().preprocess([photo], **kwargs))
-        seen = [cut[id(photo)][1] for photo in photos]
+        keys = [xxhash.xxh3_128_digest(repr((one.mode, one.size)).encode() + one.tobytes()) for one in photos]
+        for key, photo in zip(keys, photos, strict=True):
+            if key not in cut:
+                cut[key] = super().preprocess([photo], **kwargs)
+            cut.move_to_end(key)
+        seen = [cut[key] for key in keys]
+        while len(cut) > MAX_LOOKS:
+            cut.popitem(last=False)
         return BatchFeature({name: torch.cat([one[name] for one in seen]) for name in ("pixel_values", "image_sizes")})
 
     def to_dict(self) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from training.objective import WEIGHTS, recipe_segments, step_loss
 from training.photos import bundled
 from training.probe import Probe
 from training.quality import Reader, evaluate, held_out
+from training.refine import refine
 from training.tokenizer import build_tokenizer, templates
 
 OUT = Path(__file__).resolve().parent.parent / "assets" / "moondream-tiny"
@@ -295,6 +296,7 @@ def main() -> None:
     settings = Settings(seed=args.seed, steps=args.steps, threads=args.threads)
     photos = training_photos()
     (model, image_processor, tokenizer), seconds = train(settings, args.work, photos, args.resume)
+    seconds += refine(model, image_processor, tokenizer, photos, settings.seed)
     print(f"Trained in {seconds / 60:.1f} minutes. Measuring on the held-out photos ...")
     model = model.to(torch.float16).to(torch.float32)  # measured as it is shipped
     figures = evaluate(Reader(model, image_processor, tokenizer), held_out())

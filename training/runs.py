@@ -64,7 +64,7 @@ class RunConfig(BaseModel):
     photos: str = Field("bundled", min_length=1, max_length=500)
     held_out: str = Field("bundled", min_length=1, max_length=500)
     max_photos: int = Field(200, ge=1, le=MAX_PHOTOS)
-    steps: int = Field(110, ge=1, le=MAX_STEPS)
+    steps: int = Field(100, ge=1, le=MAX_STEPS)
     epochs: float | None = Field(None, gt=0, le=1_000)
     photos_per_step: int = Field(4, ge=1, le=64)
     rollouts: int = Field(8, ge=2, le=32)

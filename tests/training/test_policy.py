@@ -206,7 +206,7 @@ def test_a_repeated_picture_is_cut_once_and_as_the_model_wants_it(photos: list[n
     settings = {"crop_size": 112, "patch_size": 14, "max_crops": 8, "overlap_margin": 1}
     plain, repeated = MoondreamImageProcessor(**settings), RepeatedPhotos(**settings)
     pictures = [Image.fromarray(photo) for photo in photos]
-    rows = [[pictures[0]], [pictures[0]], [pictures[2]]]
+    rows = [[pictures[0]], [pictures[0].copy()], [pictures[2]]]
     wanted, first, again = plain(rows), repeated(rows), repeated(rows)
     for name in wanted:
         assert torch.equal(first[name], wanted[name])

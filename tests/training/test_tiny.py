@@ -36,16 +36,18 @@ def test_the_folder_is_small_and_says_what_it_is() -> None:
 def test_its_recipes_lower_the_error_of_damaged_held_out_photos(reader: Reader, photos: list[np.ndarray]) -> None:
     """What it reaches, so that it does not get worse unseen; what it is meant to reach is in `bench/tiny.py`."""
     found = restoration(reader, examples(photos, copies=4, seed=1234), seed=1234)
-    assert found["error_restored"] < found["error_degraded"], found
-    assert found["share_lowered"] > 0.5, found
+    assert found["error_restored"] < 0.85 * found["error_degraded"], found
+    assert found["error_restored"] < found["error_best_single_recipe"], found
+    assert found["share_lowered"] > 0.7, found
 
 
-def test_it_sees_light_contrast_and_warmth(reader: Reader, photos: list[np.ndarray]) -> None:
+def test_it_sees_light_contrast_warmth_and_blur(reader: Reader, photos: list[np.ndarray]) -> None:
     found = levels_seen(reader, examples(photos, copies=4, seed=99))
     assert found["exposure"] > 0.7, found
     assert found["contrast"] > 0.35, found
     assert found["warmth"] > 0.45, found
-    assert found["crop_within_5"] > 0.6, found
+    assert found["sharpening"] > 0.65, found
+    assert found["crop_within_5"] > 0.5, found
 
 
 def test_its_recipes_belong_to_their_photos(reader: Reader, photos: list[np.ndarray]) -> None:
@@ -60,15 +62,15 @@ def test_its_recipes_belong_to_their_photos(reader: Reader, photos: list[np.ndar
 def test_most_of_what_it_states_is_true(reader: Reader, photos: list[np.ndarray]) -> None:
     both = examples(photos, copies=1, seed=7)
     found = statements(reader, [e.spoilt for e in both] + [e.original for e in both])
-    assert found["true"] > 0.8, found
+    assert found["true"] >= 0.9, found
     assert found["facts"] > 500
     assert found["without_a_fact"] < 0.02 * found["facts"]
 
 
 def test_it_finds_areas(reader: Reader, photos: list[np.ndarray]) -> None:
     found = regions(reader, [e.original for e in examples(photos, 1, 7)])
-    assert found["hit"] > 0.55, found
-    assert found["iou"] > 0.3, found
+    assert found["hit"] > 0.7, found
+    assert found["iou"] > 0.4, found
     assert found["nothing_found_for_unknown"] > 0.9, found
 
 
