@@ -17,7 +17,7 @@ from tests.e2e.conftest import serving
 from tests.e2e.test_page import PHONE, violations
 from tests.e2e.test_playground import set_weight
 from tests.training.test_worker import until
-from training.runs import Runs
+from training.runs import RunConfig, Runs
 from ui.samples import SAMPLES
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.browser
 Open = Callable[..., "Page"]
 CAT = "photo=chelsea.jpg&n=1"
+
+SHORT = RunConfig.model_fields["steps"].default
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def test_the_empty_tab_says_what_to_do(open_page: Open) -> None:
     for said in ("what your sliders ask for", "Retrain with this reward", "photos that it has not seen"):
         assert said in words
     page.locator(".tune-reward").get_by_text("sharpness 0.5 · colour 0.25").wait_for()
-    assert "110 steps take about" in page.locator("#tune-estimate").inner_text()
+    assert f"{SHORT} steps take about" in page.locator("#tune-estimate").inner_text()
     page.get_by_label("Smoke test").check()
     page.locator("#tune-estimate").get_by_text("10 steps take about").wait_for()
     assert violations(page) == []
@@ -193,7 +195,7 @@ def test_the_log_is_at_its_end_and_the_curve_is_there(open_page: Open) -> None:
     page = open_page("")
     start(page, seed=3, length="Short run")
     ended(page)
-    page.locator(".run-log").get_by_text("step 110").wait_for()
+    page.locator(".run-log").get_by_text(f"step {SHORT}").wait_for()
     page.wait_for_function(
         "() => { const log = document.querySelector('.run-log');"
         " return log.scrollHeight > log.clientHeight && log.scrollTop + log.clientHeight >= log.scrollHeight - 8; }"
