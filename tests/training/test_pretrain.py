@@ -142,13 +142,13 @@ def test_a_killed_run_goes_on_and_ends_where_it_would_have(tmp_path: Path, photo
     whole, _ = train(SETTINGS, tmp_path / "whole", photos, resume=False, save_every=2, workers=0)
 
     class Dying(list):
-        """Photos that can be drawn from, two a lesson, only until the third step begins."""
+        """Photos that can be drawn from only until the third step: each once at first, then two a lesson."""
 
         drawn = 0
 
         def __getitem__(self, index: int) -> np.ndarray:
             Dying.drawn += 1
-            if Dying.drawn > 4 * SETTINGS.batch:
+            if Dying.drawn > len(photos) + 4 * SETTINGS.batch:
                 raise Killed
             return super().__getitem__(index)
 
