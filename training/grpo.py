@@ -43,6 +43,7 @@ from inference.moondream import MoondreamProcessor
 from inference.moondream.processing_moondream import load_tokenizer
 from recipes import Recipe, grammar, parse, save_picture
 from rewards import REWARDS, RewardFunction, score_recipes
+from training import jobs
 from training.collect import Collected, CollectError, both
 from training.evaluate import EvaluateError, Judged, difference, entry_of, judge, summary, totals
 from training.plot import draw_curve
@@ -419,10 +420,10 @@ def main() -> None:
     main_process = int(os.environ.get("RANK", "0")) == 0
     lock = FileLock(run.folder / "lock", timeout=LOCK_PATIENCE)
     try:
-        config = _config(run, args.base)
+        config = _config(run, args)
         if main_process:
             lock.acquire()
-        _live(run, config, main_process)
+        _live(run, config, main_process, jobs.follow if config.where == "jobs" else work)
     except Timeout:
         sys.exit("Another process is working on this run already.")
     except RunError as error:
@@ -431,8 +432,8 @@ def main() -> None:
         lock.release()
 
 
-def _live(run: Run, config: RunConfig, main_process: bool) -> None:
-    """Runs `work` and writes how it ended."""
+def _live(run: Run, config: RunConfig, main_process: bool, do: Callable[..., dict[str, Any] | None]) -> None:
+    """Does the run, here or on Hugging Face Jobs, and writes how it ended."""
 
     def phase(words: str) -> None:
         if main_process:
@@ -443,7 +444,7 @@ def _live(run: Run, config: RunConfig, main_process: bool) -> None:
     if main_process:
         run.set_status(state="running", started=time.time(), ended=0.0, steps=config.steps, message="")
     try:
-        found = work(run, config, phase)
+        found = do(run, config, phase)
     except BaseException as error:
         if main_process:
             _fail(run, error)
@@ -455,15 +456,17 @@ def _live(run: Run, config: RunConfig, main_process: bool) -> None:
         run.set_status(state="cancelled", phase="", ended=time.time(), message="Cancelled. What it learned is kept.")
         print(json.dumps({"run": run.id, "state": "cancelled", "step": run.status().step, **spent}))
         return
-    write_whole(run.folder / "result.json", json.dumps(found | spent, indent=1))
+    found = spent | found  # a job has measured itself
+    write_whole(run.folder / "result.json", json.dumps(found, indent=1))
     run.set_status(state="done", phase="", ended=time.time(), message=found["alarm"])
     told = {"run": run.id, "state": "done", "base": found["base"]["total"], "tuned": found["tuned"]["total"]}
-    print(json.dumps({**told, "difference": found["difference"], "wins": found["wins"], **spent}))
+    told |= {key: found[key] for key in ("difference", "wins", *spent)}
+    print(json.dumps(told))
 
 
 def _fail(run: Run, error: BaseException) -> None:
     """Says in the run's state why it ended; on a full disk that may not be possible either."""
-    if isinstance(error, Stop):
+    if isinstance(error, Stop | RunError):
         words = str(error)
     elif isinstance(error, OSError) and error.errno == 28:
         words = "The disk is full. Free some space and resume: the last whole checkpoint is kept."
@@ -481,15 +484,17 @@ def _fail(run: Run, error: BaseException) -> None:
         print("This could not be written to the run's folder either.", file=sys.stderr)
 
 
-def _config(run: Run, base: str | None) -> RunConfig:
-    config = run.config()
-    return config if base is None else RunConfig.make(**{**config.model_dump(), "base": base})
+def _config(run: Run, args: argparse.Namespace) -> RunConfig:
+    said = {key: value for key in ("base", "where", "hardware") if (value := getattr(args, key)) is not None}
+    return RunConfig.make(**(run.config().model_dump() | said))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the run's folder, with its config.json")
     parser.add_argument("--base", help="another model to start from than the config says")
+    parser.add_argument("--where", choices=("here", "jobs"), help="on this machine, or on Hugging Face Jobs")
+    parser.add_argument("--hardware", help="of the job, by its name on the Hub (default: l4x1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     return parser.parse_args()
 

@@ -9,6 +9,7 @@ A run's folder holds
     checkpoint-N/   to go on from
     adapter/        what was learned, in PEFT's layout
     result.json     base and tuned on held-out photos
+    job.json        the job that does it, when it works on Hugging Face Jobs
     reward.png      the curve
     cancel          asks the process to stop at its next step
     lock            held by the process while it lives: a killed process leaves it free
@@ -53,6 +54,7 @@ class RunConfig(BaseModel):
     reward: weights 0..1 by reward. photos, held_out: "bundled", a folder, a zip file, or "hub:owner/dataset".
     steps: updates, unless `epochs` (passes over the photos) is given. photos_per_step x rollouts answers are scored per
     step. temperature: of the rollouts. beta: weight of the KL divergence to the base. rank: of the LoRA adapter.
+    where: on this machine, or on Hugging Face Jobs, there on `hardware`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -74,6 +76,8 @@ class RunConfig(BaseModel):
     rank: int = Field(16, ge=1, le=256)
     save_every: int = Field(25, ge=1, le=MAX_STEPS)
     probe_every: int = Field(10, ge=1, le=MAX_STEPS)
+    where: Literal["here", "jobs"] = "here"
+    hardware: str = Field("l4x1", pattern="^[a-z0-9-]{1,40}$")
 
     @field_validator("reward")
     @classmethod

@@ -46,11 +46,15 @@ class Worker:
         self._submitting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
+        self._tokens: dict[str, str] = {}  # by run; they are kept nowhere else
 
     # ── What others ask for ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def submit(self, config: RunConfig) -> Run:
-        """Queues a run. Raises RunError when too many wait, or when the same was asked for a moment ago."""
+    def submit(self, config: RunConfig, token: str = "") -> Run:
+        """Queues a run. Raises RunError when too many wait, or when the same was asked for a moment ago.
+
+        token: of the Hub, for the process that does this run alone; it is not written anywhere.
+        """
         with self._submitting:
             waiting = self.waiting()
             if len([run for run in waiting if run.status().state == "queued"]) >= MAX_QUEUED:
@@ -58,6 +62,7 @@ class Worker:
             if any(_is_twice(run, config) for run in waiting):
                 raise RunError("This run was queued a moment ago. It is in the list.")
             run = self.runs.create(config)
+            self._tokens[run.id] = token
         self.wake()
         return run
 
@@ -132,11 +137,13 @@ class Worker:
                     self._stop.wait(10 * self.every)  # it could not be written down: a full disk, perhaps
 
     def _start(self, run: Run) -> subprocess.Popen[bytes] | None:
+        token = self._tokens.pop(run.id, "")
         try:
             with open(run.folder / "log.txt", "ab") as log:
                 child = subprocess.Popen(
                     [*self.command, str(run.folder)],
                     cwd=ROOT,
+                    env={**os.environ, "HF_TOKEN": token} if token else None,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
