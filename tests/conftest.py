@@ -18,6 +18,8 @@ from training.photos import PhotoInfo, bundled
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+    from tests.training.stand_in_hub import StandInHub
+
 BROWSERS = ("chromium", "google-chrome", "chromium-browser")
 BROWSER_ARGS = (
     "--no-sandbox",
@@ -130,3 +132,17 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
         connection.execute(psycopg.sql.SQL("CREATE SCHEMA {}").format(psycopg.sql.Identifier(schema)))
         yield f"{postgres_server}{'&' if '?' in postgres_server else '?'}options=-csearch_path%3D{schema}"
         connection.execute(psycopg.sql.SQL("DROP SCHEMA {} CASCADE").format(psycopg.sql.Identifier(schema)))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Iterator[StandInHub]":
+    """A stand-in for the Hugging Face Hub, which this process then takes for it."""
+    import huggingface_hub.constants
+
+    from tests.training.stand_in_hub import TOKEN, stand_in_hub
+
+    with stand_in_hub(tmp_path / "hub") as running:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.address)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield running

@@ -78,7 +78,7 @@ class Worker:
         ids = [other.id for other in self.waiting()]
         return ids.index(run.id) if run.id in ids else 0
 
-    def resume(self, run: Run) -> None:
+    def resume(self, run: Run, token: str = "") -> None:
         """Queues a run again that stopped before it was done; it goes on from its last checkpoint. Raises RunError."""
         state = run.status().state
         if state not in ("interrupted", "cancelled", "failed"):
@@ -88,6 +88,7 @@ class Worker:
         try:
             (run.folder / "cancel").unlink(missing_ok=True)
             run.set_status(state="queued", phase="", ended=0.0, message="")
+            self._tokens[run.id] = token
         except OSError as error:
             raise RunError(f"The run's folder could not be written ({error.strerror}).") from None
         self.wake()
@@ -138,6 +139,9 @@ class Worker:
 
     def _start(self, run: Run) -> subprocess.Popen[bytes] | None:
         token = self._tokens.pop(run.id, "")
+        if not token and run.config().where == "jobs":  # that of this machine is not for everybody who sees the page
+            _end(run, "failed", "Its Hugging Face token is not known any more. Resume it with a token.")
+            return None
         try:
             with open(run.folder / "log.txt", "ab") as log:
                 child = subprocess.Popen(

@@ -15,7 +15,7 @@ from inference.answers import MAX_SEED
 from inference.models import MODELS
 from recipes import MAX_BYTES
 from rewards import REWARDS
-from training import export, uploads
+from training import export, jobs, uploads
 from training.adopt import model_name, title
 from training.runs import MAX_NAME, MAX_STEPS, Run, RunConfig, RunError
 from ui import reward_functions
@@ -31,6 +31,8 @@ TITLE = "Fine-tuning"
 SHORT = RunConfig.model_fields["steps"].default
 LENGTHS = {"Smoke test": 10, "Short run": SHORT, "Custom": 0}
 PHOTOS = ("Bundled photos", "My photos", "Hub dataset")
+PLACES = {"This machine": "here", "Hugging Face Jobs": "jobs"}
+DEFAULT_HARDWARE = RunConfig.model_fields["hardware"].default
 START, PER_STEP = 20.0, 0.5  # seconds to start with and per step, before any run has been timed
 
 
@@ -127,25 +129,66 @@ def length_chosen(length: str) -> dict[str, Any]:
     return gr.update(visible=length == "Custom")
 
 
-def estimate(house: House, length: str, steps: float | None, rollouts: float | None) -> str:
-    """How long it will take, in words; from earlier runs where there are any."""
+def place_chosen(place: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, float | None]]:
+    """The inputs for a job, where one is wanted; the hardware on offer, and what it costs an hour."""
+    if PLACES.get(place) != "jobs":
+        return gr.update(visible=False), gr.skip(), {}
+    try:
+        offered = jobs.hardware()
+    except RunError as error:
+        reason = f"{error} So there are no prices; name the hardware if you know it."
+        return gr.update(visible=True), gr.update(choices=[DEFAULT_HARDWARE], info=reason), {}
+    choices = [(f"{one.name} · {one.words} · {_price(one.hourly)} an hour", one.name) for one in offered]
+    hourly = {one.name: one.hourly for one in offered}
+    return gr.update(visible=True), gr.update(choices=choices, info="Prices as the Hub tells them now."), hourly
+
+
+def _price(dollars: float | None) -> str:
+    return "unknown price" if dollars is None else f"${dollars:.2f}"
+
+
+def estimate(
+    house: House,
+    length: str,
+    steps: float | None,
+    rollouts: float | None,
+    place: str = "This machine",
+    hardware: str | None = None,
+    hourly: dict[str, float | None] | None = None,
+) -> str:
+    """How long it will take and what it costs, in words; from earlier runs where there are any."""
     wanted = steps_of(length, steps)
-    past = [pace for run in house.runs.list() if (pace := _pace(run)) is not None]
+    there = PLACES.get(place, "here"), hardware or DEFAULT_HARDWARE
+    past = [pace for run in house.runs.list() if (pace := _pace(run, *there)) is not None]
     seconds = guess(wanted, rollouts or 8) * (median(past[-5:]) if past else 1.0)
-    source = "as earlier runs on this machine took" if past else "a first guess; it gets better with each run"
     waiting = len(house.worker.waiting())
     queue = f" It waits for {waiting} other run{'s' if waiting > 1 else ''} first." if waiting else ""
+    if there[0] == "jobs":
+        took = f"about {duration(seconds)}, as earlier ones there took," if past else "a time not known yet"
+        return f"{wanted:,} steps on {there[1]} take {took} once the job runs. {_bound(hourly, there[1])}{queue}"
+    source = "as earlier runs on this machine took" if past else "a first guess; it gets better with each run"
     return f"{wanted:,} steps take about {duration(seconds)} ({source}) and cost nothing.{queue}"
 
 
-def _pace(run: Run) -> float | None:
-    """How much longer than guessed a run took, as a factor; None where it is not known."""
+def _bound(hourly: dict[str, float | None] | None, hardware: str) -> str:
+    """What a job can cost at most."""
+    price = (hourly or {}).get(hardware)
+    if price is None:
+        return f"Its price is not known. The job is ended after {jobs.HOURS} hours at the latest."
+    most = _price(price * jobs.HOURS)
+    return f"It costs {_price(price)} an hour, and is ended after {jobs.HOURS} hours: {most} at most."
+
+
+def _pace(run: Run, where: str, hardware: str) -> float | None:
+    """How much longer than guessed a run took in that place, as a factor; None where it is not known."""
     result = run.result() or {}
     seconds, steps = (result.get(key) for key in ("seconds", "steps"))
     if not (isinstance(seconds, (int, float)) and isinstance(steps, (int, float)) and seconds > 0 and steps > 0):
         return None
     with suppress(RunError):
-        return seconds / guess(steps, run.config().rollouts)
+        config = run.config()
+        if config.where == where and (where == "here" or config.hardware == hardware):
+            return seconds / guess(steps, config.rollouts)
     return None
 
 
@@ -176,6 +219,9 @@ def retrain(
     beta: float | None,
     rollouts: float | None,
     rank: float | None,
+    place: str,
+    hardware: str | None,
+    token: str,
     *weights: float,
 ) -> str:
     """Queues a run as the form says and returns its id; gr.Error says what to mend."""
@@ -187,21 +233,31 @@ def retrain(
         if missing:
             raise RunError(f"Fill in: {', '.join(missing)}.")
         asked |= {"steps": steps_of(length, steps), "name": (name or "").strip(), "photos": photos}
+        asked |= {"where": PLACES.get(place, "here"), "hardware": hardware or DEFAULT_HARDWARE}
         try:
-            return submit(house, base, dict(function.weights), **asked).id
+            return submit(house, base, dict(function.weights), token or "", **asked).id
         except RunError:
             uploads.forget(house.runs, photos)
             raise
 
 
-def submit(house: House, base: str, reward: dict[str, float], **asked: Any) -> Run:
-    """Queues a run. `base`: a model on offer, or an earlier run by its model's name. Raises RunError."""
+def submit(house: House, base: str, reward: dict[str, float], token: str = "", **asked: Any) -> Run:
+    """Queues a run. `base`: a model on offer, or an earlier run by its model's name. Raises RunError.
+
+    token: the user's own, of the Hub, which a run on Hugging Face Jobs needs.
+    """
+    _needs_token(asked.get("where", "here"), token)
     if base not in {name for _, name in bases(house)}:
         raise RunError("Choose a base from the list.")
     earlier = house.adopted.earlier(base)
     whole = {key: int(asked[key]) for key in ("seed", "steps", "rollouts", "rank") if key in asked}
     source = str(earlier.folder.resolve()) if earlier else base
-    return house.worker.submit(RunConfig.make(base=source, reward=reward, **(asked | whole)))
+    return house.worker.submit(RunConfig.make(base=source, reward=reward, **(asked | whole)), token.strip())
+
+
+def _needs_token(where: str, token: str) -> None:
+    if where == "jobs" and not token.strip():
+        raise RunError("Give your Hugging Face token: the job runs on your account. It is used for this run only.")
 
 
 def _photos(house: House, kind: str, files: list[str] | None, dataset: str) -> str:
@@ -220,7 +276,7 @@ def hub_photos(dataset: str) -> str:
     return f"hub:{name}"
 
 
-def act(house: House, event: gr.EventData) -> str | None:
+def act(house: House, token: str, event: gr.EventData) -> str | None:
     """What a button of the view asks for; returns the run that is shown then."""
     asked = event._data if isinstance(event._data, dict) else {}
     with plainly():
@@ -230,6 +286,8 @@ def act(house: House, event: gr.EventData) -> str | None:
             raise RunError("There is no such button. Reload the page.")
         if action is rename:
             rename(house, run, str(asked.get("name") or ""))
+        elif action is resume:
+            resume(house, run, token or "")
         else:
             action(house, run)
     return None if action is delete else run.id
@@ -246,9 +304,10 @@ def cancel(house: House, run: Run) -> None:
     house.worker.wake()
 
 
-def resume(house: House, run: Run) -> None:
+def resume(house: House, run: Run, token: str = "") -> None:
     """Queues a stopped run again."""
-    house.worker.resume(run)
+    _needs_token(run.config().where, token)
+    house.worker.resume(run, token.strip())
 
 
 def use(house: House, run: Run) -> None:
@@ -353,19 +412,19 @@ WEIGHTS_JS = "(...weights) => Object.fromEntries({names}.map((name, place) => [n
 
 def build(house: House, shared: Shared) -> None:
     """The tab: on the left what is asked, on the right the run; below it all runs."""
-    chosen, seen, here = gr.State(None), gr.State(None), gr.State(False)
+    chosen, seen, here, hourly = gr.State(None), gr.State(None), gr.State(False), gr.State({})
     timer = gr.Timer(1.0, active=False)
     delivery = gr.File(visible=False)
     with gr.Row(elem_id="tune"):
         with gr.Column(elem_id="tune-ask", min_width=300, scale=1):
-            reward, form, about, start = _form(house)
+            reward, form, job, about, start = _form(house)
         with gr.Column(elem_id="tune-results", min_width=320, scale=3):
             view = run_view()
             pushing = _push_form()
             history = history_view()
 
-    def acted(event: gr.EventData) -> str | None:
-        return act(house, event)
+    def acted(token: str, event: gr.EventData) -> str | None:
+        return act(house, token, event)
 
     def downloaded(event: gr.EventData) -> str:
         return download(house, event)
@@ -376,19 +435,22 @@ def build(house: House, shared: Shared) -> None:
     timer.tick(anew, asked, shown, **QUICK)
     gr.on(None, anew, asked, shown, **QUICK)  # when the page is opened
     shared.tabs.select(tab_opened, None, here, **QUICK).then(anew, asked, shown, **QUICK)
+    part = dict(zip(FORM, form, strict=True))
     started = start.click(partial(retrain, house), [*form, *shared.sliders], chosen, **PRIVATE)
+    started.success(lambda: "", None, part["token"], **QUICK)
     started.success(anew, asked, shown, **QUICK).then(None, None, None, js=TO_THE_RUN_JS, **PRIVATE)
-    view.act(acted, None, chosen, **PRIVATE).success(anew, asked, shown, **QUICK)
+    view.act(acted, part["token"], chosen, **PRIVATE).success(anew, asked, shown, **QUICK)
     history.pick(pick, None, chosen, **QUICK).then(anew, asked, shown, **QUICK)
     deliver(view.download, downloaded, [], delivery)
     repository, token, private, send, said = pushing
     send.click(partial(push, house), [chosen, repository, token, private], [said, token], **PRIVATE)
 
-    _, kind, files, dataset, length, steps = form[:6]
-    kind.change(photos_chosen, kind, [files, dataset], **QUICK)
-    length.change(length_chosen, length, steps, **QUICK)
-    timed = [length, steps, form[FORM.index("rollouts")]]
-    gr.on([part.change for part in timed], partial(estimate, house), timed, about, **QUICK)
+    part["kind"].change(photos_chosen, part["kind"], [part["files"], part["dataset"]], **QUICK)
+    part["length"].change(length_chosen, part["length"], part["steps"], **QUICK)
+    part["place"].change(place_chosen, part["place"], [job, part["hardware"], hourly], **QUICK)
+    timed = [part[name] for name in ("length", "steps", "rollouts", "place", "hardware")]
+    changed = [component.change for component in (*timed, hourly)]
+    gr.on(changed, partial(estimate, house), [*timed, hourly], about, **QUICK)
     names = WEIGHTS_JS.replace("{names}", str(list(REWARDS)))
     gr.on([slider.change for slider in shared.sliders], None, shared.sliders, reward, js=names, **PRIVATE)
 
@@ -406,11 +468,14 @@ FORM = (
     "beta",
     "rollouts",
     "rank",
+    "place",
+    "hardware",
+    "token",
 )
 
 
-def _form(house: House) -> tuple[gr.HTML, list[Any], gr.Markdown, gr.Button]:
-    """The left column: the reward, the parts in the order of FORM, the estimate, and the button."""
+def _form(house: House) -> tuple[gr.HTML, list[Any], gr.Group, gr.Markdown, gr.Button]:
+    """The left column: the reward, the parts in the order of FORM, those of a job, the estimate, and the button."""
     default = RunConfig.model_fields
     offered = bases(house)
     reward = gr.HTML(
@@ -462,9 +527,33 @@ def _form(house: House) -> tuple[gr.HTML, list[Any], gr.Markdown, gr.Button]:
         beta = gr.Number(default["beta"].default, label="KL weight (beta)", minimum=0, maximum=10, step=0.01)
         rollouts = gr.Slider(2, 32, default["rollouts"].default, step=1, label="Answers per photo (rollouts)")
         rank = gr.Slider(1, 64, default["rank"].default, step=1, label="Rank of the adapter")
+    place = gr.Radio(list(PLACES), value=next(iter(PLACES)), label="Where", elem_id="tune-place")
+    job, hardware, token = _job_form()
     about = gr.Markdown(estimate(house, "Short run", SHORT, 8), elem_id="tune-estimate")
     start = gr.Button("Retrain with this reward", variant="primary", elem_id="tune-start")
-    return reward, [base, kind, files, dataset, length, steps, seed, name, rate, beta, rollouts, rank], about, start
+    knobs = [base, kind, files, dataset, length, steps, seed, name, rate, beta, rollouts, rank]
+    return reward, [*knobs, place, hardware, token], job, about, start
+
+
+def _job_form() -> tuple[gr.Group, gr.Dropdown, gr.Textbox]:
+    """What a run on Hugging Face Jobs needs."""
+    with gr.Group(visible=False, elem_id="tune-job") as job:
+        hardware = gr.Dropdown(
+            [DEFAULT_HARDWARE],
+            value=DEFAULT_HARDWARE,
+            label="Hardware",
+            allow_custom_value=True,
+            elem_id="tune-hardware",
+        )
+        token = gr.Textbox(
+            label="Your Hugging Face token",
+            type="password",
+            max_lines=1,
+            info="The job runs on your account. The token is used for this run only, and kept nowhere.",
+            html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
+            elem_id="tune-token",
+        )
+    return job, hardware, token
 
 
 def _push_form() -> tuple[gr.Textbox, gr.Textbox, gr.Checkbox, gr.Button, gr.Textbox]:

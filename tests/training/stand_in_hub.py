@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 
 NOW = "2026-11-23T12:00:00.000Z"
 COMMIT = "1" * 40
+TOKEN = "hf_secretsecretsecretsecretsecret12"
 HARDWARE = [
     {
         "name": "l4x1",

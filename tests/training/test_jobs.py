@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,13 @@ import huggingface_hub.constants
 import pytest
 
 from tests.training.fake_run import write_adapter
-from tests.training.stand_in_hub import StandInHub, stand_in_hub
+from tests.training.stand_in_hub import TOKEN, StandInHub
 from training import jobs
 from training.jobs import MARK, Job, follow, hardware, submit
 from training.runs import Run, RunConfig, RunError, Runs
 
 ROOT = Path(__file__).resolve().parents[2]
-TOKEN = "hf_secretsecretsecretsecretsecret12"
 ASKED: dict[str, Any] = {"base": "moondream-tiny", "reward": {"sharpness": 1}, "seed": 7, "where": "jobs"}
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    with stand_in_hub(tmp_path / "hub") as running:
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.address)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield running
 
 
 @pytest.fixture

@@ -73,6 +73,22 @@ def test_a_run_is_done_and_its_end_is_told(make: Callable[..., Worker]) -> None:
     assert run.result() is not None
 
 
+def test_a_job_gets_its_own_token_and_never_that_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "of-this-machine")
+    tell = (sys.executable, "-c", "import os; print('token', os.environ.get('HF_TOKEN'))")
+    worker = Worker(Runs(tmp_path / "runs"), tell, every=0.02)
+    asked = {"base": "moondream-tiny", "reward": {"sharpness": 1}, "seed": 1, "where": "jobs"}
+    mine = worker.submit(RunConfig.make(**asked), "mine")
+    until(lambda: mine.status().over)
+    assert "token mine" in mine.log()
+    worker.resume(mine)
+    until(lambda: mine.status().over)
+    assert "Resume it with a token" in mine.status().message and "of-this-machine" not in mine.log()
+    worker.stop()
+
+
 def test_runs_wait_for_each_other_in_their_order(make: Callable[..., Worker], runs: Runs) -> None:
     ended: list[str] = []
     worker = make(on_end=lambda run: ended.append(run.id))

@@ -14,6 +14,7 @@ import pytest
 from inference.models import MODELS
 from rewards import REWARDS
 from tests.training.fake_run import HOSTILE, write_adapter, write_result
+from tests.training.stand_in_hub import TOKEN, StandInHub
 from tests.training.test_worker import FAKE, until
 from training.adopt import model_name
 from training.runs import MAX_STEPS, Run, RunConfig
@@ -37,6 +38,9 @@ FORM: dict[str, Any] = {
     "beta": 0.02,
     "rollouts": 8,
     "rank": 16,
+    "place": "This machine",
+    "hardware": None,
+    "token": "",
 }
 
 
@@ -135,6 +139,47 @@ def test_what_cannot_be_trained_is_refused_in_words(still: House, changes: dict[
         press(still, **changes)
     assert "<img" not in refused.value.message
     assert still.runs.list() == [] and not (still.runs.folder.parent / "uploads").exists()
+
+
+def test_a_job_is_queued_with_its_hardware_and_a_token_that_is_written_nowhere(still: House) -> None:
+    elsewhere = {"place": "Hugging Face Jobs", "hardware": "a10g-small"}
+    with pytest.raises(gr.Error, match="Give your Hugging Face token"):
+        press(still, **elsewhere, token="  ")
+    run = still.runs.get(press(still, **elsewhere, token=f" {TOKEN} "))
+    assert (run.config().where, run.config().hardware) == ("jobs", "a10g-small")
+    assert still.worker._tokens[run.id] == TOKEN and TOKEN not in repr(run.config())
+    assert all(TOKEN.encode() not in file.read_bytes() for file in run.folder.rglob("*") if file.is_file())
+    run.set_status(state="failed")
+    with pytest.raises(gr.Error, match="Give your Hugging Face token"):
+        finetune.act(still, "", clicked(run=run.id, do="resume"))
+    finetune.act(still, TOKEN, clicked(run=run.id, do="resume"))
+    assert run.status().state == "queued"
+
+
+@pytest.mark.parametrize("hardware", ["../x", "L4", "x" * 41, "<b>"])
+def test_hardware_is_a_name(still: House, hardware: str) -> None:
+    with pytest.raises(gr.Error, match="hardware"):
+        press(still, place="Hugging Face Jobs", hardware=hardware, token=TOKEN)
+
+
+def test_the_place_shows_its_hardware_and_what_it_costs_at_most(still: House, hub: StandInHub) -> None:
+    shown, offered, hourly = finetune.place_chosen("Hugging Face Jobs")
+    assert shown["visible"] and offered["choices"][0] == ("l4x1 · 1 x L4 24 GB, 8 vCPU, 30 GB · $0.80 an hour", "l4x1")
+    words = estimate(still, "Short run", None, 8, "Hugging Face Jobs", "l4x1", hourly)
+    assert "a time not known yet" in words and "$0.80 an hour" in words and "$1.60 at most" in words
+    assert "price is not known" in estimate(still, "Short run", None, 8, "Hugging Face Jobs", "h200", hourly)
+    assert finetune.place_chosen("This machine")[0] == gr.update(visible=False)
+    hub.refuse["/api/jobs"] = 500
+    _, offered, hourly = finetune.place_chosen("Hugging Face Jobs")
+    assert "error (500)" in offered["info"] and hourly == {}
+
+
+def test_earlier_jobs_say_how_long_the_next_takes(still: House) -> None:
+    run = finished(still, where="jobs", hardware="l4x1")
+    (run.folder / "result.json").write_text(json.dumps({"seconds": 2 * finetune.guess(10, 8), "steps": 10}))
+    there = estimate(still, "Short run", None, 8, "Hugging Face Jobs", "l4x1", {})
+    assert run_view.duration(2 * finetune.guess(finetune.SHORT, 8)) in there
+    assert "a first guess" in estimate(still, "Short run", None, 8), "and nothing of those here"
 
 
 def test_sliders_at_zero_train_nothing(still: House) -> None:
@@ -295,15 +340,15 @@ def test_a_run_is_done_and_its_winner_used_by_itself(house: House) -> None:
 
 def test_the_buttons_do_what_they_say(still: House) -> None:
     run = finished(still, wins=False)
-    shown = finetune.act(still, clicked(run=run.id, do="use"))
+    shown = finetune.act(still, "", clicked(run=run.id, do="use"))
     assert shown == run.id and still.adopted.uses(run.id)
-    finetune.act(still, clicked(run=run.id, do="rename", name="Better"))
+    finetune.act(still, "", clicked(run=run.id, do="rename", name="Better"))
     assert MODELS[model_name(run.id)].title == "Better"
     with pytest.raises(gr.Error, match="Revert it first"):
-        finetune.act(still, clicked(run=run.id, do="delete"))
-    finetune.act(still, clicked(run=run.id, do="revert"))
+        finetune.act(still, "", clicked(run=run.id, do="delete"))
+    finetune.act(still, "", clicked(run=run.id, do="revert"))
     assert model_name(run.id) not in MODELS
-    assert finetune.act(still, clicked(run=run.id, do="delete")) is None and still.runs.list() == []
+    assert finetune.act(still, "", clicked(run=run.id, do="delete")) is None and still.runs.list() == []
 
 
 @pytest.mark.parametrize(
@@ -323,17 +368,17 @@ def test_what_a_button_cannot_do_is_said(still: House, data: dict[str, Any], wor
     if words not in ("There is no run",):
         data = {"run": run.id, **data}
     with pytest.raises(gr.Error, match=words):
-        finetune.act(still, clicked(**data))
+        finetune.act(still, "", clicked(**data))
     assert [one.id for one in still.runs.list()] == [run.id]
 
 
 def test_a_queued_run_is_cancelled_and_resumed(still: House) -> None:
     run = still.runs.get(press(still))
     with pytest.raises(gr.Error, match="not over yet"):
-        finetune.act(still, clicked(run=run.id, do="use"))
-    finetune.act(still, clicked(run=run.id, do="cancel"))
+        finetune.act(still, "", clicked(run=run.id, do="use"))
+    finetune.act(still, "", clicked(run=run.id, do="cancel"))
     assert run.status().state == "cancelled"
-    finetune.act(still, clicked(run=run.id, do="resume"))
+    finetune.act(still, "", clicked(run=run.id, do="resume"))
     assert run.status().state == "queued" and not run.cancelled
 
 
@@ -341,9 +386,9 @@ def test_what_a_queued_run_starts_from_is_not_deleted(still: House) -> None:
     earlier = finished(still)
     waiting = press(still, base=model_name(earlier.id))
     with pytest.raises(gr.Error, match="Another run is waiting"):
-        finetune.act(still, clicked(run=earlier.id, do="delete"))
-    finetune.act(still, clicked(run=waiting, do="cancel"))
-    finetune.act(still, clicked(run=earlier.id, do="delete"))
+        finetune.act(still, "", clicked(run=earlier.id, do="delete"))
+    finetune.act(still, "", clicked(run=waiting, do="cancel"))
+    finetune.act(still, "", clicked(run=earlier.id, do="delete"))
     assert [run.id for run in still.runs.list()] == [waiting]
 
 
