@@ -138,7 +138,7 @@ def place_chosen(place: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, 
     except RunError as error:
         reason = f"{error} So there are no prices; name the hardware if you know it."
         return gr.update(visible=True), gr.update(choices=[DEFAULT_HARDWARE], info=reason), {}
-    choices = [(f"{one.name} · {one.words} · {_price(one.hourly)} an hour", one.name) for one in offered]
+    choices = [(f"{one.name} · {_price(one.hourly)} an hour · {one.words}", one.name) for one in offered]
     hourly = {one.name: one.hourly for one in offered}
     return gr.update(visible=True), gr.update(choices=choices, info="Prices as the Hub tells them now."), hourly
 

@@ -164,7 +164,7 @@ def test_hardware_is_a_name(still: House, hardware: str) -> None:
 
 def test_the_place_shows_its_hardware_and_what_it_costs_at_most(still: House, hub: StandInHub) -> None:
     shown, offered, hourly = finetune.place_chosen("Hugging Face Jobs")
-    assert shown["visible"] and offered["choices"][0] == ("l4x1 · 1 x L4 24 GB, 8 vCPU, 30 GB · $0.80 an hour", "l4x1")
+    assert shown["visible"] and offered["choices"][0] == ("l4x1 · $0.80 an hour · 1 x L4 24 GB, 8 vCPU, 30 GB", "l4x1")
     words = estimate(still, "Short run", None, 8, "Hugging Face Jobs", "l4x1", hourly)
     assert "a time not known yet" in words and "$0.80 an hour" in words and "$1.60 at most" in words
     assert "price is not known" in estimate(still, "Short run", None, 8, "Hugging Face Jobs", "h200", hourly)
