@@ -32,7 +32,7 @@ MAY_USE: dict[str, set[str]] = {
     "recipes": {"numpy", "cv2", "PIL"},
     "rewards": {"numpy", "cv2"},
     "settings": set(),
-    "usage": {"sqlalchemy"},
+    "usage": {"alembic", "numpy", "pyarrow", "sqlalchemy"},
 }
 # Libraries that only some files may import, since they are heavy or hard to test.
 ONLY_IN: dict[str, re.Pattern[str]] = {

@@ -13,28 +13,33 @@ from training.runs import Runs
 from training.worker import COMMAND, Worker
 from ui.link import Setup
 from ui.picker import model_picker
+from usage.budgets import Budgets
+from usage.database import Database
+from usage.queries import Usage
 from usage.store import Store
 
 
 @dataclass(frozen=True)
 class House:
-    """One application's store, runs, worker, and tuned models in service."""
+    """One application's store, runs, worker, tuned models in service, and what its calls cost."""
 
     store: Store
     runs: Runs
     worker: Worker
     adopted: Adopted
+    usage: Usage
+    budgets: Budgets
 
     @classmethod
     def open(cls, data_dir: Path, store_url: str, command: tuple[str, ...] = COMMAND) -> House:
         """Brings back what was in service, and goes on with the runs that were not over. Raises StoreError."""
-        store = Store(store_url)
+        database = Database(store_url)
         runs = Runs(data_dir / "runs")
         adopted = Adopted(runs)
         adopted.load()
         worker = Worker(runs, command, on_end=adopted.settle)
         worker.wake()
-        return cls(store, runs, worker, adopted)
+        return cls(Store(database), runs, worker, adopted, Usage(database), Budgets(database))
 
 
 @dataclass(frozen=True)

@@ -397,7 +397,7 @@ from usage.store import Store
 from sqlalchemy import text
 store = Store("sqlite:///{file}")
 store.save("before", RewardFunction({{"colour": 1.0}}))
-with store._transaction(write=True) as connection:
+with store.database.transaction(write=True) as connection:
     connection.execute(text("DELETE FROM reward_functions"))
     print("deleted", flush=True)
     time.sleep(60)
