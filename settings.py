@@ -22,10 +22,17 @@ class Settings:
     database_url: str | None = field(default=None, repr=False)
     host: str = "127.0.0.1"
     port: int = 7860
+    branch: str | None = None
+    commit: str | None = None
+    space: str | None = None
+    hardware: str | None = None
+    prices: Path | None = None
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
         """Read DATA_DIR, DATABASE_URL, GRADIO_SERVER_NAME and GRADIO_SERVER_PORT (or PORT). Empty means unset.
+
+        For usage: PREVIEW_BRANCH, PREVIEW_COMMIT, SPACE_ID, PRICES_FILE, and the hardware (see `_hardware`).
 
         In a Space (SPACE_ID) the server listens to the outside unless it is told otherwise. Raises SettingsError for a
         port that is none.
@@ -37,12 +44,29 @@ class Settings:
             database_url=said.get("DATABASE_URL"),
             host=said.get("GRADIO_SERVER_NAME", "0.0.0.0" if "SPACE_ID" in said else cls.host),
             port=_port(port_name, said[port_name]) if port_name in said else cls.port,
+            branch=said.get("PREVIEW_BRANCH"),
+            commit=said.get("PREVIEW_COMMIT"),
+            space=said.get("SPACE_ID"),
+            hardware=_hardware(said),
+            prices=Path(said["PRICES_FILE"]).expanduser() if "PRICES_FILE" in said else None,
         )
 
     @property
     def store_url(self) -> str:
         """Where the store is: DATABASE_URL, or without one an SQLite file in the data folder."""
         return self.database_url or f"sqlite:///{self.data_dir / 'playground.sqlite3'}"
+
+
+def _hardware(said: Mapping[str, str]) -> str | None:
+    """The machine's name in the table of prices: HARDWARE, or what a Space says of itself; None where nobody says.
+
+    A Space states ACCELERATOR ("none", or the kind of GPU) and CPU_CORES. Its two CPU machines have 2 and 8 cores.
+    """
+    if "HARDWARE" in said or "SPACE_ID" not in said:
+        return said.get("HARDWARE")
+    if said.get("ACCELERATOR", "none").lower() != "none":
+        return said["ACCELERATOR"]
+    return {"2": "cpu-basic", "8": "cpu-upgrade"}.get(said.get("CPU_CORES", ""))
 
 
 def _port(name: str, text: str) -> int:

@@ -37,6 +37,7 @@ BENCHMARKS = {
     "grpo": "bench.grpo",
     "latency": "bench.latency",
     "learning": "bench.learning",
+    "usage": "bench.usage",
 }
 FIELDS = ("name", "value", "unit", "baseline", "ratio", "target", "note")
 COMPARISONS = {

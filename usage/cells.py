@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -60,36 +61,41 @@ KIND_FIELDS = tuple(field.name for field in fields(Kind))
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """Rows of CELL, and what their kinds are."""
+    """Cells as one array per field of CELL, and what their kinds are."""
 
-    rows: np.ndarray
+    columns: dict[str, np.ndarray]
     kinds: dict[int, Kind]
+
+    def __len__(self) -> int:
+        return len(self.columns["kind"])
 
     @property
     def exact(self) -> bool:
-        """Whether each cell is one call, so that percentiles are exact."""
-        return bool((self.rows["calls"] == 1).all())
-
-    def where(self, mask: np.ndarray) -> Cells:
-        """Some of the rows."""
-        return Cells(self.rows[mask], self.kinds)
-
-    def flag(self, name: str) -> np.ndarray:
-        """For each row, a yes or no of its kind."""
-        return self._of_kinds({kind for kind, words in self.kinds.items() if getattr(words, name)})
+        """Whether each cell is one call."""
+        return bool((self.columns["calls"] == 1).all())
 
     def only(self, part: str, name: str) -> Cells:
-        """The rows whose kinds have this name in this part."""
-        return self.where(self._of_kinds({kind for kind, words in self.kinds.items() if getattr(words, part) == name}))
+        """The cells whose kinds have this name in this part."""
+        kinds = {number: kind for number, kind in self.kinds.items() if getattr(kind, part) == name}
+        mask = table(kinds)[np.minimum(self.columns["kind"], max(kinds, default=0) + 1)]
+        return Cells({name: column[mask] for name, column in self.columns.items()}, kinds)
 
-    def split(self, part: str) -> list[tuple[str, Cells]]:
-        """The rows by the name that their kinds have in this part, by name."""
-        there = {int(kind) for kind in np.unique(self.rows["kind"])}
-        names = sorted({getattr(self.kinds[kind], part) for kind in there})
-        return [(name, self.only(part, name)) for name in names]
 
-    def _of_kinds(self, ids: set[int]) -> np.ndarray:
-        return np.isin(self.rows["kind"], np.fromiter(ids, np.int32, len(ids)))
+def table(kinds: Iterable[int]) -> np.ndarray:
+    """Looks up whether a kind is one of these, by its number; the last entry, False, is for all higher numbers."""
+    numbers = list(kinds)
+    found = np.zeros(max(numbers, default=0) + 2, bool)
+    found[numbers] = True
+    return found
+
+
+def exact_sums(places: np.ndarray, column: np.ndarray, count: int) -> np.ndarray:
+    """The column of whole numbers summed by place, int64 [count], exactly: in halves where doubles would round."""
+    column = column.astype(np.int64, copy=False)
+    if int(np.abs(column).sum()) < 2**53:
+        return np.bincount(places, column, count).astype(np.int64)
+    high = np.bincount(places, column >> 31, count).astype(np.int64)
+    return (high << 31) + np.bincount(places, column & (2**31 - 1), count).astype(np.int64)
 
 
 def merged(rows: np.ndarray) -> np.ndarray:

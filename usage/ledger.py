@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,28 +16,26 @@ from usage.tables import BASES, EVENTS, HOURS, KINDS, WORDS
 
 DOLLAR = 1_000_000_000
 MILLION = 1_000_000
-CHUNK = 500  # rows per statement: SQLite takes 32,766 values
+CHUNK = 500  # names per query
 
 
-def add(database: Database, events: Sequence[Event]) -> int:
-    """Write events; those that are there already are left alone. Returns how many were new. Raises StoreError.
+def add(database: Database, events: Sequence[Event]) -> None:
+    """Write events; those that are there already are left alone. Raises StoreError.
 
     One transaction: either all are there afterwards or none. The hours that they fall into are marked as changed in
     the same transaction, so that no roll-up is taken for true that has not seen them.
     """
     if not events:
-        return 0
+        return
     with database.transaction(write=True) as connection:
         kinds = _kinds(database, connection, events)
         # The order keeps two writers from waiting for each other in a circle.
         rows = sorted((_row(event, kinds[_words(event)]) for event in events), key=lambda row: row["id"])
-        new: list[int] = []
-        for place in range(0, len(rows), CHUNK):
-            statement = database.insert(EVENTS).values(rows[place : place + CHUNK])
-            statement = statement.on_conflict_do_nothing(index_elements=["id"]).returning(EVENTS.c.time)
-            new += connection.execute(statement).scalars()
-        _mark(database, connection, new)
-    return len(new)
+        connection.execute(database.insert(EVENTS).on_conflict_do_nothing(index_elements=["id"]), rows)
+        for hour in sorted({row["time"] - row["time"] % HOUR for row in rows}):
+            mark = database.insert(HOURS).values(hour=hour, changes=1, built=-1, sealed=False)
+            changed = {"changes": HOURS.c.changes + 1}
+            connection.execute(mark.on_conflict_do_update(index_elements=["hour"], set_=changed))
 
 
 def _words(event: Event) -> tuple[str, ...]:
@@ -68,13 +65,6 @@ def _numbers(connection: Connection, digests: list[str]) -> dict[str, int]:
         query = select(KINDS.c.digest, KINDS.c.id).where(KINDS.c.digest.in_(digests[place : place + CHUNK]))
         found |= {row.digest: row.id for row in connection.execute(query)}
     return found
-
-
-def _mark(database: Database, connection: Connection, times: Sequence[int]) -> None:
-    for hour in sorted(Counter(time - time % HOUR for time in times)):
-        statement = database.insert(HOURS).values(hour=hour, changes=1, built=-1, sealed=False)
-        changed = {"changes": HOURS.c.changes + 1}
-        connection.execute(statement.on_conflict_do_update(index_elements=["hour"], set_=changed))
 
 
 def _row(event: Event, kind: int) -> dict[str, Any]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
 from sqlalchemy import Select, select
 
-from usage.cells import Cells, Kind
+from usage.cells import Cells, Kind, exact_sums
 from usage.database import Database
 from usage.events import OUTCOMES, Event
-from usage.period import SECOND, Filter, Window, bin_size, bins, micros, moment
+from usage.period import SECOND, Filter, FilterError, Window, bin_size, bins, micros, moment
 from usage.rollups import Reader
-from usage.sketch import ERROR, quantiles
+from usage.sketch import ERROR, MANY, grouped
 from usage.tables import EVENTS, KINDS
 
 MAX_RECENT = 500
@@ -168,16 +168,19 @@ class Usage:
         """Everything of the page; `by`: "branch" or "model"; `now`: the end of the period, if not this moment."""
         window = wanted.window(now or datetime.now(timezone.utc))
         cells, before = self._cells(wanted, window), self._cells(wanted, window.before)
+        starts = bins(window, wanted.zone)
+        tally = Tally(cells, starts)
+        models = list(_models(tally))
         split = wanted.branches if len(wanted.branches) > 1 else ()
         return Dashboard(
             _figures(window, cells, before),
             tuple((name, _figures(window, cells.only("branch", name), before.only("branch", name))) for name in split),
-            _series(cells, window, wanted.zone, "calls", by),
-            _latencies(cells, window, wanted.zone),
-            _series(cells, window, wanted.zone, "cost", by),
-            tuple(_amount(name, part) for name, part in cells.split("model")),
-            tuple(_dot(name, part) for name, part in cells.split("model")),
-            _errors(cells),
+            _series(tally, starts, window, "calls", by),
+            _latencies(tally, starts, window),
+            _series(tally, starts, window, "cost", by),
+            tuple(amount for amount, _ in models),
+            tuple(dot for _, dot in models),
+            _errors(tally),
         )
 
     def figures(self, wanted: Filter, now: datetime | None = None) -> Figures:
@@ -188,7 +191,10 @@ class Usage:
     def series(self, wanted: Filter, measure: str, by: str = "", now: datetime | None = None) -> Series:
         """One measure (a name of UNITS) over time; `by`: "branch", "model", "skill", "outcome", or "" for one line."""
         window = wanted.window(now or datetime.now(timezone.utc))
-        return _series(self._cells(wanted, window), window, wanted.zone, measure, by)
+        if measure not in UNITS or by not in ("", "branch", "model", "skill", "outcome"):
+            raise FilterError(f"A series is one of {', '.join(UNITS)}, by branch, model, skill or outcome.")
+        starts = bins(window, wanted.zone)
+        return _series(Tally(self._cells(wanted, window), starts), starts, window, measure, by)
 
     def recent(self, wanted: Filter, limit: int = 50, now: datetime | None = None) -> tuple[Event, ...]:
         """The newest events of the filter, newest first; at most MAX_RECENT."""
@@ -238,75 +244,171 @@ def event_of(row: Mapping[Any, Any]) -> Event:
 # ── From cells to figures ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def measure(cells: Cells) -> dict[str, float | None]:
-    """Every measure of UNITS over these cells."""
-    rows, priced, counted = cells.rows, cells.flag("priced"), cells.flag("counted")
-    calls = int(rows["calls"].sum())
-    priced_calls, cost = int(rows["calls"][priced].sum()), int(rows["cost"][priced].sum())
-    both = priced & rows["rewarded"]
-    reward, spent = int(rows["reward"][both].sum()), int(rows["cost"][both].sum())
-    tokens = int(rows["tokens_in"][counted].sum()) + int(rows["tokens_out"][counted].sum())
-    latency = quantiles(rows["latency"], rows["calls"], rows["latency_bucket"], list(QUANTILES.values()))
-    known = rows[rows["first_bucket"] >= 0]
-    (first,) = quantiles(known["first_token"], known["calls"], known["first_bucket"], [0.5])
-    return {
-        "calls": calls,
-        "error_rate": int(rows["calls"][cells.flag("failed")].sum()) / calls if calls else None,
-        **{name: None if value is None else value / SECOND for name, value in zip(QUANTILES, latency, strict=True)},
-        "first_token": None if first is None else first / SECOND,
-        "tokens": tokens if counted.any() else None,
-        "cost": cost / DOLLAR if priced_calls else None,
-        "cost_per_request": cost / DOLLAR / priced_calls if priced_calls else None,
-        "reward_per_cent": (reward / 1_000_000) / (spent / CENT) if spent else None,
-    }
+class Tally:
+    """Cells added up by bin and kind: sums for any part of them are then small work."""
+
+    def __init__(self, cells: Cells, starts: Sequence[datetime]) -> None:
+        """starts: where each bin begins."""
+        self.cells, self.count = cells, len(starts)
+        numbers = np.array(sorted(cells.kinds), np.int64)
+        self.kinds = [cells.kinds[int(number)] for number in numbers]
+        order = np.zeros(int(numbers.max(initial=0)) + 1, np.int64)
+        order[numbers] = np.arange(len(numbers))
+        edges = np.array([micros(start) for start in starts])
+        self.bins = np.maximum(np.searchsorted(edges, cells.columns["time"], side="right") - 1, 0)
+        self.kind = order[cells.columns["kind"]]
+        self.sums = self._summed()
+
+    def _summed(self) -> np.ndarray:
+        """int64 [bins, kinds, 6]: calls, tokens, cost, scored calls, their rewards (millionths), their cost."""
+        columns, size = self.cells.columns, self.count * len(self.kinds)
+        places, rewarded = self.bins * len(self.kinds) + self.kind, columns["rewarded"]
+        tokens = columns["tokens_in"] + columns["tokens_out"]
+        sums = [exact_sums(places, column, size) for column in (columns["calls"], tokens, columns["cost"])]
+        sums += [exact_sums(places[rewarded], columns[c][rewarded], size) for c in ("calls", "reward", "cost")]
+        return np.stack(sums, axis=-1).reshape(self.count, len(self.kinds), 6)
+
+    def names(self, part: str) -> list[str]:
+        """The names that calls have in this part, sorted."""
+        there = np.flatnonzero(self.sums[:, :, 0].sum(axis=0))
+        return sorted({getattr(self.kinds[place], part) for place in there})
+
+    def totals(self, meant: Callable[[Kind], bool] = lambda _: True) -> list[Totals]:
+        """For each bin the totals of the kinds that are meant."""
+        masks = [np.array([meant(kind) and check(kind) for kind in self.kinds], bool) for check in CHECKS]
+        everything, failed, priced, counted, estimated = (self.sums[:, mask].sum(axis=1) for mask in masks)
+        columns = (
+            everything[:, 0], failed[:, 0], priced[:, 0], priced[:, 2], counted[:, 0], counted[:, 1],
+            estimated[:, 0], everything[:, 3], everything[:, 4], priced[:, 4], priced[:, 5],
+        )  # fmt: skip
+        return [Totals(*map(int, row)) for row in np.stack(columns, axis=-1)]
+
+    def latency(self, groups: np.ndarray, count: int, shares: Sequence[float]) -> list[list[float | None]]:
+        """The latency in seconds at these shares, for each group of cells."""
+        columns = self.cells.columns
+        found = grouped(columns["latency"], columns["calls"], columns["latency_bucket"], groups, count, shares)
+        return [[_in_seconds(value) for value in row] for row in found]
+
+    def first_token(self, groups: np.ndarray, count: int) -> list[float | None]:
+        """The median time to the first token in seconds, where known, for each group of cells."""
+        known = self.cells.columns["first_bucket"] >= 0
+        value, calls, bucket = (self.cells.columns[name][known] for name in ("first_token", "calls", "first_bucket"))
+        return [_in_seconds(row[0]) for row in grouped(value, calls, bucket, groups[known], count, [0.5])]
+
+    def groups(self, part: str, names: Sequence[str]) -> np.ndarray:
+        """For each cell the place of its name in `names`."""
+        places = {name: place for place, name in enumerate(names)}
+        return np.array([places.get(getattr(kind, part), 0) for kind in self.kinds], np.int64)[self.kind]
+
+
+CHECKS: tuple[Callable[[Kind], bool], ...] = (
+    lambda _: True,
+    lambda kind: kind.failed,
+    lambda kind: kind.priced,
+    lambda kind: kind.counted,
+    lambda kind: kind.estimated,
+)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums of calls. Cost in billionths of a dollar, rewards in millionths; rewarded and spent: of priced calls."""
+
+    calls: int
+    failed: int
+    priced: int
+    cost: int
+    counted: int
+    tokens: int
+    estimated: int
+    scored: int
+    reward: int
+    rewarded: int
+    spent: int
+
+    def measure(self, name: str) -> float | None:
+        """One of UNITS that is no percentile."""
+        match name:
+            case "calls":
+                return self.calls
+            case "error_rate":
+                return self.failed / self.calls if self.calls else None
+            case "tokens":
+                return self.tokens if self.counted else None
+            case "cost":
+                return self.cost / DOLLAR if self.priced else None
+            case "cost_per_request":
+                return self.cost / (DOLLAR * self.priced) if self.priced else None
+            case _:
+                return self.rewarded * CENT / (1_000_000 * self.spent) if self.spent else None
+
+
+def _in_seconds(value: float | None) -> float | None:
+    return None if value is None else value / SECOND
+
+
+def measure(cells: Cells) -> tuple[dict[str, float | None], Totals]:
+    """Every measure of UNITS over these cells, and the totals."""
+    tally = Tally(cells, [moment(0)])
+    (totals,) = tally.totals()
+    (latency,) = tally.latency(tally.bins, 1, list(QUANTILES.values()))
+    timed = {**dict(zip(QUANTILES, latency, strict=True)), "first_token": tally.first_token(tally.bins, 1)[0]}
+    return {name: timed[name] if name in timed else totals.measure(name) for name in UNITS}, totals
 
 
 def _figures(window: Window, cells: Cells, before: Cells) -> Figures:
-    now, then = measure(cells), measure(before)
-    calls = cells.rows["calls"]
+    (now, totals), (then, _) = measure(cells), measure(before)
+    exact = all(part.exact and len(part) <= MANY for part in (cells, before))
     return Figures(
         window,
         **{name: Figure(now[name], then[name], unit) for name, unit in UNITS.items()},
-        unpriced=int(calls[~cells.flag("priced")].sum()),
-        uncounted=int(calls[~cells.flag("counted")].sum()),
-        estimated=int(calls[cells.flag("estimated")].sum()),
-        percentile_error=0.0 if cells.exact else ERROR,
+        unpriced=totals.calls - totals.priced,
+        uncounted=totals.calls - totals.counted,
+        estimated=totals.estimated,
+        percentile_error=0.0 if exact else ERROR,
     )
 
 
-def _series(cells: Cells, window: Window, zone: str, what: str, by: str) -> Series:
-    starts = bins(window, zone)
-    parts = cells.split(by) if by else [("", cells)]
-    lines = tuple(Line(name, tuple(measure(piece)[what] for piece in _binned(part, starts))) for name, part in parts)
+def _series(tally: Tally, starts: list[datetime], window: Window, what: str, by: str) -> Series:
+    names = tally.names(by) if by else [""]
+    if what in (*QUANTILES, "first_token"):
+        groups = (tally.groups(by, names) if by else 0) * tally.count + tally.bins
+        count = len(names) * tally.count
+        if what == "first_token":
+            flat = tally.first_token(groups, count)
+        else:
+            flat = [row[0] for row in tally.latency(groups, count, [QUANTILES[what]])]
+        values = [flat[place * tally.count : (place + 1) * tally.count] for place in range(len(names))]
+    else:
+        values = [[totals.measure(what) for totals in tally.totals(_named(by, name))] for name in names]
+    lines = tuple(Line(name, tuple(line)) for name, line in zip(names, values, strict=True))
     return Series(what, UNITS[what], bin_size(window), tuple(starts), lines)
 
 
-def _latencies(cells: Cells, window: Window, zone: str) -> Series:
-    starts = bins(window, zone)
-    found = [measure(piece) for piece in _binned(cells, starts)]
-    lines = tuple(Line(name, tuple(values[name] for values in found)) for name in QUANTILES)
+def _named(part: str, name: str) -> Callable[[Kind], bool]:
+    return (lambda kind: getattr(kind, part) == name) if part else (lambda _: True)
+
+
+def _latencies(tally: Tally, starts: list[datetime], window: Window) -> Series:
+    found = tally.latency(tally.bins, tally.count, list(QUANTILES.values()))
+    lines = tuple(Line(name, tuple(values[place] for values in found)) for place, name in enumerate(QUANTILES))
     return Series("latency", "s", bin_size(window), tuple(starts), lines)
 
 
-def _binned(cells: Cells, starts: list[datetime]) -> Iterator[Cells]:
-    """The cells of each bin."""
-    place = np.searchsorted([micros(start) for start in starts], cells.rows["time"], side="right") - 1
-    return (cells.where(place == number) for number in range(len(starts)))
+def _models(tally: Tally) -> Iterator[tuple[Amount, Dot]]:
+    names = tally.names("model")
+    medians = tally.latency(tally.groups("model", names), len(names), [0.5])
+    for name, (median,) in zip(names, medians, strict=True):
+        parts = tally.totals(_named("model", name))
+        total = Totals(*(sum(getattr(part, field.name) for part in parts) for field in fields(Totals)))
+        reward = total.reward / 1_000_000 / total.scored if total.scored else None
+        dot = Dot(name, total.calls, median or 0.0, reward, total.measure("cost_per_request"))
+        yield Amount(name, total.measure("cost"), total.calls - total.priced), dot
 
 
-def _amount(name: str, cells: Cells) -> Amount:
-    return Amount(name, measure(cells)["cost"], int(cells.rows["calls"][~cells.flag("priced")].sum()))
-
-
-def _dot(name: str, cells: Cells) -> Dot:
-    values, rewarded = measure(cells), cells.rows[cells.rows["rewarded"]]
-    scored = int(rewarded["calls"].sum())
-    reward = int(rewarded["reward"].sum()) / 1_000_000 / scored if scored else None
-    return Dot(name, int(values["calls"] or 0), values["p50"] or 0.0, reward, values["cost_per_request"])
-
-
-def _errors(cells: Cells) -> tuple[Count, ...]:
-    found = [
-        Count(name, int(part.rows["calls"].sum())) for name, part in cells.where(cells.flag("failed")).split("error")
-    ]
-    return tuple(sorted(found, key=lambda count: (-count.calls, count.name)))
+def _errors(tally: Tally) -> tuple[Count, ...]:
+    found: dict[str, int] = {}
+    for kind, calls in zip(tally.kinds, tally.sums[:, :, 0].sum(axis=0), strict=True):
+        if kind.failed and calls:
+            found[kind.error] = found.get(kind.error, 0) + int(calls)
+    return tuple(sorted((Count(*each) for each in found.items()), key=lambda count: (-count.calls, count.name)))
