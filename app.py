@@ -10,13 +10,15 @@ import uvicorn
 from fastapi import FastAPI
 
 from recipes import MAX_BYTES
-from serving import health
-from settings import Settings, SettingsError
+from serving import health, usage
+from settings import ROOT, Settings, SettingsError
 from training.worker import COMMAND
 from ui import TABS
 from ui.house import House, Shared
 from ui.samples import PHOTOS
 from ui.theme import HEAD, theme
+from usage.deployment import deployment
+from usage.prices import PriceError, Prices
 from usage.store import StoreError
 
 TITLE = "Moondream Playground"
@@ -39,9 +41,13 @@ def create_app(settings: Settings, training: tuple[str, ...] = COMMAND) -> FastA
     """Page and routes as one ASGI application. training: the command that does a run, given its folder."""
     app = FastAPI(title=TITLE)
     app.include_router(health.router)
+    prices = Prices.read(settings.prices) if settings.prices else Prices()
+    where = deployment(settings.branch, settings.commit, settings.space, ROOT)
+    house = House.open(settings.data_dir, settings.store_url, training, where, prices, settings.hardware)
+    app.include_router(usage.router(house.usage, house.budgets, house.meter.recorder))
     return gr.mount_gradio_app(
         app,
-        blocks(House.open(settings.data_dir, settings.store_url, training)),
+        blocks(house),
         path="/",
         theme=theme(),
         head=HEAD,
@@ -60,7 +66,7 @@ def main() -> None:
     try:
         settings = Settings.from_env(os.environ)
         app = create_app(settings)
-    except (SettingsError, StoreError) as error:
+    except (SettingsError, PriceError, StoreError) as error:
         sys.exit(str(error))
     print(f"{TITLE}: http://{'localhost' if settings.host in LOCAL else settings.host}:{settings.port}", flush=True)
     uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning")

@@ -12,10 +12,11 @@ from inference.answers import MAX_CANDIDATES, MAX_SEED, MAX_TEMPERATURE, SKILLS,
 from inference.models import MODELS
 from recipes import Recipe, describe, parse
 from rewards import RewardFunction, RewardFunctionError, score_recipes
-from ui import api_runs
+from ui import api_runs, api_usage
 from ui.compare import compare as snapshots
 from ui.house import House
 from ui.messages import refusal
+from ui.metered import Meter
 from ui.photo import photo_input, read_photo
 from ui.picker import check_choice
 from ui.report import candidate
@@ -25,7 +26,14 @@ MAX_RECIPES = 64
 
 
 def compare(
-    photo: str | None, models: Any, skill: str, prompt: str, n: int, temperature: float, seed: int
+    photo: str | None,
+    models: Any,
+    skill: str,
+    prompt: str,
+    n: int,
+    temperature: float,
+    seed: int,
+    meter: Meter | None = None,
 ) -> dict[str, Any]:
     """Ask models about a photo: every candidate's text, recipe, scores and seconds; a failed model's error."""
     names = check_choice(models)
@@ -33,7 +41,8 @@ def compare(
         request = Request(read_photo(photo), skill, prompt, n=n, temperature=temperature, seed=seed)
     except RequestError as error:
         raise refusal(str(error), "This cannot be asked") from None
-    *_, last = snapshots(names, request, threading.Event())
+    asked = (names, request, threading.Event())
+    *_, last = meter.compare(*asked, "api") if meter else snapshots(*asked)
     return {
         "seconds": round(last.seconds, 4),
         "models": [
@@ -110,9 +119,10 @@ def build(house: House) -> None:
     answer, recipes, weights = (gr.JSON(label=label, **hidden) for label in ("answer", "recipes", "weights"))
     name = gr.Textbox(label="name", **hidden)
     call = gr.Button(**hidden).click
-    call(compare, asked, answer, api_name="compare", concurrency_limit=16)
+    call(partial(compare, meter=house.meter), asked, answer, api_name="compare", concurrency_limit=16)
     call(score, [photo, recipes], answer, api_name="score", concurrency_limit=2)
     call(models, None, answer, api_name="models", queue=False)
     call(partial(reward_functions, house.store), None, answer, api_name="reward_functions")
     call(partial(save_reward_function, house.store), [name, weights], answer, api_name="save_reward_function")
     api_runs.build(house)
+    api_usage.build(house)

@@ -9,13 +9,17 @@ import gradio as gr
 
 from rewards import DEFAULT, REWARDS
 from training.adopt import Adopted
-from training.runs import Runs
+from training.runs import Run, Runs
 from training.worker import COMMAND, Worker
 from ui.link import Setup
+from ui.metered import Meter
 from ui.picker import model_picker
 from usage.budgets import Budgets
 from usage.database import Database
+from usage.events import Deployment
+from usage.prices import Prices
 from usage.queries import Usage
+from usage.record import Recorder
 from usage.store import Store
 
 
@@ -29,17 +33,37 @@ class House:
     adopted: Adopted
     usage: Usage
     budgets: Budgets
+    meter: Meter
 
     @classmethod
-    def open(cls, data_dir: Path, store_url: str, command: tuple[str, ...] = COMMAND) -> House:
-        """Brings back what was in service, and goes on with the runs that were not over. Raises StoreError."""
+    def open(
+        cls,
+        data_dir: Path,
+        store_url: str,
+        command: tuple[str, ...] = COMMAND,
+        where: Deployment | None = None,
+        prices: Prices | None = None,
+        hardware: str | None = None,
+    ) -> House:
+        """Brings back what was in service, and goes on with the runs that were not over. Raises StoreError.
+
+        where, prices, hardware: what the usage of this process is recorded with.
+        """
         database = Database(store_url)
         runs = Runs(data_dir / "runs")
         adopted = Adopted(runs)
         adopted.load()
-        worker = Worker(runs, command, on_end=adopted.settle)
+        recorder = Recorder(database, data_dir / "usage-spool", where or Deployment())
+        recorder.start()
+        meter = Meter(recorder, prices or Prices(), hardware)
+
+        def ended(run: Run) -> None:
+            meter.count(run)
+            adopted.settle(run)
+
+        worker = Worker(runs, command, on_end=ended)
         worker.wake()
-        return cls(Store(database), runs, worker, adopted, Usage(database), Budgets(database))
+        return cls(Store(database), runs, worker, adopted, Usage(database), Budgets(database), meter)
 
 
 @dataclass(frozen=True)

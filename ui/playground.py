@@ -23,6 +23,7 @@ from ui.grid import candidate_grid, grid_value
 from ui.house import House, Shared
 from ui.link import LINKED, Setup, link_js, read_link
 from ui.messages import refusal, warn
+from ui.metered import Meter
 from ui.photo import photo_input, read_photo
 from ui.picker import check_choice, choices
 from ui.report import report
@@ -126,8 +127,13 @@ def run(
     temperature: float,
     seed: float,
     sample: str,
+    meter: Meter | None = None,
+    visitor: str = "",
 ) -> Iterator[tuple[dict[str, Any], Session, Any, Any]]:
-    """Asks the models; yields the grid, the session's state and the two buttons. gr.Error says what to mend."""
+    """Asks the models; yields the grid, the session's state and the two buttons. gr.Error says what to mend.
+
+    With a meter each model's call is recorded as one of `visitor`, a random name for the browser's tab.
+    """
     names = check_choice(names)
     pixels = read_photo(photo)
     request = ask(pixels, skill, prompt, length, n, temperature, seed)
@@ -135,7 +141,8 @@ def run(
     setup = Setup(sample, tuple(names), skill, request.prompt, length, request.n, request.temperature, request.seed)
     view = {"src": picture_url(shrink(pixels)), "width": pixels.shape[1], "height": pixels.shape[0]}
     session = Session(secrets.token_hex(8), threading.Event(), str(photo), setup, Comparison(skill))
-    with closing(compare(names, request, session.cancel)) as snapshots:
+    asked = (names, request, session.cancel)
+    with closing(meter.compare(*asked, "playground", visitor) if meter else compare(*asked)) as snapshots:
         for comparison in snapshots:
             session = replace(session, comparison=comparison.without_pictures())
             going = comparison.status == "running"
@@ -250,7 +257,23 @@ def build(house: House, shared: Shared) -> None:
     skill.input(choose_skill, [skill, prompt], [prompt, length], **QUICK)
     skill.change(None, skill, None, js=SKILL_JS, **PRIVATE)
     another.click(None, None, seed, js="() => Math.floor(Math.random() * 10000)", **PRIVATE)
-    start.click(run, asked, [grid, session, start, stop], concurrency_limit=32, **PRIVATE)
+
+    def started(
+        photo: str | None,
+        names: list[str],
+        skill: str,
+        prompt: str,
+        length: str,
+        n: float,
+        temperature: float,
+        seed: float,
+        sample: str,
+        request: gr.Request,
+    ) -> Iterator[Any]:
+        visitor = request.session_hash or ""
+        yield from run(photo, names, skill, prompt, length, n, temperature, seed, sample, house.meter, visitor)
+
+    start.click(started, asked, [grid, session, start, stop], concurrency_limit=32, **PRIVATE)
     stop.click(cancel, session, None, **QUICK)
     gr.on([slider.change for slider in sliders], None, sliders, None, js=WEIGHTS_JS, **PRIVATE)
     deliver(grid.download, full_picture, [session])

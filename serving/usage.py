@@ -1,0 +1,95 @@
+"""GET /v1/usage: the figures as JSON. GET /v1/usage.csv and .parquet: the events. GET /metrics: for Prometheus."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, HTTPException, Query
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+
+from usage.budgets import Budgets
+from usage.export import export
+from usage.period import Filter, FilterError
+from usage.queries import Usage
+from usage.record import Recorder
+from usage.report import figures_report, prometheus
+from usage.store import StoreError
+
+Names = Annotated[list[str], Query(max_length=50)]
+MEDIA = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
+
+
+def router(usage: Usage, budgets: Budgets, recorder: Recorder) -> APIRouter:
+    """The routes. They only read."""
+    routes = APIRouter()
+
+    @routes.get("/v1/usage")
+    def figures(
+        period: str = "day",
+        branch: Names = [],  # noqa: B006 - FastAPI copies it
+        model: Names = [],  # noqa: B006
+        skill: Names = [],  # noqa: B006
+        outcome: Names = [],  # noqa: B006
+        zone: str = "UTC",
+        start: datetime | None = None,
+        end: datetime | None = None,
+    ) -> JSONResponse:
+        wanted = _filter(period, branch, model, skill, outcome, zone, start, end)
+        return JSONResponse(_answered(lambda: figures_report(usage.figures(wanted))))
+
+    @routes.get("/v1/usage.{kind}")
+    def events(
+        kind: Literal["csv", "parquet"],
+        period: str = "day",
+        branch: Names = [],  # noqa: B006
+        model: Names = [],  # noqa: B006
+        skill: Names = [],  # noqa: B006
+        outcome: Names = [],  # noqa: B006
+        zone: str = "UTC",
+        start: datetime | None = None,
+        end: datetime | None = None,
+    ) -> StreamingResponse:
+        wanted = _filter(period, branch, model, skill, outcome, zone, start, end)
+        pieces = export(usage.database, wanted, kind)
+        first = _answered(lambda: next(pieces))  # a database that is down is an error, not an empty file
+        name = f"usage-{re.sub(r'[^a-z0-9]+', '-', wanted.period)}.{kind}"
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+        return StreamingResponse(_from(first, pieces), media_type=MEDIA[kind], headers=headers)
+
+    @routes.get("/metrics")
+    def metrics() -> PlainTextResponse:
+        text = _answered(lambda: prometheus(usage, budgets, recorder))
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return routes
+
+
+def _filter(
+    period: str,
+    branches: list[str],
+    models: list[str],
+    skills: list[str],
+    outcomes: list[str],
+    zone: str,
+    start: datetime | None,
+    end: datetime | None,
+) -> Filter:
+    try:
+        return Filter(period, tuple(branches), tuple(models), tuple(skills), tuple(outcomes), zone, start, end)
+    except FilterError as error:
+        raise HTTPException(400, str(error)) from None
+
+
+def _answered(question: Any) -> Any:
+    try:
+        return question()
+    except StoreError as error:
+        raise HTTPException(503, str(error)) from None
+
+
+def _from(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from rest
