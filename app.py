@@ -32,7 +32,7 @@ def blocks(house: House) -> gr.Blocks:
         with gr.Tabs() as tabs:
             shared = Shared.make(tabs)
             for title, build in TABS.items():
-                with gr.Tab(title):
+                with gr.Tab(title, id=title):
                     build(house, shared)
     return page.queue(max_size=64)
 
