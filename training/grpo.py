@@ -432,7 +432,7 @@ def main() -> None:
         lock.release()
 
 
-def _live(run: Run, config: RunConfig, main_process: bool, do: Callable[..., dict[str, Any] | None]) -> None:
+def _live(run: Run, config: RunConfig, main_process: bool, do: Callable[..., dict[str, Any] | None] = work) -> None:
     """Does the run, here or on Hugging Face Jobs, and writes how it ended."""
 
     def phase(words: str) -> None:

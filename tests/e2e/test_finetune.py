@@ -16,6 +16,7 @@ from inference.models import MODELS
 from tests.e2e.conftest import serving
 from tests.e2e.test_page import PHONE, violations
 from tests.e2e.test_playground import set_weight
+from tests.training.stand_in_hub import TOKEN, StandInHub
 from tests.training.test_worker import until
 from training.runs import RunConfig, Runs
 from ui.samples import SAMPLES
@@ -103,6 +104,27 @@ def test_the_playground_leads_to_the_tab_with_its_reward(open_page: Open) -> Non
     page.get_by_role("tab", name="Playground").click()
     page.get_by_label("Caption").check()
     assert page.locator("#teach").is_hidden()
+
+
+def test_a_run_can_be_sent_to_jobs_with_its_price_and_a_token(open_page: Open, runs: Runs, hub: StandInHub) -> None:
+    page = open_page("reward=sharpness:1")
+    tune(page)
+    page.get_by_label("Hugging Face Jobs").check()
+    page.locator("#tune-estimate").get_by_text("$1.60 at most").wait_for()
+    page.get_by_label("Smoke test").check()
+    page.locator("#tune-seed input").fill("42")
+    page.get_by_role("button", name="Retrain with this reward").click()
+    page.get_by_text("Give your Hugging Face token").wait_for()
+    assert all(run.config().seed != 42 for run in runs.list())
+    token = page.get_by_label("Your Hugging Face token")
+    token.fill(TOKEN)
+    page.get_by_role("button", name="Retrain with this reward").click()
+    page.locator(".run-about").get_by_text("seed 42").wait_for()
+    ended(page)
+    config = runs.list()[-1].config()
+    assert (config.where, config.hardware) == ("jobs", "l4x1")
+    page.wait_for_function("input => input.value === ''", arg=token.element_handle())
+    assert TOKEN not in page.content()
 
 
 def test_a_winner_stands_beside_its_base_and_one_click_reverts(open_page: Open, runs: Runs) -> None:
