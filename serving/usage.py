@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Query
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
 
 from usage.budgets import Budgets
 from usage.export import export
@@ -18,8 +19,31 @@ from usage.record import Recorder
 from usage.report import figures_report, prometheus
 from usage.store import StoreError
 
-Names = Annotated[list[str], Query(max_length=50)]
+Names = Annotated[list[str], Field(max_length=50)]
 MEDIA = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
+
+
+class Asked(BaseModel):
+    """A filter as an address has it; see usage.period.Filter. A start or end without an offset is in `zone`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    period: str = "day"
+    branch: Names = []
+    model: Names = []
+    skill: Names = []
+    outcome: Names = []
+    zone: str = "UTC"
+    start: datetime | None = None
+    end: datetime | None = None
+
+    def filter(self) -> Filter:
+        """Raises HTTPException with what to change."""
+        names = (tuple(each) for each in (self.branch, self.model, self.skill, self.outcome))
+        try:
+            return Filter(self.period, *names, self.zone, self.start, self.end)
+        except FilterError as error:
+            raise HTTPException(400, str(error)) from None
 
 
 def router(usage: Usage, budgets: Budgets, recorder: Recorder) -> APIRouter:
@@ -27,32 +51,13 @@ def router(usage: Usage, budgets: Budgets, recorder: Recorder) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/v1/usage")
-    def figures(
-        period: str = "day",
-        branch: Names = [],  # noqa: B006 - FastAPI copies it
-        model: Names = [],  # noqa: B006
-        skill: Names = [],  # noqa: B006
-        outcome: Names = [],  # noqa: B006
-        zone: str = "UTC",
-        start: datetime | None = None,
-        end: datetime | None = None,
-    ) -> JSONResponse:
-        wanted = _filter(period, branch, model, skill, outcome, zone, start, end)
+    def figures(asked: Annotated[Asked, Query()]) -> JSONResponse:
+        wanted = asked.filter()
         return JSONResponse(_answered(lambda: figures_report(usage.figures(wanted))))
 
     @routes.get("/v1/usage.{kind}")
-    def events(
-        kind: Literal["csv", "parquet"],
-        period: str = "day",
-        branch: Names = [],  # noqa: B006
-        model: Names = [],  # noqa: B006
-        skill: Names = [],  # noqa: B006
-        outcome: Names = [],  # noqa: B006
-        zone: str = "UTC",
-        start: datetime | None = None,
-        end: datetime | None = None,
-    ) -> StreamingResponse:
-        wanted = _filter(period, branch, model, skill, outcome, zone, start, end)
+    def events(kind: Literal["csv", "parquet"], asked: Annotated[Asked, Query()]) -> StreamingResponse:
+        wanted = asked.filter()
         pieces = export(usage.database, wanted, kind)
         first = _answered(lambda: next(pieces))  # a database that is down is an error, not an empty file
         name = f"usage-{re.sub(r'[^a-z0-9]+', '-', wanted.period)}.{kind}"
@@ -65,22 +70,6 @@ def router(usage: Usage, budgets: Budgets, recorder: Recorder) -> APIRouter:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return routes
-
-
-def _filter(
-    period: str,
-    branches: list[str],
-    models: list[str],
-    skills: list[str],
-    outcomes: list[str],
-    zone: str,
-    start: datetime | None,
-    end: datetime | None,
-) -> Filter:
-    try:
-        return Filter(period, tuple(branches), tuple(models), tuple(skills), tuple(outcomes), zone, start, end)
-    except FilterError as error:
-        raise HTTPException(400, str(error)) from None
 
 
 def _answered(question: Any) -> Any:

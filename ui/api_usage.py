@@ -30,7 +30,7 @@ def series(usage: Usage, wanted: Any, measure: str, by: str) -> dict[str, Any]:
 
 
 def read_filter(wanted: Any) -> Filter:
-    """A filter from JSON; start and end are written in ISO 8601, with a zone. Raises FilterError."""
+    """A filter from JSON; start and end are in ISO 8601; without an offset they are in `zone`. Raises FilterError."""
     values = {} if wanted is None else wanted
     if not isinstance(values, dict) or set(values) - set(KEYS):
         raise FilterError(f"A filter is an object with some of {', '.join(KEYS)}.")

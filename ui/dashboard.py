@@ -11,7 +11,7 @@ from functools import partial
 from string import Template
 from threading import Event
 from typing import Any
-from zoneinfo import ZoneInfo, available_timezones
+from zoneinfo import available_timezones
 
 import gradio as gr
 
@@ -65,7 +65,7 @@ class Chosen:
     def filter(self) -> Filter:
         """As the queries take it. Raises FilterError."""
         custom = self.period == CUSTOM
-        times = [_moment(text, self.zone) if custom else None for text in (self.start, self.end)]
+        times = [_moment(text) if custom else None for text in (self.start, self.end)]
         return Filter(self.period, self.branches, self.models, self.skills, self.outcomes, self.zone, *times)
 
 
@@ -73,14 +73,11 @@ FIELDS = tuple(Chosen.__dataclass_fields__)
 LISTS = ("branches", "models", "skills", "outcomes")
 
 
-def _moment(text: str | None, zone: str) -> datetime | None:
-    if not text:
-        return None
+def _moment(text: str | None) -> datetime | None:
     try:
-        moment = datetime.fromisoformat(str(text)[:40])
+        return datetime.fromisoformat(str(text)[:40]) if text else None
     except ValueError:
         raise FilterError("Write a time like 2026-11-23 18:00.") from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=ZoneInfo(zone))
 
 
 # ── Handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────

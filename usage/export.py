@@ -60,9 +60,12 @@ def _pieces(database: Database, wanted: Filter, now: datetime) -> Iterator[list[
 
 
 def _csv(pieces: Iterator[list[Event]]) -> Iterator[bytes]:
-    yield _lines([COLUMNS])
-    for events in pieces:
-        yield _lines([_cell(getattr(event, name)) for name in COLUMNS] for event in events)
+    head = _lines([COLUMNS])
+    for events in pieces:  # the head goes with the first piece, so that a database that is down has sent nothing
+        yield head + _lines([_cell(getattr(event, name)) for name in COLUMNS] for event in events)
+        head = b""
+    if head:
+        yield head
 
 
 def _lines(rows: Any) -> bytes:

@@ -51,8 +51,8 @@ class Window:
 class Filter:
     """Which events are meant. An empty tuple means all; several names of a kind mean any of them.
 
-    period: a name of PERIODS, which ends now, or "custom" with `start` and `end`, both with a zone.
-    zone: an IANA name; it decides where the bins of charts begin, not which events are meant.
+    period: a name of PERIODS, which ends now, or "custom" with `start` and `end`.
+    zone: an IANA name; it decides where the bins of charts begin, and what a start or end without a zone means.
     """
 
     period: str = "day"
@@ -72,6 +72,10 @@ class Filter:
             raise FilterError(f"The period must be one of {', '.join([*PERIODS, CUSTOM])}.")
         for name in ("branches", "models", "skills", "outcomes"):
             object.__setattr__(self, name, tuple(storable(text, MAX_WORD) for text in getattr(self, name)))
+        for name in ("start", "end"):
+            moment = getattr(self, name)
+            if moment is not None and moment.tzinfo is None:
+                object.__setattr__(self, name, moment.replace(tzinfo=ZoneInfo(self.zone)))
         if self.period == CUSTOM:
             _check(self.start, self.end)
 
@@ -88,8 +92,8 @@ class Filter:
 
 
 def _check(start: datetime | None, end: datetime | None) -> None:
-    if start is None or end is None or start.tzinfo is None or end.tzinfo is None:
-        raise FilterError("A custom period needs a start and an end, both with a time zone.")
+    if start is None or end is None:
+        raise FilterError("A custom period needs a start and an end.")
     try:
         length = end.astimezone(timezone.utc) - start.astimezone(timezone.utc)
     except OverflowError:

@@ -19,6 +19,7 @@ from ui.samples import SAMPLES
 CAT = str(SAMPLES["chelsea.jpg"].path)
 NAMED = {"/compare", "/score", "/models", "/reward_functions", "/save_reward_function"}
 NAMED |= {"/retrain", "/run_status", "/cancel_run", "/runs", "/use_run", "/revert"}
+NAMED |= {"/usage", "/usage_series"}
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from usage.store import Store
 VERSION_1 = """
 CREATE TABLE schema_version (version INTEGER NOT NULL);
 INSERT INTO schema_version VALUES (1);
-CREATE TABLE reward_functions (id INTEGER NOT NULL PRIMARY KEY, name VARCHAR(80) NOT NULL, name_key TEXT NOT NULL UNIQUE,
-    weights TEXT NOT NULL, created DATETIME NOT NULL, updated DATETIME NOT NULL);
+CREATE TABLE reward_functions (id INTEGER NOT NULL PRIMARY KEY, name VARCHAR(80) NOT NULL,
+    name_key TEXT NOT NULL UNIQUE, weights TEXT NOT NULL, created DATETIME NOT NULL, updated DATETIME NOT NULL);
 INSERT INTO reward_functions VALUES
     (1, 'crisp', 'crisp', '{"sharpness": 1.0}', '2026-11-01 10:00:00.000000', '2026-11-01 10:00:00.000000');
 """

@@ -23,7 +23,7 @@ from usage.budgets import Budget, BudgetExceeded, Budgets
 from usage.database import Database, StoreError
 from usage.events import Deployment, Event
 from usage.export import export
-from usage.period import Filter, bins, micros
+from usage.period import PERIODS, Filter, bins, micros
 from usage.prices import Prices
 from usage.queries import Usage
 from usage.record import Recorder
@@ -72,19 +72,24 @@ def empty(database: Database) -> None:
             connection.execute(text(f"DELETE FROM {table}"))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    made=st.lists(events(), max_size=40),
-    zone=st.sampled_from(ZONES),
-    period=st.sampled_from(("day", "week", "30 days")),
-    branches=st.sampled_from(((), ("main",), ("main", "other"))),
-)
-def test_figures_and_series_equal_a_plain_computation(
-    database: Database, made: list[Event], zone: str, period: str, branches: tuple[str, ...]
-) -> None:
+@st.composite
+def filters(draw: st.DrawFn) -> Filter:
+    """A filter of any zone: a period that ends now, or any other one, from some microseconds to more than a year."""
+    zone, branches = draw(st.sampled_from(ZONES)), draw(st.sampled_from(((), ("main",), ("main", "other"))))
+    period = draw(st.sampled_from(("hour", "day", "week", "30 days", "custom")))
+    if period != "custom":
+        return Filter(period, branches, zone=zone)
+    start = (NOW - timedelta(days=61)).replace(tzinfo=None) + timedelta(seconds=draw(st.integers(-(10**7), 5 * 10**6)))
+    length = timedelta(microseconds=draw(st.sampled_from((1, 10**9, 10**11, 10**12, 10**13, 4 * 10**13))))
+    return Filter(period, branches, zone=zone, start=start, end=start + length)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(made=st.lists(events(), max_size=40), wanted=filters())
+def test_figures_and_series_equal_a_plain_computation(database: Database, made: list[Event], wanted: Filter) -> None:
     empty(database)
     ledger.add(database, made)
-    wanted = Filter(period, branches, zone=zone)
+    zone, branches = wanted.zone, wanted.branches
     window = wanted.window(NOW)
     meant = [e for e in made if window.start <= e.time < window.end and (not branches or e.branch in branches)]
     raw = Usage(database).dashboard(wanted, now=NOW)
@@ -109,10 +114,39 @@ def test_figures_and_series_equal_a_plain_computation(
     ]
     assert found.calls.before == len(before)
     starts = bins(window, zone)
+    assert len(starts) <= 200
     place = np.searchsorted([s.timestamp() for s in starts], [e.time.timestamp() for e in meant], side="right") - 1
     for line in raw.volume.lines:
         mine = [p for p, e in zip(place, meant, strict=True) if e.branch == line.name]
         assert list(line.values) == np.bincount(np.array(mine, int), minlength=len(starts)).tolist()
+    for line in raw.latency.lines:
+        share = {"p50": 0.5, "p95": 0.95, "p99": 0.99}[line.name]
+        by_bin = [[e.latency for p, e in zip(place, meant, strict=True) if p == n] for n in range(len(starts))]
+        assert list(line.values) == [percentile(values, share) for values in by_bin]
+
+
+def test_both_databases_give_the_same_numbers(tmp_path: Path, postgres_url: str) -> None:
+    random = np.random.default_rng(4)
+    made = [
+        Event(
+            NOW - timedelta(seconds=float(random.uniform(1, 40 * 86_400))),
+            str(random.choice(["m1", "m2", "m3"])),
+            "recipe",
+            latency=float(random.lognormal(-1, 1)),
+            branch=str(random.choice(["main", "feat/x", "شجرة"])),
+            cost=float(random.uniform(0, 0.01)),
+            cost_basis="estimated",
+            reward=float(random.uniform()),
+        )
+        for _ in range(3_000)
+    ]
+    told = []
+    for url in (f"sqlite:///{tmp_path / 'usage.sqlite3'}", postgres_url):
+        database = Database(url)
+        ledger.add(database, made)
+        rollups.build(database, 500, micros(NOW))
+        told.append([Usage(database).dashboard(Filter(period, zone="America/New_York"), now=NOW) for period in PERIODS])
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("zone", ZONES)
