@@ -39,9 +39,14 @@ class Asked(BaseModel):
 
     def filter(self) -> Filter:
         """Raises HTTPException with what to change."""
-        names = (tuple(each) for each in (self.branch, self.model, self.skill, self.outcome))
+        names = {
+            "branches": tuple(self.branch),
+            "models": tuple(self.model),
+            "skills": tuple(self.skill),
+            "outcomes": tuple(self.outcome),
+        }
         try:
-            return Filter(self.period, *names, self.zone, self.start, self.end)
+            return Filter(self.period, zone=self.zone, start=self.start, end=self.end, **names)
         except FilterError as error:
             raise HTTPException(400, str(error)) from None
 
