@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 import gradio as gr
 import uvicorn
@@ -43,7 +44,8 @@ def create_app(settings: Settings, training: tuple[str, ...] = COMMAND) -> FastA
     app.include_router(health.router)
     prices = Prices.read(settings.prices) if settings.prices else Prices()
     where = deployment(settings.branch, settings.commit, settings.space, ROOT)
-    house = House.open(settings.data_dir, settings.store_url, training, where, prices, settings.hardware)
+    inside = _inside() if settings.train_in_request else None
+    house = House.open(settings.data_dir, settings.store_url, training, where, prices, settings.hardware, inside)
     app.include_router(usage.router(house.usage, house.budgets, house.meter.recorder))
     return gr.mount_gradio_app(
         app,
@@ -59,6 +61,13 @@ def create_app(settings: Settings, training: tuple[str, ...] = COMMAND) -> FastA
         allowed_paths=[str(PHOTOS)],
         blocked_paths=[str(settings.data_dir)],
     )
+
+
+def _inside() -> Callable[[str], object]:
+    """What does a run inside a request. Imported before anything can use CUDA, as ZeroGPU demands."""
+    from training import zero_gpu
+
+    return zero_gpu.do
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+YES = ("1", "t", "true", "yes", "on")
 
 
 class SettingsError(ValueError):
@@ -27,10 +28,14 @@ class Settings:
     space: str | None = None
     hardware: str | None = None
     prices: Path | None = None
+    train_in_request: bool = False
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
         """Read DATA_DIR, DATABASE_URL, GRADIO_SERVER_NAME and GRADIO_SERVER_PORT (or PORT). Empty means unset.
+
+        TRAIN_IN_REQUEST (1 or 0) says whether a training run works inside the request that asked for it; it does so by
+        itself on ZeroGPU hardware (SPACES_ZERO_GPU), where nothing else has a GPU.
 
         For usage: PREVIEW_BRANCH, PREVIEW_COMMIT, SPACE_ID, PRICES_FILE, and the hardware (see `_hardware`).
 
@@ -49,6 +54,7 @@ class Settings:
             space=said.get("SPACE_ID"),
             hardware=_hardware(said),
             prices=Path(said["PRICES_FILE"]).expanduser() if "PRICES_FILE" in said else None,
+            train_in_request=said.get("TRAIN_IN_REQUEST", said.get("SPACES_ZERO_GPU", "")).lower() in YES,
         )
 
     @property

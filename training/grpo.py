@@ -7,6 +7,7 @@ line on standard output is one JSON object: base and tuned means on held-out pho
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -414,25 +416,47 @@ def main() -> None:
     """Works on one run's folder, from its config to its result."""
     args = _arguments()
     run = Run(args.folder)
-    os.nice(10) if hasattr(os, "nice") else None  # whoever looks at the page comes first
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
+    try:
+        _alone(run, _config(run, args), psutil.Process().create_time())
+    except RunError as error:
+        sys.exit(str(error))
+
+
+def inside(run: Run) -> None:
+    """Works on a run in this process, which has other things to do as well. The run's state says how it ended.
+
+    What the process prints meanwhile is in the run's log, for Python can send it to one place only.
+    """
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(run.folder / "log.txt", "a", encoding="utf-8"))
+        for context in (contextlib.suppress(SystemExit), redirect_stdout(log), redirect_stderr(log)):
+            stack.enter_context(context)
+        _alone(run, run.config(), time.time())
+
+
+def _alone(run: Run, config: RunConfig, since: float) -> None:
+    """Does the run unless somebody else does it. `since`: when it began, as the clock has it. Raises SystemExit."""
     main_process = int(os.environ.get("RANK", "0")) == 0
     lock = FileLock(run.folder / "lock", timeout=LOCK_PATIENCE)
     try:
-        config = _config(run, args)
         if main_process:
             lock.acquire()
-        _live(run, config, main_process, jobs.follow if config.where == "jobs" else work)
+        _live(run, config, main_process, jobs.follow if config.where == "jobs" else work, since)
     except Timeout:
         sys.exit("Another process is working on this run already.")
-    except RunError as error:
-        sys.exit(str(error))
     finally:
         lock.release()
 
 
-def _live(run: Run, config: RunConfig, main_process: bool, do: Callable[..., dict[str, Any] | None] = work) -> None:
+def _live(
+    run: Run,
+    config: RunConfig,
+    main_process: bool,
+    do: Callable[..., dict[str, Any] | None] = work,
+    since: float | None = None,
+) -> None:
     """Does the run, here or on Hugging Face Jobs, and writes how it ended."""
 
     def phase(words: str) -> None:
@@ -451,7 +475,7 @@ def _live(run: Run, config: RunConfig, main_process: bool, do: Callable[..., dic
         raise SystemExit(1) from None
     if not main_process:
         return
-    spent = {"seconds": time.time() - psutil.Process().create_time(), "peak_memory_bytes": _peak_memory()}
+    spent = {"seconds": time.time() - (since or psutil.Process().create_time()), "peak_memory_bytes": _peak_memory()}
     if found is None:
         run.set_status(state="cancelled", phase="", ended=time.time(), message="Cancelled. What it learned is kept.")
         print(json.dumps({"run": run.id, "state": "cancelled", "step": run.status().step, **spent}))

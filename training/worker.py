@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMAND = (sys.executable, "-m", "training.grpo")
 MAX_QUEUED = 8
 TWICE = 2.0  # seconds in which the same wish again is a double click
-NICE = 10  # a training run leaves the processor to the people who wait for an answer
+NICE = 19  # a training run leaves the processor to the people who wait for an answer
 _log = logging.getLogger(__name__)
 
 
@@ -37,8 +37,11 @@ class Worker:
         command: Sequence[str] = COMMAND,
         on_end: Callable[[Run], object] | None = None,
         every: float = 0.3,
+        inside: Callable[[str], object] | None = None,
     ) -> None:
+        """inside: does a run, given its folder, in the request that asked for it; see `do_inside`."""
         self.runs = runs
+        self.inside = inside
         self.command = tuple(command)
         self.on_end = on_end
         self.every = every
@@ -93,10 +96,37 @@ class Worker:
             raise RunError(f"The run's folder could not be written ({error.strerror}).") from None
         self.wake()
 
+    def do_inside(self, run: Run) -> None:
+        """Does a queued run in this very call, one at a time, where runs are done so. Elsewhere it returns at once.
+
+        Raises what `inside` raises; the run can then be resumed.
+        """
+        if self.inside is None or not self._is_inside(run):
+            return
+        with FileLock(self.runs.folder / ".inside"):
+            if run.status().state == "queued":
+                try:
+                    self.inside(str(run.folder))
+                finally:
+                    self._settle(run, None)
+
+    def abandon(self) -> None:
+        """Runs that wait for a request that has gone with an earlier process can be resumed, and are said so."""
+        for run in self.waiting():
+            if self._is_inside(run) and not run.alive():
+                _end(run, "interrupted", "The application was restarted before its turn. Resume it.")
+
+    def _is_inside(self, run: Run) -> bool:
+        return self.inside is not None and run.config().where == "here"
+
+    def _behind(self) -> list[Run]:
+        """Of the runs that are not over those that are done in processes of their own."""
+        return [run for run in self.waiting() if not self._is_inside(run)]
+
     def wake(self) -> None:
         """Sees to it that somebody does what is queued and follows what works. Called after every change."""
         with self._lock:
-            if self._thread is None and not self._stop.is_set() and self.waiting():
+            if self._thread is None and not self._stop.is_set() and self._behind():
                 self._thread = threading.Thread(target=self._work, name="training", daemon=True)
                 self._thread.start()
 
@@ -122,12 +152,12 @@ class Worker:
                 _log.exception("The training worker stumbled")
                 self._stop.wait(5)
             with self._lock:
-                if self._stop.is_set() or not self.waiting():
+                if self._stop.is_set() or not self._behind():
                     self._thread = None
                     return
 
     def _work_through(self) -> None:
-        while not self._stop.is_set() and (waiting := self.waiting()):
+        while not self._stop.is_set() and (waiting := self._behind()):
             run = waiting[0]
             child = None if run.alive() else self._start(run)
             while not self._stop.wait(self.every) and _works(run, child):
@@ -164,7 +194,9 @@ class Worker:
         """Gives a run whose process has gone its last state, and tells who wants to know."""
         code = child.returncode if child else None
         state = run.status().state
-        if state == "queued" and child:
+        if state == "queued" and self._is_inside(run):
+            _end(run, "interrupted", "It could not begin here. Resume it later.")
+        elif state == "queued" and child:
             _end(run, "failed", f"The training process ended before it began (exit code {code}). Its log says why.")
         elif state == "interrupted" and code is not None and code > 0:
             _end(run, "failed", f"The training process ended with an error (exit code {code}). Its log says why.")

@@ -26,6 +26,7 @@ def retrain(house: House, reward: Any, base: str, photos: str, steps: int, seed:
         if steps is None or seed is None:
             raise RunError("Send the number of steps and a seed.")
         run = finetune.submit(house, base, weights, photos=source, steps=steps, seed=seed, name=name or "")
+        house.worker.do_inside(run)
     return run_status(house, run.id)
 
 

@@ -255,6 +255,13 @@ def submit(house: House, base: str, reward: dict[str, float], token: str = "", *
     return house.worker.submit(RunConfig.make(base=source, reward=reward, **(asked | whole)), token.strip())
 
 
+def do_inside(house: House, chosen: str | None) -> None:
+    """Does the run in this request, if it is queued to be done so; see `Worker.do_inside`."""
+    with plainly():
+        if chosen:
+            house.worker.do_inside(house.runs.get(chosen))
+
+
 def _needs_token(where: str, token: str) -> None:
     if where == "jobs" and not token.strip():
         raise RunError("Give your Hugging Face token: the job runs on your account. It is used for this run only.")
@@ -390,6 +397,7 @@ def plainly() -> Iterator[None]:
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 QUICK: dict[str, Any] = {"queue": False, **PRIVATE}
+ONE_BY_ONE: dict[str, Any] = {"concurrency_id": "training", "concurrency_limit": 1, **PRIVATE}
 REWARD_HTML = '<p class="tune-label">Reward</p><p class="tune-reward"></p><p class="tune-hint"></p>'
 REWARD_JS = """
 function draw() {
@@ -439,7 +447,11 @@ def build(house: House, shared: Shared) -> None:
     started = start.click(partial(retrain, house), [*form, *shared.sliders], chosen, **PRIVATE)
     started.success(lambda: "", None, part["token"], **QUICK)
     started.success(anew, asked, shown, **QUICK).then(None, None, None, js=TO_THE_RUN_JS, **PRIVATE)
-    view.act(acted, part["token"], chosen, **PRIVATE).success(anew, asked, shown, **QUICK)
+    changed_run = view.act(acted, part["token"], chosen, **PRIVATE)
+    changed_run.success(anew, asked, shown, **QUICK)
+    if house.worker.inside:  # the request itself is the run
+        for asking in (started, changed_run):
+            asking.success(partial(do_inside, house), chosen, **ONE_BY_ONE)
     history.pick(pick, None, chosen, **QUICK).then(anew, asked, shown, **QUICK)
     deliver(view.download, downloaded, [], delivery)
     repository, token, private, send, said = pushing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,10 +45,11 @@ class House:
         where: Deployment | None = None,
         prices: Prices | None = None,
         hardware: str | None = None,
+        inside: Callable[[str], object] | None = None,
     ) -> House:
         """Brings back what was in service, and goes on with the runs that were not over. Raises StoreError.
 
-        where, prices, hardware: what the usage of this process is recorded with.
+        where, prices, hardware: what the usage of this process is recorded with. inside: see `Worker`.
         """
         database = Database(store_url)
         runs = Runs(data_dir / "runs")
@@ -61,7 +63,8 @@ class House:
             meter.count(run)
             adopted.settle(run)
 
-        worker = Worker(runs, command, on_end=ended)
+        worker = Worker(runs, command, on_end=ended, inside=inside)
+        worker.abandon()
         worker.wake()
         return cls(Store(database), runs, worker, adopted, Usage(database), Budgets(database), meter)
 

@@ -27,13 +27,13 @@ PLAIN = ("one", "two", "three")
 
 
 @contextmanager
-def serving(folder: Path, training: tuple[str, ...] = FAKE) -> Iterator[str]:
+def serving(folder: Path, training: tuple[str, ...] = FAKE, **settings: Any) -> Iterator[str]:
     """The address of the application, served by uvicorn as `python app.py` does; by default its runs learn nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.BACKENDS, "fake", "tests.ui.fake_backend")
         for name in FAKES:
             patch.setitem(models.MODELS, name, fake_backend.entry(name, "" if name in PLAIN else name))
-        application = app.create_app(Settings(data_dir=folder), training=training)
+        application = app.create_app(Settings(data_dir=folder, **settings), training=training)
         running = uvicorn.Server(uvicorn.Config(application, host="127.0.0.1", port=0, log_level="warning"))
         thread = threading.Thread(target=running.run, daemon=True)
         thread.start()

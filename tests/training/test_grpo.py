@@ -20,7 +20,7 @@ import torch
 import rewards
 from inference.answers import Answer, Request
 from inference.models import MODELS, answer
-from recipes import load_photo, save_picture, shrink
+from recipes import load_photo
 from recipes.recipe import Recipe, random_recipe
 from rewards import DEFAULT, RewardFunction
 from training import grpo
@@ -32,21 +32,6 @@ from ui.compare import compare
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"base": "moondream-tiny", "reward": {"sharpness": 1.0}, "seed": 7, "photos_per_step": 2, "rollouts": 2}
-
-
-@pytest.fixture(scope="module")
-def photos() -> list[np.ndarray]:
-    return [shrink(load_photo(info.path), 240) for info in bundled("held-out")[:3]]
-
-
-@pytest.fixture
-def few(tmp_path: Path, photos: list[np.ndarray]) -> str:
-    """A folder of three small photos."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for place, photo in enumerate(photos):
-        save_picture(photo, Recipe(), folder / f"{place}.png")
-    return str(folder)
 
 
 def made(tmp_path: Path, few: str, **values: object) -> Run:
