@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -219,15 +220,19 @@ def _line(numbers: dict[str, Any], steps: int) -> str:
     return "  ".join(told)
 
 
-def rows(photos: Sequence[np.ndarray], question: str, seed: int) -> Dataset:
-    """One row per photo: the question, the photo and its number. The photos themselves stay in memory."""
+def rows(photos: Sequence[np.ndarray], question: str, least: int) -> Dataset:
+    """One row per photo: the question, the photo and its number. The photos themselves stay in memory.
+
+    Where there are fewer than `least`, the photos of a step, they come more than once: less than a step is none at all.
+    """
     pictures = [Image.fromarray(photo) for photo in photos]
 
     def fill(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         prompts = [[{"role": "user", "content": question}] for _ in batch["photo"]]
         return {**batch, "prompt": prompts, "image": [pictures[place] for place in batch["photo"]]}
 
-    return Dataset.from_dict({"photo": list(range(len(photos)))}).with_transform(fill)
+    numbers = list(range(len(photos))) * math.ceil(least / len(photos))
+    return Dataset.from_dict({"photo": numbers}).with_transform(fill)
 
 
 def settings(run: Run, config: RunConfig, entry: ModelEntry, steps: int, longest: int) -> GRPOConfig:
@@ -271,7 +276,7 @@ def trainer(run: Run, config: RunConfig, learner: Learner, scorer: Scorer, steps
         model=learner.model,
         reward_funcs=[scorer],  # type: ignore[list-item]
         args=settings(run, config, learner.entry, steps, longest),
-        train_dataset=rows(scorer.photos, learner.question, config.seed),
+        train_dataset=rows(scorer.photos, learner.question, config.photos_per_step),
         processing_class=learner.processor,
     )
     made.remove_callback(PrinterCallback)
