@@ -50,8 +50,9 @@ def measure(geometry: str, cached: bool) -> dict[str, float]:
     import torch
     from transformers import TrainerCallback
 
-    from training.grpo import RunConfig, Scorer, trainer
-    from training.runs import Run
+    from training.grpo import trainer
+    from training.runs import Run, RunConfig
+    from training.scorer import Scorer
 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)

@@ -136,6 +136,8 @@ class Server:
         address = httpx.URL(self.url)
         if address.scheme not in ("http", "https") or not address.host or address.query or address.userinfo:
             raise ValueError("A server's address looks like https://api.moondream.ai/v1.")
+        if not self.rate > 0:
+            raise ValueError("The rate is a number of requests a second, more than 0.")
         if self.key and not re.fullmatch(r"[!-~]{1,500}", self.key.get_secret_value()):
             raise ValueError("The key has characters that no key has. Copy it again.")
 

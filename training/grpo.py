@@ -16,9 +16,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +43,20 @@ from inference.constraint import RecipeConstraint
 from inference.models import ModelEntry
 from inference.moondream import MoondreamProcessor
 from inference.moondream.processing_moondream import load_tokenizer
-from recipes import Recipe, grammar, parse, save_picture
-from rewards import REWARDS, RewardFunction, score_recipes
+from recipes import Recipe, grammar, save_picture
 from training import jobs
 from training.collect import Collected, CollectError, both
-from training.evaluate import EvaluateError, Judged, difference, entry_of, judge, summary, totals
+from training.evaluate import EvaluateError, Judged, entry_of, judge, totals
+from training.outcome import log_line, result
 from training.plot import draw_curve
 from training.policy import Policy, RepeatedPhotos, greedy
-from training.runs import Run, RunConfig, RunError, write_whole
+from training.runs import WHERE, Run, RunConfig, RunError, Stop, write_whole
+from training.scorer import Scorer
 
 TARGETS = r".*\.text\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
 WATCHED = 8  # held-out photos that are answered along the way
-ALL_PARTS_EVERY = 5  # steps: rewards that weigh nothing are computed only now and then
 LOCK_PATIENCE = 10.0  # seconds: somebody may just be looking whether the run is alive
-SHOWN = 4  # held-out photos with both answers in the result
 CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "adapter_model.safetensors")
-
-
-class Stop(Exception):
-    """The run cannot go on; the message says why and what to do."""
 
 
 @dataclass
@@ -122,55 +116,6 @@ def _adapted(policy: Policy, entry: ModelEntry, config: RunConfig) -> Any:
     return get_peft_model(policy, settings)
 
 
-@dataclass
-class Scorer:
-    """The reward that TRL asks for: the very numbers that the playground shows for the same candidates.
-
-    Rows come in blocks of `group` answers to one photo. Beside the total the parts are kept for the log.
-    """
-
-    photos: Sequence[np.ndarray]
-    function: RewardFunction
-    group: int
-    calls: int = 0
-    parts: dict[str, float | None] = field(default_factory=dict)
-    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
-    __name__: str = "reward"
-
-    def __call__(self, completions: list[Any], photo: list[int], **_: Any) -> list[float | None]:
-        """One total per completion; None for an answer that is no recipe. Raises whatever a reward raises."""
-        texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
-        everything = self.calls % ALL_PARTS_EVERY == 0
-        self.calls += 1
-        names = [name for name in REWARDS if everything or self.function.weights.get(name)]
-        blocks = [slice(start, start + self.group) for start in range(0, len(texts), self.group)]
-        scored = list(self.threads.map(lambda block: self._block(texts[block], photo[block.start], names), blocks))
-        self._keep(texts, [row for block in scored for row in block], names)
-        return [None if row is None else _finite(self.function.total(row)) for block in scored for row in block]
-
-    def _block(self, texts: list[str], photo: int, names: Sequence[str]) -> list[dict[str, float | None] | None]:
-        parsed = [parse(text) for text in texts]
-        recipes = [one.recipe for one in parsed if one.ok]
-        scores = iter(score_recipes(self.photos[photo], recipes, names) if recipes else [])
-        return [next(scores).scores if one.ok else None for one in parsed]
-
-    def _keep(self, texts: list[str], rows: list[dict[str, float | None] | None], names: Sequence[str]) -> None:
-        read = [row for row in rows if row is not None]
-        groups = [texts[start : start + self.group] for start in range(0, len(texts), self.group)]
-        self.parts = dict.fromkeys(REWARDS)
-        for name in names:
-            known = [value for row in read if (value := row[name]) is not None]
-            self.parts[name] = float(np.mean(known)) if known else None
-        self.parts["valid"] = len(read) / max(1, len(texts))
-        self.parts["distinct"] = float(np.mean([len(set(group)) / len(group) for group in groups]))
-
-
-def _finite(total: float | None) -> float | None:
-    if total is not None and not np.isfinite(total):
-        raise Stop(f"A reward gave {total}, which is no number. The run stops rather than learn from it.")
-    return total
-
-
 class Watch(TrainerCallback):
     """Writes metrics, probe answers and progress into the run's folder, and stops the trainer when it is asked to."""
 
@@ -191,7 +136,7 @@ class Watch(TrainerCallback):
         if self.held is not None:
             line["held_out"], self.held = self.held, None
         self.run.add("metrics", line)
-        print(_line(line, state.max_steps), flush=True)
+        print(log_line(line, state.max_steps), flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Probes, progress, cancelling."""
@@ -210,14 +155,6 @@ class Watch(TrainerCallback):
         first = judged[0]
         line = {"step": step, "photo": self.names[0], "recipe": str(first.recipe), "scores": first.scores}
         self.run.add("probes", line | {"total": self.scorer.function.total(first.scores), "held_out": self.held})
-
-
-def _line(numbers: dict[str, Any], steps: int) -> str:
-    """A step as a line of the log."""
-    told = [f"step {numbers['step']}/{steps}", f"reward {numbers['reward']:.3f}"]
-    told += [f"{name} {value:.3f}" for name in REWARDS if (value := numbers.get(name)) is not None]
-    told += [f"{name} {numbers[name]:.3f}" for name in ("kl", "entropy", "distinct") if numbers.get(name) is not None]
-    return "  ".join(told)
 
 
 def rows(photos: Sequence[np.ndarray], question: str, least: int) -> Dataset:
@@ -358,63 +295,7 @@ def work(run: Run, config: RunConfig, phase: Callable[[str], None]) -> dict[str,
         return None
     phase("measuring the tuned model")
     tuned = learns.judged(held_out.photos)
-    return result(run, learns.entry, function, held_out, base, tuned)
-
-
-def result(
-    run: Run, entry: ModelEntry, function: RewardFunction, held_out: Collected, base: list[Judged], tuned: list[Judged]
-) -> dict[str, Any]:
-    """What is written into result.json."""
-    metrics = run.metrics()
-    gain = difference(base, tuned, function)
-    return {
-        "base_model": entry.name,
-        "held_out": len(base),
-        "base": summary(base, function),
-        "tuned": summary(tuned, function),
-        "difference": gain,
-        "wins": gain["low"] is not None and gain["low"] > 0,
-        "alarm": alarm(metrics, gain),
-        "pairs": _pairs(run, function, held_out, base, tuned),
-        "steps": run.status().step,
-        "entropy": _ends(metrics, "entropy"),
-        "distinct": _ends(metrics, "distinct"),
-        "valid": min((line["valid"] for line in metrics if line.get("valid") is not None), default=None),
-    }
-
-
-def _pairs(
-    run: Run, function: RewardFunction, held_out: Collected, base: list[Judged], tuned: list[Judged]
-) -> list[dict[str, Any]]:
-    pairs = []
-    for place, (photo, name, before, after) in enumerate(zip(held_out.photos, held_out.names, base, tuned)):
-        if place == SHOWN:
-            break
-        save_picture(photo, Recipe(), run.folder / f"pair-{place}.png")
-        pair = {"photo": name, "picture": f"pair-{place}.png", "base": str(before.recipe), "tuned": str(after.recipe)}
-        pair |= {"base_total": function.total(before.scores), "tuned_total": function.total(after.scores)}
-        pairs.append(pair)
-    return pairs
-
-
-def _ends(metrics: Sequence[dict[str, Any]], name: str) -> dict[str, float | None]:
-    """The means over the first and the last tenth of the run, at least five steps."""
-    known = [line[name] for line in metrics if line.get(name) is not None]
-    some = max(5, len(known) // 10)
-    ends = {"first": known[:some], "last": known[-some:]}
-    return {key: float(np.mean(values)) if values else None for key, values in ends.items()}
-
-
-def alarm(metrics: Sequence[dict[str, Any]], gain: dict[str, float | None]) -> str:
-    """A sentence when the run learned nothing, or learned what does not hold on other photos; else nothing."""
-    silent = [line["no_signal"] for line in metrics if line.get("no_signal") is not None]
-    if silent and np.mean(silent) > 0.9:
-        return "All answers to a photo got the same reward in nearly every step: there was nothing to learn from."
-    reward = _ends(metrics, "reward")
-    risen = reward["first"] is not None and reward["last"] is not None and reward["last"] > reward["first"] + 0.02
-    if risen and gain["mean"] is not None and gain["mean"] < -0.005:
-        return "The reward rose in training and fell on held-out photos: what was learned does not hold elsewhere."
-    return ""
+    return result(run, learns.entry.name, function, held_out, base, tuned)
 
 
 def main() -> None:
@@ -448,11 +329,20 @@ def _alone(run: Run, config: RunConfig, since: float) -> None:
     try:
         if main_process:
             lock.acquire()
-        _live(run, config, main_process, jobs.follow if config.where == "jobs" else work, since)
+        _live(run, config, main_process, _way(config), since)
     except Timeout:
         sys.exit("Another process is working on this run already.")
     finally:
         lock.release()
+
+
+def _way(config: RunConfig) -> Callable[..., dict[str, Any] | None]:
+    """What does a run, by where it works."""
+    if config.where == "hosted":
+        from training import hosted
+
+        return hosted.work
+    return jobs.follow if config.where == "jobs" else work
 
 
 def _live(
@@ -522,7 +412,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the run's folder, with its config.json")
     parser.add_argument("--base", help="another model to start from than the config says")
-    parser.add_argument("--where", choices=("here", "jobs"), help="on this machine, or on Hugging Face Jobs")
+    parser.add_argument(
+        "--where", choices=WHERE, help="on this machine, on Hugging Face Jobs, or hosted by Moondream's tuning API"
+    )
     parser.add_argument("--hardware", help="of the job, by its name on the Hub (default: l4x1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     return parser.parse_args()

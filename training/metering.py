@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from math import isfinite
+from typing import Any
 
 from training.runs import Run, RunError
 from usage.events import Event
@@ -34,12 +35,13 @@ def run_events(run: Run, price: Callable[[float], float | None]) -> list[Event]:
     for place in range(len(lines) - 1, -1, -1):
         line, before = lines[place], lines[place - 1]["seconds"] if place else 0.0
         seconds = line["seconds"] - before if line["seconds"] > before else line["seconds"]
-        cost, reward = price(seconds), line.get("reward")
+        reward = line.get("reward")
+        cost = _paid(lines, place) if config.where == "hosted" else price(seconds)
         events.append(
             Event(
                 id=uuid.uuid5(_SPACE, f"{run.id}/{line.get('step')}").hex,
                 time=after,
-                source="fine-tune",
+                source="hosted-rl" if config.where == "hosted" else "fine-tune",
                 model=config.base,
                 adapter=run.id,
                 skill="recipe",
@@ -53,3 +55,11 @@ def run_events(run: Run, price: Callable[[float], float | None]) -> list[Event]:
         )
         after -= timedelta(seconds=seconds)
     return events[::-1]
+
+
+def _paid(lines: list[dict[str, Any]], place: int) -> float | None:
+    """What a step on the tuning API cost, by the running sum; with the first one what came before it."""
+    now, before = lines[place].get("dollars"), lines[place - 1].get("dollars") if place else 0.0
+    if not isinstance(now, int | float) or not isinstance(before, int | float):
+        return None
+    return max(0.0, now - before)

@@ -10,6 +10,7 @@ A run's folder holds
     adapter/        what was learned, in PEFT's layout
     result.json     base and tuned on held-out photos
     job.json        the job that does it, when it works on Hugging Face Jobs
+    hosted.json     the finetune and its step, when it works on Moondream's tuning API
     reward.png      the curve
     cancel          asks the process to stop at its next step
     lock            held by the process while it lives: a killed process leaves it free
@@ -34,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rewards import RewardFunction, RewardFunctionError
 
 State = Literal["queued", "running", "done", "cancelled", "failed", "interrupted"]
+WHERE = ("here", "jobs", "hosted")
 OVER = ("done", "cancelled", "failed", "interrupted")
 MAX_RUNS = 50
 MAX_STEPS = 2_000
@@ -47,6 +49,10 @@ class RunError(Exception):
     """Something cannot be done with a run; the message says why and what to do."""
 
 
+class Stop(Exception):
+    """A run cannot go on; the message says why and what to do."""
+
+
 class RunConfig(BaseModel):
     """What a run is asked to do. `base`, `reward` and `seed` are enough; keys that are not known are refused.
 
@@ -54,7 +60,8 @@ class RunConfig(BaseModel):
     reward: weights 0..1 by reward. photos, held_out: "bundled", a folder, a zip file, or "hub:owner/dataset".
     steps: updates, unless `epochs` (passes over the photos) is given. photos_per_step x rollouts answers are scored per
     step. temperature: of the rollouts. beta: weight of the KL divergence to the base. rank: of the LoRA adapter.
-    where: on this machine, or on Hugging Face Jobs, there on `hardware`.
+    where: on this machine; on Hugging Face Jobs, there on `hardware`; or "hosted" by Moondream's tuning API, there for
+    at most `budget` US dollars, after `sft_steps` supervised steps that show the form of a recipe.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -76,8 +83,10 @@ class RunConfig(BaseModel):
     rank: int = Field(16, ge=1, le=256)
     save_every: int = Field(25, ge=1, le=MAX_STEPS)
     probe_every: int = Field(10, ge=1, le=MAX_STEPS)
-    where: Literal["here", "jobs"] = "here"
+    where: Literal["here", "jobs", "hosted"] = "here"
     hardware: str = Field("l4x1", pattern="^[a-z0-9-]{1,40}$")
+    budget: float | None = Field(None, gt=0, le=10_000)
+    sft_steps: int = Field(0, ge=0, le=200)
 
     @field_validator("reward")
     @classmethod

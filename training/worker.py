@@ -25,6 +25,7 @@ COMMAND = (sys.executable, "-m", "training.grpo")
 MAX_QUEUED = 8
 TWICE = 2.0  # seconds in which the same wish again is a double click
 NICE = 19  # a training run leaves the processor to the people who wait for an answer
+TOKENS = {"here": "HF_TOKEN", "jobs": "HF_TOKEN", "hosted": "MOONDREAM_API_KEY"}  # the variable that hands one on
 _log = logging.getLogger(__name__)
 
 
@@ -56,7 +57,7 @@ class Worker:
     def submit(self, config: RunConfig, token: str = "") -> Run:
         """Queues a run. Raises RunError when too many wait, or when the same was asked for a moment ago.
 
-        token: of the Hub, for the process that does this run alone; it is not written anywhere.
+        token: of the Hub, or Moondream's key, for the process that does this run alone; it is not written anywhere.
         """
         with self._submitting:
             waiting = self.waiting()
@@ -169,7 +170,8 @@ class Worker:
 
     def _start(self, run: Run) -> subprocess.Popen[bytes] | None:
         token = self._tokens.pop(run.id, "")
-        if not token and run.config().where == "jobs":  # that of this machine is not for everybody who sees the page
+        where = run.config().where
+        if not token and where == "jobs":  # that of this machine is not for everybody who sees the page
             _end(run, "failed", "Its Hugging Face token is not known any more. Resume it with a token.")
             return None
         try:
@@ -177,7 +179,7 @@ class Worker:
                 child = subprocess.Popen(
                     [*self.command, str(run.folder)],
                     cwd=ROOT,
-                    env={**os.environ, "HF_TOKEN": token} if token else None,
+                    env={**os.environ, TOKENS[where]: token} if token else None,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

@@ -25,9 +25,11 @@ from recipes.recipe import Recipe, random_recipe
 from rewards import DEFAULT, RewardFunction
 from training import grpo
 from training.evaluate import ask, entry_of
-from training.grpo import Scorer, Stop, alarm, last_checkpoint, learner, steps_of
+from training.grpo import last_checkpoint, learner, steps_of
+from training.outcome import alarm
 from training.photos import bundled
-from training.runs import Run, RunConfig
+from training.runs import Run, RunConfig, Stop
+from training.scorer import Scorer
 from ui.compare import compare
 
 ROOT = Path(__file__).resolve().parents[2]
