@@ -66,6 +66,11 @@ class State:
         write_whole(run.folder / "hosted.json", json.dumps(asdict(self)))
 
 
+def has_key() -> bool:
+    """Whether this deployment has a key of its own."""
+    return bool(os.environ.get("MOONDREAM_API_KEY", "").strip())
+
+
 def server_of_environment() -> Server:
     """The server and the key that this process was given. Raises Stop."""
     key = os.environ.get("MOONDREAM_API_KEY", "").strip()

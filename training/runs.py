@@ -26,6 +26,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -259,6 +260,12 @@ class Run:
         write_whole(self.folder / "config.json", config.model_dump_json(indent=1))
 
 
+def _new_id() -> str:
+    """A name whose order is that of time, to the microsecond, in UTC: no clock is put back in it."""
+    now = datetime.now(timezone.utc)
+    return f"{now:%Y%m%d-%H%M%S}-{now.microsecond:05x}{secrets.token_hex(1)[0]}"
+
+
 class Runs:
     """All runs in a folder, oldest first."""
 
@@ -269,7 +276,7 @@ class Runs:
         """A new run, queued. Raises RunError when too many are kept, or the disk does not take it."""
         if len(self.list()) >= MAX_RUNS:
             raise RunError(f"{MAX_RUNS} runs are kept, which is the limit. Delete one first.")
-        run = Run(self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
+        run = Run(self.folder / _new_id())
         part = run.folder.with_name(f".{run.id}")
         try:
             part.mkdir(parents=True)

@@ -11,7 +11,8 @@ from inference.answers import MAX_SEED
 from rewards import RewardFunction, RewardFunctionError
 from training.runs import MAX_STEPS, Run, RunError
 from ui import finetune
-from ui.finetune import SHORT, plainly
+from ui.estimate import SHORT
+from ui.finetune import plainly
 from ui.house import House
 
 

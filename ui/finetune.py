@@ -6,34 +6,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 import gradio as gr
 
-from inference.answers import MAX_SEED
 from inference.models import MODELS
-from recipes import MAX_BYTES
 from rewards import REWARDS
-from training import export, jobs, uploads
+from training import export, hosted, uploads
 from training.adopt import model_name, title
-from training.runs import MAX_NAME, MAX_STEPS, Run, RunConfig, RunError
+from training.runs import Run, RunConfig, RunError
+from training.tuning import BASE
 from ui import reward_functions
+from ui.estimate import DEFAULT_HARDWARE, PLACES, estimate, steps_of
 from ui.files import deliver, new_file, writing
+from ui.finetune_form import (
+    FORM,
+    PHOTOS,
+    draw_form,
+    draw_push_form,
+    length_chosen,
+    photos_chosen,
+    place_chosen,
+)
 from ui.house import House, Shared
 from ui.link import Setup
 from ui.messages import inform, refusal
 from ui.picker import choices
-from ui.run_view import duration, history_mark, history_value, history_view, run_mark, run_value, run_view
+from ui.run_view import history_mark, history_value, history_view, run_mark, run_value, run_view
+from usage.budgets import BudgetExceeded
+from usage.store import StoreError
 
 TAB = "Fine-tune"
 TITLE = "Fine-tuning"
-SHORT = RunConfig.model_fields["steps"].default
-LENGTHS = {"Smoke test": 10, "Short run": SHORT, "Custom": 0}
-PHOTOS = ("Bundled photos", "My photos", "Hub dataset")
-PLACES = {"This machine": "here", "Hugging Face Jobs": "jobs"}
-DEFAULT_HARDWARE = RunConfig.model_fields["hardware"].default
-START, PER_STEP = 20.0, 0.5  # seconds to start with and per step, before any run has been timed
 
 
 @dataclass(frozen=True)
@@ -119,123 +123,28 @@ def tab_opened(event: gr.SelectData) -> bool:
     return event.value == TAB
 
 
-def photos_chosen(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The inputs for own photos and for a dataset, each only where it is wanted."""
-    return gr.update(visible=kind == PHOTOS[1]), gr.update(visible=kind == PHOTOS[2])
-
-
-def length_chosen(length: str) -> dict[str, Any]:
-    """The input for the number of steps, where one is wanted."""
-    return gr.update(visible=length == "Custom")
-
-
-def place_chosen(place: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, float | None]]:
-    """The inputs for a job, where one is wanted; the hardware on offer, and what it costs an hour."""
-    if PLACES.get(place) != "jobs":
-        return gr.update(visible=False), gr.skip(), {}
-    try:
-        offered = jobs.hardware()
-    except RunError as error:
-        reason = f"{error} So there are no prices; name the hardware if you know it."
-        return gr.update(visible=True), gr.update(choices=[DEFAULT_HARDWARE], info=reason), {}
-    choices = [(f"{one.name} · {_price(one.hourly)} an hour · {one.words}", one.name) for one in offered]
-    hourly = {one.name: one.hourly for one in offered}
-    return gr.update(visible=True), gr.update(choices=choices, info="Prices as the Hub tells them now."), hourly
-
-
-def _price(dollars: float | None) -> str:
-    return "unknown price" if dollars is None else f"${dollars:.2f}"
-
-
-def estimate(
-    house: House,
-    length: str,
-    steps: float | None,
-    rollouts: float | None,
-    place: str = "This machine",
-    hardware: str | None = None,
-    hourly: dict[str, float | None] | None = None,
-) -> str:
-    """How long it will take and what it costs, in words; from earlier runs where there are any."""
-    wanted = steps_of(length, steps)
-    there = PLACES.get(place, "here"), hardware or DEFAULT_HARDWARE
-    past = [pace for run in house.runs.list() if (pace := _pace(run, *there)) is not None]
-    seconds = guess(wanted, rollouts or 8) * (median(past[-5:]) if past else 1.0)
-    waiting = len(house.worker.waiting())
-    queue = f" It waits for {waiting} other run{'s' if waiting > 1 else ''} first." if waiting else ""
-    if there[0] == "jobs":
-        took = f"about {duration(seconds)}, as earlier ones there took," if past else "a time not known yet"
-        return f"{wanted:,} steps on {there[1]} take {took} once the job runs. {_bound(hourly, there[1])}{queue}"
-    source = "as earlier runs on this machine took" if past else "a first guess; it gets better with each run"
-    return f"{wanted:,} steps take about {duration(seconds)} ({source}) and cost nothing.{queue}"
-
-
-def _bound(hourly: dict[str, float | None] | None, hardware: str) -> str:
-    """What a job can cost at most."""
-    price = (hourly or {}).get(hardware)
-    if price is None:
-        return f"Its price is not known. The job is ended after {jobs.HOURS} hours at the latest."
-    most = _price(price * jobs.HOURS)
-    return f"It costs {_price(price)} an hour, and is ended after {jobs.HOURS} hours: {most} at most."
-
-
-def _pace(run: Run, where: str, hardware: str) -> float | None:
-    """How much longer than guessed a run took in that place, as a factor; None where it is not known."""
-    result = run.result() or {}
-    seconds, steps = (result.get(key) for key in ("seconds", "steps"))
-    if not (isinstance(seconds, (int, float)) and isinstance(steps, (int, float)) and seconds > 0 and steps > 0):
-        return None
-    with suppress(RunError):
-        config = run.config()
-        if config.where == where and (where == "here" or config.hardware == hardware):
-            return seconds / guess(steps, config.rollouts)
-    return None
-
-
-def guess(steps: float, rollouts: float) -> float:
-    """Seconds that a run takes, before any was timed."""
-    return START + PER_STEP * steps * rollouts / 8
-
-
-def steps_of(length: str, steps: float | None) -> int:
-    """The number of steps of a length."""
-    return LENGTHS.get(length) or int(steps or SHORT)
-
-
 # ── Handlers: what is done ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def retrain(
-    house: House,
-    base: str,
-    kind: str,
-    files: list[str] | None,
-    dataset: str,
-    length: str,
-    steps: float | None,
-    seed: float | None,
-    name: str,
-    learning_rate: float | None,
-    beta: float | None,
-    rollouts: float | None,
-    rank: float | None,
-    place: str,
-    hardware: str | None,
-    token: str,
-    *weights: float,
-) -> str:
-    """Queues a run as the form says and returns its id; gr.Error says what to mend."""
-    function = reward_functions.of_sliders(weights)
+def retrain(house: House, *values: Any) -> str:
+    """Queues a run as the form says (the parts of FORM, then the sliders) and returns its id; gr.Error says what to
+    mend."""
+    form = dict(zip(FORM, values[: len(FORM)], strict=True))
+    function = reward_functions.of_sliders(values[len(FORM) :])
     with plainly():
-        photos = _photos(house, kind, files, dataset)
-        asked = {"learning_rate": learning_rate, "beta": beta, "rollouts": rollouts, "rank": rank, "seed": seed}
+        photos = _photos(house, form["kind"], form["files"], form["dataset"])
+        where = PLACES.get(form["place"], "here")
+        asked = {key: form[key] for key in ("learning_rate", "beta", "rollouts", "rank", "seed")}
+        if where == "hosted":
+            asked |= {"budget": form["budget"], "sft_steps": form["examples"]}
         missing = [key.replace("_", " ") for key, value in asked.items() if value is None]
         if missing:
             raise RunError(f"Fill in: {', '.join(missing)}.")
-        asked |= {"steps": steps_of(length, steps), "name": (name or "").strip(), "photos": photos}
-        asked |= {"where": PLACES.get(place, "here"), "hardware": hardware or DEFAULT_HARDWARE}
+        asked |= {"steps": steps_of(form["length"], form["steps"]), "name": (form["name"] or "").strip()}
+        asked |= {"photos": photos, "where": where, "hardware": form["hardware"] or DEFAULT_HARDWARE}
+        secret = form["key"] if where == "hosted" else form["token"]
         try:
-            return submit(house, base, dict(function.weights), token or "", **asked).id
+            return submit(house, form["base"], dict(function.weights), secret or "", **asked).id
         except RunError:
             uploads.forget(house.runs, photos)
             raise
@@ -244,13 +153,16 @@ def retrain(
 def submit(house: House, base: str, reward: dict[str, float], token: str = "", **asked: Any) -> Run:
     """Queues a run. `base`: a model on offer, or an earlier run by its model's name. Raises RunError.
 
-    token: the user's own, of the Hub, which a run on Hugging Face Jobs needs.
+    token: the user's own, of the Hub, which a run on Hugging Face Jobs needs; or of Moondream, whose tuning API trains
+    one base only, whatever `base` is.
     """
-    _needs_token(asked.get("where", "here"), token)
-    if base not in {name for _, name in bases(house)}:
+    where = asked.get("where", "here")
+    _may_begin(house, where, token)
+    base = BASE if where == "hosted" else base
+    if where != "hosted" and base not in {name for _, name in bases(house)}:
         raise RunError("Choose a base from the list.")
     earlier = house.adopted.earlier(base)
-    whole = {key: int(asked[key]) for key in ("seed", "steps", "rollouts", "rank") if key in asked}
+    whole = {key: int(asked[key]) for key in ("seed", "steps", "rollouts", "rank", "sft_steps") if key in asked}
     source = str(earlier.folder.resolve()) if earlier else base
     return house.worker.submit(RunConfig.make(base=source, reward=reward, **(asked | whole)), token.strip())
 
@@ -262,9 +174,17 @@ def do_inside(house: House, chosen: str | None) -> None:
             house.worker.do_inside(house.runs.get(chosen))
 
 
-def _needs_token(where: str, token: str) -> None:
+def _may_begin(house: House, where: str, token: str) -> None:
+    """Raises RunError where a run needs a token that is not there, or money that is spent."""
     if where == "jobs" and not token.strip():
         raise RunError("Give your Hugging Face token: the job runs on your account. It is used for this run only.")
+    if where == "hosted" and not token.strip() and not hosted.has_key():
+        raise RunError("Give your Moondream key: the tuning runs on your account. It is used for this run only.")
+    if where == "hosted":
+        try:
+            house.budgets.check(house.meter.recorder.deployment.branch)
+        except (BudgetExceeded, StoreError) as error:
+            raise RunError(str(error)) from None
 
 
 def _photos(house: House, kind: str, files: list[str] | None, dataset: str) -> str:
@@ -283,8 +203,8 @@ def hub_photos(dataset: str) -> str:
     return f"hub:{name}"
 
 
-def act(house: House, token: str, event: gr.EventData) -> str | None:
-    """What a button of the view asks for; returns the run that is shown then."""
+def act(house: House, token: str, key: str, event: gr.EventData) -> str | None:
+    """What a button of the view asks for; returns the run that is shown then. token, key: for a run that is resumed."""
     asked = event._data if isinstance(event._data, dict) else {}
     with plainly():
         run = house.runs.get(asked.get("run"))  # type: ignore[arg-type]
@@ -294,7 +214,7 @@ def act(house: House, token: str, event: gr.EventData) -> str | None:
         if action is rename:
             rename(house, run, str(asked.get("name") or ""))
         elif action is resume:
-            resume(house, run, token or "")
+            resume(house, run, (key if run.config().where == "hosted" else token) or "")
         else:
             action(house, run)
     return None if action is delete else run.id
@@ -313,7 +233,7 @@ def cancel(house: House, run: Run) -> None:
 
 def resume(house: House, run: Run, token: str = "") -> None:
     """Queues a stopped run again."""
-    _needs_token(run.config().where, token)
+    _may_begin(house, run.config().where, token)
     house.worker.resume(run, token.strip())
 
 
@@ -398,17 +318,6 @@ def plainly() -> Iterator[None]:
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 QUICK: dict[str, Any] = {"queue": False, **PRIVATE}
 ONE_BY_ONE: dict[str, Any] = {"concurrency_id": "training", "concurrency_limit": 1, **PRIVATE}
-REWARD_HTML = '<p class="tune-label">Reward</p><p class="tune-reward"></p><p class="tune-hint"></p>'
-REWARD_JS = """
-function draw() {
-  const weights = Object.entries(props.value || {}).filter(([, weight]) => weight > 0);
-  element.querySelector('.tune-reward').textContent =
-    weights.map(([name, weight]) => name + ' ' + weight).join(' · ') || 'All sliders are at zero';
-  element.querySelector('.tune-hint').textContent = 'As the sliders stand in the Playground.';
-}
-watch('value', draw);
-draw();
-"""
 # On a phone the run is below the form.
 TO_THE_RUN_JS = """() => {
   const run = document.querySelector('#run-view');
@@ -425,14 +334,14 @@ def build(house: House, shared: Shared) -> None:
     delivery = gr.File(visible=False)
     with gr.Row(elem_id="tune"):
         with gr.Column(elem_id="tune-ask", min_width=300, scale=1):
-            reward, form, job, about, start = _form(house)
+            reward, form, groups, about, start = draw_form(house, bases(house))
         with gr.Column(elem_id="tune-results", min_width=320, scale=3):
             view = run_view()
-            pushing = _push_form()
+            pushing = draw_push_form()
             history = history_view()
 
-    def acted(token: str, event: gr.EventData) -> str | None:
-        return act(house, token, event)
+    def acted(token: str, key: str, event: gr.EventData) -> str | None:
+        return act(house, token, key, event)
 
     def downloaded(event: gr.EventData) -> str:
         return download(house, event)
@@ -445,9 +354,10 @@ def build(house: House, shared: Shared) -> None:
     shared.tabs.select(tab_opened, None, here, **QUICK).then(anew, asked, shown, **QUICK)
     part = dict(zip(FORM, form, strict=True))
     started = start.click(partial(retrain, house), [*form, *shared.sliders], chosen, **PRIVATE)
-    started.success(lambda: "", None, part["token"], **QUICK)
+    secrets = [part["token"], part["key"]]
+    started.success(lambda: ("", ""), None, secrets, **QUICK)
     started.success(anew, asked, shown, **QUICK).then(None, None, None, js=TO_THE_RUN_JS, **PRIVATE)
-    changed_run = view.act(acted, part["token"], chosen, **PRIVATE)
+    changed_run = view.act(acted, secrets, chosen, **PRIVATE)
     changed_run.success(anew, asked, shown, **QUICK)
     if house.worker.inside:  # the request itself is the run
         for asking in (started, changed_run):
@@ -459,128 +369,11 @@ def build(house: House, shared: Shared) -> None:
 
     part["kind"].change(photos_chosen, part["kind"], [part["files"], part["dataset"]], **QUICK)
     part["length"].change(length_chosen, part["length"], part["steps"], **QUICK)
-    part["place"].change(place_chosen, part["place"], [job, part["hardware"], hourly], **QUICK)
+    by_place = [part["base"], part["learning_rate"], *groups, part["hardware"], hourly]
+    part["place"].change(place_chosen, part["place"], by_place, **QUICK)
     timed = [part[name] for name in ("length", "steps", "rollouts", "place", "hardware")]
-    changed = [component.change for component in (*timed, hourly)]
-    gr.on(changed, partial(estimate, house), [*timed, hourly], about, **QUICK)
+    more = [hourly, part["budget"], part["examples"]]
+    changed = [component.change for component in (*timed, *more)]
+    gr.on(changed, partial(estimate, house), [*timed, *more], about, **QUICK)
     names = WEIGHTS_JS.replace("{names}", str(list(REWARDS)))
     gr.on([slider.change for slider in shared.sliders], None, shared.sliders, reward, js=names, **PRIVATE)
-
-
-FORM = (
-    "base",
-    "kind",
-    "files",
-    "dataset",
-    "length",
-    "steps",
-    "seed",
-    "name",
-    "learning_rate",
-    "beta",
-    "rollouts",
-    "rank",
-    "place",
-    "hardware",
-    "token",
-)
-
-
-def _form(house: House) -> tuple[gr.HTML, list[Any], gr.Group, gr.Markdown, gr.Button]:
-    """The left column: the reward, the parts in the order of FORM, those of a job, the estimate, and the button."""
-    default = RunConfig.model_fields
-    offered = bases(house)
-    reward = gr.HTML(
-        value=dict.fromkeys(REWARDS, 1),
-        html_template=REWARD_HTML,
-        js_on_load=REWARD_JS,
-        apply_default_css=False,
-        elem_id="tune-reward",
-    )
-    base = gr.Dropdown(offered, value=offered[0][1] if offered else None, label="Start from", elem_id="tune-base")
-    kind = gr.Radio(list(PHOTOS), value=PHOTOS[0], label="Photos to learn from", elem_id="tune-photos")
-    files = gr.File(
-        label=f"Photos or one zip, up to {MAX_BYTES // 1_000_000} MB each",
-        file_count="multiple",
-        file_types=["image", ".zip"],
-        height=160,
-        visible=False,
-        elem_id="tune-files",
-    )
-    dataset = gr.Textbox(
-        label="Dataset on the Hub",
-        placeholder="owner/name",
-        max_length=200,
-        max_lines=1,
-        visible=False,
-        elem_id="tune-dataset",
-    )
-    length = gr.Radio(
-        [(f"{name} ({steps} steps)" if steps else name, name) for name, steps in LENGTHS.items()],
-        value="Short run",
-        label="Length",
-        elem_id="tune-length",
-    )
-    steps = gr.Number(
-        SHORT, label="Steps", precision=0, minimum=1, maximum=MAX_STEPS, visible=False, elem_id="tune-steps"
-    )
-    with gr.Row(elem_classes="knobs"):
-        seed = gr.Number(1, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=80, elem_id="tune-seed")
-        name = gr.Textbox(
-            label="Name",
-            placeholder="After its reward",
-            max_length=MAX_NAME,
-            max_lines=1,
-            min_width=120,
-            elem_id="tune-name",
-        )
-    with gr.Accordion("Advanced", open=False, elem_id="tune-advanced"):
-        rate = gr.Number(default["learning_rate"].default, label="Learning rate", minimum=0, maximum=1, step=1e-4)
-        beta = gr.Number(default["beta"].default, label="KL weight (beta)", minimum=0, maximum=10, step=0.01)
-        rollouts = gr.Slider(2, 32, default["rollouts"].default, step=1, label="Answers per photo (rollouts)")
-        rank = gr.Slider(1, 64, default["rank"].default, step=1, label="Rank of the adapter")
-    place = gr.Radio(list(PLACES), value=next(iter(PLACES)), label="Where", elem_id="tune-place")
-    job, hardware, token = _job_form()
-    about = gr.Markdown(estimate(house, "Short run", SHORT, 8), elem_id="tune-estimate")
-    start = gr.Button("Retrain with this reward", variant="primary", elem_id="tune-start")
-    knobs = [base, kind, files, dataset, length, steps, seed, name, rate, beta, rollouts, rank]
-    return reward, [*knobs, place, hardware, token], job, about, start
-
-
-def _job_form() -> tuple[gr.Group, gr.Dropdown, gr.Textbox]:
-    """What a run on Hugging Face Jobs needs."""
-    with gr.Group(visible=False, elem_id="tune-job") as job:
-        hardware = gr.Dropdown(
-            [DEFAULT_HARDWARE],
-            value=DEFAULT_HARDWARE,
-            label="Hardware",
-            allow_custom_value=True,
-            elem_id="tune-hardware",
-        )
-        token = gr.Textbox(
-            label="Your Hugging Face token",
-            type="password",
-            max_lines=1,
-            info="The job runs on your account. The token is used for this run only, and kept nowhere.",
-            html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
-            elem_id="tune-token",
-        )
-    return job, hardware, token
-
-
-def _push_form() -> tuple[gr.Textbox, gr.Textbox, gr.Checkbox, gr.Button, gr.Textbox]:
-    with gr.Accordion("Push this model to the Hugging Face Hub", open=False, elem_id="push"):
-        with gr.Row():
-            repository = gr.Textbox(label="Repository", placeholder="you/sharper-moondream", max_lines=1, min_width=160)
-            token = gr.Textbox(
-                label="Your access token",
-                type="password",
-                max_lines=1,
-                min_width=160,
-                info="Used once, kept nowhere.",
-                html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
-            )
-        private = gr.Checkbox(True, label="Private")
-        send = gr.Button("Push", size="sm", min_width=80)
-        said = gr.Textbox(label="Result", interactive=False, max_lines=2)
-    return repository, token, private, send, said

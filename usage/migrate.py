@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 from alembic.operations import Operations
@@ -9,6 +10,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 
+_ONE_AT_A_TIME = threading.Lock()  # `alembic.op` is one for the whole process: two threads would mix up their databases
 FOLDER = Path(__file__).resolve().parent / "migrations"
 
 
@@ -27,5 +29,5 @@ def upgrade(connection: Connection) -> None:
     script = ScriptDirectory(str(FOLDER))
     steps = {"fn": lambda revision, _: script._upgrade_revs("head", revision)}
     context = MigrationContext.configure(connection, opts=steps)
-    with Operations.context(context):
+    with _ONE_AT_A_TIME, Operations.context(context):
         context.run_migrations()

@@ -149,3 +149,9 @@ def test_the_time_left_comes_from_the_steps_so_far() -> None:
     assert status.seconds_left(120.0) == pytest.approx(60.0)
     assert Status("running", steps=40, started=100.0).seconds_left(120.0) is None
     assert Status("done", step=40, steps=40).seconds_left() is None
+
+
+def test_runs_are_listed_in_the_order_in_which_they_were_made(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    made = [runs.create(RunConfig.make(base="moondream-tiny", reward={"colour": 1}, seed=n)).id for n in range(20)]
+    assert [run.id for run in runs.list()] == made

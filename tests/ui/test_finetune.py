@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ from tests.training.test_worker import FAKE, until
 from training.adopt import model_name
 from training.runs import MAX_STEPS, Run, RunConfig
 from ui import api_runs, finetune, playground, run_view
-from ui.finetune import Seen, bases, estimate, retrain, show
+from ui.estimate import SHORT, estimate, guess
+from ui.finetune import Seen, bases, retrain, show
+from ui.finetune_form import place_chosen
 from ui.house import House
 from ui.link import Setup
+from usage import ledger
+from usage.budgets import Budget
+from usage.events import Event
 
 HERE = Path(finetune.__file__).parent
 DEFAULT = list(Setup().models)
@@ -41,6 +47,9 @@ FORM: dict[str, Any] = {
     "place": "This machine",
     "hardware": None,
     "token": "",
+    "key": "",
+    "budget": 5.0,
+    "examples": 10,
 }
 
 
@@ -109,7 +118,7 @@ def test_the_button_queues_what_the_form_says(still: House) -> None:
     assert config.photos == "bundled" and (config.learning_rate, config.beta, config.rollouts) == (2e-3, 0.02, 8)
 
 
-@pytest.mark.parametrize(("length", "steps"), [("Smoke test", 10), ("Short run", finetune.SHORT)])
+@pytest.mark.parametrize(("length", "steps"), [("Smoke test", 10), ("Short run", SHORT)])
 def test_lengths_are_numbers_of_steps(still: House, length: str, steps: int) -> None:
     assert still.runs.get(press(still, length=length, steps=5)).config().steps == steps
 
@@ -151,8 +160,8 @@ def test_a_job_is_queued_with_its_hardware_and_a_token_that_is_written_nowhere(s
     assert all(TOKEN.encode() not in file.read_bytes() for file in run.folder.rglob("*") if file.is_file())
     run.set_status(state="failed")
     with pytest.raises(gr.Error, match="Give your Hugging Face token"):
-        finetune.act(still, "", clicked(run=run.id, do="resume"))
-    finetune.act(still, TOKEN, clicked(run=run.id, do="resume"))
+        finetune.act(still, "", "", clicked(run=run.id, do="resume"))
+    finetune.act(still, TOKEN, "", clicked(run=run.id, do="resume"))
     assert run.status().state == "queued"
 
 
@@ -163,22 +172,27 @@ def test_hardware_is_a_name(still: House, hardware: str) -> None:
 
 
 def test_the_place_shows_its_hardware_and_what_it_costs_at_most(still: House, hub: StandInHub) -> None:
-    shown, offered, hourly = finetune.place_chosen("Hugging Face Jobs")
-    assert shown["visible"] and offered["choices"][0] == ("l4x1 · $0.80 an hour · 1 x L4 24 GB, 8 vCPU, 30 GB", "l4x1")
+    base, _, shown, other, offered, hourly = place_chosen("Hugging Face Jobs")
+    assert (
+        base["visible"]
+        and shown["visible"]
+        and not other["visible"]
+        and offered["choices"][0] == ("l4x1 · $0.80 an hour · 1 x L4 24 GB, 8 vCPU, 30 GB", "l4x1")
+    )
     words = estimate(still, "Short run", None, 8, "Hugging Face Jobs", "l4x1", hourly)
     assert "a time not known yet" in words and "$0.80 an hour" in words and "$1.60 at most" in words
     assert "price is not known" in estimate(still, "Short run", None, 8, "Hugging Face Jobs", "h200", hourly)
-    assert finetune.place_chosen("This machine")[0] == gr.update(visible=False)
+    assert not any(group["visible"] for group in place_chosen("This machine")[2:4])
     hub.refuse["/api/jobs"] = 500
-    _, offered, hourly = finetune.place_chosen("Hugging Face Jobs")
+    *_, offered, hourly = place_chosen("Hugging Face Jobs")
     assert "error (500)" in offered["info"] and hourly == {}
 
 
 def test_earlier_jobs_say_how_long_the_next_takes(still: House) -> None:
     run = finished(still, where="jobs", hardware="l4x1")
-    (run.folder / "result.json").write_text(json.dumps({"seconds": 2 * finetune.guess(10, 8), "steps": 10}))
+    (run.folder / "result.json").write_text(json.dumps({"seconds": 2 * guess(10, 8), "steps": 10}))
     there = estimate(still, "Short run", None, 8, "Hugging Face Jobs", "l4x1", {})
-    assert run_view.duration(2 * finetune.guess(finetune.SHORT, 8)) in there
+    assert run_view.duration(2 * guess(SHORT, 8)) in there
     assert "a first guess" in estimate(still, "Short run", None, 8), "and nothing of those here"
 
 
@@ -340,15 +354,15 @@ def test_a_run_is_done_and_its_winner_used_by_itself(house: House) -> None:
 
 def test_the_buttons_do_what_they_say(still: House) -> None:
     run = finished(still, wins=False)
-    shown = finetune.act(still, "", clicked(run=run.id, do="use"))
+    shown = finetune.act(still, "", "", clicked(run=run.id, do="use"))
     assert shown == run.id and still.adopted.uses(run.id)
-    finetune.act(still, "", clicked(run=run.id, do="rename", name="Better"))
+    finetune.act(still, "", "", clicked(run=run.id, do="rename", name="Better"))
     assert MODELS[model_name(run.id)].title == "Better"
     with pytest.raises(gr.Error, match="Revert it first"):
-        finetune.act(still, "", clicked(run=run.id, do="delete"))
-    finetune.act(still, "", clicked(run=run.id, do="revert"))
+        finetune.act(still, "", "", clicked(run=run.id, do="delete"))
+    finetune.act(still, "", "", clicked(run=run.id, do="revert"))
     assert model_name(run.id) not in MODELS
-    assert finetune.act(still, "", clicked(run=run.id, do="delete")) is None and still.runs.list() == []
+    assert finetune.act(still, "", "", clicked(run=run.id, do="delete")) is None and still.runs.list() == []
 
 
 @pytest.mark.parametrize(
@@ -368,17 +382,17 @@ def test_what_a_button_cannot_do_is_said(still: House, data: dict[str, Any], wor
     if words not in ("There is no run",):
         data = {"run": run.id, **data}
     with pytest.raises(gr.Error, match=words):
-        finetune.act(still, "", clicked(**data))
+        finetune.act(still, "", "", clicked(**data))
     assert [one.id for one in still.runs.list()] == [run.id]
 
 
 def test_a_queued_run_is_cancelled_and_resumed(still: House) -> None:
     run = still.runs.get(press(still))
     with pytest.raises(gr.Error, match="not over yet"):
-        finetune.act(still, "", clicked(run=run.id, do="use"))
-    finetune.act(still, "", clicked(run=run.id, do="cancel"))
+        finetune.act(still, "", "", clicked(run=run.id, do="use"))
+    finetune.act(still, "", "", clicked(run=run.id, do="cancel"))
     assert run.status().state == "cancelled"
-    finetune.act(still, "", clicked(run=run.id, do="resume"))
+    finetune.act(still, "", "", clicked(run=run.id, do="resume"))
     assert run.status().state == "queued" and not run.cancelled
 
 
@@ -386,9 +400,9 @@ def test_what_a_queued_run_starts_from_is_not_deleted(still: House) -> None:
     earlier = finished(still)
     waiting = press(still, base=model_name(earlier.id))
     with pytest.raises(gr.Error, match="Another run is waiting"):
-        finetune.act(still, "", clicked(run=earlier.id, do="delete"))
-    finetune.act(still, "", clicked(run=waiting, do="cancel"))
-    finetune.act(still, "", clicked(run=earlier.id, do="delete"))
+        finetune.act(still, "", "", clicked(run=earlier.id, do="delete"))
+    finetune.act(still, "", "", clicked(run=waiting, do="cancel"))
+    finetune.act(still, "", "", clicked(run=earlier.id, do="delete"))
     assert [run.id for run in still.runs.list()] == [waiting]
 
 
@@ -446,3 +460,38 @@ def test_an_endpoint_finds_only_runs(still: House, handler: Any, run: Any) -> No
     with pytest.raises(gr.Error, match="There is no run") as refused:
         handler(still, run)
     assert "<img" not in refused.value.message
+
+
+# On Moondream's tuning API
+
+
+HOSTED = {"place": "Moondream's tuning API", "key": "md-secret-7777"}
+
+
+def test_the_tuning_api_trains_its_own_base_within_a_budget(still: House) -> None:
+    run = still.runs.get(press(still, **HOSTED, budget=2.5, examples=3))
+    config = run.config()
+    assert (config.where, config.base, config.budget, config.sft_steps) == ("hosted", "moondream3-preview", 2.5, 3)
+    assert "md-secret" not in "".join(file.read_text() for file in run.folder.iterdir() if file.is_file())
+
+
+def test_the_tuning_api_needs_a_key_a_budget_and_money(still: House) -> None:
+    with pytest.raises(gr.Error, match="Give your Moondream key"):
+        press(still, **HOSTED | {"key": " "})
+    with pytest.raises(gr.Error, match="Fill in: budget"):
+        press(still, **HOSTED, budget=None)
+    branch = still.meter.recorder.deployment.branch
+    still.budgets.set(Budget(branch, 0.01, stop=True))
+    spent = Event(datetime.now(timezone.utc), "m", "query", branch=branch, cost=0.02, cost_basis="reported")
+    ledger.add(still.usage.database, [spent])
+    with pytest.raises(gr.Error, match="is spent"):
+        press(still, **HOSTED)
+    assert press(still), "what costs nothing goes on"
+
+
+def test_the_form_says_what_the_tuning_api_costs_at_most(still: House) -> None:
+    base, rate, job, api, *_ = place_chosen(HOSTED["place"])
+    assert (base["visible"], rate["value"], job["visible"], api["visible"]) == (False, 2e-4, False, True)
+    assert place_chosen("This machine")[1]["value"] == RunConfig.model_fields["learning_rate"].default
+    words = estimate(still, "Short run", None, 8, HOSTED["place"], None, {}, 2.0, 10)
+    assert "at most" in words and "stops at your budget of $2.00" in words and "assumed" in words

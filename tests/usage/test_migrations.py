@@ -1,8 +1,12 @@
 """The schema's versions: a database from before Alembic is taken over with all that it holds."""
 
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from sqlalchemy import inspect
+
+from usage.database import Database
 from usage.store import Store
 
 VERSION_1 = """
@@ -25,3 +29,13 @@ def test_a_database_of_version_1_keeps_its_reward_functions(tmp_path: Path) -> N
         assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0002",)]
         assert connection.execute("SELECT count(*) FROM usage_events").fetchone() == (0,)
     connection.close()
+
+
+def test_databases_that_are_made_at_once_in_one_process_do_not_mix(tmp_path: Path) -> None:
+    def make(number: int) -> set[str]:
+        with Database(f"sqlite:///{tmp_path / f'{number}.sqlite3'}").transaction() as connection:
+            return set(inspect(connection).get_table_names())
+
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(make, range(24)))
+    assert "usage_events" in found[0] and all(tables == found[0] for tables in found)
