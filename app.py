@@ -10,6 +10,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
+from inference.offers import discover, offer
 from recipes import MAX_BYTES
 from serving import health, usage
 from settings import ROOT, Settings, SettingsError
@@ -45,6 +46,8 @@ def create_app(settings: Settings, training: tuple[str, ...] = COMMAND) -> FastA
     prices = Prices.read(settings.prices) if settings.prices else Prices()
     where = deployment(settings.branch, settings.commit, settings.space, ROOT)
     inside = _inside() if settings.train_in_request else None
+    offer(settings.moondream_url, settings.moondream_key, settings.moondream_rate, settings.endpoints)
+    discover()
     house = House.open(settings.data_dir, settings.store_url, training, where, prices, settings.hardware, inside)
     app.include_router(usage.router(house.usage, house.budgets, house.meter.recorder))
     return gr.mount_gradio_app(

@@ -1,8 +1,10 @@
 """The settings: everything that the environment may say, read once, in one place."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent
 YES = ("1", "t", "true", "yes", "on")
@@ -16,7 +18,7 @@ class SettingsError(ValueError):
 class Settings:
     """What the environment says. An empty environment gives a playground that works.
 
-    `database_url` is never shown: it may hold a password.
+    `database_url` and `moondream_key` are never shown: they hold secrets.
     """
 
     data_dir: Path = ROOT / "data"
@@ -29,6 +31,10 @@ class Settings:
     hardware: str | None = None
     prices: Path | None = None
     train_in_request: bool = False
+    moondream_key: str | None = field(default=None, repr=False)
+    moondream_url: str | None = None
+    moondream_rate: float | None = None
+    endpoints: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
@@ -36,6 +42,9 @@ class Settings:
 
         TRAIN_IN_REQUEST (1 or 0) says whether a training run works inside the request that asked for it; it does so by
         itself on ZeroGPU hardware (SPACES_ZERO_GPU), where nothing else has a GPU.
+
+        Of Moondream Cloud: MOONDREAM_API_KEY, MOONDREAM_API_URL, MOONDREAM_RATE (requests a second); of other servers
+        that speak its API: MOONDREAM_ENDPOINTS, as name=address, separated by commas.
 
         For usage: PREVIEW_BRANCH, PREVIEW_COMMIT, SPACE_ID, PRICES_FILE, and the hardware (see `_hardware`).
 
@@ -55,6 +64,12 @@ class Settings:
             hardware=_hardware(said),
             prices=Path(said["PRICES_FILE"]).expanduser() if "PRICES_FILE" in said else None,
             train_in_request=said.get("TRAIN_IN_REQUEST", said.get("SPACES_ZERO_GPU", "")).lower() in YES,
+            moondream_key=said.get("MOONDREAM_API_KEY"),
+            moondream_url=_address("MOONDREAM_API_URL", said["MOONDREAM_API_URL"])
+            if "MOONDREAM_API_URL" in said
+            else None,
+            moondream_rate=_rate(said["MOONDREAM_RATE"]) if "MOONDREAM_RATE" in said else None,
+            endpoints=_endpoints(said.get("MOONDREAM_ENDPOINTS", "")),
         )
 
     @property
@@ -73,6 +88,35 @@ def _hardware(said: Mapping[str, str]) -> str | None:
     if said.get("ACCELERATOR", "none").lower() != "none":
         return said["ACCELERATOR"]
     return {"2": "cpu-basic", "8": "cpu-upgrade"}.get(said.get("CPU_CORES", ""))
+
+
+def _address(name: str, text: str | None) -> str | None:
+    if text is None:
+        return None
+    parts = urlsplit(text.rstrip("/"))
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
+        raise SettingsError(f"{name} must hold an address like https://api.moondream.ai/v1.")
+    return text.rstrip("/")
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate <= 1000:
+        raise SettingsError("MOONDREAM_RATE must be a number of requests a second, more than 0 and at most 1000.")
+    return rate
+
+
+def _endpoints(text: str) -> dict[str, str]:
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, address = (piece.strip() for piece in part.partition("="))
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,60}", name):
+            raise SettingsError("MOONDREAM_ENDPOINTS must look like: lab=http://127.0.0.1:2020/v1, other=https://…/v1.")
+        found[name] = _address("MOONDREAM_ENDPOINTS", address) or ""
+    return found
 
 
 def _port(name: str, text: str) -> int:

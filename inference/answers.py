@@ -41,6 +41,7 @@ SKILLS: dict[str, Skill] = {
     "caption": Skill("caption", "Caption", "text", "none"),
     "detect": Skill("detect", "Detect", "regions", "required", "What to put a box around", "the main subject"),
     "point": Skill("point", "Point", "regions", "required", "What to point at", "the brightest area"),
+    "segment": Skill("segment", "Segment", "regions", "required", "What to outline", "the main subject"),
 }
 
 
@@ -72,7 +73,8 @@ class Request:
 
     photo: uint8 [height, width, 3], RGB. n: candidates, 1..8. temperature: 0 (always the likeliest word, so all
     candidates are the same) to 2. seed: 0..2**31-1; candidate i is drawn with seed + i, whatever n is, so the
-    fourth card of seed 7 is the first card of seed 10. The prompt is cleaned of control characters.
+    fourth card of seed 7 is the first card of seed 10. The prompt is cleaned of control characters. reasoning: whether
+    a question is thought over first; only hosted models do.
     """
 
     photo: np.ndarray = field(repr=False)
@@ -82,6 +84,7 @@ class Request:
     n: int = 1
     temperature: float = 1.0
     seed: int = 0
+    reasoning: bool = False
 
     def __post_init__(self) -> None:
         _check_photo(self.photo)
@@ -119,6 +122,10 @@ class Answer:
 
     `seconds` counts from the start of the computing to this candidate's last token, `first_token_seconds` to its
     first one; `queue_seconds` was spent waiting before. `tokens_in` counts the image's tokens, too.
+
+    path: an outline as SVG path data in shares of the photo. reasoning: what was thought first, with the spans of it
+    (from, to) that `points` show on the photo. estimated: the tokens are an estimate. request_id: the provider's.
+    perhaps_charged: earlier tries that were lost and may have been charged as well.
     """
 
     index: int
@@ -130,9 +137,23 @@ class Answer:
     seconds: float = 0.0
     first_token_seconds: float = 0.0
     queue_seconds: float = 0.0
+    path: str = ""
+    reasoning: str = ""
+    grounded: tuple[tuple[int, int], ...] = ()
+    estimated: bool = False
+    request_id: str = ""
+    perhaps_charged: int = 0
 
 
-Event = Waiting | Partial | Answer
+@dataclass(frozen=True)
+class Failed:
+    """Candidate `index` could not be answered, while others may be; the message tells a person what to do."""
+
+    index: int
+    message: str
+
+
+Event = Waiting | Partial | Answer | Failed
 
 
 class InferenceError(Exception):

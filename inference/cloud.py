@@ -22,10 +22,9 @@ import tenacity
 from pydantic import SecretStr
 
 from inference.answers import InferenceError, clean
+from inference.places import CLOUD_URL, RATE
 from recipes import shrink
 
-CLOUD_URL = "https://api.moondream.ai/v1"
-RATE = 2.0  # requests a second and key; Moondream Cloud allows ten where the balance is at least $10
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525)})
 UNDONE = frozenset({408, 425, 429, 503})  # of these: nothing has been computed, nothing is charged
 TRIES = 4
@@ -191,11 +190,10 @@ class Server:
         tries = Tries(until, repeatable)
         for attempt in tries:
             with attempt:
-                began = time.monotonic()
                 with self._sent(method, path, body, params, stopped, until) as pieces:
                     data = self._object(b"".join(pieces))
                     request_id = str(data.get("request_id") or pieces.headers.get("x-request-id") or "")[:64]
-                return Reply(data, request_id, time.monotonic() - began, tries.number, tries.perhaps)
+                return Reply(data, request_id, time.monotonic() - pieces.began, tries.number, tries.perhaps)
         raise AssertionError("tenacity ends with a result or an exception")
 
     @contextmanager
@@ -216,14 +214,14 @@ class Server:
         over = min(until, time.monotonic() + self.timeouts.one)
         times = self.timeouts
         timeout = httpx.Timeout(min(times.read, times.one), connect=min(times.connect, times.one))
-        sent = False
+        sent, began = False, time.monotonic()
         try:
             with (
                 httpx.Client(timeout=timeout, follow_redirects=False) as client,
                 client.stream(method, f"{self.url}/{path}", json=body, params=params, headers=self._headers) as reply,
             ):
                 sent = True
-                pieces = _Pieces(reply, over, stopped, self.host)
+                pieces = _Pieces(reply, began, over, stopped, self.host)
                 if not reply.is_success:
                     error = self._error(reply.status_code, b"".join(pieces), reply.headers)
                     if error.wait:
@@ -341,10 +339,15 @@ def _failure(state: tenacity.RetryCallState) -> BaseException | None:
 
 
 class _Pieces:
-    """The bytes of an answer as they come, up to MAX_REPLY, until it takes too long or nobody wants them any more."""
+    """The bytes of an answer as they come, up to MAX_REPLY, until it takes too long or nobody wants them any more.
 
-    def __init__(self, reply: httpx.Response, over: float, stopped: Callable[[], bool], host: str) -> None:
-        self.headers = reply.headers
+    began: when the request was sent, after it had waited for its turn.
+    """
+
+    def __init__(
+        self, reply: httpx.Response, began: float, over: float, stopped: Callable[[], bool], host: str
+    ) -> None:
+        self.headers, self.began = reply.headers, began
         self._reply, self._over, self._stopped, self._host = reply, over, stopped, host
 
     def __iter__(self) -> Iterator[bytes]:

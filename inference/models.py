@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from pydantic import SecretStr
 
 from inference import weights
 from inference.answers import Event, InferenceError, Request
+from inference.places import CLOUD_URL, RATE, photon_unavailable
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -27,6 +30,9 @@ class ModelEntry:
     constrained: recipes are decoded under the grammar; otherwise the answer is read as prose.
     explained: the grammar is told in the prompt (for a model that was not trained from the start to write recipes).
     needs_gpu: too slow without one to be offered. memory_bytes: free memory that loading it takes.
+
+    Of a hosted model: source: its server's address, up to /v1. remote: the id by which that server knows it, where it
+    is not its name. key: of the server; needs_key: whether it wants one. rate: requests a second at most.
     """
 
     name: str
@@ -44,13 +50,41 @@ class ModelEntry:
     explained: bool = False
     needs_gpu: bool = False
     memory_bytes: int = 0
+    remote: str = ""
+    key: SecretStr | None = field(default=None, repr=False)
+    needs_key: bool = False
+    rate: float = RATE
 
     def unavailable(self) -> str | None:
         """Why it cannot be used here, in plain words; None when it can. Quick, and asks no network."""
-        return weights.unavailable(self)
+        if self.backend == "hosted":
+            return NEEDS_KEY if self.needs_key and self.key is None else None
+        return photon_unavailable() if self.backend == "photon" else weights.unavailable(self)
+
+    def with_key(self, key: SecretStr | None) -> ModelEntry:
+        """The same with somebody's own key, where it takes one: a key goes to no server that does not ask for it."""
+        return replace(self, key=key) if key and self.needs_key else self
 
 
 TINY = str(ASSETS / "moondream-tiny")
+
+NEEDS_KEY = "it needs a Moondream key. Type yours under “Your own Moondream key”, or set MOONDREAM_API_KEY."
+
+
+def _cloud(name: str, title: str, note: str) -> ModelEntry:
+    return ModelEntry(
+        name=name,
+        title=title,
+        note=f"{note}, on Moondream Cloud. The photo is sent there, each candidate is a paid call, seeds do not count.",
+        backend="hosted",
+        source=CLOUD_URL,
+        temperature=0.5,
+        top_p=0.9,
+        constrained=False,
+        explained=True,
+        needs_key=True,
+    )
+
 
 MODELS: dict[str, ModelEntry] = {
     "moondream-tiny": ModelEntry(
@@ -86,10 +120,28 @@ MODELS: dict[str, ModelEntry] = {
         needs_gpu=True,
         memory_bytes=6 * 2**30,
     ),
+    "moondream2-photon": ModelEntry(
+        name="moondream2-photon",
+        title="Moondream 2 on Photon",
+        note="The same model on Moondream's own engine, several times as fast. Photon always sends telemetry to "
+        "Moondream: host name, GPU, model, numbers of tokens.",
+        backend="photon",
+        source="moondream2",
+        temperature=0.5,
+        top_p=0.9,
+        constrained=False,
+        explained=True,
+    ),
+    "moondream3.1-9B-A2B": _cloud("moondream3.1-9B-A2B", "Moondream 3.1", "The newest model"),
+    "moondream3-preview": _cloud("moondream3-preview", "Moondream 3 preview", "The base of hosted fine-tunes"),
 }
 
 # Backend -> the module whose `answer(entry, request, cancel)` runs it; imported at the first answer.
-BACKENDS: dict[str, str] = {"local": "inference.local"}
+BACKENDS: dict[str, str] = {
+    "local": "inference.local",
+    "hosted": "inference.hosted",
+    "photon": "inference.photon",
+}
 
 
 def answer(model: str | ModelEntry, request: Request, cancel: threading.Event | None = None) -> Iterator[Event]:
@@ -103,5 +155,7 @@ def answer(model: str | ModelEntry, request: Request, cancel: threading.Event | 
     reason = entry.unavailable()
     if reason:
         raise InferenceError("unavailable", f"{entry.title} cannot be used: {reason}")
+    if request.skill == "segment" and entry.backend != "hosted":
+        raise InferenceError("unsupported", f"{entry.title} cannot segment. Choose a model of Moondream Cloud.")
     backend = importlib.import_module(BACKENDS[entry.backend])
     yield from backend.answer(entry, request, cancel or threading.Event())

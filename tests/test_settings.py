@@ -53,3 +53,28 @@ def test_a_port_that_is_none_is_refused_by_name(text: str) -> None:
 def test_a_password_is_never_shown() -> None:
     settings = Settings.from_env({"DATABASE_URL": "postgres://me:hunter2@db/x"})
     assert "hunter2" not in repr(settings) + str(settings)
+
+
+def test_moondreams_servers_are_read_and_its_key_is_shown_nowhere() -> None:
+    said = {"MOONDREAM_API_KEY": "md-1", "MOONDREAM_API_URL": "https://host/v1/", "MOONDREAM_RATE": "10"}
+    read = Settings.from_env(said | {"MOONDREAM_ENDPOINTS": "lab=http://127.0.0.1:2020/v1, b=https://x/v1/"})
+    assert (read.moondream_key, read.moondream_url, read.moondream_rate) == ("md-1", "https://host/v1", 10.0)
+    assert dict(read.endpoints) == {"lab": "http://127.0.0.1:2020/v1", "b": "https://x/v1"}
+    assert "md-1" not in repr(read)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"MOONDREAM_API_URL": "host/v1"},
+        {"MOONDREAM_API_URL": "https://user:secret@host/v1"},
+        {"MOONDREAM_RATE": "0"},
+        {"MOONDREAM_RATE": "fast"},
+        {"MOONDREAM_ENDPOINTS": "http://host/v1"},
+        {"MOONDREAM_ENDPOINTS": "a b=http://host/v1"},
+    ],
+)
+def test_a_server_that_cannot_be_is_refused(said: dict[str, str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env(said)
+    assert "secret" not in str(caught.value)

@@ -129,18 +129,17 @@ class Adopted:
         return model_name(earlier.id) if earlier and self.uses(earlier.id) else self.base(run).name
 
     def _entry(self, run: Run) -> ModelEntry:
-        base = self.base(run)
-        check_adapter(run.adapter, base)
-        wins = (run.result() or {}).get("wins")
+        base, found, config = self.base(run), run.result() or {}, run.config()
+        wins = found.get("wins")
         proof = "It won on photos that it had not seen." if wins else "It was not shown to be better than its base."
-        config = run.config()
-        return replace(
-            base,
-            name=model_name(run.id),
-            title=title(run),
-            note=f"{base.title}, tuned here for {reward_words(config.reward)} in {config.steps:,} steps. {proof}",
-            adapter=str(run.adapter),
-        )
+        note = f"{base.title}, tuned here for {reward_words(config.reward)} in {config.steps:,} steps. {proof}"
+        told = {"name": model_name(run.id), "title": title(run), "note": note}
+        if config.where == "hosted":  # its weights are on the server that trained it
+            if not isinstance(found.get("model"), str):
+                raise RunError("This run saved no checkpoint that could be asked.")
+            return replace(base, **told, remote=found["model"])
+        check_adapter(run.adapter, base)
+        return replace(base, **told, adapter=str(run.adapter))
 
     def _enter(self, run: Run, entry: ModelEntry) -> None:
         self.models[model_name(run.id)] = entry

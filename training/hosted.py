@@ -19,7 +19,8 @@ import numpy as np
 from pydantic import SecretStr
 
 from inference.answers import RECIPE_QUESTION, recipe_prompt
-from inference.cloud import CLOUD_URL, RATE, CloudError, Server, photo_url
+from inference.cloud import CloudError, Server, photo_url
+from inference.places import CLOUD_URL, RATE
 from recipes import Recipe, parse, random_recipe, save_picture
 from rewards import score_recipes
 from training.collect import CollectError, both

@@ -166,6 +166,11 @@ class Run:
     def has_adapter(self) -> bool:
         return (self.adapter / "adapter_model.safetensors").is_file()
 
+    @property
+    def has_model(self) -> bool:
+        """Whether there is something to ask: an adapter here, or a checkpoint on the server that trained it."""
+        return self.has_adapter or bool((self.result() or {}).get("model"))
+
     def config(self) -> RunConfig:
         """What was asked. Raises RunError."""
         try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import cv2
 import numpy as np
 
-from inference.answers import SKILLS, Answer, Box, Event, InferenceError, Partial, Point, Request, Waiting
+from inference.answers import SKILLS, Answer, Box, Event, Failed, InferenceError, Partial, Point, Request, Waiting
 from inference.models import MODELS, answer
 from recipes import Recipe, parse, shrink
 from rewards import score_recipes
@@ -30,7 +30,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Card:
-    """One candidate. `scores`, `fidelity` and `picture` (a data URL) are there once a recipe was read and rendered."""
+    """One candidate. `scores`, `fidelity` and `picture` (a data URL) are there once a recipe was read and rendered.
+
+    error: why this candidate failed while others may not have. The rest is as in `inference.answers.Answer`.
+    """
 
     index: int
     text: str = ""
@@ -44,6 +47,11 @@ class Card:
     points: tuple[Point, ...] = ()
     seconds: float = 0.0
     queue_seconds: float = 0.0
+    path: str = ""
+    reasoning: str = ""
+    grounded: tuple[tuple[int, int], ...] = ()
+    perhaps_charged: int = 0
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -186,6 +194,8 @@ def _heard(column: Column, event: object, skill: str) -> Column:
             return _with_card(replace(column, status="running"), replace(column.cards[index], text=text))
         case Answer():
             return _with_card(replace(column, status="running"), _card(event, skill))
+        case Failed(index=index, message=message):
+            return _with_card(column, replace(column.cards[index], done=True, error=message))
         case _Failed(message=message, cancelled=cancelled):
             return replace(column, status="cancelled" if cancelled else "failed", error=message)
         case _:
@@ -205,6 +215,10 @@ def _card(answer: Answer, skill: str) -> Card:
         points=tuple(answer.points),
         seconds=answer.seconds,
         queue_seconds=answer.queue_seconds,
+        path=answer.path,
+        reasoning=answer.reasoning,
+        grounded=answer.grounded,
+        perhaps_charged=answer.perhaps_charged,
     )
     if SKILLS[skill].output != "recipe":
         return card

@@ -6,7 +6,7 @@ from contextlib import suppress
 from statistics import median
 from typing import Any
 
-from inference.cloud import RATE
+from inference.places import RATE
 from training import jobs
 from training.photos import bundled
 from training.runs import Run, RunConfig, RunError

@@ -62,30 +62,44 @@ function drawCard(data, column, card, columnPart) {
     find(columnPart, 'cards').append(part);
   }
   part.dataset.state = card.state;
-  part.copied = card.recipe || (data.output === 'regions' ? JSON.stringify({boxes: card.boxes, points: card.points}) : card.words);
+  part.copied = card.recipe || (data.output === 'regions' ? JSON.stringify({boxes: card.boxes, points: card.points, path: card.path || undefined}) : card.words);
   drawPicture(data, card, part);
   say(find(part, 'card-words'), card.words);
   put(find(part, 'card-canonical'), card.recipe);
   find(part, 'card-text').hidden = !card.recipe;
   say(find(part, 'card-problems'), card.problems);
   say(find(part, 'card-time'), card.time);
-  find(part, 'card-copy').hidden = !card.done;
+  drawReasoning(card.reasoning || [], part);
+  find(part, 'card-copy').hidden = card.state !== 'ready';
   find(part, 'card-download').hidden = !card.recipe;
   const label = column.title + ', candidate ' + (card.index + 1);
   find(part, 'card-copy').setAttribute('aria-label', 'Copy ' + {recipe: 'recipe', text: 'text', regions: 'coordinates'}[data.output] + ' of ' + label);
   find(part, 'card-download').setAttribute('aria-label', 'Download picture of ' + label + ' in full size');
 }
 
+// What the model thought first; the marked pieces are those that the points on the photo belong to.
+function drawReasoning(pieces, part) {
+  find(part, 'card-thought').hidden = !pieces.length;
+  const text = find(part, 'card-reasoning');
+  if (text.textContent === pieces.map(piece => piece[0]).join('')) return;
+  text.replaceChildren(...pieces.map(([words, grounded]) => {
+    const piece = document.createElement(grounded ? 'mark' : 'span');
+    piece.textContent = words;
+    return piece;
+  }));
+}
+
 function drawPicture(data, card, part) {
   const frame = find(part, 'card-frame'), after = find(part, 'card-after'), before = find(part, 'card-before');
-  const source = data.output === 'regions' ? data.photo.src : card.picture;
-  frame.hidden = data.output === 'text';
+  const marked = card.boxes.length || card.points.length || card.path;
+  const source = data.output === 'regions' || marked ? data.photo.src : card.picture;
+  frame.hidden = data.output === 'text' && !marked;
   frame.style.aspectRatio = data.photo.width + ' / ' + data.photo.height;
   if (source && after.getAttribute('src') !== source) after.setAttribute('src', source);
   after.alt = card.alt || '';
   find(part, 'card-compare').hidden = find(part, 'card-which').hidden = before.hidden = !card.picture;
   if (card.picture && !before.hasAttribute('src')) before.setAttribute('src', data.photo.src);
-  if (data.output === 'regions' && card.done && part.dataset.marked !== 'yes') drawMarks(data, card, part);
+  if (marked && card.done && part.dataset.marked !== 'yes') drawMarks(data, card, part);
 }
 
 function drawMarks(data, card, part) {
@@ -103,6 +117,7 @@ function drawMarks(data, card, part) {
   for (const [left, top, right, bottom] of card.boxes)
     add('rect', {x: left * width, y: top * height, width: (right - left) * width, height: (bottom - top) * height});
   for (const [x, y] of card.points) add('circle', {cx: x * width, cy: y * height, r: Math.max(width, height) / 45});
+  if (card.path) add('path', {d: card.path, transform: 'scale(' + width + ' ' + height + ')', 'vector-effect': 'non-scaling-stroke'});
   part.dataset.marked = 'yes';
 }
 

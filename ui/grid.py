@@ -49,7 +49,7 @@ def grid_value(comparison: Comparison, run: str, photo: dict[str, Any]) -> dict[
 
 def _status(comparison: Comparison) -> str:
     cards = [card for column in comparison.columns for card in column.cards]
-    ready = sum(card.done for card in cards)
+    ready = sum(card.done and not card.error for card in cards)
     words = f"{ready} of {len(cards)} candidates"
     if comparison.status == "cancelled":
         return f"Cancelled with {words} ready."
@@ -64,15 +64,18 @@ def _column(column: Column, skill: str) -> dict[str, Any]:
         "title": column.title,
         "note": column.note,
         "status": column.status,
-        "state": _state(column),
+        "state": _state(column, skill),
         "error": column.error,
         "cards": [_card(card, column, skill) for card in column.cards],
     }
 
 
-def _state(column: Column) -> str:
+def _state(column: Column, skill: str) -> str:
     if column.status == "waiting":
         return f"{column.position} before you" if column.position else "Starting"
+    read = sum(card.recipe is not None for card in column.cards)
+    if column.status == "done" and skill == "recipe" and read < len(column.cards):
+        return f"Done · {read} of {len(column.cards)} recipes could be read"
     return {"running": "Answering", "done": "Done", "failed": "Failed", "cancelled": "Cancelled"}[column.status]
 
 
@@ -80,7 +83,7 @@ def _card(card: Card, column: Column, skill: str) -> dict[str, Any]:
     return {
         "index": card.index,
         "done": card.done,
-        "state": "ready" if card.done else "gone" if column.over else "pending",
+        "state": "failed" if card.error else "ready" if card.done else "gone" if column.over else "pending",
         "words": _words(card, column, skill),
         "recipe": str(card.recipe) if card.recipe else "",
         "problems": "; ".join(card.problems[:3]),
@@ -90,11 +93,26 @@ def _card(card: Card, column: Column, skill: str) -> dict[str, Any]:
         "alt": f"The photo after: {describe(card.recipe)}" if card.recipe else "",
         "boxes": [[box.x_min, box.y_min, box.x_max, box.y_max] for box in card.boxes],
         "points": [[point.x, point.y] for point in card.points],
-        "time": _facts(card) if card.done else "",
+        "path": card.path,
+        "reasoning": _spans(card),
+        "time": _facts(card) if card.done and not card.error else "",
     }
 
 
+def _spans(card: Card) -> list[list[Any]]:
+    """What was thought, in pieces: each with whether the points on the photo are what it speaks of."""
+    pieces: list[list[Any]] = []
+    place = 0
+    for start, end in sorted(card.grounded):
+        if place <= start < end <= len(card.reasoning):
+            pieces += [[card.reasoning[place:start], False], [card.reasoning[start:end], True]]
+            place = end
+    return [piece for piece in [*pieces, [card.reasoning[place:], False]] if piece[0]]
+
+
 def _words(card: Card, column: Column, skill: str) -> str:
+    if card.error:
+        return card.error
     if not card.done:
         return card.text or ("Not answered" if column.over else "")
     if card.recipe:
@@ -105,11 +123,18 @@ def _words(card: Card, column: Column, skill: str) -> str:
 
 
 def _facts(card: Card) -> str:
-    """Seconds, and how far the colours are from the photo's (CIEDE2000)."""
-    return f"{card.seconds:.2f} s" + (f" · ΔE {card.fidelity:.1f}" if card.fidelity is not None else "")
+    """Seconds, how far the colours are from the photo's (CIEDE2000), and what a lost try may have cost."""
+    facts = [f"{card.seconds:.2f} s"]
+    if card.fidelity is not None:
+        facts.append(f"ΔE {card.fidelity:.1f}")
+    if card.perhaps_charged:
+        facts.append(f"asked {card.perhaps_charged + 1} times, may be charged as often")
+    return " · ".join(facts)
 
 
 def _found(card: Card) -> str:
+    if card.path:
+        return "An outline was found."
     boxes, points = len(card.boxes), len(card.points)
     if boxes or points:
         count, what = (boxes, "box") if boxes else (points, "point")

@@ -57,7 +57,8 @@ class House:
         adopted.load()
         recorder = Recorder(database, data_dir / "usage-spool", where or Deployment())
         recorder.start()
-        meter = Meter(recorder, prices or Prices(), hardware)
+        budgets = Budgets(database)
+        meter = Meter(recorder, prices or Prices(), hardware, budgets)
 
         def ended(run: Run) -> None:
             meter.count(run)
@@ -66,7 +67,7 @@ class House:
         worker = Worker(runs, command, on_end=ended, inside=inside)
         worker.abandon()
         worker.wake()
-        return cls(Store(database), runs, worker, adopted, Usage(database), Budgets(database), meter)
+        return cls(Store(database), runs, worker, adopted, Usage(database), budgets, meter)
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,24 @@ from rewards import DEFAULT
 from training.metering import run_events
 from training.runs import Run
 from ui.compare import Ask, Column, Comparison, compare
-from usage.events import Event
+from usage.budgets import BudgetExceeded, Budgets
+from usage.database import StoreError
+from usage.events import Basis, Event
 from usage.prices import Prices
 from usage.record import Recorder
 
 
 @dataclass(frozen=True)
 class Meter:
-    """Where calls are recorded, and what a second of this machine costs: `hardware` is None where it is not known."""
+    """Where calls are recorded, and what a second of this machine costs: `hardware` is None where it is not known.
+
+    budgets: asked before each paid call.
+    """
 
     recorder: Recorder
     prices: Prices
     hardware: str | None = None
+    budgets: Budgets | None = None
 
     def compare(
         self,
@@ -73,6 +79,7 @@ class _Calls:
         began, answers, wait = time.perf_counter(), [], 0.0
         outcome, error = "cancelled", ""
         try:
+            self._check_budget(name)
             for said in self._ask(name, request, cancel):
                 if isinstance(said, Answer):
                     answers.append(said)
@@ -90,6 +97,15 @@ class _Calls:
         finally:
             event = _event(self.meter, name, request, answers, time.perf_counter() - began, wait)
             self._end(name, replace(event, outcome=outcome, error=error, **self.common))
+
+    def _check_budget(self, name: str) -> None:
+        """Raises InferenceError where a paid call would be beyond the budget of this branch."""
+        entry = MODELS.get(name)
+        if self.meter.budgets and entry is not None and entry.needs_key:
+            try:
+                self.meter.budgets.check(self.meter.recorder.deployment.branch)
+            except (BudgetExceeded, StoreError) as error:
+                raise InferenceError("budget", str(error)) from None
 
     def settle(self, name: str, reward: float | None) -> None:
         """Records a model's event, once it is there, with its reward."""
@@ -117,14 +133,23 @@ class _Calls:
 def _event(meter: Meter, name: str, request: Request, answers: list[Answer], seconds: float, wait: float) -> Event:
     """The call's numbers: as the answers report them, else (nothing was answered) the time that passed.
 
-    Candidates are answered in one batch: the prompt is computed once for all, and an answer that stands for several
-    candidates (temperature 0, boxes, points) was computed once. The device's time is the cost of a local model.
+    Local candidates are answered in one batch: the prompt is computed once for all. An answer that stands for several
+    candidates (temperature 0, boxes, points) was computed once. A hosted model computes, and charges, each call. The
+    device's time is the cost of a local model.
     """
     entry = MODELS.get(name)
     queue = answers[0].queue_seconds if answers else wait
     latency = max(answer.seconds for answer in answers) if answers else max(0.0, seconds - wait)
     once = answers[:1] if answers and _computed_once(request, name) else answers
-    cost = meter.prices.machine(meter.hardware, latency) if answers else None
+    hosted = entry if entry is not None and entry.backend == "hosted" else None
+    came = sum(answer.tokens_in for answer in once) if hosted else answers[0].tokens_in if answers else None
+    went = sum(answer.tokens_out for answer in once)
+    basis: Basis = "estimated" if any(answer.estimated for answer in answers) else "reported"
+    if hosted:
+        paid = bool(answers) and hosted.needs_key
+        cost = meter.prices.call(hosted.remote or hosted.name, came, went) if paid else None
+    else:
+        cost = meter.prices.machine(meter.hardware, latency) if answers else None
     return Event(
         time=datetime.now(timezone.utc),
         model=name,
@@ -132,9 +157,9 @@ def _event(meter: Meter, name: str, request: Request, answers: list[Answer], sec
         latency=latency,
         first_token=min(answer.first_token_seconds for answer in answers) if answers else None,
         queue=queue,
-        tokens_in=answers[0].tokens_in if answers else None,
-        tokens_out=sum(answer.tokens_out for answer in once) if answers else None,
-        tokens_basis="reported" if answers else "unknown",
+        tokens_in=came if answers else None,
+        tokens_out=went if answers else None,
+        tokens_basis=basis if answers else "unknown",
         cost=cost,
         cost_basis="unknown" if cost is None else "estimated",
         candidates=request.n,

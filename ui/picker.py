@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from pydantic import SecretStr
 
 from inference.models import MODELS, ModelEntry
 from ui.messages import refusal
@@ -31,10 +32,18 @@ def model_picker(value: list[str], **settings: Any) -> gr.HTML:
     )
 
 
-def choices(models: Mapping[str, ModelEntry] = MODELS) -> list[dict[str, str]]:
-    """What the picker shows: every model, with the reason why it cannot be used, or an empty one."""
+def choices(models: Mapping[str, ModelEntry] = MODELS, key: SecretStr | None = None) -> list[dict[str, str]]:
+    """What the picker shows: every model, with the reason why it cannot be used, or an empty one.
+
+    key: the visitor's own, of Moondream.
+    """
     return [
-        {"name": entry.name, "title": entry.title, "note": entry.note, "reason": entry.unavailable() or ""}
+        {
+            "name": entry.name,
+            "title": entry.title,
+            "note": entry.note,
+            "reason": entry.with_key(key).unavailable() or "",
+        }
         for entry in list(models.values())  # a run that ends may add one
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import threading
 from collections.abc import Iterator
@@ -12,12 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from pydantic import SecretStr
 
-from inference.answers import LENGTHS, MAX_CANDIDATES, MAX_SEED, MAX_TEMPERATURE, SKILLS, Request, RequestError
+from inference.answers import (
+    LENGTHS,
+    MAX_CANDIDATES,
+    MAX_SEED,
+    MAX_TEMPERATURE,
+    SKILLS,
+    Event,
+    Request,
+    RequestError,
+)
+from inference.models import MODELS, answer
 from recipes import Recipe, render, save_picture, shrink
 from rewards import REWARDS, RewardFunction
 from ui import api, files, reward_functions
-from ui.compare import Comparison, compare, picture_url
+from ui.compare import Ask, Comparison, compare, picture_url
 from ui.files import new_file, writing
 from ui.grid import candidate_grid, grid_value
 from ui.house import House, Shared
@@ -57,7 +69,7 @@ def open_page(house: House, request: gr.Request) -> list[Any]:
         setup = replace(setup, models=tuple(front))
     if problems:
         warn(f"Not everything in this link could be used. {'; '.join(problems)}.", "Link")
-    prompt, length = choose_skill(setup.skill, setup.prompt)
+    prompt, length, reasoning = choose_skill(setup.skill, setup.prompt)
     length["value"] = setup.length
     return [
         gr.HTML(value=list(setup.models), choices=choices()),
@@ -68,13 +80,14 @@ def open_page(house: House, request: gr.Request) -> list[Any]:
         setup.temperature,
         setup.seed,
         setup.photo,
+        reasoning,
         *reward_functions.to_sliders(setup.reward),
         gr.update(choices=reward_functions.names(house.store)),
     ]
 
 
-def choose_skill(name: str, prompt: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How prompt and length look for a skill. A prompt that is another skill's default is replaced."""
+def choose_skill(name: str, prompt: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """How prompt, length and reasoning look for a skill. A prompt that is another skill's default is replaced."""
     skill = SKILLS[name]
     ours = {other.default_prompt for other in SKILLS.values()} | {""}
     if skill.prompt == "none" or (prompt in ours and skill.prompt == "optional"):
@@ -86,6 +99,7 @@ def choose_skill(name: str, prompt: str) -> tuple[dict[str, Any], dict[str, Any]
     return (
         gr.update(value=prompt, placeholder=placeholder, interactive=wanted),
         gr.update(visible=name == "caption"),
+        gr.update(visible=name == "query"),
     )
 
 
@@ -127,22 +141,27 @@ def run(
     temperature: float,
     seed: float,
     sample: str,
+    reasoning: bool = False,
+    key: str = "",
     meter: Meter | None = None,
     visitor: str = "",
 ) -> Iterator[tuple[dict[str, Any], Session, Any, Any]]:
     """Asks the models; yields the grid, the session's state and the two buttons. gr.Error says what to mend.
 
-    With a meter each model's call is recorded as one of `visitor`, a random name for the browser's tab.
+    With a meter each model's call is recorded as one of `visitor`, a random name for the browser's tab. key: the
+    visitor's own, of Moondream; it is used for this run, and kept nowhere.
     """
     names = check_choice(names)
     pixels = read_photo(photo)
-    request = ask(pixels, skill, prompt, length, n, temperature, seed)
+    request = ask(pixels, skill, prompt, length, n, temperature, seed, reasoning)
+    asking = asks_with(own_key(key))
     sample = sample if sample in SAMPLES else ""
     setup = Setup(sample, tuple(names), skill, request.prompt, length, request.n, request.temperature, request.seed)
     view = {"src": picture_url(shrink(pixels)), "width": pixels.shape[1], "height": pixels.shape[0]}
     session = Session(secrets.token_hex(8), threading.Event(), str(photo), setup, Comparison(skill))
     asked = (names, request, session.cancel)
-    with closing(meter.compare(*asked, "playground", visitor) if meter else compare(*asked)) as snapshots:
+    every = meter.compare(*asked, "playground", visitor, asking) if meter else compare(*asked, asking)
+    with closing(every) as snapshots:
         for comparison in snapshots:
             session = replace(session, comparison=comparison.without_pictures())
             going = comparison.status == "running"
@@ -150,12 +169,47 @@ def run(
             yield grid, session, gr.update(interactive=not going), gr.update(interactive=going)
 
 
-def ask(photo: Any, skill: str, prompt: str | None, length: str, n: float, temperature: float, seed: float) -> Request:
+def ask(
+    photo: Any,
+    skill: str,
+    prompt: str | None,
+    length: str,
+    n: float,
+    temperature: float,
+    seed: float,
+    reasoning: bool = False,
+) -> Request:
     """The request, checked; gr.Error says what to change."""
+    thinks = bool(reasoning) and skill == "query"
     try:
-        return Request(photo, skill, prompt or "", length, n, temperature, seed)  # type: ignore[arg-type]
+        return Request(photo, skill, prompt or "", length, n, temperature, seed, thinks)  # type: ignore[arg-type]
     except RequestError as error:
         raise refusal(str(error), "This cannot be asked") from None
+
+
+def own_key(text: str | None) -> SecretStr | None:
+    """The visitor's key, checked; gr.Error, without it, where it cannot be one."""
+    text = (text or "").strip()
+    if not text:
+        return None
+    if not re.fullmatch(r"[!-~]{1,500}", text):
+        raise refusal("The key has characters that no key has. Copy it again.", "Your own Moondream key")
+    return SecretStr(text)
+
+
+def asks_with(key: SecretStr | None) -> Ask:
+    """What asks a model, with the visitor's key where it takes one."""
+
+    def asked(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
+        entry = MODELS.get(name)
+        return answer(entry.with_key(key) if entry else name, request, cancel)
+
+    return asked
+
+
+def choose_key(text: str | None) -> dict[str, Any]:
+    """The picker, in which a key makes more models choosable."""
+    return gr.HTML(choices=choices(key=own_key(text)))  # type: ignore[return-value]
 
 
 def cancel(session: Session | None) -> None:
@@ -246,15 +300,19 @@ def build(house: House, shared: Shared) -> None:
                 reporting = gr.Button("Report (JSON)", size="sm", elem_id="report", min_width=120)
     api.build(house)
 
-    photo, picker, skill, prompt, length, n, temperature, seed, sample = asked
+    photo, picker, skill, prompt, length, n, temperature, seed, sample, reasoning, key = asked
 
     def opened(request: gr.Request) -> list[Any]:
         return open_page(house, request)
 
-    gr.on(None, opened, None, [*asked[1:], *sliders, saved], **PRIVATE)  # queued: only those events can show a warning
+    gr.on(
+        None, opened, None, [*asked[1:-1], *sliders, saved], **PRIVATE
+    )  # queued: only those events can show a warning
     sample.choose(choose_sample, None, photo, **QUICK)
     photo.input(check_photo, photo, [photo, sample], **PRIVATE)
-    skill.input(choose_skill, [skill, prompt], [prompt, length], **QUICK)
+    skill.input(choose_skill, [skill, prompt], [prompt, length, reasoning], **QUICK)
+    key.blur(choose_key, key, picker, **QUICK)
+    key.submit(choose_key, key, picker, **QUICK)
     skill.change(None, skill, None, js=SKILL_JS, **PRIVATE)
     another.click(None, None, seed, js="() => Math.floor(Math.random() * 10000)", **PRIVATE)
 
@@ -268,10 +326,12 @@ def build(house: House, shared: Shared) -> None:
         temperature: float,
         seed: float,
         sample: str,
+        reasoning: bool,
+        key: str,
         request: gr.Request,
     ) -> Iterator[Any]:
-        visitor = request.session_hash or ""
-        yield from run(photo, names, skill, prompt, length, n, temperature, seed, sample, house.meter, visitor)
+        asked = (photo, names, skill, prompt, length, n, temperature, seed, sample, reasoning, key)
+        yield from run(*asked, house.meter, request.session_hash or "")
 
     start.click(started, asked, [grid, session, start, stop], concurrency_limit=32, **PRIVATE)
     stop.click(cancel, session, None, **QUICK)
@@ -289,7 +349,7 @@ def build(house: House, shared: Shared) -> None:
     copied.then(None, None, link, js="() => new Promise(then => setTimeout(then, 1500, 'Copy link'))", **PRIVATE)
 
 
-ASKED = ("upload", "models", "skill", "prompt", "length", "n", "temperature", "seed", "photo")
+ASKED = ("upload", "models", "skill", "prompt", "length", "n", "temperature", "seed", "photo", "reasoning", "key")
 
 
 def _question(picker: gr.HTML) -> tuple[list[Any], gr.Button, gr.Button, gr.Button]:
@@ -302,7 +362,11 @@ def _question(picker: gr.HTML) -> tuple[list[Any], gr.Button, gr.Button, gr.Butt
     placeholder = SKILLS[default.skill].placeholder
     prompt = gr.Textbox(label="Prompt", lines=2, max_lines=6, placeholder=placeholder, elem_id="prompt")
     length = gr.Radio(list(LENGTHS), value=default.length, label="Length", visible=False, elem_id="length")
+    reasoning = gr.Checkbox(
+        False, label="Think first", info="Hosted models only.", visible=False, container=False, elem_id="reasoning"
+    )
     picker.render()
+    key = _key_field()
     with gr.Row(elem_classes="knobs"):
         settings: dict[str, Any] = {"min_width": 120, "buttons": []}
         n = gr.Slider(1, MAX_CANDIDATES, default.n, step=1, precision=0, label="Candidates", elem_id="n", **settings)
@@ -317,4 +381,17 @@ def _question(picker: gr.HTML) -> tuple[list[Any], gr.Button, gr.Button, gr.Butt
     with gr.Row(elem_id="actions"):
         start = gr.Button("Run", variant="primary", elem_id="run", min_width=120)
         stop = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel", min_width=120)
-    return [photo, picker, skill, prompt, length, n, temperature, seed, sample], another, start, stop
+    asked = [photo, picker, skill, prompt, length, n, temperature, seed, sample, reasoning, key]
+    return asked, another, start, stop
+
+
+def _key_field() -> gr.Textbox:
+    with gr.Accordion("Your own Moondream key", open=False, elem_id="own-key"):
+        return gr.Textbox(
+            label="Key",
+            type="password",
+            max_lines=1,
+            info="For Moondream Cloud's models, on your account. It stays in this page, and is gone when you close it.",
+            html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
+            elem_id="key",
+        )

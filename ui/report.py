@@ -52,6 +52,12 @@ def candidate(card: Card, skill: str) -> dict[str, Any]:
             "scores": card.scores,
             "fidelity": card.fidelity,
         }
+    if card.error:
+        answer["error"] = card.error
+    if card.reasoning:
+        answer["reasoning"] = card.reasoning
+    if card.path:
+        answer["path"] = card.path
     if SKILLS[skill].output == "regions":
         answer |= {
             "boxes": [[box.x_min, box.y_min, box.x_max, box.y_max] for box in card.boxes],

@@ -119,7 +119,7 @@ def _seconds_left(run: Run, status: Status) -> float | None:
 def _actions(house: House, run: Run, status: Status, result: dict[str, Any] | None) -> dict[str, Any]:
     """What may be done with it now, and how it is called."""
     used = house.adopted.uses(run.id)
-    usable = run.has_adapter and status.over and not used
+    usable = run.has_model and status.over and not used
     wins = bool(result and result.get("wins"))
     return {
         "cancel": not status.over and not run.cancelled,

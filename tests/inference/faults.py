@@ -43,14 +43,16 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     faults: Faults
+    body: Any = None
 
     def log_message(self, *_: Any) -> None:
         """Nothing."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.body = json.loads(body) if body else None
         self.faults.times.append(time.monotonic())
-        self.faults.asked.append((self.command, self.path, dict(self.headers), json.loads(body) if body else None))
+        self.faults.asked.append((self.command, self.path, dict(self.headers), self.body))
         fault = self.faults.next()
         if callable(fault):
             fault(self)

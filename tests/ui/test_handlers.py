@@ -80,7 +80,8 @@ def test_models_are_asked_once_and_in_order() -> None:
 
 @pytest.mark.parametrize("skill", SKILLS)
 def test_the_prompt_follows_the_skill(skill: str) -> None:
-    prompt, length = playground.choose_skill(skill, "")
+    prompt, length, reasoning = playground.choose_skill(skill, "")
+    assert reasoning["visible"] == (skill == "query")
     assert prompt["interactive"] == (SKILLS[skill].prompt != "none")
     assert prompt["value"] == (SKILLS[skill].default_prompt if SKILLS[skill].prompt == "required" else "")
     assert length["visible"] == (skill == "caption")

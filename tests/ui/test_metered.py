@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from inference.answers import Answer, Event, InferenceError, Request
 from training.runs import Run, RunConfig, Runs
 from ui.metered import Meter
+from usage.budgets import Budget, Budgets
 from usage.database import Database
 from usage.events import Deployment
 from usage.events import Event as Call
@@ -86,3 +88,25 @@ def test_a_run_counts_each_step_once_however_often_it_is_read(meter: Meter, tmp_
     meter.recorder.flush()
     found = Usage(meter.recorder._database).figures(Filter("day")).calls.value
     assert found == 3
+
+
+HOSTED = "moondream3-preview"
+
+
+def test_hosted_calls_cost_what_their_tokens_do_and_stop_at_the_budget(meter: Meter, photo: np.ndarray) -> None:
+    budgets = Budgets(meter.recorder._database)
+    paid = replace(meter, budgets=budgets)
+
+    def hosted(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
+        for index in range(request.n):
+            yield Answer(index, "exposure +20", tokens_in=735, tokens_out=45, estimated=index == 1)
+
+    for _ in paid.compare([HOSTED], Request(photo, "recipe", n=2), threading.Event(), "api", "", hosted, every=0.0):
+        pass
+    call = recorded(meter)[HOSTED]
+    assert (call.tokens_in, call.tokens_out, call.tokens_basis) == (1470, 90, "estimated")
+    assert call.cost == pytest.approx(2 * 0.000333) and call.cost_basis == "estimated"
+    budgets.set(Budget("topic", 0.0005, stop=True))
+    *_, last = paid.compare([HOSTED, "fine"], Request(photo, "recipe"), threading.Event(), "api", "", hosted, every=0.0)
+    assert [column.status for column in last.columns] == ["failed", "done"]
+    assert "is spent" in last.columns[0].error
