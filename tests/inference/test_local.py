@@ -108,7 +108,7 @@ class Steps:
 # What is asked and answered
 
 
-@pytest.mark.parametrize("skill", SKILLS)
+@pytest.mark.parametrize("skill", [skill for skill in SKILLS if skill != "segment"])  # hosted models alone outline
 @pytest.mark.parametrize("n", [1, 3])
 def test_each_candidate_is_answered_once(
     engine: Engine, entry: ModelEntry, photo: np.ndarray, skill: str, n: int
