@@ -266,6 +266,8 @@ WEIGHTS_JS = """(...weights) => {
 SKILL_JS = (
     "skill => { document.querySelector('#results').dataset.skill = skill; return []; }"  # rewards are for recipes
 )
+# Tells programs that drive the page that its address has been applied: what they set before would be overwritten.
+OPENED_JS = "() => { document.body.dataset.opened = 'yes'; return []; }"
 # A click, for a tab that is chosen by an update tells nobody.
 TO_FINE_TUNE_JS = """() => {
   [...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.trim() === 'Fine-tune').click();
@@ -305,9 +307,9 @@ def build(house: House, shared: Shared) -> None:
     def opened(request: gr.Request) -> list[Any]:
         return open_page(house, request)
 
-    gr.on(
-        None, opened, None, [*asked[1:-1], *sliders, saved], **PRIVATE
-    )  # queued: only those events can show a warning
+    # Queued: only those events can show a warning.
+    arrival = gr.on(None, opened, None, [*asked[1:-1], *sliders, saved], **PRIVATE)
+    arrival.then(None, None, None, js=OPENED_JS, **PRIVATE)
     sample.choose(choose_sample, None, photo, **QUICK)
     photo.input(check_photo, photo, [photo, sample], **PRIVATE)
     skill.input(choose_skill, [skill, prompt], [prompt, length, reasoning], **QUICK)

@@ -78,6 +78,7 @@ def open_page(browser: Browser, context: BrowserContext, server: str) -> Iterato
         page.goto(f"{server}/?{query}")
         page.wait_for_selector("#candidates .grid-columns", state="attached")
         page.wait_for_selector("#models .picker-choice", state="attached")
+        page.wait_for_selector("body[data-opened]")
         if ".jpg" in query:
             page.wait_for_selector("#photo img[src]")
         return page

@@ -158,7 +158,7 @@ def test_a_reload_and_a_second_visitor_find_the_run_and_may_cancel_it(open_page:
     start(page, seed=300)
     page.get_by_text("step 3 of 10").first.wait_for()
     page.reload()
-    page.wait_for_selector("#models .picker-choice", state="attached")
+    page.wait_for_selector("body[data-opened]")
     tune(page)
     page.get_by_text("Training · step 3 of 10").wait_for()
     other = open_page("")

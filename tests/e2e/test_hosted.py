@@ -67,7 +67,7 @@ def test_ones_own_key_opens_the_cloud_and_is_kept_nowhere(open_page: Open, playe
     assert page.locator(".column-state").inner_text() == "Done · 3 of 4 recipes could be read"
     assert KEY not in page.url and KEY not in page.content()
     page.reload()
-    page.wait_for_selector("#models .picker-choice", state="attached")
+    page.wait_for_selector("body[data-opened]")
     page.get_by_role("button", name="Your own Moondream key").click()
     assert page.locator("#key input").input_value() == ""
 
