@@ -15,6 +15,8 @@ MAX_CANDIDATES = 8
 MAX_TEMPERATURE = 2.0
 MAX_SEED = 2**31 - 1
 MAX_PROMPT = 2_000
+MAX_NEW_TOKENS = 768
+MAX_OBJECTS = 50
 LENGTHS = ("short", "normal", "long")
 RECIPE_QUESTION = "How should this photo be finished?"
 
@@ -74,7 +76,8 @@ class Request:
     photo: uint8 [height, width, 3], RGB. n: candidates, 1..8. temperature: 0 (always the likeliest word, so all
     candidates are the same) to 2. seed: 0..2**31-1; candidate i is drawn with seed + i, whatever n is, so the
     fourth card of seed 7 is the first card of seed 10. The prompt is cleaned of control characters. reasoning: whether
-    a question is thought over first; only hosted models do.
+    a question is thought over first; only hosted models do. max_tokens: of a text, 1..768, and max_objects: boxes or
+    points, 1..50, at most; only local models are told.
     """
 
     photo: np.ndarray = field(repr=False)
@@ -85,6 +88,8 @@ class Request:
     temperature: float = 1.0
     seed: int = 0
     reasoning: bool = False
+    max_tokens: int = MAX_NEW_TOKENS
+    max_objects: int = MAX_OBJECTS
 
     def __post_init__(self) -> None:
         _check_photo(self.photo)
@@ -97,6 +102,8 @@ class Request:
             "n": _whole("number of candidates", self.n, 1, MAX_CANDIDATES),
             "temperature": _temperature(self.temperature),
             "seed": _whole("seed", self.seed, 0, MAX_SEED),
+            "max_tokens": _whole("number of tokens", self.max_tokens, 1, MAX_NEW_TOKENS),
+            "max_objects": _whole("number of objects", self.max_objects, 1, MAX_OBJECTS),
         }.items():
             object.__setattr__(self, name, value)
 
@@ -125,7 +132,8 @@ class Answer:
 
     path: an outline as SVG path data in shares of the photo. reasoning: what was thought first, with the spans of it
     (from, to) that `points` show on the photo. estimated: the tokens are an estimate. request_id: the provider's.
-    perhaps_charged: earlier tries that were lost and may have been charged as well.
+    perhaps_charged: earlier tries that were lost and may have been charged as well. cut: whether a limit of tokens or
+    objects ended it.
     """
 
     index: int
@@ -143,6 +151,7 @@ class Answer:
     estimated: bool = False
     request_id: str = ""
     perhaps_charged: int = 0
+    cut: bool = False
 
 
 @dataclass(frozen=True)

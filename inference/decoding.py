@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -32,29 +33,55 @@ from inference.answers import (
 )
 from inference.loading import Loaded
 from inference.models import ModelEntry
-from inference.turns import Stopped
 
 CONTROL_IDS = range(15)  # Moondream's end token and its marks around words and regions
-MAX_NEW_TOKENS = 768
 MIN_NEW_TOKENS = 16  # less room than this for an answer is none
-MAX_OBJECTS = 50
 STEPS_PER_OBJECT = {"detect": 3, "point": 2}
 PARTIALS_PER_SECOND = 12
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """One request on its way: whether it is still wanted, where its events go and when (by perf_counter) it came."""
+    """One request on its way: whether it is still wanted, where its events go and when (by perf_counter) it came.
+
+    taken: it is being computed, or was; shared: in a batch with others. left: so many answers are to come.
+    """
 
     entry: ModelEntry
     request: Request
     stopped: Callable[[], bool]
     emit: Callable[[Event | Exception | None], None]
     arrived: float
+    taken: bool = False
+    shared: bool = False
+    left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = self.request.n
+
+    @property
+    def over(self) -> bool:
+        """Whether every candidate was answered."""
+        return self.left == 0
+
+    def tell(self, event: Partial | Answer) -> None:
+        """Emits something of an answer; one of a batch ends with its last answer, whatever the others still do."""
+        self.left -= isinstance(event, Answer)
+        self.emit(event)
+        if self.shared and self.over:
+            self.emit(None)
+
+    def goes_with(self, other: Job) -> bool:
+        """Whether both can be computed in one batch: single answers that differ in photo, words and seed alone."""
+        one, two = self.request, other.request
+        same = ("skill", "n", "temperature", "max_tokens", "max_objects")
+        return self.entry == other.entry and one.n == 1 and all(getattr(one, x) == getattr(two, x) for x in same)
 
 
-def answer(loaded: Loaded, job: Job) -> None:
-    """Emits the Partial and Answer events of a job; the caller holds the device. Raises InferenceError or Stopped.
+def answer(loaded: Loaded, jobs: Sequence[Job]) -> None:
+    """Emits the Partial and Answer events of one job, or of several that go with each other, in one batch.
+
+    The caller holds the device. A job that is not wanted any more is not over at the end. Raises InferenceError.
 
     Candidate i is drawn with a generator of its own, seeded with seed + i: the same request gives the same answers,
     and a candidate does not depend on how many others there are (up to the rounding of batched arithmetic).
@@ -62,10 +89,13 @@ def answer(loaded: Loaded, job: Job) -> None:
     guess is wanted there: one is computed and told n times.
     """
     started = time.perf_counter()
-    if SKILLS[job.request.skill].output == "regions":
-        _regions(loaded, job, started)
-    else:
-        _texts(loaded, job, started)
+    work = _regions if SKILLS[jobs[0].request.skill].output == "regions" else _texts
+    asked = [ask(loaded, job.request, job.entry) for job in jobs]
+    if len(jobs) > 1 and not work(loaded, jobs, asked, started):
+        for job, inputs in zip(jobs, asked):
+            work(loaded, [job], [inputs], started)
+    elif len(jobs) == 1:
+        work(loaded, jobs, asked, started)
 
 
 def ask(loaded: Loaded, request: Request, entry: ModelEntry) -> dict[str, torch.Tensor]:
@@ -87,38 +117,67 @@ def _room(loaded: Loaded, prompt: int, least: int) -> int:
     return room
 
 
-def _texts(loaded: Loaded, job: Job, started: float) -> None:
-    request, entry = job.request, job.entry
-    inputs = ask(loaded, request, entry)
+def _together(loaded: Loaded, asked: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Several inputs as the rows of one batch, padded at the left."""
+    longest = max(inputs["input_ids"].shape[1] for inputs in asked)
+    fills = {"input_ids": loaded.model.config.eos_id, "attention_mask": 0}
+
+    def rows(name: str) -> torch.Tensor:
+        if name not in fills:
+            return torch.cat([inputs[name] for inputs in asked])
+        padded = [pad(inputs[name], (longest - inputs[name].shape[1], 0), value=fills[name]) for inputs in asked]
+        return torch.cat(padded)
+
+    return asked[0] if len(asked) == 1 else {name: rows(name) for name in asked[0]}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a batch: whose it is, the candidates that it stands for, and the tokens of its prompt."""
+
+    job: Job
+    places: list[int]
+    prompt: int
+
+
+def _texts(loaded: Loaded, jobs: Sequence[Job], asked: Sequence[dict[str, torch.Tensor]], started: float) -> bool:
+    """False, and nothing done, where a batch's padding would leave one of them less room than it has alone."""
+    request, entry = jobs[0].request, jobs[0].entry
+    inputs = _together(loaded, asked)
     prompt = inputs["input_ids"].shape[1]
     constraint = loaded.constraint if request.skill == "recipe" and entry.constrained else None
-    least = constraint.max_tokens if constraint else MIN_NEW_TOKENS
-    room = min(_room(loaded, prompt, least), constraint.max_tokens if constraint else MAX_NEW_TOKENS)
+    limit = constraint.max_tokens if constraint else request.max_tokens
+    room = _room(loaded, prompt, constraint.max_tokens if constraint else min(MIN_NEW_TOKENS, limit))
+    if len(jobs) > 1 and room < limit:
+        return False
     temperature = request.temperature * entry.temperature
-    rows = [[i] for i in range(request.n)] if temperature else [list(range(request.n))]
+    prompts = [inputs["attention_mask"].shape[1] for inputs in asked]
+    places = [[i] for i in range(request.n)] if temperature else [list(range(request.n))]
+    rows = [_Row(job, stands_for, prompt) for job, prompt in zip(jobs, prompts) for stands_for in places]
     processors = [constraint.processor(prompt)] if constraint else []
     if temperature:
-        processors += _drawing(temperature, entry.top_p, [request.seed + i for i in range(request.n)])
-    watcher = _Watcher(loaded, job, rows, prompt, started)
+        processors += _drawing(temperature, entry.top_p, [row.job.request.seed + row.places[0] for row in rows])
+    watcher = _Watcher(loaded, rows, started)
     loaded.model.generate(
         **inputs,
-        generation_config=_generation(loaded, len(rows), room),
+        generation_config=_generation(loaded, len(places), bool(temperature) and len(rows) > 1, min(room, limit)),
         logits_processor=LogitsProcessorList(processors),
         stopping_criteria=StoppingCriteriaList([watcher]),
     )
     watcher.finish()
+    return True
 
 
-def _generation(loaded: Loaded, rows: int, new_tokens: int) -> GenerationConfig:
+def _generation(loaded: Loaded, each: int, sample: bool, new_tokens: int) -> GenerationConfig:
     """Takes whatever the processors leave, without warping of its own; never a control token but the end.
 
     Several rows need `do_sample`, which then has nothing left to choose: the processors leave one token per row.
     """
     config = loaded.model.config
-    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if rows > 1 else {"do_sample": False}
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
     return GenerationConfig(
         **plain,
-        num_return_sequences=rows,
+        num_return_sequences=each,
         max_new_tokens=new_tokens,
         eos_token_id=config.eos_id,
         pad_token_id=config.eos_id,
@@ -149,14 +208,10 @@ class _Draw(LogitsProcessor):
 
 
 class _Watcher(StoppingCriteria):
-    """Sees every token: tells the texts so far, tells an answer when its row has ended, stops when nobody listens.
+    """Sees every token: tells the texts so far, tells an answer when its row has ended, stops when nobody listens."""
 
-    rows: for each row of the batch the candidates that it stands for.
-    """
-
-    def __init__(self, loaded: Loaded, job: Job, rows: list[list[int]], prompt_length: int, started: float) -> None:
-        self.loaded, self.job, self.rows = loaded, job, rows
-        self.prompt_length, self.started = prompt_length, started
+    def __init__(self, loaded: Loaded, rows: Sequence[_Row], started: float) -> None:
+        self.loaded, self.rows, self.started = loaded, rows, started
         self.ids: list[list[int]] = [[] for _ in rows]
         self.open = set(range(len(rows)))
         self.first = 0.0
@@ -171,15 +226,17 @@ class _Watcher(StoppingCriteria):
         if now - self.told >= 1 / PARTIALS_PER_SECOND:
             self.told = now
             self._tell()
-        stop = not self.open or self.job.stopped()
-        return torch.full((len(input_ids),), stop, dtype=torch.bool, device=input_ids.device)
+        self._forget_stopped()
+        return torch.full((len(input_ids),), not self.open, dtype=torch.bool, device=input_ids.device)
 
     def finish(self) -> None:
-        """Tells the answers that were cut off by the limit of tokens. Raises Stopped when that was not the reason."""
-        if self.open and self.job.stopped():
-            raise Stopped
+        """Tells the answers that were cut off by the limit of tokens."""
+        self._forget_stopped()
         for row in sorted(self.open):
-            self._answer(row, time.perf_counter() - self.started)
+            self._answer(row, time.perf_counter() - self.started, cut=True)
+
+    def _forget_stopped(self) -> None:
+        self.open = {row for row in self.open if not self.rows[row].job.stopped()}
 
     def _take(self, row: int, token: int, now: float) -> None:
         if token == self.loaded.model.config.eos_id:
@@ -190,20 +247,22 @@ class _Watcher(StoppingCriteria):
 
     def _tell(self) -> None:
         for row in sorted(self.open):
-            for index in self.rows[row]:
-                self.job.emit(Partial(index, self._text(row)))
+            for index in self.rows[row].places:
+                self.rows[row].job.tell(Partial(index, self._text(row)))
 
-    def _answer(self, row: int, seconds: float) -> None:
-        for index in self.rows[row]:
-            self.job.emit(
+    def _answer(self, row: int, seconds: float, cut: bool = False) -> None:
+        mine = self.rows[row]
+        for index in mine.places:
+            mine.job.tell(
                 Answer(
                     index=index,
                     text=self._text(row),
-                    tokens_in=self.prompt_length,
+                    tokens_in=mine.prompt,
                     tokens_out=len(self.ids[row]),
                     seconds=seconds,
                     first_token_seconds=self.first,
-                    queue_seconds=self.started - self.job.arrived,
+                    queue_seconds=self.started - mine.job.arrived,
+                    cut=cut,
                 )
             )
 
@@ -214,32 +273,38 @@ class _Watcher(StoppingCriteria):
         return "\n".join(clean(line) for line in lines).strip()
 
 
-def _regions(loaded: Loaded, job: Job, started: float) -> None:
-    request, skill = job.request, job.request.skill
-    inputs = ask(loaded, request, job.entry)
-    prompt = inputs["input_ids"].shape[1]
+def _regions(loaded: Loaded, jobs: Sequence[Job], asked: Sequence[dict[str, torch.Tensor]], started: float) -> bool:
+    """False, and nothing done, where a batch's padding would leave one of them less room than it has alone."""
+    skill, wanted = jobs[0].request.skill, jobs[0].request.max_objects
+    inputs = _together(loaded, asked)
     steps = STEPS_PER_OBJECT[skill]
-    objects = min(MAX_OBJECTS, _room(loaded, prompt, steps + 1) // steps)
+    objects = _room(loaded, inputs["input_ids"].shape[1], steps + 1) // steps
+    if len(jobs) > 1 and objects < wanted:
+        return False
     find = loaded.model.detect if skill == "detect" else loaded.model.point
-    found = find(**inputs, max_objects=objects, stop=job.stopped)[0]
-    if job.stopped():
-        raise Stopped
+    found = find(**inputs, max_objects=min(wanted, objects), stop=lambda: all(job.stopped() for job in jobs))
     seconds = time.perf_counter() - started
-    boxes = tuple(Box(**_clipped(region)) for region in found if skill == "detect")
-    points = tuple(Point(**_clipped(region)) for region in found if skill == "point")
-    first = Answer(
+    for job, alone, regions in zip(jobs, asked, found):
+        if not job.stopped():
+            first = _regions_answer(skill, regions, seconds)
+            first = replace(first, tokens_in=alone["input_ids"].shape[1], queue_seconds=started - job.arrived)
+            for index in range(job.request.n):
+                job.tell(replace(first, index=index, cut=len(regions) >= min(wanted, objects)))
+    return True
+
+
+def _regions_answer(skill: str, regions: Sequence[dict[str, float]], seconds: float) -> Answer:
+    boxes = tuple(Box(**_clipped(region)) for region in regions if skill == "detect")
+    points = tuple(Point(**_clipped(region)) for region in regions if skill == "point")
+    return Answer(
         index=0,
         text=_count(len(boxes), "box", "boxes") if skill == "detect" else _count(len(points), "point", "points"),
         boxes=boxes,
         points=points,
-        tokens_in=prompt,
-        tokens_out=steps * len(found),
+        tokens_out=STEPS_PER_OBJECT[skill] * len(regions),
         seconds=seconds,
         first_token_seconds=seconds,
-        queue_seconds=started - job.arrived,
     )
-    for index in range(request.n):
-        job.emit(replace(first, index=index))
 
 
 def _clipped(region: dict[str, float]) -> dict[str, float]:

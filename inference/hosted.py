@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from inference.answers import (
+    MAX_OBJECTS,
     SKILLS,
     Answer,
     Box,
@@ -33,7 +34,6 @@ IMAGE_TOKENS = 730  # of a photo, whatever its size
 TEMPLATES = {"caption": 5, "query": 4, "recipe": 4, "detect": 5, "point": 4, "segment": 5}
 CHARACTERS = 4  # per token of text, for estimates
 MAX_TOKENS = {"recipe": 192, "query": 768, "caption": 768}
-MAX_OBJECTS = 50
 MAX_PATH = 100_000  # characters
 PATH = re.compile(r"[MmLlHhVvCcSsQqTtAaZz0-9eE.,+\-\s]*")  # all that SVG path data is made of
 SIDES = ("x_min", "y_min", "x_max", "y_max")

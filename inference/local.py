@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 
@@ -22,6 +22,7 @@ from inference.turns import Stopped, Turns
 # Small models gain nothing from a second thread, and beside a training run two threads that wait for each other at
 # every operation are many times slower than one.
 THREADS = 1
+MAX_BATCH = 32  # requests that are computed together
 logger = logging.getLogger(__name__)
 
 
@@ -29,13 +30,16 @@ class Engine:
     """One device with the queue before it and the models on it.
 
     A request waits, loads and computes in a thread of its own, which holds the device until the computing has really
-    ended: neither a slow reader nor one that went away keeps it from the others.
+    ended: neither a slow reader nor one that went away keeps it from the others. Single answers that wait and differ in
+    photo, words and seed alone are computed together by the first of them.
     """
 
     def __init__(self, device: torch.device | None = None, shelf: Shelf | None = None) -> None:
         self.device = device or pick_device()
         self.shelf = shelf or Shelf()
         self.turns = Turns()
+        self._waiting: list[Job] = []
+        self._taking = threading.Lock()
 
     def answer(self, entry: ModelEntry, request: Request, cancel: threading.Event) -> Iterator[Event]:
         """Yields Waiting, Partial and, per candidate, one Answer, as they come. Raises InferenceError."""
@@ -54,23 +58,62 @@ class Engine:
             gone.set()
 
     def _work(self, job: Job) -> None:
+        """Waits for the device, then computes the job and whatever else waits that goes with it."""
+        self._waiting.append(job)
         try:
-            with self.turns.turn(job.stopped, lambda position: job.emit(Waiting(position))):
-                self._compute(job)
+            with self.turns.turn(lambda: job.taken or job.stopped(), lambda position: _tell_place(job, position)):
+                together = self._take(job)
+                if together:
+                    self._compute(together)
         except Exception as error:
-            job.emit(explain(error, job.entry))
+            if not job.shared:
+                job.emit(explain(error, job.entry))
         finally:
-            job.emit(None)
+            with suppress(ValueError):
+                self._waiting.remove(job)
+            if not job.shared:
+                job.emit(None)
 
-    def _compute(self, job: Job) -> None:
-        torch.set_num_threads(THREADS)
-        loaded = self.shelf.get(job.entry, self.device)
-        with ExitStack() as stack:
-            self._adapt(stack, loaded, job.entry)
-            if job.stopped():
+    def _take(self, job: Job) -> list[Job]:
+        """The job, and those behind it that go into one batch with it; none where another one has taken it along."""
+        with self._taking:
+            if job.taken:
+                return []
+            others = [other for other in list(self._waiting) if other is not job and not other.taken]
+            together = [job, *(other for other in others if job.goes_with(other))][:MAX_BATCH]
+            for one in together:
+                one.taken, one.shared = True, len(together) > 1
+            return together
+
+    def _compute(self, jobs: list[Job]) -> None:
+        """Several jobs end each by itself; where their batch fails, each one is computed alone, or fails alone."""
+        if len(jobs) == 1:
+            self._compute_batch(jobs)
+            if not jobs[0].over:
                 raise Stopped
+            return
+        with suppress(Exception):
+            self._compute_batch(jobs)
+        for job in jobs:
+            try:
+                if not job.over and not job.stopped():
+                    self._compute_batch([job])
+                if not job.over:
+                    raise Stopped
+            except Exception as error:
+                job.emit(explain(error, job.entry))
+            finally:
+                job.emit(None)
+
+    def _compute_batch(self, jobs: list[Job]) -> None:
+        torch.set_num_threads(THREADS)
+        loaded = self.shelf.get(jobs[0].entry, self.device)
+        with ExitStack() as stack:
+            self._adapt(stack, loaded, jobs[0].entry)
+            if all(job.stopped() for job in jobs):
+                return
             stack.enter_context(torch.inference_mode())
-            decoding.answer(loaded, job)
+            decoding.answer(loaded, jobs)
 
     def _adapt(self, stack: ExitStack, loaded: Loaded, entry: ModelEntry) -> None:
         try:
@@ -79,6 +122,11 @@ class Engine:
         except Exception:
             self.shelf.drop(loaded)  # half an adapter may be on it
             raise
+
+
+def _tell_place(job: Job, position: int) -> None:
+    if not job.taken:
+        job.emit(Waiting(position))
 
 
 def explain(error: Exception, entry: ModelEntry) -> InferenceError:

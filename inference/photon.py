@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from inference.answers import SKILLS, Answer, Event, InferenceError, Request, Waiting, recipe_prompt
-from inference.hosted import MAX_OBJECTS, MAX_TOKENS, read
+from inference.answers import MAX_OBJECTS, SKILLS, Answer, Event, InferenceError, Request, Waiting, recipe_prompt
+from inference.hosted import MAX_TOKENS, read
 from inference.models import ModelEntry
 from inference.turns import Stopped, Turns
 

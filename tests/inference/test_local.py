@@ -404,13 +404,137 @@ def test_partials_come_at_most_twelve_times_a_second(
     monkeypatch.setattr(decoding.time, "perf_counter", lambda: now[0])
     told: list[Any] = []
     loaded = Shelf().get(entry, CPU)
-    watcher = decoding._Watcher(loaded, Job(entry, request(photo), lambda: False, told.append, 0.0), [[0], [1]], 5, 0.0)
+    job = Job(entry, request(photo, n=2), lambda: False, told.append, 0.0)
+    watcher = decoding._Watcher(loaded, [decoding._Row(job, [index], 5) for index in (0, 1)], 0.0)
     for _ in range(500):
         now[0] += 0.01
         watcher(torch.full((2, 6), 100), torch.zeros(2, 1))
     for index in (0, 1):
         count = sum(event.index == index for event in told)
         assert 50 <= count <= 61
+
+
+# Single answers that wait are computed together
+
+
+class Crowd:
+    """Requests that wait behind one that holds the device, each in a thread; what they were told, in the end."""
+
+    def __init__(self, engine: Engine, entry: ModelEntry, photo: np.ndarray, steps: Steps) -> None:
+        self.engine, self.entry, self.steps = engine, entry, steps
+        self.told: dict[int, list[Event | InferenceError]] = {}
+        self.cancels: list[threading.Event] = []
+        self.threads: list[threading.Thread] = []
+        steps.go.clear()
+        self.add(request(photo, n=2))
+        until(lambda: steps.inside == 1)
+
+    def add(self, asked: Request) -> int:
+        number = len(self.threads)
+        self.told[number] = []
+        self.cancels.append(threading.Event())
+        self.threads.append(threading.Thread(target=self._follow, args=(number, asked), daemon=True))
+        self.threads[-1].start()
+        until(lambda: self.told[number] != [])
+        return number
+
+    def _follow(self, number: int, asked: Request) -> None:
+        try:
+            for event in self.engine.answer(self.entry, asked, self.cancels[number]):
+                self.told[number].append(event)
+        except InferenceError as error:
+            self.told[number].append(error)
+
+    def go(self) -> None:
+        self.steps.go.set()
+        for thread in self.threads:
+            thread.join(60)
+
+    def texts(self, number: int) -> list[str]:
+        return [event.text for event in self.told[number] if isinstance(event, Answer)]
+
+
+@pytest.mark.parametrize("skill", ["recipe", "query", "detect"])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_batch_gives_each_what_it_would_get_alone(
+    engine: Engine,
+    entry: ModelEntry,
+    photo: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    skill: str,
+    temperature: float,
+) -> None:
+    words = ["Is it dark?", "And is it warm or cold?", "Is it dark?", "Sharp?"]
+    asked = [
+        request(
+            photo[: 90 - 9 * i], skill, prompt=words[i], seed=i, temperature=temperature, max_tokens=24, max_objects=5
+        )
+        for i in range(4)
+    ]
+    alone = [answers(engine, entry, one)[0] for one in asked]
+    looks: list[int] = []
+    vision = engine.shelf.get(entry, CPU).model.model.vision
+    crowd = Crowd(engine, entry, photo, Steps(monkeypatch))
+    hook = vision.register_forward_hook(lambda module, inputs, output: looks.append(len(inputs[0])))
+    for one in asked:
+        crowd.add(one)
+    crowd.go()
+    hook.remove()
+    assert looks[-1] == 4, "one look at four photos"
+    for number, expected in enumerate(alone, start=1):
+        (got,) = [event for event in crowd.told[number] if isinstance(event, Answer)]
+        assert (got.text, got.tokens_in, got.tokens_out) == (expected.text, expected.tokens_in, expected.tokens_out)
+        assert [round(box.x_min, 3) for box in got.boxes] == [round(box.x_min, 3) for box in expected.boxes]
+
+
+def test_what_differs_in_more_than_words_is_not_batched(
+    engine: Engine, entry: ModelEntry, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crowd = Crowd(engine, entry, photo, Steps(monkeypatch))
+    sizes: list[int] = []
+    answer = decoding.answer
+    monkeypatch.setattr(decoding, "answer", lambda loaded, jobs: (sizes.append(len(jobs)), answer(loaded, jobs)))
+    for settings in ({}, {"temperature": 0.5}, {"seed": 3}, {"n": 2}, {"skill": "query"}):
+        crowd.add(request(photo, **settings))
+    crowd.go()
+    assert sorted(sizes) == [1, 1, 1, 2]
+    assert all(crowd.texts(number) for number in crowd.told)
+
+
+def test_one_of_a_batch_that_is_cancelled_ends_alone(
+    engine: Engine, entry: ModelEntry, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(monkeypatch)
+    crowd = Crowd(engine, entry, photo, steps)
+    first, second, third = (crowd.add(request(photo, "query", seed=seed)) for seed in range(3))
+    steps.go.set()
+    until(lambda: isinstance(crowd.told[second][-1], Partial))
+    steps.go.clear()
+    crowd.cancels[second].set()
+    crowd.go()
+    assert crowd.texts(first) and crowd.texts(third) and not crowd.texts(second)
+    assert isinstance(crowd.told[second][-1], InferenceError)
+    until(lambda: len(engine.turns) == 0)
+
+
+def test_a_batch_that_fails_is_asked_one_by_one(
+    engine: Engine, entry: ModelEntry, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crowd = Crowd(engine, entry, photo, Steps(monkeypatch))
+    answer = decoding.answer
+
+    def narrow(loaded: Loaded, jobs: list[Job]) -> None:
+        if len(jobs) > 1:
+            raise torch.OutOfMemoryError("no room for several")
+        answer(loaded, jobs)
+
+    monkeypatch.setattr(decoding, "answer", narrow)
+    good, other = crowd.add(request(photo, "query")), crowd.add(request(photo, "query", seed=1))
+    long = crowd.add(request(photo, "query", prompt="word " * 200))
+    crowd.go()
+    assert crowd.texts(good) and crowd.texts(other)
+    (error,) = [event for event in crowd.told[long] if isinstance(event, InferenceError)]
+    assert error.kind == "too_long"
 
 
 def test_the_callers_context_goes_along(engine: Engine, entry: ModelEntry, photo: np.ndarray) -> None:
