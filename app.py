@@ -12,8 +12,9 @@ from fastapi import FastAPI
 
 from inference.offers import discover, offer
 from recipes import MAX_BYTES
-from serving import health, usage
-from settings import ROOT, Settings, SettingsError
+from serving import endpoint, health, usage
+from serving.keys import Keys
+from settings import ROOT, VERSION, Settings, SettingsError
 from training.worker import COMMAND
 from ui import TABS
 from ui.house import House, Shared
@@ -42,14 +43,15 @@ def blocks(house: House) -> gr.Blocks:
 def create_app(settings: Settings, training: tuple[str, ...] = COMMAND) -> FastAPI:
     """Page and routes as one ASGI application. training: the command that does a run, given its folder."""
     app = FastAPI(title=TITLE)
-    app.include_router(health.router)
     prices = Prices.read(settings.prices) if settings.prices else Prices()
     where = deployment(settings.branch, settings.commit, settings.space, ROOT)
     inside = _inside() if settings.train_in_request else None
     offer(settings.moondream_url, settings.moondream_key, settings.moondream_rate, settings.endpoints)
     discover()
     house = House.open(settings.data_dir, settings.store_url, training, where, prices, settings.hardware, inside)
+    app.include_router(health.router(VERSION, where, house.usage.database))
     app.include_router(usage.router(house.usage, house.budgets, house.meter.recorder))
+    app.mount("/v1", endpoint.create(house.meter, Keys(settings.api_keys, settings.api_rate)))
     return gr.mount_gradio_app(
         app,
         blocks(house),

@@ -1,5 +1,6 @@
 """The settings: everything that the environment may say, read once, in one place."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent
+VERSION = "0.6.0"
 YES = ("1", "t", "true", "yes", "on")
 
 
@@ -35,6 +37,8 @@ class Settings:
     moondream_url: str | None = None
     moondream_rate: float | None = None
     endpoints: Mapping[str, str] = field(default_factory=dict)
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    api_rate: float = 10.0
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
@@ -45,6 +49,9 @@ class Settings:
 
         Of Moondream Cloud: MOONDREAM_API_KEY, MOONDREAM_API_URL, MOONDREAM_RATE (requests a second); of other servers
         that speak its API: MOONDREAM_ENDPOINTS, as name=address, separated by commas.
+
+        Of this deployment's own API: PLAYGROUND_API_KEYS, separated by commas, each a key or "sha256:" and its digest;
+        what is kept are digests. PLAYGROUND_API_RATE: requests a second for each key.
 
         For usage: PREVIEW_BRANCH, PREVIEW_COMMIT, SPACE_ID, PRICES_FILE, and the hardware (see `_hardware`).
 
@@ -68,8 +75,10 @@ class Settings:
             moondream_url=_address("MOONDREAM_API_URL", said["MOONDREAM_API_URL"])
             if "MOONDREAM_API_URL" in said
             else None,
-            moondream_rate=_rate(said["MOONDREAM_RATE"]) if "MOONDREAM_RATE" in said else None,
+            moondream_rate=_rate("MOONDREAM_RATE", said["MOONDREAM_RATE"]) if "MOONDREAM_RATE" in said else None,
             endpoints=_endpoints(said.get("MOONDREAM_ENDPOINTS", "")),
+            api_keys=_digests(said.get("PLAYGROUND_API_KEYS", "")),
+            api_rate=_rate("PLAYGROUND_API_RATE", said.get("PLAYGROUND_API_RATE", str(cls.api_rate))),
         )
 
     @property
@@ -99,14 +108,27 @@ def _address(name: str, text: str | None) -> str | None:
     return text.rstrip("/")
 
 
-def _rate(text: str) -> float:
+def _rate(name: str, text: str) -> float:
     try:
         rate = float(text)
     except ValueError:
         rate = 0.0
     if not 0 < rate <= 1000:
-        raise SettingsError("MOONDREAM_RATE must be a number of requests a second, more than 0 and at most 1000.")
+        raise SettingsError(f"{name} must be a number of requests a second, more than 0 and at most 1000.")
     return rate
+
+
+def _digests(text: str) -> tuple[str, ...]:
+    """The SHA-256 of each key, in hexadecimal. The text itself stays out of every message."""
+    found = []
+    for key in filter(None, (part.strip() for part in text.split(","))):
+        kind, _, digest = key.partition(":")
+        if kind == "sha256" and not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise SettingsError("PLAYGROUND_API_KEYS: behind sha256: there must be 64 digits and letters a to f.")
+        if kind != "sha256" and not re.fullmatch(r"[!-~]{16,500}", key):
+            raise SettingsError("PLAYGROUND_API_KEYS: each key needs 16 to 500 characters, without spaces.")
+        found.append(digest if kind == "sha256" else hashlib.sha256(key.encode()).hexdigest())
+    return tuple(found)
 
 
 def _endpoints(text: str) -> dict[str, str]:

@@ -36,6 +36,7 @@ class Loaded:
     def __init__(self, model: MoondreamForConditionalGeneration, processor: MoondreamProcessor) -> None:
         self.model: Any = model  # the library's own annotations of generate() fit no model
         self.processor = processor
+        self.source = ""  # of the entry that it was loaded for
         self._peft: Any = None  # a PeftModel, once there is an adapter
         self._adapters: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._named = 0
@@ -87,6 +88,11 @@ class Shelf:
         self.limit = limit
         self._kept: OrderedDict[tuple, Loaded] = OrderedDict()
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources of the models that are loaded now; to be looked at from any thread."""
+        return tuple(loaded.source for loaded in list(self._kept.values()))
+
     def get(self, entry: ModelEntry, device: torch.device) -> Loaded:
         """The entry's base model, loaded if need be. Raises InferenceError."""
         folder = weights.model_folder(entry)
@@ -99,6 +105,7 @@ class Shelf:
         if key not in self._kept:
             self._make_room()
             self._kept[key] = _load(entry, folder, tokenizer, device)
+            self._kept[key].source = entry.source
         self._kept.move_to_end(key)
         return self._kept[key]
 

@@ -141,6 +141,11 @@ def explain(error: Exception, entry: ModelEntry) -> InferenceError:
     return InferenceError("failed", f"{entry.title} failed ({type(error).__name__}). The log has the details.")
 
 
+def loaded_sources() -> tuple[str, ...]:
+    """The sources of the models that are in memory."""
+    return _ENGINE.shelf.sources
+
+
 # The machine has one device, so the process has one queue.
 _ENGINE = Engine()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -142,6 +143,13 @@ BACKENDS: dict[str, str] = {
     "hosted": "inference.hosted",
     "photon": "inference.photon",
 }
+
+
+def loaded_models() -> list[str]:
+    """The entries whose weights are in memory, without their adapters. Loads nothing to find out."""
+    local = sys.modules.get(BACKENDS["local"])
+    sources = local.loaded_sources() if local else ()
+    return [name for name, entry in MODELS.items() if entry.backend == "local" and entry.source in sources]
 
 
 def answer(model: str | ModelEntry, request: Request, cancel: threading.Event | None = None) -> Iterator[Event]:

@@ -27,14 +27,14 @@ class PhotoError(ValueError):
     """A photo that cannot be read or written; the message says what to do."""
 
 
-def load_photo(source: str | os.PathLike[str] | bytes | Image.Image) -> np.ndarray:
+def load_photo(source: str | os.PathLike[str] | bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A photo as uint8 [H, W, 3] sRGB from a path, the bytes of a file, or an opened picture.
 
     EXIF orientation is applied, transparency laid over white, embedded profiles converted, 16 bits reduced to 8; of an
     animation the first frame counts. Raises PhotoError for anything else.
     """
     picture = source if isinstance(source, Image.Image) else _open(_read(source))
-    _check_size(*picture.size)
+    _check_size(*picture.size, max_pixels)
     try:
         return _to_rgb(picture)
     except PhotoError:
@@ -69,7 +69,7 @@ def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise PhotoError(_TOO_LARGE.format(size="far too many")) from None
+        raise PhotoError(_TOO_LARGE.format(size="far too many", most=MAX_PIXELS // 1_000_000)) from None
     except Exception as error:
         raise PhotoError(_not_a_photo(data)) from error
 
@@ -90,12 +90,12 @@ def _not_a_photo(data: bytes) -> str:
     return "This is not a photo format that can be read here. Choose a JPEG, PNG or WebP photo."
 
 
-_TOO_LARGE = f"This photo has {{size}} megapixels; up to {MAX_PIXELS // 1_000_000} can be read. Save a smaller version."
+_TOO_LARGE = "This photo has {size} megapixels; up to {most} can be read. Save a smaller version."
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise PhotoError(_TOO_LARGE.format(size=round(width * height / 1e6)))
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise PhotoError(_TOO_LARGE.format(size=round(width * height / 1e6), most=max_pixels // 1_000_000))
     if min(width, height) < MIN_SIDE:
         raise PhotoError(f"This photo is {width} x {height} pixels. Choose one of at least {MIN_SIDE} x {MIN_SIDE}.")
 

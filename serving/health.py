@@ -1,13 +1,51 @@
-"""GET /healthz: answers as soon as the process serves."""
+"""GET /healthz: what runs here, and whether its store can be reached."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
+from pydantic import BaseModel
+from sqlalchemy import text
 
-router = APIRouter()
+from inference.models import loaded_models
+from usage.database import Database
+from usage.events import Deployment
+from usage.store import StoreError
 
 
-@router.get("/healthz")
-def healthz() -> dict[str, str]:
-    """That the server is up. It says nothing about models: no one of them has to be loaded."""
-    return {"status": "ok"}
+class Health(BaseModel):
+    """The state of this process. It serves, whatever the rest says; models are loaded when they are first asked."""
+
+    status: str = "ok"
+    version: str
+    branch: str
+    revision: str | None
+    space: str | None
+    models_loaded: list[str]
+    store: str
+
+
+def router(version: str, where: Deployment, database: Database) -> APIRouter:
+    """The route. version: of the application; where: the branch and commit that run."""
+    routes = APIRouter()
+
+    @routes.get("/healthz")
+    def healthz() -> Health:
+        return Health(
+            version=version,
+            branch=where.branch,
+            revision=where.commit or None,
+            space=where.space or None,
+            models_loaded=loaded_models(),
+            store="ok" if _reachable(database) else "unreachable",
+        )
+
+    return routes
+
+
+def _reachable(database: Database) -> bool:
+    try:
+        with database.transaction() as connection:
+            connection.execute(text("SELECT 1"))
+    except StoreError:
+        return False
+    return True

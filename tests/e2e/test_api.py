@@ -14,6 +14,7 @@ from gradio_client.exceptions import AppError
 from inference.models import MODELS
 from recipes import MAX_BYTES, load_photo, parse
 from rewards import score_recipes
+from settings import VERSION
 from ui.samples import SAMPLES
 
 CAT = str(SAMPLES["chelsea.jpg"].path)
@@ -127,5 +128,7 @@ def test_an_upload_that_is_too_large_is_refused(server: str) -> None:
 
 def test_the_server_says_that_it_is_up(server: str) -> None:
     answer = httpx.get(f"{server}/healthz", timeout=60)
-    assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+    told = answer.json()
+    assert (answer.status_code, told["status"], told["store"], told["version"]) == (200, "ok", "ok", VERSION)
+    assert told["branch"] and isinstance(told["models_loaded"], list)
     assert httpx.get(f"{server}/health", timeout=60).status_code == 404

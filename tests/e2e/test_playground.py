@@ -252,6 +252,7 @@ def test_a_link_brings_the_settings_back(open_page: Open) -> None:
     page.locator("input[value=two]").check()
     page.keyboard.press("Escape")
     page.get_by_label("Detect").check()
+    page.wait_for_function("() => document.querySelector('#prompt textarea').value === 'the main subject'")
     page.locator("#prompt textarea").fill("a cup & saucer")
     page.locator("#seed input").fill("42")
     set_weight(page, "sharpness", 0.3)
