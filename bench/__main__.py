@@ -38,6 +38,7 @@ BENCHMARKS = {
     "latency": "bench.latency",
     "learning": "bench.learning",
     "usage": "bench.usage",
+    "endpoint": "bench.endpoint",
 }
 FIELDS = ("name", "value", "unit", "baseline", "ratio", "target", "note")
 COMPARISONS = {
