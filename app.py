@@ -51,7 +51,8 @@ def create_app(settings: Settings, training: tuple[str, ...] = COMMAND) -> FastA
     house = House.open(settings.data_dir, settings.store_url, training, where, prices, settings.hardware, inside)
     app.include_router(health.router(VERSION, where, house.usage.database))
     app.include_router(usage.router(house.usage, house.budgets, house.meter.recorder))
-    app.mount("/v1", endpoint.create(house.meter, Keys(settings.api_keys, settings.api_rate)))
+    keys = Keys(settings.api_keys, settings.api_rate)
+    app.mount("/v1", endpoint.create(house.meter, keys, settings.data_dir / "tuning"))
     return gr.mount_gradio_app(
         app,
         blocks(house),

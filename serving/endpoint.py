@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import astuple, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -24,8 +26,11 @@ from serving import errors, wire
 from serving.errors import ApiError, ErrorAnswer, of_inference, trouble
 from serving.gate import Gate
 from serving.keys import Keys
+from serving.tuning import Bench
+from serving.tuning import router as tuning
 
 DEFAULT = "moondream-tiny"
+CHECKPOINT = re.compile(r"[\w.-]+/[0-9a-f]{26}@\d{1,9}")  # of a finetune: <base>/<id>@<step>
 MAX_WAITING = 64  # requests that compute or wait; more are sent away
 TITLE = "Moondream Playground API"
 ABOUT = "Wire-compatible with Moondream Cloud's query, caption, detect and point. Every error is an ErrorAnswer."
@@ -35,12 +40,17 @@ FAILURES: dict[int | str, dict[str, Any]] = {
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
-def create(metering: Metering, keys: Keys, max_waiting: int = MAX_WAITING) -> FastAPI:
-    """The API as an application of its own, to be mounted at /v1; its schema is openapi.json beside the skills."""
+def create(metering: Metering, keys: Keys, folder: Path, max_waiting: int = MAX_WAITING) -> FastAPI:
+    """The API as an application of its own, to be mounted at /v1; its schema is openapi.json beside the skills.
+
+    folder: where finetunes are kept.
+    """
     api = FastAPI(title=TITLE, description=ABOUT, docs_url=None, redoc_url=None, responses=FAILURES)
     errors.install(api)
     api.add_middleware(Gate, keys=keys)
-    desk = _Desk(metering, CapacityLimiter(max_waiting))
+    bench = Bench(folder)
+    api.include_router(tuning(bench))
+    desk = _Desk(metering, CapacityLimiter(max_waiting), bench)
 
     @api.get("/models")
     async def models() -> wire.ModelList:
@@ -49,24 +59,24 @@ def create(metering: Metering, keys: Keys, max_waiting: int = MAX_WAITING) -> Fa
 
     @api.post("/query", response_model=wire.QueryAnswer, responses=STREAM)
     async def query(asked: wire.QueryAsked, http: Http) -> Response:
-        entry = entry_of(asked)
+        entry = desk.entry_of(asked, http)
         recipe = entry.constrained and asked.question == RECIPE_QUESTION
         call = desk.call(http, entry, asked, "recipe" if recipe else "query", prompt=asked.question)
         return await (call.streamed() if asked.stream else call.whole(lambda found: {"answer": found.text}))
 
     @api.post("/caption", response_model=wire.CaptionAnswer, responses=STREAM)
     async def caption(asked: wire.CaptionAsked, http: Http) -> Response:
-        call = desk.call(http, entry_of(asked), asked, "caption", length=asked.length)
+        call = desk.call(http, desk.entry_of(asked, http), asked, "caption", length=asked.length)
         return await (call.streamed() if asked.stream else call.whole(lambda found: {"caption": found.text}))
 
     @api.post("/detect", response_model=wire.DetectAnswer)
     async def detect(asked: wire.RegionsAsked, http: Http) -> Response:
-        call = desk.call(http, entry_of(asked), asked, "detect", prompt=asked.object)
+        call = desk.call(http, desk.entry_of(asked, http), asked, "detect", prompt=asked.object)
         return await call.whole(lambda found: {"objects": [_named(wire.Region, box) for box in found.boxes]})
 
     @api.post("/point", response_model=wire.PointAnswer)
     async def point(asked: wire.RegionsAsked, http: Http) -> Response:
-        call = desk.call(http, entry_of(asked), asked, "point", prompt=asked.object)
+        call = desk.call(http, desk.entry_of(asked, http), asked, "point", prompt=asked.object)
         return await call.whole(lambda found: {"points": [_named(wire.Spot, spot) for spot in found.points]})
 
     return api
@@ -77,15 +87,6 @@ def served() -> dict[str, ModelEntry]:
     return {name: e for name, e in MODELS.items() if e.backend != "hosted" and e.unavailable() is None}
 
 
-def entry_of(asked: wire.Asked) -> ModelEntry:
-    """The model that is asked, as it is called. Raises ApiError (404)."""
-    name = asked.model or DEFAULT
-    entry = MODELS.get(name)
-    if entry is None or entry.backend == "hosted":
-        raise ApiError(404, f"There is no model called {name[:100]!r} here. GET /v1/models lists those there are.")
-    return entry
-
-
 def _named(kind: type[Any], value: Any) -> dict[str, float]:
     return dict(zip(kind.model_fields, astuple(value)))
 
@@ -93,8 +94,18 @@ def _named(kind: type[Any], value: Any) -> dict[str, float]:
 class _Desk:
     """Takes the calls, so many at once, and has each recorded."""
 
-    def __init__(self, metering: Metering, limiter: CapacityLimiter) -> None:
-        self.metering, self.limiter = metering, limiter
+    def __init__(self, metering: Metering, limiter: CapacityLimiter, bench: Bench) -> None:
+        self.metering, self.limiter, self.bench = metering, limiter, bench
+
+    def entry_of(self, asked: wire.Asked, http: Http) -> ModelEntry:
+        """The model that is asked, as it is called; of a tenant's own finetunes, too. Raises ApiError (404)."""
+        name = asked.model or DEFAULT
+        entry = MODELS.get(name)
+        if entry is None and CHECKPOINT.fullmatch(name):
+            return self.bench.checkpoint(http.state.tenant, name)
+        if entry is None or entry.backend == "hosted":
+            raise ApiError(404, f"There is no model called {name[:100]!r} here. GET /v1/models lists those there are.")
+        return entry
 
     def call(self, http: Http, entry: ModelEntry, asked: wire.Asked, skill: str, **words: Any) -> _Call:
         """A call that is to be answered. Raises ApiError where too many wait."""

@@ -13,6 +13,7 @@ from serving.errors import ApiError, answer
 from serving.keys import Keys
 
 MAX_BODY = 16 * 2**20
+MAX_STEP = 128 * 2**20  # of a training step, in which every group has its photo
 BODY_SECONDS = 60.0
 
 
@@ -30,16 +31,18 @@ class Gate:
         connection.state.request_id = uuid4().hex
         try:
             connection.state.tenant = self.keys.tenant(connection)
-            self._check_length(connection)
+            most = MAX_STEP if scope["path"].endswith("/tuning/train_step") else self.max_body
+            _check_length(connection, most)
         except ApiError as error:
             await answer(error, connection.state.request_id)(scope, receive, send)
             return
-        await self.app(scope, _Limited(receive, self.max_body, self.body_seconds), send)
+        await self.app(scope, _Limited(receive, most, self.body_seconds), send)
 
-    def _check_length(self, connection: HTTPConnection) -> None:
-        length = connection.headers.get("content-length", "0")
-        if not length.isascii() or not length.isdigit() or int(length[:20]) > self.max_body:
-            raise too_large(self.max_body)
+
+def _check_length(connection: HTTPConnection, most: int) -> None:
+    length = connection.headers.get("content-length", "0")
+    if not length.isascii() or not length.isdigit() or int(length[:20]) > most:
+        raise too_large(most)
 
 
 def too_large(most: int) -> ApiError:

@@ -52,8 +52,8 @@ from training.plot import draw_curve
 from training.policy import Policy, RepeatedPhotos, greedy
 from training.runs import WHERE, Run, RunConfig, RunError, Stop, write_whole
 from training.scorer import Scorer
+from training.targets import TARGETS
 
-TARGETS = r".*\.text\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
 WATCHED = 8  # held-out photos that are answered along the way
 LOCK_PATIENCE = 10.0  # seconds: somebody may just be looking whether the run is alive
 CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "adapter_model.safetensors")
