@@ -27,7 +27,7 @@ function draw() {
   if (empty) { columnsRoot.replaceChildren(); columnParts.clear(); cardParts.clear(); run = null; return; }
   if (data.run !== run) {
     columnsRoot.replaceChildren(); columnParts.clear(); cardParts.clear();
-    run = data.run;
+    run = columnsRoot.dataset.run = data.run;
     columnsRoot.style.setProperty('--columns', data.columns.length);
     columnsRoot.dataset.output = data.output;
   }

@@ -27,7 +27,11 @@ CAT = "photo=chelsea.jpg&models=one,three"
 
 
 def run(page: Page) -> None:
+    before = page.locator("#candidates .grid-columns").get_attribute("data-run")
     page.get_by_role("button", name="Run", exact=True).click()
+    page.wait_for_function(
+        "before => (document.querySelector('#candidates .grid-columns').dataset.run ?? null) !== before", arg=before
+    )
     page.wait_for_selector("#candidates .model-column")
     page.wait_for_function(
         "over => [...document.querySelectorAll('.model-column')].every(column => column.matches(over))", arg=OVER
