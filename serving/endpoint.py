@@ -35,7 +35,7 @@ MAX_WAITING = 64  # requests that compute or wait; more are sent away
 TITLE = "Moondream Playground API"
 ABOUT = "Wire-compatible with Moondream Cloud's query, caption, detect and point. Every error is an ErrorAnswer."
 FAILURES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer} for status in (400, 401, 402, 404, 408, 413, 429, 500, 503)
+    status: {"model": ErrorAnswer} for status in (400, 401, 402, 404, 408, 409, 413, 429, 500, 503)
 }
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 

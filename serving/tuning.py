@@ -1,28 +1,31 @@
 """/v1/tuning: a tuning server for moondream-tiny that speaks Moondream's tuning API, for its SDK and for this app's own
-hosted runs. Questions (the skill `query`) are what it trains; point and detect are refused."""
+hosted runs: questions (the skill `query`), point and detect."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import cached_property, partial
-from pathlib import Path
+from pathlib import Path as Folder
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter
+from fastapi import APIRouter, Path
 from fastapi import Request as Http
 from pydantic import BaseModel, Field
 
-from inference.answers import MAX_TEMPERATURE, clean
+from inference.answers import MAX_OBJECTS, MAX_TEMPERATURE, clean
 from inference.models import ModelEntry
 from serving.errors import ApiError
-from serving.wire import Words, photo_of
+from serving.wire import Region, Spot, Words, photo_of
 
 if TYPE_CHECKING:
     from training import tuner
 
 MAX_ROLLOUTS, MAX_GROUPS = 16, 64
+Id = Annotated[str, Path(pattern=r"^[0-9A-Za-z]{1,64}$")]
+Bin = Annotated[int, Field(ge=0, lt=2**31)]
 RATE = 2e-4  # learning rate where none is sent, as on Moondream's server
+COORDINATE, SIZE = 5, 6  # the tokens that stand for a coordinate and for a size
 AT_ONCE = 8  # requests that compute or wait
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -40,15 +43,37 @@ class Drawing(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(ge=1, le=1)] = 1.0
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128
+    max_objects: Annotated[int, Field(ge=1, le=MAX_OBJECTS)] = MAX_OBJECTS
 
 
 class Question(BaseModel):
-    """A request of the skill `query`. What else is sent comes back as it was."""
+    """A request: of `query` its question, of point and detect the object. What else is sent comes back as it was."""
 
-    skill: Literal["query"] = Field(description="Only questions are trained here.")
-    question: Words
+    skill: Literal["query", "point", "detect"]
+    question: Words | None = None
+    object: Words | None = None
     image_url: str
     settings: Drawing | None = None
+
+    @property
+    def words(self) -> str:
+        """What is asked. Raises ApiError (400) where it is missing."""
+        name = "question" if self.skill == "query" else "object"
+        words = clean(getattr(self, name) or "")
+        if not words:
+            raise ApiError(400, f"request.{name}: the skill {self.skill} needs it.")
+        return words
+
+
+class Truth(BaseModel):
+    """What is really there: points or boxes in shares of the photo."""
+
+    points: list[Spot] | None = None
+    boxes: list[Region] | None = None
+
+    def regions(self) -> tuple[dict[str, float], ...]:
+        """All of it."""
+        return tuple(one.model_dump() for one in [*(self.points or []), *(self.boxes or [])])
 
 
 class Rollouts(BaseModel):
@@ -57,7 +82,7 @@ class Rollouts(BaseModel):
     finetune_id: str
     num_rollouts: Annotated[int, Field(ge=1, le=MAX_ROLLOUTS)] = 1
     request: dict[str, Any]
-    ground_truth: None = Field(None, description="Questions have none: score them yourself.")
+    ground_truth: Truth | None = Field(None, description="Of point and detect; then rewards come with the rollouts.")
 
 
 class Output(BaseModel):
@@ -69,15 +94,20 @@ class Output(BaseModel):
 class Rollout(BaseModel):
     """An answer, as it was given out."""
 
+    skill: str | None = None
     finish_reason: Literal["stop", "length"] = "stop"
-    answer_tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2048)]
+    answer_tokens: Annotated[list[Bin], Field(max_length=2048)]
+    coords: Annotated[list[Bin], Field(max_length=2 * MAX_OBJECTS)] = []
+    sizes: Annotated[list[Annotated[list[Bin], Field(min_length=2, max_length=2)]], Field(max_length=MAX_OBJECTS)] = []
     output: Output = Output()
 
 
 class Target(BaseModel):
-    """An answer to imitate."""
+    """An answer to imitate; of point and detect what is there."""
 
-    answer: Words
+    answer: Words | None = None
+    points: list[Spot] | None = None
+    boxes: list[Region] | None = None
 
 
 class Group(BaseModel):
@@ -110,7 +140,7 @@ class Metrics(BaseModel):
 class Bench:
     """Where finetunes are worked on; the learner is loaded when it is first needed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self._limiter = CapacityLimiter(AT_ONCE)
 
@@ -158,11 +188,11 @@ def router(bench: Bench) -> APIRouter:
         return _page("finetunes", every, "finetune_id", limit, cursor)
 
     @routes.get("/finetunes/{finetune_id}")
-    async def one(finetune_id: str, http: Http) -> dict[str, Any]:
+    async def one(finetune_id: Id, http: Http) -> dict[str, Any]:
         return {"finetune": _shown(await do(lambda work: work.get(http.state.tenant, finetune_id)))}
 
     @routes.delete("/finetunes/{finetune_id}")
-    async def delete(finetune_id: str, http: Http) -> dict[str, Any]:
+    async def delete(finetune_id: Id, http: Http) -> dict[str, Any]:
         await do(lambda work: work.delete(http.state.tenant, finetune_id))
         return {"ok": True}
 
@@ -173,8 +203,12 @@ def router(bench: Bench) -> APIRouter:
         def write(work: tuner.Tuner) -> Any:
             return work.rollouts(http.state.tenant, asked.finetune_id, _asked(question), asked.num_rollouts)
 
+        if asked.ground_truth and question.skill == "query":
+            raise ApiError(400, "ground_truth: a question has none. Score its answers yourself.")
         said = await do(write)
-        return {"request": asked.request, "rollouts": [_rollout(one) for one in said], "rewards": None}
+        rewards = _rewards(said, asked.ground_truth) if asked.ground_truth else None
+        told = [_rollout(one, question.skill) for one in said]
+        return {"request": asked.request, "rollouts": told, "rewards": rewards}
 
     @routes.post("/train_step")
     async def train_step(asked: Train, http: Http) -> dict[str, Any]:
@@ -184,23 +218,23 @@ def router(bench: Bench) -> APIRouter:
         return {**vars(learned), "router_kl": None}
 
     @routes.post("/finetunes/{finetune_id}/metrics")
-    async def metrics(finetune_id: str, asked: Metrics, http: Http) -> dict[str, Any]:
+    async def metrics(finetune_id: Id, asked: Metrics, http: Http) -> dict[str, Any]:
         await do(lambda work: work.log(http.state.tenant, finetune_id, asked.step, asked.metrics))
         return {"ok": True, "step": asked.step, "logged_count": len(asked.metrics)}
 
     @routes.get("/finetunes/{finetune_id}/checkpoints")
-    async def checkpoints(finetune_id: str, http: Http, limit: int = 50, cursor: str = "") -> dict[str, Any]:
+    async def checkpoints(finetune_id: Id, http: Http, limit: int = 50, cursor: str = "") -> dict[str, Any]:
         found = await do(lambda work: work.get(http.state.tenant, finetune_id))
         every = [_checkpoint(found, step) for step in sorted(found.saved, key=int)]
         return _page("checkpoints", every, "checkpoint_id", limit, cursor)
 
     @routes.post("/finetunes/{finetune_id}/checkpoints/save")
-    async def save(finetune_id: str, http: Http) -> dict[str, Any]:
+    async def save(finetune_id: Id, http: Http) -> dict[str, Any]:
         found = await do(lambda work: work.save(http.state.tenant, finetune_id))
         return {"ok": True, "checkpoint": _checkpoint(found, str(found.step))}
 
     @routes.delete("/finetunes/{finetune_id}/checkpoints/{step}")
-    async def forget(finetune_id: str, step: int, http: Http) -> dict[str, Any]:
+    async def forget(finetune_id: Id, step: int, http: Http) -> dict[str, Any]:
         await do(lambda work: work.forget(http.state.tenant, finetune_id, step))
         return {"ok": True}
 
@@ -222,7 +256,14 @@ def _asked(question: Question) -> tuner.Asked:
 
     drawing = question.settings or Drawing()
     photo = photo_of(question.image_url)
-    return Asked(photo, clean(question.question), drawing.temperature, drawing.max_tokens)
+    how = (drawing.temperature, drawing.max_tokens, question.skill, drawing.max_objects)
+    return Asked(photo, question.words, *how)
+
+
+def _rewards(said: list[tuner.Said], truth: Truth) -> list[float]:
+    from training.regions import reward
+
+    return [reward(one.found, truth.regions()) for one in said]
 
 
 def _group(group: Group) -> tuner.Group:
@@ -230,30 +271,48 @@ def _group(group: Group) -> tuner.Group:
 
     asked = _asked(_question(group.request))
     if group.mode == "sft":
-        if group.target is None:
-            raise ApiError(400, "A group of mode sft needs a target with an answer.")
-        return tuner.Group(asked, (tuner.Said(group.target.answer, (), True),))
+        return tuner.Group(asked, (_target(group.target, asked.skill),))
     if not group.rollouts or len(group.rollouts) != len(group.rewards):
         raise ApiError(400, "A group of mode rl needs as many rewards as rollouts, at least one.")
+    if any(one.skill not in (None, asked.skill) for one in group.rollouts):
+        raise ApiError(400, f"These rollouts are of another skill than their request, which is {asked.skill}.")
     return tuner.Group(asked, tuple(map(_said, group.rollouts)), tuple(group.rewards))
+
+
+def _target(target: Target | None, skill: str) -> tuner.Said:
+    from training.tuner import Said
+
+    name = {"query": "answer", "point": "points", "detect": "boxes"}[skill]
+    if target is None or getattr(target, name) is None:
+        raise ApiError(400, f"target.{name}: a group of mode sft needs it for the skill {skill}.")
+    truth = Truth(points=target.points, boxes=target.boxes) if skill != "query" else Truth()
+    return Said(target.answer or "", (), True, found=truth.regions())
 
 
 def _said(rollout: Rollout) -> tuner.Said:
     from training.tuner import Said
 
-    return Said(rollout.output.answer, tuple(rollout.answer_tokens), rollout.finish_reason == "stop")
+    pairs = list(zip(rollout.coords[::2], rollout.coords[1::2]))
+    if 2 * len(pairs) != len(rollout.coords) or (rollout.sizes and len(rollout.sizes) != len(pairs)):
+        raise ApiError(400, "coords and sizes do not go together. Send rollouts back as they came.")
+    sizes = rollout.sizes or [[]] * len(pairs)
+    objects = tuple((*pair, *size) for pair, size in zip(pairs, sizes))
+    return Said(rollout.output.answer, tuple(rollout.answer_tokens), rollout.finish_reason == "stop", objects)
 
 
-def _rollout(said: tuner.Said) -> dict[str, Any]:
+def _rollout(said: tuner.Said, skill: str) -> dict[str, Any]:
+    outputs: dict[str, Any] = {"query": {"answer": said.text, "reasoning": None}}
+    outputs |= {"point": {"points": said.found}, "detect": {"objects": said.found}}
+    each = [COORDINATE, COORDINATE, *([SIZE] if skill == "detect" else [])]
     return {
-        "skill": "query",
+        "skill": skill,
         "finish_reason": "stop" if said.ended else "length",
-        "output": {"answer": said.text, "reasoning": None},
-        "answer_tokens": list(said.tokens),
+        "output": outputs[skill],
+        "answer_tokens": list(said.tokens) if skill == "query" else each * len(said.objects),
         "thinking_tokens": [],
         "has_answer_separator": False,
-        "coords": [],
-        "sizes": [],
+        "coords": [place for bins in said.objects for place in bins[:2]],
+        "sizes": [list(bins[2:]) for bins in said.objects] if skill == "detect" else [],
     }
 
 

@@ -31,6 +31,7 @@ from inference.models import MODELS, ModelEntry
 from inference.moondream import MoondreamProcessor
 from inference.moondream.processing_moondream import load_tokenizer
 from recipes import grammar
+from training import regions
 from training.policy import Policy, RepeatedPhotos
 from training.runs import write_whole
 from training.targets import TARGETS
@@ -68,21 +69,26 @@ class Finetune:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about a photo, and how answers are drawn."""
+    """A question about a photo (of detect and point: the object), and how answers are drawn."""
 
     photo: np.ndarray
     question: str
     temperature: float = 1.0
     max_tokens: int = 128
+    skill: str = "query"
+    max_objects: int = 50
 
 
 @dataclass(frozen=True)
 class Said:
-    """An answer: its text, its tokens without the end, and whether it ended by itself."""
+    """An answer: its text, its tokens without the end, and whether it ended by itself; or objects, as bins and as
+    regions in shares of the photo (of an example the regions alone)."""
 
     text: str
     tokens: tuple[int, ...]
     ended: bool
+    objects: tuple[regions.Bins, ...] = ()
+    found: tuple[regions.Shares, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -299,6 +305,8 @@ class _Live:
         """See `Tuner.rollouts`."""
         inputs = self._inputs(asked)
         self._set(asked)
+        if asked.skill != "query":
+            return self._search(asked, inputs, count)
         drawn = {"do_sample": True, "temperature": asked.temperature, "top_k": 0, "top_p": 1.0}
         cold = asked.temperature == 0
         room = self.policy.config.text_config.max_context - inputs["input_ids"].shape[1]
@@ -313,6 +321,23 @@ class _Live:
             )
         said = [self._said(row) for row in out[:, inputs["input_ids"].shape[1] :].tolist()]
         return said * count if cold else said
+
+    def _search(self, asked: Asked, inputs: dict[str, torch.Tensor], count: int) -> list[Said]:
+        drawn = 1 if asked.temperature == 0 else count
+        self.model.eval()
+        how = {"max_objects": asked.max_objects, "temperature": asked.temperature}
+        every = regions.write(self.policy, inputs, self._features(inputs), asked.skill, drawn, **how)
+        said = [
+            Said(
+                "",
+                (),
+                len(bins) < asked.max_objects,
+                tuple(bins),
+                tuple(regions.region_of(self.policy, b) for b in bins),
+            )
+            for bins in every
+        ]
+        return said * (count if drawn == 1 else 1)
 
     def _said(self, row: list[int]) -> Said:
         end = self.policy.config.eos_id
@@ -354,17 +379,44 @@ class _Live:
             if len(rewards) < 2 or float(rewards.max() - rewards.min()) <= FLAT:
                 return None, None
             gains = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-        rows = self._rows(group)
-        likely = self.policy.score(*rows).log_probs
-        asked = rows[2][:, -likely.shape[1] :] != -100
+        likely, asked = self._likely(group)
         weight = gains[:, None] if gains is not None else 1.0
         loss = -(likely * weight * asked).sum() / asked.sum()
         (loss / groups).backward()
         if gains is None:
             return None, float(loss.detach())
         with torch.no_grad(), self.model.disable_adapter():
-            ahead = self.policy.score(*rows).log_probs - likely.detach()
+            ahead = self._likely(group)[0] - likely.detach()
         return float(((ahead.exp() - ahead - 1) * asked).sum() / asked.sum()), None
+
+    def _likely(self, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities [B, K] of what was chosen in each answer, and which of them there are."""
+        if group.asked.skill != "query":
+            return self._likely_regions(group)
+        rows = self._rows(group)
+        likely = self.policy.score(*rows).log_probs
+        return likely, rows[2][:, -likely.shape[1] :] != -100
+
+    def _likely_regions(self, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+        self._set(group.asked)
+        inputs, skill = self._inputs(group.asked), group.asked.skill
+        room = self.policy.config.text_config.max_context - inputs["input_ids"].shape[1]
+        heads, wide = self.policy.model.region.config, 2 if skill == "point" else 4
+        most = [heads.coord_out_dim, heads.coord_out_dim, heads.size_out_dim // 2, heads.size_out_dim // 2]
+        scored = []
+        for said in group.answers:
+            found = [regions.bins_of(self.policy, one) for one in said.found] if not group.rewards else said.objects
+            right = all(len(bins) == wide and all(map(int.__lt__, bins, most)) for bins in found)
+            if not right or len(found) * regions.STEPS[skill] > room or not (found or said.ended):
+                raise TunerError(400, "coords or sizes are not this model's. Send rollouts back as they came.")
+            features = self._features(inputs)
+            scored.append(regions.score(self.policy, inputs["input_ids"], features, found, said.ended, skill))
+        likely = torch.nn.utils.rnn.pad_sequence(scored, batch_first=True)
+        return likely, torch.arange(likely.shape[1])[None] < torch.tensor([[len(one)] for one in scored])
+
+    def _features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        looks = self.policy.looks or self.policy.model.get_image_features
+        return looks(inputs["pixel_values"], inputs["image_sizes"])
 
     def _rows(self, group: Group) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ids, mask and labels [B, L] of the answers behind their prompt, and the photo's features for each."""
@@ -382,16 +434,15 @@ class _Live:
         prompts = prompt.expand(len(answers), -1)
         ids = torch.cat([prompts, labels.masked_fill(labels == -100, end)], 1)
         mask = torch.cat([torch.ones_like(prompts), (labels != -100).long()], 1)
-        looks = self.policy.looks or self.policy.model.get_image_features
-        features = looks(inputs["pixel_values"], inputs["image_sizes"]).expand(len(answers), -1, -1)
+        features = self._features(inputs).expand(len(answers), -1, -1)
         return ids, mask, torch.cat([torch.full_like(prompts, -100), labels], 1), features
 
     def _inputs(self, asked: Asked) -> dict[str, torch.Tensor]:
-        return dict(self.processor.prepare(asked.photo, "query", asked.question))
+        return dict(self.processor.prepare(asked.photo, asked.skill, asked.question))
 
     def _set(self, asked: Asked) -> None:
         """Recipes are written, and their probabilities taken, inside the grammar."""
-        self.policy.constraint = self.grammar if asked.question == RECIPE_QUESTION else None
+        self.policy.constraint = self.grammar if asked.skill == "query" and asked.question == RECIPE_QUESTION else None
         self.policy.temperature = asked.temperature or 1.0
 
 

@@ -376,6 +376,32 @@ def test_whatever_the_schema_allows_or_forbids_is_answered_as_it_says(
         fuzz()
 
 
+TUNING = [
+    ("/tuning/finetunes", "get"),
+    ("/tuning/finetunes", "post"),
+    ("/tuning/finetunes/{finetune_id}", "get"),
+    ("/tuning/finetunes/{finetune_id}", "delete"),
+    ("/tuning/rollouts", "post"),
+    ("/tuning/train_step", "post"),
+    ("/tuning/finetunes/{finetune_id}/metrics", "post"),
+    ("/tuning/finetunes/{finetune_id}/checkpoints", "get"),
+    ("/tuning/finetunes/{finetune_id}/checkpoints/save", "post"),
+    ("/tuning/finetunes/{finetune_id}/checkpoints/{step}", "delete"),
+]
+
+
+@pytest.mark.parametrize(("path", "method"), TUNING)
+def test_the_tuning_api_answers_as_its_schema_says(described: Any, path: str, method: str) -> None:
+    operation = described[path][method]
+
+    @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(generation_mode=GenerationMode.POSITIVE))
+    def fuzz(case: Any) -> None:
+        case.call_and_validate(checks=CHECKS)
+
+    fuzz()
+
+
 def test_the_schema_names_every_skill_and_every_error(described: Any) -> None:
     told = described.raw_schema
     ours = {path for path in told["paths"] if not path.startswith("/tuning/")}

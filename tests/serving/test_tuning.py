@@ -10,13 +10,14 @@ import httpx
 import moondream
 import numpy as np
 import pytest
+import torch
 
 from inference.answers import RECIPE_QUESTION
 from recipes import Recipe, load_photo, parse, save_picture, shrink
 from settings import Settings
 from tests.e2e.conftest import serving
 from tests.serving.test_endpoint import PHOTO, picture, refused
-from training import grpo, hosted
+from training import grpo, hosted, regions
 from training.photos import bundled
 from training.runs import Run, RunConfig
 from training.tuner import Asked, Group, Said, Tuner
@@ -91,6 +92,73 @@ def test_examples_are_imitated(server: str) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.parametrize("skill", ["point", "detect"])
+def test_the_sdk_teaches_regions(server: str, skill: str) -> None:
+    """The reward is how far to the right the first one is; what learns puts it there."""
+    finetune = client(server, f"regions-{skill}")
+    name, side = ("points", "x") if skill == "point" else ("objects", "x_min")
+    means = []
+    for _ in range(10):
+        settings = {"max_objects": 2, "temperature": 1.0}
+        found = finetune.rollouts(skill, image=picture(), object="the main subject", num_rollouts=8, settings=settings)
+        rewards = [max((one[side] for one in said["output"][name]), default=0.0) for said in found["rollouts"]]
+        means.append(float(np.mean(rewards)))
+        group = {"mode": "rl", "request": found["request"], "rollouts": found["rollouts"], "rewards": rewards}
+        assert finetune.train_step([group], lr=5e-3)["applied"]
+    assert np.mean(means[-3:]) > np.mean(means[:3]) + 0.05, means
+
+
+def test_the_truth_gives_rewards_and_examples(server: str) -> None:
+    finetune = client(server, "truth")
+    box = {"x_min": 0.1, "y_min": 0.6, "x_max": 0.3, "y_max": 0.9}
+    for skill, truth in (("point", {"points": [{"x": 0.2, "y": 0.75}]}), ("detect", {"boxes": [box]})):
+        asked = {"image": picture(), "object": "the main subject"}
+        found = finetune.rollouts(skill, **asked, num_rollouts=3, ground_truth=truth)
+        assert len(found["rewards"]) == 3 and all(0 <= reward <= 1 for reward in found["rewards"])
+        group = {"mode": "sft", "request": {"skill": skill, **asked}, "target": truth}
+        losses = [finetune.train_step([group], lr=5e-3)["sft_loss"] for _ in range(12)]
+        assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("skill", ["point", "detect"])
+def test_what_was_likeliest_is_scored_as_likeliest(tmp_path: Path, skill: str) -> None:
+    tuner = Tuner(tmp_path)
+    made = tuner.create("me", "a", 8)
+    asked = Asked(np.asarray(picture()), "the main subject", 0.0, skill=skill, max_objects=3)
+    (said,) = tuner.rollouts("me", made.finetune_id, asked, 1)
+    live = tuner._live["me", made.finetune_id]
+    live._set(asked)
+    inputs = live._inputs(asked)
+    told = {}
+    for temperature in (1e-4, 1.0):
+        live.policy.temperature = temperature
+        with torch.no_grad():
+            scored = regions.score(
+                live.policy, inputs["input_ids"], live._features(inputs), said.objects, said.ended, skill
+            )
+        told[temperature] = scored
+    assert said.objects and float(told[1e-4].min()) > -0.7 and float(told[1.0].max()) <= 0
+
+
+@pytest.mark.parametrize(
+    ("found", "truth", "expected"),
+    [
+        ([], [], 1.0),
+        ([], [{"x": 0.5, "y": 0.5}], 0.0),
+        ([{"x": 0.5, "y": 0.5}], [{"x": 0.52, "y": 0.48}], 1.0),
+        ([{"x": 0.5, "y": 0.5}] * 2, [{"x": 0.52, "y": 0.48}], 0.5),
+        ([{"x": 0.5, "y": 0.5}], [{"x_min": 0.4, "y_min": 0.4, "x_max": 0.6, "y_max": 0.6}], 1.0),
+    ],
+)
+def test_rewards_against_the_truth(found: list[Any], truth: list[Any], expected: float) -> None:
+    assert regions.reward(found, truth) == pytest.approx(expected)
+
+
+def test_half_a_box_is_half_a_reward() -> None:
+    whole = {"x_min": 0.0, "y_min": 0.0, "x_max": 1.0, "y_max": 1.0}
+    assert regions.reward([whole | {"x_max": 0.5}], [whole]) == pytest.approx(0.5)
+
+
 def test_one_tenant_sees_nothing_of_another(server: str) -> None:
     mine = client(server, "mine")
     found = rollouts(mine, 2)
@@ -121,7 +189,8 @@ def test_names_and_ranks(server: str) -> None:
 @pytest.mark.parametrize(
     ("request_", "says"),
     [
-        ({"skill": "detect", "object": "cat", "image_url": PHOTO}, "skill"),
+        ({"skill": "segment", "object": "cat", "image_url": PHOTO}, "skill"),
+        ({"skill": "detect", "question": "cat", "image_url": PHOTO}, "object"),
         ({"skill": "query", "question": "", "image_url": PHOTO}, "question"),
         ({"skill": "query", "question": "a", "image_url": "https://example.org/a.jpg"}, "data URL"),
         ({"skill": "query", "question": "a", "image_url": PHOTO, "settings": {"top_p": 0.5}}, "top_p"),
@@ -139,6 +208,7 @@ def test_what_cannot_be_drawn_is_refused(server: str, request_: dict[str, Any], 
         {"rollouts": [{"answer_tokens": [2**30]}] * 2},
         {"rollouts": [{"answer_tokens": [], "finish_reason": "length"}] * 2},
         {"mode": "sft"},
+        {"request": {"skill": "point", "object": "a", "image_url": PHOTO}},
         {"rewards": ["a", "b"]},
     ],
 )
@@ -164,15 +234,9 @@ def test_lists_come_in_pages(server: str) -> None:
 
 
 def learn(tuner: Tuner, finetune_id: str, asked: Asked, seed: int) -> None:
-    torch_seeded(seed)
+    torch.manual_seed(seed)
     said = tuner.rollouts("me", finetune_id, asked, 4)
     tuner.learn("me", finetune_id, [Group(asked, tuple(said), (0.0, 1.0, 0.3, 0.6))], 2e-3)
-
-
-def torch_seeded(seed: int) -> None:
-    import torch
-
-    torch.manual_seed(seed)
 
 
 def test_a_restart_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -186,7 +250,7 @@ def test_a_restart_goes_on_where_it_was(tmp_path: Path) -> None:
         if restart:
             tuner = Tuner(tuner.folder)
         learn(tuner, made.finetune_id, asked, 2)
-        torch_seeded(3)
+        torch.manual_seed(3)
         said.append(
             [*tuner.rollouts("me", made.finetune_id, cold, 1), *tuner.rollouts("me", made.finetune_id, asked, 4)]
         )
