@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,8 @@ class State:
     """Where a run stands on the server. step: of the finetune; done: steps of this run that are over, learned or not.
 
     best, saved: the best held-out mean so far and the step of its checkpoint. dollars: spent so far, estimated.
-    twice: steps that were applied once too often; silent: groups whose rewards did not differ.
+    twice: steps that were applied once too often; silent: groups whose rewards did not differ. base: what the base said
+    to the held-out photos, which is paid for once.
     """
 
     finetune_id: str = ""
@@ -53,6 +54,7 @@ class State:
     twice: int = 0
     silent: int = 0
     groups: int = 0
+    base: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, run: Run) -> State:
@@ -119,7 +121,7 @@ class _Loop:
         self.run.set_status(step=self.state.done, steps=self.config.steps)
         save_picture(self.held_out.photos[0], Recipe(), self.run.folder / "probe.png")
         self.phase("measuring the base")
-        base = self._judged(self.config.base, self.held_out.photos)
+        base = self._base()
         if self.state.step == 0:
             self._examples()
         if self.state.done == 0:
@@ -252,18 +254,27 @@ class _Loop:
         self.spend.add(self.spend.answers(1, _tokens_out(answered)))
         return judge(photo, answered.texts[0])
 
+    def _base(self) -> list[Judged]:
+        """The base's likeliest answers; a run that goes on has them already."""
+        photos = self.held_out.photos
+        if len(self.state.base) != len(photos):
+            self.state.base = list(self.threads.map(lambda photo: self._asked(self.config.base, photo), photos))
+            self.state.dollars = self.spend.dollars
+            self.state.keep(self.run)
+        return [judge(photo, text) for photo, text in zip(photos, self.state.base, strict=True)]
+
     def _judged(self, model: str, photos: Sequence[np.ndarray]) -> list[Judged]:
         """A model's likeliest answers, by the way that everybody asks it: base and tuned are compared like for like."""
-        return list(self.threads.map(lambda photo: self._asked(model, photo), photos))
+        return list(self.threads.map(lambda photo: judge(photo, self._asked(model, photo)), photos))
 
-    def _asked(self, model: str, photo: np.ndarray) -> Judged:
+    def _asked(self, model: str, photo: np.ndarray) -> str:
         settings = {"temperature": 0.0, "top_p": 1.0, "max_tokens": MAX_TOKENS}
         body = {"model": model, "question": self.question, "image_url": photo_url(photo), "stream": False}
         data = self.server.post("query", body | {"reasoning": False, "settings": settings}).data
         answer = data.get("answer")
         text = answer if isinstance(answer, str) else ""
         self.spend.add(self.spend.answers(1, tokens(text)))
-        return judge(photo, text)
+        return text
 
     def _note(self, number: int, rewards: Sequence[float | None], silent: float, kl: float | None) -> None:
         known = [reward for reward in rewards if reward is not None]

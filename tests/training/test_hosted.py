@@ -83,6 +83,15 @@ def test_the_budget_ends_a_run_and_what_was_learned_is_kept(tmp_path: Path, few:
     assert budget and result["dollars"] <= budget and 1 <= len(run.metrics()) < 50
 
 
+def test_a_run_that_goes_on_does_not_pay_for_its_base_again(tmp_path: Path, few: str, server: StandInTuning) -> None:
+    run = made(tmp_path, few)
+    do(run)
+    asked = sum(isinstance(body, dict) and body.get("model") == run.config().base for body in server.bodies)
+    again = hosted._Loop(run, run.config(), hosted.server_of_environment(), lambda phase: None)
+    before = len(server.asked)
+    assert asked == len(again._base()) == 3 and len(server.asked) == before
+
+
 def test_a_budget_without_a_price_is_refused(tmp_path: Path, few: str, server: StandInTuning) -> None:
     run = made(tmp_path, few, base="moondream-tiny", budget=1.0)
     with pytest.raises(SystemExit):
