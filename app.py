@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from html import escape
+from typing import Any
 
 import gradio as gr
 import uvicorn
@@ -21,6 +26,7 @@ from ui.house import House, Shared
 from ui.samples import PHOTOS
 from ui.theme import HEAD, theme
 from usage.deployment import deployment
+from usage.events import Deployment
 from usage.prices import PriceError, Prices
 from usage.store import StoreError
 
@@ -29,9 +35,9 @@ LOCAL = ("127.0.0.1", "0.0.0.0", "::", "::1")
 
 
 def blocks(house: House) -> gr.Blocks:
-    """The page."""
+    """The page, which says at its head what branch and commit it is."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 24 * 3600)) as page:
-        gr.HTML(f"<h1>{TITLE}</h1>", elem_id="banner", apply_default_css=False)
+        gr.HTML(f"<h1>{TITLE}</h1>{_runs(house.meter.recorder.deployment)}", elem_id="banner", apply_default_css=False)
         with gr.Tabs() as tabs:
             shared = Shared.make(tabs)
             for title, build in TABS.items():
@@ -40,33 +46,51 @@ def blocks(house: House) -> gr.Blocks:
     return page.queue(max_size=64)
 
 
-def create_app(settings: Settings, training: tuple[str, ...] = COMMAND) -> FastAPI:
-    """Page and routes as one ASGI application. training: the command that does a run, given its folder."""
-    app = FastAPI(title=TITLE)
+def _runs(where: Deployment) -> str:
+    commit = f" · <code>{escape(where.commit[:7])}</code>" if where.commit else ""
+    return f'<p id="deployment" title="The branch and commit that run">{escape(where.branch)}{commit}</p>'
+
+
+def open_house(settings: Settings, training: tuple[str, ...] = COMMAND) -> House:
+    """What the page works on, opened. training: the command that does a run, given its folder."""
     prices = Prices.read(settings.prices) if settings.prices else Prices()
     where = deployment(settings.branch, settings.commit, settings.space, ROOT)
     inside = _inside() if settings.train_in_request else None
     offer(settings.moondream_url, settings.moondream_key, settings.moondream_rate, settings.endpoints)
     discover()
-    house = House.open(settings.data_dir, settings.store_url, training, where, prices, settings.hardware, inside)
-    app.include_router(health.router(VERSION, where, house.usage.database))
-    app.include_router(usage.router(house.usage, house.budgets, house.meter.recorder))
+    return House.open(settings.data_dir, settings.store_url, training, where, prices, settings.hardware, inside)
+
+
+def routes(settings: Settings, house: House) -> FastAPI:
+    """Everything that is not the page."""
+    app = FastAPI(title=TITLE)
+    recorder = house.meter.recorder
+    app.include_router(health.router(VERSION, lambda: recorder.deployment, house.usage.database))
+    app.include_router(usage.router(house.usage, house.budgets, recorder))
     keys = Keys(settings.api_keys, settings.api_rate)
     app.mount("/v1", endpoint.create(house.meter, keys, settings.data_dir / "tuning"))
-    return gr.mount_gradio_app(
-        app,
-        blocks(house),
-        path="/",
-        theme=theme(),
-        head=HEAD,
-        footer_links=["api"],
-        run_history=False,
-        ssr_mode=False,
-        show_error=False,
-        max_file_size=MAX_BYTES,
-        allowed_paths=[str(PHOTOS)],
-        blocked_paths=[str(settings.data_dir)],
-    )
+    return app
+
+
+def how_served(settings: Settings) -> dict[str, Any]:
+    """What Gradio is told about the page, however it is served."""
+    return {
+        "theme": theme(),
+        "head": HEAD,
+        "footer_links": ["api"],
+        "run_history": False,
+        "ssr_mode": False,
+        "show_error": False,
+        "max_file_size": MAX_BYTES,
+        "allowed_paths": [str(PHOTOS)],
+        "blocked_paths": [str(settings.data_dir)],
+    }
+
+
+def create_app(settings: Settings, training: tuple[str, ...] = COMMAND) -> FastAPI:
+    """Page and routes as one ASGI application. training: the command that does a run, given its folder."""
+    house = open_house(settings, training)
+    return gr.mount_gradio_app(routes(settings, house), blocks(house), path="/", **how_served(settings))
 
 
 def _inside() -> Callable[[str], object]:
@@ -87,5 +111,48 @@ def main() -> None:
     uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning")
 
 
+# ── In a Space ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# Only `launch` starts what hot reload and ZeroGPU need, and hot reload shows a new page only if a line of this file
+# that makes the page is another one: so `python -m previews deploy` writes the commit into that line.
+
+
+@cache
+def space() -> tuple[Settings, House]:
+    """The Space's one house, which hot reload keeps: its store, threads and models outlive a page."""
+    try:
+        settings = Settings.from_env(os.environ)
+        return settings, open_house(settings)
+    except (SettingsError, PriceError, StoreError) as error:
+        sys.exit(str(error))
+
+
+def stamped(module: str, commit: str) -> gr.Blocks | None:
+    """The page of this commit, if this is the program of a Space. commit: "" for what the settings say."""
+    if module != "__main__" or "SPACE_ID" not in os.environ:
+        return None
+    house = space()[1]
+    if commit:
+        recorder = house.meter.recorder
+        recorder.deployment = replace(recorder.deployment, commit=commit)
+    return blocks(house)
+
+
+def launch(page: gr.Blocks) -> None:
+    """Serves a Space's page, and the routes before Gradio's own."""
+    settings, house = space()
+    page.launch(
+        server_name=settings.host,
+        server_port=settings.port,
+        prevent_thread_lock=True,
+        quiet=True,
+        app_kwargs={"routes": [*routes(settings, house).router.routes]},
+        **how_served(settings),
+    )
+    while True:
+        time.sleep(3600)
+
+
+demo = stamped(__name__, "")
+
 if __name__ == "__main__":
-    main()
+    launch(demo) if demo else main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastapi import APIRouter
 from pydantic import BaseModel
 from sqlalchemy import text
@@ -24,12 +26,13 @@ class Health(BaseModel):
     store: str
 
 
-def router(version: str, where: Deployment, database: Database) -> APIRouter:
-    """The route. version: of the application; where: the branch and commit that run."""
+def router(version: str, deployed: Callable[[], Deployment], database: Database) -> APIRouter:
+    """The route. version: of the application; deployed: tells the branch and commit that run, which may change."""
     routes = APIRouter()
 
     @routes.get("/healthz")
     def healthz() -> Health:
+        where = deployed()
         return Health(
             version=version,
             branch=where.branch,

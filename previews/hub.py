@@ -1,0 +1,297 @@
+"""The Hub as the deployer sees it: huggingface_hub's calls, with waiting, retries and plain words for what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceHardware, Volume
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars
+
+from previews.changes import Remote
+from previews.errors import Exit, PreviewError, refused, without_secrets
+from previews.source import File
+
+T = TypeVar("T")
+TRIES = 4  # of a call that fails for a reason that may pass
+MOST_WAIT = 300.0  # seconds that one call may wait for a rate limit
+RELOAD_PORT = 7887  # of the hot-reload server in every Gradio Space
+
+
+@dataclass(frozen=True)
+class State:
+    """A Space as the Hub tells of it. head: its last commit; running: the commit that the Hub says runs."""
+
+    id: str
+    head: str
+    stage: str
+    running: str | None
+    host: str
+    subdomain: str
+    reload: str | None  # "created" or "canceled"
+    replicas: tuple[str, ...]
+
+
+class Hub:
+    """Calls to the Hub. say: takes a line for a person; waited: seconds spent waiting for others, all together."""
+
+    def __init__(self, token: str | None, say: Callable[[str], None] = lambda _: None) -> None:
+        disable_progress_bars()
+        self._api, self._token, self._say = HfApi(token=token), token, say
+        self._http = httpx.Client(timeout=20, headers={"Authorization": f"Bearer {token}"} if token else {})
+        self.waited = 0.0
+
+    # ── Spaces ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def state(self, space: str) -> State | None:
+        """A Space's state; None if there is none."""
+        try:
+            info = self._call(f"look at {space}", self._api.space_info, space, missing=True)
+        except RepositoryNotFoundError:
+            return None
+        runtime = info.runtime
+        reload = runtime.hot_reloading if runtime else None
+        return State(
+            space,
+            info.sha or "",
+            str(runtime.raw.get("stage") if runtime else "") or "UNKNOWN",
+            runtime.raw.get("sha") if runtime else None,
+            (info.host or "").rstrip("/"),
+            info.subdomain or "",
+            reload.status if reload else None,
+            tuple(hash for hash, _ in reload.replica_statuses) if reload else (),
+        )
+
+    def create(
+        self, space: str, visibility: str, secrets: dict[str, str], variables: dict[str, str], hardware: str | None
+    ) -> bool:
+        """Makes an empty Gradio Space; whether it was this call that did."""
+        try:
+            self._call(
+                f"create the Space {space}",
+                self._api.create_repo,
+                space,
+                repo_type="space",
+                space_sdk="gradio",
+                visibility=visibility,
+                space_hardware=SpaceHardware(hardware) if hardware else None,
+                space_secrets=[{"key": key, "value": value} for key, value in secrets.items()],
+                space_variables=[{"key": key, "value": value} for key, value in variables.items()],
+            )
+        except PreviewError as error:
+            if error.code is Exit.CONFLICT and self.state(space):
+                return False  # another run of this was faster, or the answer to a first try was lost
+            raise
+        return True
+
+    def variables(self, space: str) -> dict[str, str]:
+        """A Space's public variables."""
+        found = self._call(f"read the variables of {space}", self._api.get_space_variables, space)
+        return {name: variable.value for name, variable in found.items()}
+
+    def spaces(self, owner: str) -> list[str]:
+        """The names, without the owner, of the owner's Spaces."""
+        found = self._call(f"list the Spaces of {owner}", lambda: list(self._api.list_spaces(author=owner)))
+        return sorted(info.id.split("/", 1)[1] for info in found)
+
+    def delete(self, space: str) -> bool:
+        """Deletes a Space; False if it was gone already."""
+        try:
+            self._call(f"delete {space}", self._api.delete_repo, space, repo_type="space", missing=True)
+        except RepositoryNotFoundError:
+            return False
+        return True
+
+    def restart(self, space: str, factory: bool = False) -> None:
+        """Restarts a Space; factory: with a new image."""
+        self._call(f"restart {space}", self._api.restart_space, space, factory_reboot=factory)
+
+    def logs(self, space: str, build: bool = False, last: int = 40) -> list[str]:
+        """The last lines of what the build or the application has printed; empty if they cannot be had."""
+        try:
+            text = "".join(
+                line if line.endswith("\n") else f"{line}\n" for line in self._api.fetch_space_logs(space, build=build)
+            )
+        except (HfHubHTTPError, httpx2.HTTPError, OSError):
+            return []
+        return [without_secrets(line) for line in text.splitlines() if line.strip()][-last:]
+
+    # ── Files ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def files(self, space: str) -> dict[str, Remote]:
+        """What a Space has, by path."""
+        tree = self._call(
+            f"list the files of {space}",
+            lambda: list(self._api.list_repo_tree(space, recursive=True, repo_type="space")),
+        )
+        found = [entry for entry in tree if isinstance(entry, RepoFile)]
+        return {file.path: Remote(file.blob_id, file.lfs.sha256 if file.lfs else None) for file in found}
+
+    def text(self, space: str, path: str) -> str:
+        """A file of a Space, as text; "" if it has none."""
+        url = f"{self._api.endpoint}/spaces/{space}/resolve/main/{path}"
+        try:
+            answer = self._wait(lambda: self._http.get(url, follow_redirects=False))
+        except httpx.HTTPError:
+            return ""
+        return answer.text if answer.is_success else ""
+
+    def titles(self, space: str) -> list[tuple[str, str]]:
+        """The Space's commits, newest first: name and title."""
+        found = self._call(
+            f"list the commits of {space}", lambda: list(self._api.list_repo_commits(space, repo_type="space"))
+        )
+        return [(commit.commit_id, commit.title) for commit in found]
+
+    def commit(
+        self, space: str, parent: str, title: str, send: list[File], delete: list[str], hot: bool = False
+    ) -> str:
+        """One commit upon `parent`, and no other; its name. An answer that was lost is looked up, not asked for again.
+
+        Raises PreviewError with Exit.CONFLICT if the Space has moved on.
+        """
+
+        def operations() -> list[Any]:
+            adds = [CommitOperationAdd(path_in_repo=file.path, path_or_fileobj=file.content) for file in send]
+            return [*adds, *(CommitOperationDelete(path_in_repo=path, is_folder=False) for path in delete)]
+
+        def once() -> str:
+            made = self._api.create_commit(
+                space,
+                operations(),
+                commit_message=title,
+                repo_type="space",
+                parent_commit=parent or None,
+                _hot_reload=hot,
+            )
+            return made.oid
+
+        what = f"commit to {space}"
+        try:
+            return self._call(what, once, tries=1)
+        except PreviewError as error:
+            if error.code is not Exit.NETWORK:
+                raise
+            self._say(f"the connection was lost during a commit ({error}); looking whether it arrived")
+            history = self.titles(space)
+            if history and history[0][0] != parent:
+                if history[0][1] == title:
+                    return history[0][0]
+                raise refused(412, what, "") from None
+            return self._call(what, once, tries=1)
+
+    # ── The running application ─────────────────────────────────────────────────────────────────────────────────────
+
+    def revision(self, host: str) -> str | None:
+        """The commit that the application itself says it is; None while it does not answer."""
+        try:
+            answer = self._wait(lambda: self._http.get(f"{host}/healthz"))
+            return str(answer.json()["revision"]) if answer.is_success else None
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return None
+
+    def reload_events(self, state: State, commit: str) -> Iterator[dict[str, Any]]:
+        """What hot reload did, replica by replica: events with a `kind`. Raises PreviewError if it cannot be told."""
+        host = state.host.replace(state.subdomain, f"{state.subdomain}--{RELOAD_PORT}", 1)
+        for replica in state.replicas:
+            url = f"{host}/--replicas/+{replica}/get-reload"
+            try:
+                yield from self._wait(lambda url=url: self._events(url, commit))
+            except (httpx.HTTPError, ValueError, KeyError) as error:
+                why = without_secrets(str(error)) or type(error).__name__
+                raise PreviewError(f"hot reload did not tell what it did ({why})", Exit.NETWORK) from None
+
+    def _events(self, url: str, commit: str) -> list[dict[str, Any]]:
+        for _ in range(TRIES):
+            with self._http.stream("POST", url, json={"reloadId": commit}) as answer:
+                if answer.status_code == 204:
+                    time.sleep(0.3)
+                    continue
+                answer.raise_for_status()
+                lines = [line.removeprefix("data:") for line in answer.iter_lines() if line.startswith("data:")]
+                return [json.loads(line)["data"] for line in lines if line.strip()]
+        raise ValueError("it does not know this commit")
+
+    # ── Jobs ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run_job(self, image: str, space: str, revision: str, env: dict[str, str], seconds: int, owner: str) -> Any:
+        """A Job that serves a Space's files on a public port, from the image of another Space."""
+        return self._call(
+            "start a Job",
+            self._api.run_job,
+            image=image,
+            command=["sh", "-c", "cd /preview && exec python app.py"],
+            env=env,
+            flavor="cpu-basic",
+            timeout=seconds,
+            labels={"preview": space.split("/", 1)[1][:60]},
+            volumes=[Volume(type="space", source=space, revision=revision, mount_path="/preview")],
+            expose_public=[7860],
+            namespace=owner,
+        )
+
+    def job(self, id: str, owner: str) -> Any:
+        """How a Job is."""
+        return self._call("look at the Job", self._api.inspect_job, job_id=id, namespace=owner)
+
+    def end_job(self, id: str, owner: str) -> None:
+        """Ends a Job."""
+        self._call("end the Job", self._api.cancel_job, job_id=id, namespace=owner)
+
+    # ── Waiting ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def sleep(self, seconds: float) -> None:
+        """Waits, and counts it as waiting."""
+        self._wait(lambda: time.sleep(seconds))
+
+    def _wait(self, do: Callable[[], T]) -> T:
+        began = time.monotonic()
+        try:
+            return do()
+        finally:
+            self.waited += time.monotonic() - began
+
+    def _call(
+        self, what: str, do: Callable[..., T], *args: Any, tries: int = TRIES, missing: bool = False, **named: Any
+    ) -> T:
+        """Does a call. Waits where the Hub asks to, tries again what may pass, and says in plain words what does not."""
+        deadline, tried = time.monotonic() + MOST_WAIT, 0
+        while True:
+            tried += 1
+            try:
+                return self._wait(lambda: do(*args, **named))
+            except HfHubHTTPError as error:
+                if missing and isinstance(error, RepositoryNotFoundError) and error.response.status_code == 404:
+                    raise
+                status = error.response.status_code
+                pause = _pause(error) if status == 429 else 2.0 ** (tried - 1) / 2
+                final = status < 500 and status != 429
+                if final or (status >= 500 and tried >= tries) or time.monotonic() + pause > deadline:
+                    raise refused(status, what, error.server_message or "") from None
+                if status == 429:
+                    self._say(f"the Hub asks to wait {pause:.0f} s (too many requests)")
+            except (httpx2.HTTPError, ConnectionError) as error:
+                pause = 2.0 ** (tried - 1) / 2
+                if tried >= tries:
+                    why = without_secrets(str(error)) or type(error).__name__
+                    message = f"Could not {what}: no connection to the Hub ({why}). Check the network, and HF_ENDPOINT."
+                    raise PreviewError(message, Exit.NETWORK) from None
+            self.sleep(pause)
+
+
+def _pause(error: HfHubHTTPError) -> float:
+    """The seconds that a 429 asks to wait, from Retry-After or RateLimit (…;t=55)."""
+    headers = error.response.headers
+    for text in (headers.get("Retry-After", ""), headers.get("RateLimit", "").rpartition("t=")[2]):
+        try:
+            return max(0.0, float(text.strip(' ";')))
+        except ValueError:
+            continue
+    return 10.0
