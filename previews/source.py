@@ -62,7 +62,9 @@ def resolve(folder: Path, name: str) -> str:
     if not name or name.startswith("-"):
         raise PreviewError("A commit is needed: give --sha, or run this inside the repository.", Exit.USAGE)
     try:
-        return _git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").decode().strip()
+        return (
+            _git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").decode().strip()
+        )
     except PreviewError:
         message = f"git knows no commit {name[:60]!r} here. Fetch it (in a workflow: fetch-depth: 0)."
         raise PreviewError(message, Exit.USAGE) from None
@@ -87,7 +89,9 @@ def stamped(app: File, sha: str) -> File:
     """app.py with the commit in its stamp."""
     text, found = STAMP.subn(rf"\g<1>{sha}\g<2>", app.content.decode("utf-8"))
     if found != 1:
-        message = f'{APP_FILE} needs the line demo = stamped(__name__, "") once, at the left margin; it has it {found} times.'
+        message = (
+            f'{APP_FILE} needs the line demo = stamped(__name__, "") once, at the left margin; it has it {found} times.'
+        )
         raise PreviewError(message, Exit.USAGE)
     content = text.encode()
     return File(app.path, blob_oid(content), content)

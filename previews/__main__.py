@@ -1,0 +1,265 @@
+"""`python -m previews deploy|sweep|list|logs|open|delete|promote|rollback`: every branch is a Space of its own.
+
+Exit codes: 0 done; 1 unexpected; 2 usage; 3 the token may not; 4 the account must pay; 5 not found; 6 conflict, or
+superseded by a newer commit; 7 rate limit; 8 build error; 9 the application does not run; 10 timeout; 11 no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path as Folder
+from typing import Any
+
+from previews.changes import Path
+from previews.deploy import MARKER, Deployer, Options, Target, deployed_sha, preview, production
+from previews.errors import Exit, PreviewError, without_secrets
+from previews.hub import Hub
+from previews.names import NameTooLong, is_preview
+from previews.source import branches, resolve
+
+APP = "moondream-playground"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Does a command; its exit code. Progress goes to stderr, the result to stdout."""
+    asked = _parser().parse_args(arguments)
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - began:6.1f} s] {without_secrets(line)}", file=sys.stderr, flush=True)
+
+    try:
+        result = asked.do(asked, Hub(os.environ.get("HF_TOKEN"), say), say)
+    except (PreviewError, NameTooLong) as error:
+        return _failed(error, asked.json)
+    except KeyboardInterrupt:
+        print("Stopped. Run it again: it goes on from what the Space has.", file=sys.stderr)
+        return 130
+    print(json.dumps(result, indent=2) if asked.json else _plain(result))
+    return Exit.DONE
+
+
+def _failed(error: Exception, as_json: bool) -> int:
+    code = error.code if isinstance(error, PreviewError) else Exit.USAGE
+    log = [without_secrets(line) for line in getattr(error, "log", [])]
+    if as_json:
+        print(json.dumps({"error": str(error), "code": int(code), "log": log}, indent=2))
+    print(f"error: {error}", *(f"    {line}" for line in log), sep="\n", file=sys.stderr)
+    return int(code)
+
+
+def _plain(result: Any) -> str:
+    if isinstance(result, list):
+        return "\n".join(_plain(one) for one in result) or "nothing"
+    if isinstance(result, dict) and "own_seconds" in result:
+        live = f"{result['seconds']} s, {result['own_seconds']} s of them its own"
+        return f"{result['url']}\n{result['sha'][:12]} of {result['branch']} is live by {result['path']} ({live})"
+    return "  ".join(str(part) for part in result.values()) if isinstance(result, dict) else str(result)
+
+
+# ── Commands ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def deploy(asked: argparse.Namespace, hub: Hub, say: Any) -> dict[str, Any]:
+    """Brings the branch's Space to a commit."""
+    return _deployer(asked, hub, say).deploy(_target(asked), asked.sha or "HEAD").to_dict()
+
+
+def promote(asked: argparse.Namespace, hub: Hub, say: Any) -> dict[str, Any]:
+    """Brings main's Space to the commit that a branch's preview runs."""
+    shown = preview(asked.owner, asked.app, asked.branch)
+    state = hub.state(shown.space)
+    sha = hub.revision(state.host) if state else None
+    if not sha:
+        message = f"{shown.space} runs nothing that could be promoted. Deploy the branch first."
+        raise PreviewError(message, Exit.NOT_FOUND)
+    target = production(asked.owner, asked.app, asked.default_branch)
+    say(f"{sha[:12]} of {asked.branch} goes to {target.space}")
+    return _deployer(asked, hub, say).deploy(target, sha).to_dict()
+
+
+def rollback(asked: argparse.Namespace, hub: Hub, say: Any) -> dict[str, Any]:
+    """Brings a Space back to an earlier commit: --to, or the one that was deployed before."""
+    target = _target(asked)
+    history = list(dict.fromkeys(filter(None, (deployed_sha(title) for _, title in hub.titles(target.space)))))
+    if asked.to:
+        sha = resolve(asked.folder, asked.to)
+    elif len(history) > 1:
+        sha = history[1]
+    else:
+        raise PreviewError(f"{target.space} has had no other commit. Name one with --to.", Exit.NOT_FOUND)
+    say(f"back to {sha[:12]}")
+    return _deployer(asked, hub, say).deploy(target, sha).to_dict()
+
+
+def sweep(asked: argparse.Namespace, hub: Hub, say: Any) -> list[dict[str, Any]]:
+    """Deletes the previews of branches that are no more: by name and marker, never others."""
+    alive = branches(asked.folder)
+    if not alive:
+        raise PreviewError("git names no branch at all, so nothing is deleted. Check the remote.", Exit.USAGE)
+    swept = []
+    for found in _previews(asked, hub):
+        expected = preview(asked.owner, asked.app, found["branch"]).space
+        if found["branch"] in alive or expected != found["space"]:
+            continue
+        say(f"{found['branch']} is no more: deleting {found['space']}")
+        gone = asked.dry_run or hub.delete(found["space"])
+        swept.append({"space": found["space"], "branch": found["branch"], "deleted": bool(gone and not asked.dry_run)})
+    return swept
+
+
+def list_(asked: argparse.Namespace, hub: Hub, say: Any) -> list[dict[str, Any]]:
+    """The previews there are, with branch, stage, commit and address."""
+    rows = []
+    for found in _previews(asked, hub):
+        state = hub.state(found["space"])
+        if state:
+            revision = hub.revision(state.host) or ""
+            rows.append({**found, "stage": state.stage, "revision": revision[:12], "url": state.host})
+    return rows
+
+
+def logs(asked: argparse.Namespace, hub: Hub, say: Any) -> list[str]:
+    """The last lines of a Space's log."""
+    target = _target(asked)
+    if hub.state(target.space) is None:
+        raise PreviewError(f"{target.space} does not exist. Deploy the branch first.", Exit.NOT_FOUND)
+    return hub.logs(target.space, build=asked.build, last=asked.lines)
+
+
+def open_(asked: argparse.Namespace, hub: Hub, say: Any) -> str:
+    """The address of a Space, opened in a browser where there is one."""
+    target = _target(asked)
+    state = hub.state(target.space)
+    if state is None:
+        raise PreviewError(f"{target.space} does not exist. Deploy the branch first.", Exit.NOT_FOUND)
+    if not asked.json and sys.stdout.isatty():
+        webbrowser.open(state.host)
+    return state.host
+
+
+def delete(asked: argparse.Namespace, hub: Hub, say: Any) -> dict[str, Any]:
+    """Deletes a branch's preview."""
+    target = preview(asked.owner, asked.app, asked.branch)
+    if hub.state(target.space) is None:
+        return {"space": target.space, "deleted": False}
+    if hub.variables(target.space).get(MARKER) != target.marker:
+        raise PreviewError(f"{target.space} is not one of this application's, and stays.", Exit.CONFLICT)
+    return {"space": target.space, "deleted": hub.delete(target.space)}
+
+
+def _previews(asked: argparse.Namespace, hub: Hub) -> list[dict[str, str]]:
+    """This application's previews: those whose name and whose marker both say so."""
+    found = []
+    for name in hub.spaces(asked.owner):
+        if is_preview(name, asked.app):
+            space = f"{asked.owner}/{name}"
+            try:
+                said = hub.variables(space)
+            except PreviewError as error:
+                if error.code is Exit.NOT_FOUND:
+                    continue  # it has just been deleted
+                raise
+            if said.get(MARKER) == asked.app and said.get("PREVIEW_BRANCH"):
+                found.append({"space": space, "branch": said["PREVIEW_BRANCH"]})
+    return found
+
+
+def _target(asked: argparse.Namespace) -> Target:
+    if asked.production:
+        return production(asked.owner, asked.app, asked.branch)
+    return preview(asked.owner, asked.app, asked.branch)
+
+
+def _deployer(asked: argparse.Namespace, hub: Hub, say: Any) -> Deployer:
+    missing = [name for name in asked.secret if name not in os.environ]
+    if missing:
+        raise PreviewError(f"--secret {missing[0]} names a variable that is not set here.", Exit.USAGE)
+    wrong = [pair for pair in asked.variable if "=" not in pair]
+    if wrong:
+        raise PreviewError(f"--variable takes NAME=VALUE, not {wrong[0]!r}.", Exit.USAGE)
+    options = Options(
+        visibility=asked.visibility,
+        secrets={name: os.environ[name] for name in asked.secret if os.environ[name]},
+        variables=dict(pair.split("=", 1) for pair in asked.variable),
+        hardware=asked.hardware,
+        timeout=asked.timeout,
+        poll=asked.poll,
+        at_least={"auto": Path.NOTHING, "restart": Path.RESTART, "build": Path.BUILD}[asked.path],
+        fast_from=f"{asked.owner}/{asked.app}" if asked.fast else None,
+    )
+    return Deployer(hub, asked.folder, options, say)
+
+
+# ── Arguments ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    owner = os.environ.get("PREVIEW_OWNER")
+    shared.add_argument("--owner", default=owner, required=not owner, help="user or organization (PREVIEW_OWNER)")
+    shared.add_argument("--app", default=os.environ.get("PREVIEW_APP") or APP, help=f"what Spaces are called ({APP})")
+    shared.add_argument("--folder", type=Folder, default=Folder.cwd(), help="the git repository")
+    shared.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    one = argparse.ArgumentParser(add_help=False)
+    one.add_argument("--branch", type=_branch, default=_here(), help="the branch (the one that is checked out)")
+    one.add_argument("--production", action="store_true", help="main's Space instead of the branch's preview")
+    how = argparse.ArgumentParser(add_help=False)
+    how.add_argument("--visibility", choices=("private", "protected", "public"), default="private")
+    how.add_argument(
+        "--secret", action="append", default=[], metavar="NAME", help="of this environment, for a new Space"
+    )
+    how.add_argument("--variable", action="append", default=[], metavar="NAME=VALUE", help="public, for a new Space")
+    how.add_argument("--hardware", help="of a new Space, e.g. zero-a10g; the Hub's default is cpu-basic")
+    how.add_argument("--timeout", type=float, default=1200, help="seconds to wait for a restart or build (1200)")
+    how.add_argument("--poll", type=float, default=1.0, help="seconds between two looks (1)")
+    how.add_argument("--path", choices=("auto", "restart", "build"), default="auto", help="do at least this")
+    how.add_argument("--fast", action="store_true", help="serve a first preview in a Job meanwhile, $0.02 an hour")
+    parser = argparse.ArgumentParser(
+        prog="python -m previews", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, do: Any, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=do.__doc__, description=do.__doc__, parents=[shared, *parents])
+        command.set_defaults(do=do)
+        return command
+
+    add("deploy", deploy, one, how).add_argument("--sha", help="the commit (HEAD)")
+    promoting = add("promote", promote, one, how)
+    promoting.add_argument("--default-branch", default="main", help="the branch that main's Space shows (main)")
+    add("rollback", rollback, one, how).add_argument("--to", help="the commit (the one deployed before)")
+    add("sweep", sweep).add_argument("--dry-run", action="store_true", help="say what would be deleted")
+    add("list", list_)
+    reading = add("logs", logs, one)
+    reading.add_argument("--build", action="store_true", help="the build's instead of the application's")
+    reading.add_argument("--lines", type=int, default=100)
+    add("open", open_, one)
+    add("delete", delete, one)
+    return parser
+
+
+def _branch(text: str) -> str:
+    if not text or re.search(r"[\x00-\x1f\x7f]", text):
+        raise argparse.ArgumentTypeError("a branch's name is needed, without control characters")
+    return text
+
+
+def _here() -> str | None:
+    try:
+        run = subprocess.run(["git", "symbolic-ref", "--short", "-q", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return run.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
