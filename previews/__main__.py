@@ -214,9 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--production", action="store_true", help="main's Space instead of the branch's preview")
     how = argparse.ArgumentParser(add_help=False)
     how.add_argument("--visibility", choices=("private", "protected", "public"), default="private")
-    how.add_argument(
-        "--secret", action="append", default=[], metavar="NAME", help="of this environment, for a new Space"
-    )
+    how.add_argument("--secret", action="append", default=[], metavar="NAME", help="from here, for a new Space")
     how.add_argument("--variable", action="append", default=[], metavar="NAME=VALUE", help="public, for a new Space")
     how.add_argument("--hardware", help="of a new Space, e.g. zero-a10g; the Hub's default is cpu-basic")
     how.add_argument("--timeout", type=float, default=1200, help="seconds to wait for a restart or build (1200)")

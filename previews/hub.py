@@ -1,4 +1,4 @@
-"""The Hub as the deployer sees it: huggingface_hub's calls, with waiting, retries and plain words for what goes wrong."""
+"""The Hub as the deployer sees it: huggingface_hub's calls, with waiting, retries and plain words for failures."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ class Hub:
     def _call(
         self, what: str, do: Callable[..., T], *args: Any, tries: int = TRIES, missing: bool = False, **named: Any
     ) -> T:
-        """Does a call. Waits where the Hub asks to, tries again what may pass, and says in plain words what does not."""
+        """Does a call. Waits where the Hub asks to, tries again what may pass, says in plain words what does not."""
         deadline, tried = time.monotonic() + MOST_WAIT, 0
         while True:
             tried += 1

@@ -1,0 +1,412 @@
+"""A stand-in for the Hub's Spaces, over real HTTP, in front of real applications. It is no Hub.
+
+Simulated: accounts, the building of images, and the times that building and restarting take (`build`, `restart`).
+Real: each Space's application, a process with Gradio's own hot-reload server, to which a commit with `hot_reload=1` is
+passed on. That server's port is always 7887; several Spaces on one machine need one each, which is all that
+`sitecustomize.py` changes in the process.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import httpx
+
+TOKEN = "hf_previewspreviewspreviews12"
+NOW = "2026-11-23T12:00:00.000Z"
+SITE = """
+import os
+import spaces.reloading
+spaces.reloading.start_reload_server.__defaults__ = (int(os.environ["RELOAD_PORT"]),)
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Space:
+    """One Space: its files and commits, what runs, and what the Hub says of it."""
+
+    id: str
+    folder: Path
+    variables: dict[str, str]
+    secrets: dict[str, str]
+    asked: dict[str, Any]
+    files: dict[str, bytes] = field(default_factory=dict)
+    commits: list[tuple[str, str]] = field(default_factory=list)
+    stage: str = "NO_APP_FILE"
+    running: str | None = None
+    reload: str | None = None
+    process: subprocess.Popen[str] | None = None
+    port: int = 0
+    reload_port: int = 0
+    starts: int = 0
+    log: list[str] = field(default_factory=list)
+    build_log: list[str] = field(default_factory=list)
+
+    @property
+    def head(self) -> str:
+        return self.commits[-1][0] if self.commits else "0" * 40
+
+    @property
+    def subdomain(self) -> str:
+        return self.id.replace("/", "-").replace("_", "-").replace(".", "-").lower()
+
+
+class StandInHub(ThreadingHTTPServer):
+    """What it shall do wrong:
+
+    answers: for a method and a path's end, a list of (status, body, headers) given instead, one each time.
+    drop: how many commits are made without their answer arriving. cancel: reloads that are canceled. stale: seconds for
+    which the old application is told of after a commit. build_fails: lines of a build that fails. meanwhile: called
+    before the next commit. apps: whether applications are really started.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, build: float = 0.0, restart: float = 0.0) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.folder, self.build, self.restart = folder, build, restart
+        self.spaces: dict[str, Space] = {}
+        self.answers: dict[tuple[str, str], list[tuple[int, Any, dict[str, str]]]] = {}
+        self.drop = self.cancel = 0
+        self.stale = 0.3
+        self.build_fails: list[str] = []
+        self.meanwhile: Callable[[], None] | None = None
+        self.requests: list[str] = []
+        self.uploads: list[tuple[str, bool, list[str]]] = []
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.lock = threading.RLock()
+        site = folder / "site"
+        site.mkdir(parents=True)
+        (site / "sitecustomize.py").write_text(SITE)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def commit(self, space: Space, title: str, changes: dict[str, bytes | None], hot: bool = False) -> str:
+        """Makes a commit; then the Space is reloaded or started anew."""
+        for path, content in changes.items():
+            if content is None:
+                space.files.pop(path, None)
+            else:
+                space.files[path] = content
+        oid = hashlib.sha1(f"{space.head}{title}{time.time_ns()}".encode()).hexdigest()
+        space.commits.append((oid, title))
+        self.uploads.append((title, hot, sorted(changes)))
+        if hot:
+            self.hot_reload(space, oid, changes)
+        else:
+            built = bool({"README.md", "requirements.txt"} & set(changes)) or not space.starts
+            threading.Thread(target=self.start, args=(space, oid, built), daemon=True).start()
+        return oid
+
+    def hot_reload(self, space: Space, oid: str, changes: dict[str, bytes | None]) -> None:
+        if self.cancel:
+            self.cancel -= 1
+            space.reload, space.running = "canceled", oid
+            return
+        for path, content in changes.items():
+            body = {"filepath": path, "contents": (content or b"").decode(), "reloadId": oid}
+            for _ in range(50):
+                try:
+                    told = httpx.post(f"http://127.0.0.1:{space.reload_port}/create-reload", json=body, timeout=20)
+                    if told.json()["res"]["status"] != "alreadyReloading":
+                        break
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.1)
+            space.reload = "created"
+        space.running = oid
+
+    def start(self, space: Space, oid: str, built: bool) -> None:
+        """Builds, stops what runs, starts the new: each as slow as it was told."""
+        time.sleep(self.stale)
+        first = not space.starts
+        with self.lock:
+            space.stage = ("BUILDING" if first else "RUNNING_BUILDING") if built else "RUNNING_APP_STARTING"
+        time.sleep(self.build if built else self.restart)
+        if self.build_fails:
+            space.build_log, self.build_fails = self.build_fails, []
+            space.stage, space.running = "BUILD_ERROR", oid
+            return
+        with self.lock:
+            if oid != space.head:
+                return  # a newer commit is on its way
+            space.stage = "APP_STARTING"
+            self.stop(space)
+            space.starts += 1
+            code = space.folder / f"code{space.starts}"
+            for path, content in space.files.items():
+                (code / path).parent.mkdir(parents=True, exist_ok=True)
+                (code / path).write_bytes(content)
+            space.port, space.reload_port = free_port(), free_port()
+            env = {
+                "PATH": os.environ["PATH"],
+                "HOME": str(space.folder),
+                "PYTHONPATH": str(self.folder / "site"),
+                "OMP_NUM_THREADS": "1",
+                "SYSTEM": "spaces",
+                "SPACE_ID": space.id,
+                "GRADIO_SERVER_PORT": str(space.port),
+                "GRADIO_ANALYTICS_ENABLED": "False",
+                "HF_HUB_OFFLINE": "1",
+                "RELOAD_PORT": str(space.reload_port),
+                "DATA_DIR": str(space.folder / "data"),
+                **space.variables,
+                **space.secrets,
+            }
+            log = (space.folder / f"log{space.starts}").open("w")
+            space.process = subprocess.Popen(
+                [sys.executable, "app.py"], cwd=code, env=env, stdout=log, stderr=log, text=True, start_new_session=True
+            )
+        self.watch(space, oid)
+
+    def watch(self, space: Space, oid: str) -> None:
+        process = space.process
+        assert process
+        while process.poll() is None and space.process is process:
+            try:
+                httpx.get(f"http://127.0.0.1:{space.port}/healthz", timeout=5).raise_for_status()
+                httpx.get(f"http://127.0.0.1:{space.reload_port}/healthz", timeout=5)
+                space.stage, space.running, space.reload = "RUNNING", oid, None
+                return
+            except httpx.HTTPError:
+                time.sleep(0.1)
+        if space.process is process:
+            space.log = (space.folder / f"log{space.starts}").read_text().splitlines()
+            space.stage, space.running = "RUNTIME_ERROR", oid
+
+    def stop(self, space: Space) -> None:
+        if space.process and space.process.poll() is None:
+            os.killpg(space.process.pid, signal.SIGKILL)
+            space.process.wait()
+
+
+class Answers(BaseHTTPRequestHandler):
+    """One request to the stand-in."""
+
+    server: StandInHub
+    protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def handle_any(self) -> None:
+        hub, parts = self.server, urlsplit(self.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        hub.requests.append(f"{self.command} {parts.path}")
+        for (method, end), queue in hub.answers.items():
+            if queue and method == self.command and parts.path.endswith(end):
+                self.answer(*queue.pop(0))
+                return
+        if not parts.path.startswith("/api/") and "/resolve/" not in parts.path:
+            self.forward(parts.path, body)
+        elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.answer(401, {"error": "Invalid credentials in Authorization header"})
+        else:
+            self.hub(parts.path, parse_qs(parts.query), body)
+
+    do_GET = do_POST = do_DELETE = do_PUT = do_HEAD = handle_any
+
+    def hub(self, path: str, query: dict[str, list[str]], body: bytes) -> None:
+        hub = self.server
+        if path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif path == "/api/repos/delete":
+            asked = json.loads(body)
+            space = hub.spaces.pop(f"{asked['organization']}/{asked['name']}", None)
+            if space:
+                hub.stop(space)
+            self.answer(200, {}) if space else self.missing()
+        elif path == "/api/spaces":
+            owner = query["author"][0]
+            self.answer(200, [{"id": id} for id in hub.spaces if id.startswith(f"{owner}/")])
+        elif path == "/api/validate-yaml":
+            self.answer(200, {"errors": [], "warnings": []})
+        elif path.startswith("/api/jobs/"):
+            self.job(path.split("/")[3:], body)
+        elif "/resolve/" in path:
+            id, _, file = path.removeprefix("/spaces/").partition("/resolve/main/")
+            space = hub.spaces.get(id)
+            content = space.files.get(file) if space else None
+            self.raw(200, content, "text/plain") if content is not None else self.missing()
+        else:
+            _, _, _, owner, name, *rest = path.split("/")
+            space = hub.spaces.get(f"{owner}/{name}")
+            if space is None:
+                self.missing()
+            else:
+                self.space(space, rest, query, body)
+
+    def create(self, asked: dict[str, Any]) -> None:
+        hub, id = self.server, f"{asked['organization']}/{asked['name']}"
+        if id in hub.spaces:
+            self.answer(409, {"error": "You already created this space repo", "url": f"{hub.address}/spaces/{id}"})
+            return
+        given = {kind: {one["key"]: one["value"] for one in asked.get(kind, [])} for kind in ("variables", "secrets")}
+        folder = hub.folder / f"space{len(list(hub.folder.iterdir()))}"
+        folder.mkdir()
+        hub.spaces[id] = Space(id, folder, given["variables"], given["secrets"], asked)
+        self.answer(200, {"url": f"{hub.address}/spaces/{id}"})
+
+    def space(self, space: Space, rest: list[str], query: dict[str, list[str]], body: bytes) -> None:
+        hub = self.server
+        match rest:
+            case []:
+                host = f"{hub.address}/{space.subdomain}"
+                about = {"id": space.id, "sha": space.head, "sdk": "gradio", "private": True, "host": host}
+                self.answer(200, about | {"subdomain": space.subdomain, "runtime": self.runtime(space)})
+            case ["runtime"]:
+                self.answer(200, self.runtime(space))
+            case ["variables"]:
+                self.answer(200, {key: {"key": key, "value": value} for key, value in space.variables.items()})
+            case ["tree", "main"]:
+                files = [
+                    {"type": "file", "path": path, "size": len(text), "oid": oid(text)}
+                    for path, text in space.files.items()
+                ]
+                self.answer(200, files)
+            case ["commits", "main"]:
+                told = [
+                    {"id": id, "title": title, "message": "", "date": NOW, "authors": []} for id, title in space.commits
+                ]
+                self.answer(200, told[::-1])
+            case ["preupload", "main"]:
+                names = [file["path"] for file in json.loads(body)["files"]]
+                found = [{"path": name, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for name in names]
+                self.answer(200, {"files": found, "commitOid": space.head})
+            case ["commit", "main"]:
+                self.commit(space, body, "hot_reload" in query)
+            case ["logs", kind]:
+                lines = space.build_log if kind == "build" else space.log
+                events = "".join(f"data: {json.dumps({'data': line, 'timestamp': NOW})}\n\n" for line in lines)
+                self.raw(200, events.encode(), "text/event-stream")
+            case ["restart"]:
+                threading.Thread(target=hub.start, args=(space, space.head, "factory" in query), daemon=True).start()
+                self.answer(200, self.runtime(space))
+            case _:
+                self.missing()
+
+    def runtime(self, space: Space) -> dict[str, Any]:
+        reload = {"status": space.reload, "replicaStatuses": [["r0", "ok"]]} if space.reload else None
+        hardware = {"current": "cpu-basic", "requested": "cpu-basic"}
+        told = {"stage": space.stage, "hardware": hardware, "sha": space.running, "hotReloading": reload}
+        return {key: value for key, value in told.items() if value is not None}
+
+    def commit(self, space: Space, body: bytes, hot: bool) -> None:
+        hub = self.server
+        if hub.meanwhile:
+            meanwhile, hub.meanwhile = hub.meanwhile, None
+            meanwhile()
+        title, parent, changes = "", None, {}
+        for line in body.decode().splitlines():
+            part = json.loads(line)
+            match part["key"]:
+                case "header":
+                    title, parent = part["value"]["summary"], part["value"].get("parentCommit")
+                case "file":
+                    changes[part["value"]["path"]] = base64.b64decode(part["value"]["content"])
+                case "deletedFile":
+                    changes[part["value"]["path"]] = None
+        with hub.lock:
+            if parent and parent != space.head:
+                self.answer(412, {"error": "A commit has happened since. Please refresh and try again."})
+                return
+            made = hub.commit(space, title, changes, hot)
+        if hub.drop:
+            hub.drop -= 1
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        url = f"{hub.address}/spaces/{space.id}/commit/{made}"
+        self.answer(200, {"success": True, "commitOid": made, "commitUrl": url, "hookOutput": ""})
+
+    def job(self, rest: list[str], body: bytes) -> None:
+        hub = self.server
+        match rest:
+            case [_]:
+                id = f"job{len(hub.jobs)}"
+                owner = {"id": "1", "name": rest[0], "type": "user"}
+                status = {"stage": "RUNNING", "exposeUrls": [f"https://{id}--7860.hf.jobs"]}
+                hub.jobs[id] = {"id": id, "createdAt": NOW, "owner": owner, "status": status, "asked": json.loads(body)}
+                self.answer(200, hub.jobs[id])
+            case [_, id, "cancel"]:
+                hub.jobs[id]["status"]["stage"] = "CANCELED"
+                self.answer(200, {})
+            case _:
+                self.answer(200, hub.jobs[rest[1]])
+
+    def forward(self, path: str, body: bytes) -> None:
+        """To the application, or to its hot-reload server."""
+        _, label, *rest = path.split("/")
+        space = next((one for one in self.server.spaces.values() if label.split("--")[0] == one.subdomain), None)
+        if space is None:
+            self.missing()
+            return
+        port = space.reload_port if label.endswith("--7887") else space.port
+        inner = "/".join(part for part in rest if part != "--replicas" and not part.startswith("+"))
+        headers = {"Content-Type": self.headers.get("Content-Type") or "text/plain"}
+        url = f"http://127.0.0.1:{port}/{inner}"
+        try:
+            told = httpx.request(self.command, url, content=body, headers=headers, timeout=30)
+        except httpx.HTTPError:
+            self.answer(503, {"error": "Your space is in error, check its status on hf.co"})
+            return
+        self.raw(told.status_code, told.content, told.headers.get("content-type", "text/plain"))
+
+    def missing(self) -> None:
+        self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+
+    def answer(self, code: int, value: object, headers: dict[str, str] | None = None) -> None:
+        self.raw(code, json.dumps(value).encode(), "application/json", headers)
+
+    def raw(self, code: int, text: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
+        self.send_response(code)
+        for name, said in {"Content-Type": kind, "Content-Length": str(len(text)), **(headers or {})}.items():
+            self.send_header(name, said)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing is printed."""
+
+
+def oid(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@contextmanager
+def stand_in_hub(folder: Path, **delays: float) -> Iterator[StandInHub]:
+    """Runs a stand-in, and ends its Spaces with it."""
+    hub = StandInHub(folder, **delays)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        for space in hub.spaces.values():
+            hub.stop(space)
+        hub.shutdown()
+        hub.server_close()

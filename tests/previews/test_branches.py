@@ -1,0 +1,158 @@
+"""The branch demo: this application, real processes with real hot reload, behind a stand-in for the Hub (see there)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from previews.names import space_name
+from tests.previews.stand_in_hub import TOKEN, StandInHub, stand_in_hub
+
+ROOT = Path(__file__).resolve().parents[2]
+OWNER, APP = "team", "moondream-playground"
+BUTTON = 'gr.Button("Teach a model this reward"'
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandInHub]:
+    with stand_in_hub(tmp_path_factory.mktemp("hub") / "hub") as running:
+        yield running
+
+
+class Repository:
+    """A git repository with this application, and the deployer run in it as a command."""
+
+    def __init__(self, folder: Path, hub: StandInHub) -> None:
+        self.folder, self.hub, self.said = folder, hub, ""
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in filter(None, listed.split("\0")):
+            if not name.startswith(("tests/", "bench/", "docs/")) and (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, folder / name)
+        self.git("init", "-q", "-b", "main")
+        self.commit("the application")
+
+    def git(self, *arguments: str) -> str:
+        identity = ["-c", "user.name=T", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+        command = ["git", *identity, *arguments]
+        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    def commit(self, message: str) -> str:
+        self.git("add", "-A")
+        self.git("commit", "-q", "--allow-empty", "-m", message)
+        return self.git("rev-parse", "HEAD")
+
+    def edit(self, name: str, old: str, new: str) -> str:
+        file = self.folder / name
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new))
+        return self.commit(f"{name} changes")
+
+    def previews(self, *arguments: str, code: int = 0) -> Any:
+        """The command's JSON; what it said for a person is in `said`."""
+        env = {"PATH": os.environ["PATH"], "HOME": str(self.folder.parent), "HF_TOKEN": TOKEN}
+        env |= {"HF_ENDPOINT": self.hub.address, "PREVIEW_OWNER": OWNER, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "previews", *arguments, "--json"]
+        run = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=240)
+        self.said = run.stderr
+        assert run.returncode == code, f"{run.returncode}: {run.stdout}\n{run.stderr}"
+        assert TOKEN not in run.stdout + run.stderr
+        return json.loads(run.stdout)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, hub: StandInHub) -> Repository:
+    (tmp_path / "repository").mkdir()
+    return Repository(tmp_path / "repository", hub)
+
+
+def shown(url: str) -> tuple[str, str]:
+    """What the application at an address says it is, and its page's configuration."""
+    health = httpx.get(f"{url}/healthz").json()
+    return health["revision"], httpx.get(f"{url}/config").text
+
+
+@pytest.mark.timeout(280)
+def test_branches_live_side_by_side_until_they_are_swept(repository: Repository, hub: StandInHub) -> None:
+    at, main = repository, repository.git("rev-parse", "HEAD")
+
+    # A deploys, by a build
+    at.git("checkout", "-q", "-b", "feature/A")
+    first = at.commit("a branch")
+    done = at.previews("deploy", "--branch", "feature/A", "--variable", "COLOUR=red")
+    assert (done["path"], done["sha"], done["fallbacks"]) == ("build", first, [])
+    a = done["url"]
+    space_a = hub.spaces[f"{OWNER}/{space_name(OWNER, APP, 'feature/A')}"]
+    assert space_a.asked["visibility"] == "private" and space_a.variables["COLOUR"] == "red"
+    assert shown(a)[0] == first and "feature/A" in shown(a)[1] and first[:7] in shown(a)[1]
+
+    # a change of its page is hot-reloaded, and only what changed is sent
+    second = at.edit("ui/playground.py", BUTTON, 'gr.Button("Reward of A"')
+    done = at.previews("deploy", "--branch", "feature/A")
+    assert (done["path"], done["fallbacks"], space_a.starts) == ("hot reload", [], 1)
+    assert [names for _, hot, names in hub.uploads[-2:] if hot] == [["ui/playground.py"], ["app.py"]]
+    assert shown(a)[0] == second and "Reward of A" in shown(a)[1]
+
+    # the same again does nothing
+    uploads = len(hub.uploads)
+    done = at.previews("deploy", "--branch", "feature/A")
+    assert done["path"] == "nothing" and len(hub.uploads) == uploads and "already" in at.said
+
+    # B deploys; both answer, each with its own commit
+    at.git("checkout", "-q", "-b", "b_ütf", "main")
+    third = at.edit("ui/playground.py", BUTTON, 'gr.Button("Reward of B"')
+    b = at.previews("deploy", "--branch", "b_ütf")["url"]
+    assert (shown(a)[0], shown(b)[0]) == (second, third)
+    assert "Reward of A" in shown(a)[1] and "Reward of B" in shown(b)[1]
+    listed = {row["branch"]: row["revision"] for row in at.previews("list")}
+    assert listed == {"feature/A": second[:12], "b_ütf": third[:12]}
+
+    # what hot reload cannot show falls back: a file that is not Python, and a reload that the Hub cancels
+    at.git("checkout", "-q", "feature/A")
+    with (at.folder / "ui" / "style.css").open("a") as file:
+        file.write("#nothing { color: red }\n")
+    fourth = at.commit("style")
+    done = at.previews("deploy", "--branch", "feature/A")
+    assert done["path"] == "restart" and "style.css" in done["reason"] and shown(a)[0] == fourth
+    hub.cancel = 1
+    fifth = at.edit("ui/playground.py", "Reward of A", "Reward A")
+    done = at.previews("deploy", "--branch", "feature/A")
+    assert done["path"] == "restart" and "canceled" in done["fallbacks"][0] and shown(a)[0] == fifth
+
+    # code that does not run leaves the old application serving
+    at.edit("ui/playground.py", BUTTON.replace("Teach a model this reward", "Reward A"), "gr.Button((")
+    uploads = len(hub.uploads)
+    error = at.previews("deploy", "--branch", "feature/A", code=9)
+    assert "ui/playground.py, line" in error["error"] and len(hub.uploads) == uploads
+    at.edit("ui/playground.py", "gr.Button((", 'gr.Button("Reward A"')
+    at.edit("ui/playground.py", "MODELS, answer\n", "MODELS, answer\nfrom inference import no_such_name\n")
+    error = at.previews("deploy", "--branch", "feature/A", code=9)
+    assert "no_such_name" in error["error"] and shown(a)[0] == fifth and "Reward A" in shown(a)[1]
+    sixth = at.edit("ui/playground.py", "from inference import no_such_name\n", "")
+    assert at.previews("deploy", "--branch", "feature/A")["path"] == "hot reload" and shown(a)[0] == sixth
+
+    # B is deleted and swept, and nothing else is
+    foreign = hub.spaces[f"{OWNER}/{APP}-notes-123abc"] = type(space_a)("x", at.folder, {}, {}, {})
+    at.git("branch", "-q", "-D", "b_ütf")
+    assert [row["branch"] for row in at.previews("sweep")] == ["b_ütf"]
+    assert at.previews("sweep") == [] and foreign in hub.spaces.values() and shown(a)[0] == sixth
+    del hub.spaces[f"{OWNER}/{APP}-notes-123abc"]
+
+    # A is promoted, then rolled back
+    done = at.previews("deploy", "--branch", "main", "--production", "--sha", main)
+    assert done["space"] == f"{OWNER}/{APP}" and shown(done["url"])[0] == main
+    done = at.previews("promote", "--branch", "feature/A")
+    assert done["sha"] == sixth and shown(done["url"])[0] == sixth and "Reward A" in shown(done["url"])[1]
+    done = at.previews("rollback", "--branch", "main", "--production")
+    assert done["sha"] == main and shown(done["url"])[0] == main and "Teach a model" in shown(done["url"])[1]
+    assert at.previews("sweep") == []
