@@ -18,6 +18,7 @@ MARKER, BRANCH = "PREVIEW_OF", "PREVIEW_BRANCH"
 STARTING = ("BUILDING", "RUNNING_BUILDING", "APP_STARTING", "RUNNING_APP_STARTING")
 BROKEN = {"BUILD_ERROR": Exit.BUILD, "CONFIG_ERROR": Exit.BUILD, "NO_APP_FILE": Exit.BUILD, "RUNTIME_ERROR": Exit.APP}
 HALTED = ("PAUSED", "STOPPED", "SLEEPING", "DELETING")
+GRACE = 30.0  # seconds after a commit in which an error may be one of before
 HOT_LIMIT = 15.0  # seconds until a hot-reloaded commit must be seen
 RETRIES = 3  # plans, when somebody else commits in between
 JOB_PRICE, JOB_SECONDS = 0.02, 1800  # dollars an hour: cpu-basic .01 and a public port .01
@@ -104,10 +105,9 @@ class Deployer:
             target.branch,
             source.sha,
             url,
-            done.path.value,
-            reason,
+            *how,
             round(seconds, 2),
-            round(own, 2),
+            own,
             fallbacks,
         )
 
@@ -229,20 +229,20 @@ class Deployer:
 
     def _until_live(self, target: Target, sha: str, head: str, path: Path, fallbacks: list[str]) -> str:
         """The address, once the application there reports the commit. Raises PreviewError when that cannot be."""
-        began, shown, rebuilt = time.monotonic(), "", False
+        began, shown, rebuilt, moved = time.monotonic(), "", False, False
         while True:
             state = self._state(target)
             if self.hub.revision(state.host) == sha:
                 return state.host
             spent = time.monotonic() - began
-            # Right after a commit the Hub may still tell of the application before it.
-            current = state.running in (None, head)
-            if state.stage in BROKEN and current and path is not Path.NOTHING:
+            # Right after a commit the Hub may still tell of what was before it.
+            moved = moved or state.stage in STARTING
+            current = state.running == head or moved or spent > GRACE
+            if state.stage in BROKEN and current:
                 self._broken(target, state)
-            if state.stage in HALTED:
-                message = f"{target.space} is {state.stage}. Restart it with: python -m previews deploy --path restart"
-                if path is Path.NOTHING:
-                    raise PreviewError(message, Exit.APP)
+            if state.stage in HALTED and path is Path.NOTHING:
+                message = f"{target.space} is {state.stage}. Start it with: python -m previews deploy --path restart"
+                raise PreviewError(message, Exit.APP)
             if state.stage != shown:
                 shown = state.stage
                 self.say(f"{state.stage.lower().replace('_', ' ')}, {spent:.0f} s")
@@ -254,18 +254,16 @@ class Deployer:
             if spent > self.options.timeout:
                 log = self.hub.logs(target.space)
                 message = f"{target.space} does not report {sha[:12]} after {spent:.0f} s (stage {state.stage})."
-                raise PreviewError(
-                    f"{message} Look at: python -m previews logs; or give it a longer --timeout.", Exit.TIMEOUT, log
-                )
+                message += " Look at: python -m previews logs; or give it a longer --timeout."
+                raise PreviewError(message, Exit.TIMEOUT, log)
             self.hub.sleep(self.options.poll)
 
     def _broken(self, target: Target, state: State) -> None:
         building = BROKEN[state.stage] is Exit.BUILD
         log = self.hub.logs(target.space, build=building)
         what = "could not be built" if building else "does not start"
-        raise PreviewError(
-            f"{target.space} {what} ({state.stage}). The last lines of its log:", BROKEN[state.stage], log
-        )
+        message = f"{target.space} {what} ({state.stage}). The last lines of its log:"
+        raise PreviewError(message, BROKEN[state.stage], log)
 
     def _fast(self, target: Target, head: str) -> Any:
         """A Job that serves the preview until its Space is ready; None if it cannot be started."""

@@ -49,13 +49,11 @@ def refused(status: int, what: str, said: str) -> PreviewError:
             )
             return PreviewError(message + words, Exit.PAYMENT)
         case 404:
-            return PreviewError(
-                f"There is nothing to {what}: it does not exist, or the token cannot see it.", Exit.NOT_FOUND
-            )
+            message = f"Could not {what}: it does not exist, or the token cannot see it."
+            return PreviewError(message, Exit.NOT_FOUND)
         case 409:
-            return PreviewError(
-                f"Could not {what}: it exists already or is being changed. Run this again." + words, Exit.CONFLICT
-            )
+            message = f"Could not {what}: it exists already or is being changed. Run this again."
+            return PreviewError(message + words, Exit.CONFLICT)
         case 412:
             message = f"Could not {what}: somebody else committed in between. Run this again."
             return PreviewError(message, Exit.CONFLICT)

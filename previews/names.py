@@ -26,7 +26,7 @@ def space_name(owner: str, app: str, branch: str) -> str:
     room = LONGEST - len(f"{owner}-{stem}--{digest}")
     if not stem or room < -1:
         raise NameTooLong(
-            f"{owner}/{app} leaves no room for a branch: shorten one of them to {LONGEST - DIGITS - 2} characters in all."
+            f"{owner}/{app} leaves no room for a branch: together they may have {LONGEST - DIGITS - 2} characters."
         )
     part = slug(branch)[: max(room, 0)].strip("-")
     return "-".join(filter(None, (stem, part, digest)))

@@ -89,9 +89,9 @@ def stamped(app: File, sha: str) -> File:
     """app.py with the commit in its stamp."""
     text, found = STAMP.subn(rf"\g<1>{sha}\g<2>", app.content.decode("utf-8"))
     if found != 1:
-        message = (
-            f'{APP_FILE} needs the line demo = stamped(__name__, "") once, at the left margin; it has it {found} times.'
-        )
+        line = 'demo = stamped(__name__, "")'
+        message = f"{APP_FILE} needs the line {line} once, at the left margin; it has it {found} times."
+
         raise PreviewError(message, Exit.USAGE)
     content = text.encode()
     return File(app.path, blob_oid(content), content)
