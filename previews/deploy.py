@@ -73,7 +73,7 @@ class Deployer:
         self.hub, self.folder, self.options, self.say = hub, folder, options, say
 
     def deploy(self, target: Target, sha: str) -> Result:
-        """Until the application reports the commit. Raises PreviewError; what ran before then goes on as far as it can."""
+        """Until the application reports the commit. Raises PreviewError."""
         began, waited = time.monotonic(), self.hub.waited
         source = read(self.folder, sha)
         if source.files.get("README.md") is None:
@@ -98,18 +98,9 @@ class Deployer:
                 self.hub.end_job(job.id, target.space.split("/", 1)[0])
                 self.say("the Job has been ended")
         seconds = time.monotonic() - began
-        own = seconds - (self.hub.waited - waited)
-        reason = done.reason
-        return Result(
-            target.space,
-            target.branch,
-            source.sha,
-            url,
-            *how,
-            round(seconds, 2),
-            own,
-            fallbacks,
-        )
+        own = round(seconds - (self.hub.waited - waited), 2)
+        how = (done.path.value, done.reason, round(seconds, 2), own, fallbacks)
+        return Result(target.space, target.branch, source.sha, url, *how)
 
     # ── Steps ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
