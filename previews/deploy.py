@@ -156,6 +156,8 @@ class Deployer:
         """The plan as the Space's state allows it."""
         if made.path is Path.HOT_RELOAD and self.options.at_least in (Path.RESTART, Path.BUILD):
             return replace(made, path=self.options.at_least, reason="asked for")
+        if made.path is Path.HOT_RELOAD:
+            state = self._settled(state)
         if made.path is Path.HOT_RELOAD and state.stage != "RUNNING":
             fallbacks.append(f"hot reload: the Space is {state.stage}")
             return replace(made, path=Path.RESTART, reason=f"{made.reason}, but the Space is {state.stage}")
@@ -164,6 +166,14 @@ class Deployer:
             if running != source.sha:
                 return self._forced(made, source, f"the Space has the files, and runs {running and running[:12]}")
         return made
+
+    def _settled(self, state: State) -> State:
+        """A Space that is starting, when it has started: hot reload opens its port a little after the page."""
+        deadline = time.monotonic() + GRACE
+        while state.stage in STARTING and time.monotonic() < deadline:
+            self.hub.sleep(self.options.poll)
+            state = self.hub.state(state.id) or state
+        return state
 
     def _forced(self, made: Plan, source: Source, reason: str) -> Plan:
         """A plan that restarts even where no file differs: the Hub makes no commit of nothing, so one line changes."""
