@@ -102,7 +102,7 @@ def rollback(asked: argparse.Namespace, hub: Hub, say: Any) -> dict[str, Any]:
 
 def sweep(asked: argparse.Namespace, hub: Hub, say: Any) -> list[dict[str, Any]]:
     """Deletes the previews of branches that are no more: by name and marker, never others."""
-    alive = branches(asked.folder)
+    alive = branches(asked.folder, asked.fetched)
     if not alive:
         raise PreviewError("git names no branch at all, so nothing is deleted. Check the remote.", Exit.USAGE)
     swept = []
@@ -235,7 +235,9 @@ def _parser() -> argparse.ArgumentParser:
     promoting = add("promote", promote, one, how)
     promoting.add_argument("--default-branch", default="main", help="the branch that main's Space shows (main)")
     add("rollback", rollback, one, how).add_argument("--to", help="the commit (the one deployed before)")
-    add("sweep", sweep).add_argument("--dry-run", action="store_true", help="say what would be deleted")
+    sweeping = add("sweep", sweep)
+    sweeping.add_argument("--dry-run", action="store_true", help="say what would be deleted")
+    sweeping.add_argument("--fetched", action="store_true", help="ask git for the branches it has just fetched, no server")
     add("list", list_)
     reading = add("logs", logs, one)
     reading.add_argument("--build", action="store_true", help="the build's instead of the application's")

@@ -70,8 +70,12 @@ def resolve(folder: Path, name: str) -> str:
         raise PreviewError(message, Exit.USAGE) from None
 
 
-def branches(folder: Path) -> set[str]:
-    """The branches that the remote `origin` has, or without a remote the local ones."""
+def branches(folder: Path, fetched: bool = False) -> set[str]:
+    """The branches that the remote `origin` has, or without a remote the local ones. fetched: as of the last fetch."""
+    if fetched:
+        listed = _git(folder, "for-each-ref", "--format=%(refname)", "refs/remotes/origin")
+        names = listed.decode("utf-8", "surrogateescape").splitlines()
+        return {name.removeprefix("refs/remotes/origin/") for name in names} - {"HEAD"}
     if _git(folder, "remote").split():
         listed = _git(folder, "ls-remote", "--heads", "origin").decode("utf-8", "surrogateescape").splitlines()
         return {line.split("\t", 1)[1].removeprefix("refs/heads/") for line in listed}
