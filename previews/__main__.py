@@ -237,7 +237,9 @@ def _parser() -> argparse.ArgumentParser:
     add("rollback", rollback, one, how).add_argument("--to", help="the commit (the one deployed before)")
     sweeping = add("sweep", sweep)
     sweeping.add_argument("--dry-run", action="store_true", help="say what would be deleted")
-    sweeping.add_argument("--fetched", action="store_true", help="ask git for the branches it has just fetched, no server")
+    sweeping.add_argument(
+        "--fetched", action="store_true", help="ask git for the branches it has just fetched, no server"
+    )
     add("list", list_)
     reading = add("logs", logs, one)
     reading.add_argument("--build", action="store_true", help="the build's instead of the application's")

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None, env: Mapping[str, str] = os.env
 
 def report(told: Mapping[str, Any], env: Mapping[str, str]) -> None:
     """Writes the step's outputs and the job's summary."""
-    outputs = {"url": _url(told), "path": told.get("path", ""), "seconds": told.get("seconds", "")}
+    outputs = {"url": _url(told), "result": json.dumps(told)}
     with open(env["GITHUB_OUTPUT"], "a", encoding="utf-8") as file:
         file.writelines(f"{name}={' '.join(str(value).split())}\n" for name, value in outputs.items())
     with open(env["GITHUB_STEP_SUMMARY"], "a", encoding="utf-8") as file:
