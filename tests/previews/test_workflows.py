@@ -1,4 +1,4 @@
-"""The workflows: checked by their linters, and their commands executed in a made-up GitHub, hostile names among them."""
+"""The workflows: checked by their linters, their commands executed in a made-up GitHub, hostile names among them."""
 
 from __future__ import annotations
 
