@@ -34,10 +34,10 @@ TITLE = "Moondream Playground"
 LOCAL = ("127.0.0.1", "0.0.0.0", "::", "::1")
 
 
-def blocks(house: House) -> gr.Blocks:
-    """The page, which says at its head what branch and commit it is."""
+def blocks(house: House, where: Deployment | None = None) -> gr.Blocks:
+    """The page. where: the branch and commit that it says at its head to be; None: those under which calls count."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 24 * 3600)) as page:
-        gr.HTML(f"<h1>{TITLE}</h1>{_runs(house.meter.recorder.deployment)}", elem_id="banner", apply_default_css=False)
+        gr.HTML(_head(where or house.meter.recorder.deployment), elem_id="banner", apply_default_css=False)
         with gr.Tabs() as tabs:
             shared = Shared.make(tabs)
             for title, build in TABS.items():
@@ -46,9 +46,12 @@ def blocks(house: House) -> gr.Blocks:
     return page.queue(max_size=64)
 
 
-def _runs(where: Deployment) -> str:
-    commit = f" · <code>{escape(where.commit[:7])}</code>" if where.commit else ""
-    return f'<p id="deployment" title="The branch and commit that run">{escape(where.branch)}{commit}</p>'
+def _head(where: Deployment) -> str:
+    """Title, branch and commit. The whole commit stands in the page, so that a deployer can read it there."""
+    branch, commit = escape(where.branch), escape(where.commit)
+    short = f" · <code>{commit[:7]}</code>" if commit else ""
+    told = f'<p id="deployment" title="What runs here: {branch} {commit}"><span>{branch}</span>{short}</p>'
+    return f'<div class="head"><h1>{TITLE}</h1>{told}</div>'
 
 
 def open_house(settings: Settings, training: tuple[str, ...] = COMMAND) -> House:
@@ -127,14 +130,18 @@ def space() -> tuple[Settings, House]:
 
 
 def stamped(module: str, commit: str) -> gr.Blocks | None:
-    """The page of this commit, if this is the program of a Space. commit: "" for what the settings say."""
+    """The page of this commit, if this is the program of a Space. commit: "" for what the settings say.
+
+    Calls count under the commit, and /healthz tells it, only once its page has been built: one that fails changes nothing.
+    """
     if module != "__main__" or "SPACE_ID" not in os.environ:
         return None
     house = space()[1]
-    if commit:
-        recorder = house.meter.recorder
-        recorder.deployment = replace(recorder.deployment, commit=commit)
-    return blocks(house)
+    recorder = house.meter.recorder
+    where = replace(recorder.deployment, commit=commit or recorder.deployment.commit)
+    page = blocks(house, where)
+    recorder.deployment = where
+    return page
 
 
 def launch(page: gr.Blocks) -> None:
