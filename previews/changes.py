@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
 from previews.errors import Exit, PreviewError
-from previews.source import APP_FILE, File, Source
+from previews.hot import obstacle
+from previews.source import APP_FILE, README, File, Source
 
 # Hot reload takes one file at a time.
 MOST_HOT = 8
-# Python files whose effect is over when the server has started: hot reload would change them and show nothing.
-NOT_HOT = ("settings.py", "ui/theme.py", "usage/migrations/", "inference/moondream/")
+# Python files that are not imported but read, by Alembic: hot reload would change them and show nothing.
+NOT_HOT = ("usage/migrations/",)
 BUILT_FROM = ("requirements.txt", "pre-requirements.txt", "packages.txt")
 
 
@@ -43,10 +45,16 @@ class Plan:
     delete: list[str] = field(default_factory=list)
 
 
-def plan(source: Source, remote: dict[str, Remote], front_matter: str | None = None) -> Plan:
+def plan(
+    source: Source,
+    remote: dict[str, Remote],
+    front_matter: str | None,
+    before: Callable[[list[str]], dict[str, bytes]],
+) -> Plan:
     """The way from what a Space has to a commit. front_matter: that of the Space's README; None: not known.
 
-    Raises PreviewError for a Python file that no Python can read: the running application is left as it is.
+    before: gives the contents that files of the Space have now. Raises PreviewError for a Python file that no Python
+    can read: the running application is left as it is.
     """
     send = [file for path, file in sorted(source.files.items()) if _differs(file, remote.get(path))]
     delete = sorted(path for path in remote if path not in source.files and path not in KEPT)
@@ -55,6 +63,11 @@ def plan(source: Source, remote: dict[str, Remote], front_matter: str | None = N
     if not changed:
         return Plan(Path.NOTHING, "the Space has these files already")
     path, reason = _path(source, remote, changed, delete, front_matter)
+    if path is Path.HOT_RELOAD:
+        python = {name: file.content for name, file in source.files.items() if name.endswith(".py")}
+        why = obstacle(before([name for name in changed if name in remote]), python)
+        if why:
+            path, reason = Path.RESTART, f"hot reload would not show all of it: {why}"
     return Plan(path, reason, in_order(send) if path is Path.HOT_RELOAD else send, delete)
 
 
@@ -75,8 +88,8 @@ def _path(
     built = [path for path in changed if path in BUILT_FROM]
     if built:
         return Path.BUILD, f"{built[0]} changed"
-    if "README.md" in changed and read_front_matter(source.files.get("README.md")) != front_matter:
-        return Path.BUILD, "the front-matter of README.md changed"
+    if README in changed and read_front_matter(source.files.get(README)) != front_matter:
+        return Path.BUILD, f"the front-matter of {README} changed"
     if delete:
         return Path.RESTART, f"{delete[0]} is gone"
     other = [path for path in changed if not path.endswith(".py")]

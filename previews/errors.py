@@ -25,11 +25,16 @@ class Exit(IntEnum):
 
 
 class PreviewError(Exception):
-    """Something that stops a command: a message for a person, without secrets, and the exit code."""
+    """Something that stops a command: a message for a person, without secrets, and the exit code.
 
-    def __init__(self, message: str, code: Exit = Exit.UNEXPECTED, log: list[str] | None = None) -> None:
+    final: not to be tried again, though its kind may pass.
+    """
+
+    def __init__(
+        self, message: str, code: Exit = Exit.UNEXPECTED, log: list[str] | None = None, final: bool = False
+    ) -> None:
         super().__init__(message)
-        self.code, self.log = code, log or []
+        self.code, self.log, self.final = code, log or [], final
 
 
 def refused(status: int, what: str, said: str) -> PreviewError:
@@ -42,6 +47,9 @@ def refused(status: int, what: str, said: str) -> PreviewError:
         case 403:
             message = f"The token may not {what}. It needs write access to the owner's Spaces (HF_TOKEN)."
             return PreviewError(message + words, Exit.ACCESS)
+        case 402 if "Job" in what:
+            message = f"The account may not {what}: Jobs need credit, see https://huggingface.co/settings/billing."
+            return PreviewError(message + words, Exit.PAYMENT)
         case 402:
             message = (
                 f"The account may not {what}: Gradio Spaces need a PRO account, or an organization on Team or"
@@ -68,6 +76,6 @@ def without_secrets(text: str) -> str:
     token = os.environ.get("HF_TOKEN")
     if token:
         text = text.replace(token, "•••")
-    text = re.sub(r"\b(?:hf_[A-Za-z0-9_]{8,}|gh[a-z]_\w{8,}|ey[\w-]{8,}\.[\w-]+\.[\w-]+)", "•••", text)
+    text = re.sub(r"\b(?:hf_[\w.-]{8,}|gh[a-z]_\w{8,}|ey[\w-]{8,}\.[\w-]+\.[\w-]+)", "•••", text)
     text = re.sub(r"(?<=://)[^/\s@]+@", "•••@", text)
     return " ".join(text.split())[:500]

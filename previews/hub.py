@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
 
 import httpx
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceHardware, Volume
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    SpaceHardware,
+    Volume,
+    get_token,
+    set_client_factory,
+)
+from huggingface_hub.errors import HfHubHTTPError, OIDCError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils._http import default_client_factory
 
 from previews.changes import Remote
 from previews.errors import Exit, PreviewError, refused, without_secrets
@@ -22,7 +34,12 @@ from previews.source import File
 T = TypeVar("T")
 TRIES = 4  # of a call that fails for a reason that may pass
 MOST_WAIT = 300.0  # seconds that one call may wait for a rate limit
+SILENCE = 60.0  # seconds after which an answer that does not come is given up
+BUSY = "another conflicting operation is in progress"
 RELOAD_PORT = 7887  # of the hot-reload server in every Gradio Space
+RELOAD_PATIENCE = 10.0  # seconds until that server must know of a commit
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+JOB_FOLDER = "/preview"  # where a Job finds the Space's files
 
 
 @dataclass(frozen=True)
@@ -39,14 +56,57 @@ class State:
     replicas: tuple[str, ...]
 
 
-class Hub:
-    """Calls to the Hub. say: takes a line for a person; waited: seconds spent waiting for others, all together."""
+@dataclass(frozen=True)
+class Look:
+    """What one look at a Space tells: its state, files and variables, and the app.py that it has (None: none)."""
 
-    def __init__(self, token: str | None, say: Callable[[str], None] = lambda _: None) -> None:
+    state: State
+    files: dict[str, Remote]
+    variables: dict[str, str]
+    app: bytes | None
+
+
+def patient() -> None:
+    """Gives huggingface_hub a client that gives up in the end: its own waits for an answer without limit, and asks
+    without a pause for a new Space while another is being made."""
+    refused: list[float] = []
+
+    def hold(answer: httpx2.Response) -> None:
+        if answer.status_code == 409 and answer.request.url.path == "/api/repos/create":
+            answer.read()
+            if BUSY in answer.text:
+                refused.append(time.monotonic())
+                if time.monotonic() - refused[0] > SILENCE:
+                    raise httpx2.ReadTimeout(f"for {SILENCE:.0f} s the Hub said: {BUSY}", request=answer.request)
+                time.sleep(min(0.5 * len(refused), 5.0))
+
+    def client() -> httpx2.Client:
+        made = default_client_factory()
+        made.timeout = httpx2.Timeout(SILENCE)
+        made.event_hooks = {**made.event_hooks, "response": [*made.event_hooks.get("response", []), hold]}
+        return made
+
+    set_client_factory(client)
+
+
+class Hub:
+    """Calls to the Hub. token: of HF_TOKEN; without one, that of a trusted publisher or of `hf auth login`.
+
+    say: takes a line for a person. Raises PreviewError if a trusted publisher's token cannot be had.
+    """
+
+    def __init__(self, token: str | None = None, say: Callable[[str], None] = lambda _: None) -> None:
         disable_progress_bars()
+        try:
+            token = token or get_token()
+        except (OIDCError, HfHubHTTPError, httpx2.HTTPError) as error:
+            message = (
+                f"The Hub gives this workflow no token ({without_secrets(str(error))}). Is this repository a trusted"
+                " publisher of the Space, and has the job id-token: write?"
+            )
+            raise PreviewError(message, Exit.ACCESS) from None
         self._api, self._token, self._say = HfApi(token=token), token, say
-        self._http = httpx.Client(timeout=20, headers={"Authorization": f"Bearer {token}"} if token else {})
-        self.waited = 0.0
+        self._http = httpx.Client(timeout=20)
 
     # ── Spaces ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -72,7 +132,7 @@ class Hub:
     def create(
         self, space: str, visibility: str, secrets: dict[str, str], variables: dict[str, str], hardware: str | None
     ) -> bool:
-        """Makes an empty Gradio Space; whether it was this call that did."""
+        """Makes an empty Gradio Space; whether it was this call that did. Raises PreviewError."""
         try:
             self._call(
                 f"create the Space {space}",
@@ -96,10 +156,23 @@ class Hub:
         found = self._call(f"read the variables of {space}", self._api.get_space_variables, space)
         return {name: variable.value for name, variable in found.items()}
 
-    def spaces(self, owner: str) -> list[str]:
-        """The names, without the owner, of the owner's Spaces."""
+    def look(self, space: str, app_file: str) -> Look | None:
+        """All that a deploy needs to know of a Space, asked at once; None if there is none."""
+        asked = (
+            lambda: self.state(space),
+            lambda: self.files(space),
+            lambda: self.variables(space),
+            lambda: self.content(space, app_file),
+        )
+        with ThreadPoolExecutor(len(asked)) as pool:
+            answers = [pool.submit(ask) for ask in asked]
+        state = answers[0].result()
+        return Look(state, *(answer.result() for answer in answers[1:])) if state else None
+
+    def spaces(self, owner: str) -> dict[str, datetime | None]:
+        """The names, without the owner, of the owner's Spaces, and when each was made."""
         found = self._call(f"list the Spaces of {owner}", lambda: list(self._api.list_spaces(author=owner)))
-        return sorted(info.id.split("/", 1)[1] for info in found)
+        return {info.id.split("/", 1)[1]: info.created_at for info in sorted(found, key=lambda info: info.id)}
 
     def delete(self, space: str) -> bool:
         """Deletes a Space; False if it was gone already."""
@@ -134,14 +207,20 @@ class Hub:
         found = [entry for entry in tree if isinstance(entry, RepoFile)]
         return {file.path: Remote(file.blob_id, file.lfs.sha256 if file.lfs else None) for file in found}
 
-    def text(self, space: str, path: str) -> str:
-        """A file of a Space, as text; "" if it has none."""
-        url = f"{self._api.endpoint}/spaces/{space}/resolve/main/{path}"
-        try:
-            answer = self._wait(lambda: self._http.get(url, follow_redirects=False))
-        except httpx.HTTPError:
-            return ""
-        return answer.text if answer.is_success else ""
+    def content(self, space: str, path: str) -> bytes | None:
+        """A file of a Space; None if it has none. Raises PreviewError."""
+        url = f"{self._api.endpoint}/spaces/{space}/resolve/main/{quote(path)}"
+        for tried in range(1, TRIES + 1):
+            try:
+                answer = self._get(url)
+                if answer.is_success or answer.status_code == 404:
+                    return answer.content if answer.is_success else None
+                if answer.status_code < 500:
+                    raise refused(answer.status_code, f"read {path} of {space}", "")
+            except httpx.HTTPError:
+                pass
+            time.sleep(2.0**tried / 4)
+        raise PreviewError(f"Could not read {path} of {space}. Run this again.", Exit.NETWORK)
 
     def titles(self, space: str) -> list[tuple[str, str]]:
         """The Space's commits, newest first: name and title."""
@@ -150,22 +229,32 @@ class Hub:
         )
         return [(commit.commit_id, commit.title) for commit in found]
 
+    def additions(self, space: str, send: Sequence[File]) -> list[CommitOperationAdd]:
+        """Files as parts of commits, one each; the Hub is asked once how it wants them, and gets the large ones."""
+        made = [CommitOperationAdd(path_in_repo=file.path, path_or_fileobj=file.content) for file in send]
+        ask = self._api.preupload_lfs_files
+        self._call(f"send files to {space}", ask, space, additions=made, repo_type="space", free_memory=False)
+        return made
+
     def commit(
-        self, space: str, parent: str, title: str, send: list[File], delete: list[str], hot: bool = False
+        self,
+        space: str,
+        parent: str,
+        title: str,
+        additions: Iterable[CommitOperationAdd],
+        delete: Iterable[str] = (),
+        hot: bool = False,
     ) -> str:
         """One commit upon `parent`, and no other; its name. An answer that was lost is looked up, not asked for again.
 
         Raises PreviewError with Exit.CONFLICT if the Space has moved on.
         """
-
-        def operations() -> list[Any]:
-            adds = [CommitOperationAdd(path_in_repo=file.path, path_or_fileobj=file.content) for file in send]
-            return [*adds, *(CommitOperationDelete(path_in_repo=path, is_folder=False) for path in delete)]
+        parts = [*additions, *(CommitOperationDelete(path_in_repo=path, is_folder=False) for path in delete)]
 
         def once() -> str:
             made = self._api.create_commit(
                 space,
-                operations(),
+                parts,
                 commit_message=title,
                 repo_type="space",
                 parent_commit=parent or None,
@@ -192,10 +281,18 @@ class Hub:
     def revision(self, host: str) -> str | None:
         """The commit that the application itself says it is; None while it does not answer."""
         try:
-            answer = self._wait(lambda: self._http.get(f"{host}/healthz"))
+            answer = self._get(f"{host}/healthz")
             return str(answer.json()["revision"]) if answer.is_success else None
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return None
+
+    def page_tells(self, host: str, sha: str) -> bool:
+        """Whether the page that the application serves to new visitors has been built for a commit."""
+        try:
+            answer = self._get(f"{host}/config")
+        except httpx.HTTPError:
+            return False
+        return answer.is_success and sha in answer.text
 
     def reload_events(self, state: State, commit: str) -> Iterator[dict[str, Any]]:
         """What hot reload did, replica by replica: events with a `kind`. Raises PreviewError if it cannot be told."""
@@ -203,36 +300,46 @@ class Hub:
         for replica in state.replicas:
             url = f"{host}/--replicas/+{replica}/get-reload"
             try:
-                yield from self._wait(lambda url=url: self._events(url, commit))
+                yield from self._events(url, commit)
             except (httpx.HTTPError, ValueError, KeyError) as error:
                 why = without_secrets(str(error)) or type(error).__name__
                 raise PreviewError(f"hot reload did not tell what it did ({why})", Exit.NETWORK) from None
 
     def _events(self, url: str, commit: str) -> list[dict[str, Any]]:
-        for _ in range(TRIES):
-            with self._http.stream("POST", url, json={"reloadId": commit}) as answer:
-                if answer.status_code == 204:
-                    time.sleep(0.3)
-                    continue
-                answer.raise_for_status()
-                lines = [line.removeprefix("data:") for line in answer.iter_lines() if line.startswith("data:")]
-                return [json.loads(line)["data"] for line in lines if line.strip()]
+        deadline = time.monotonic() + RELOAD_PATIENCE
+        while time.monotonic() < deadline:
+            with self._http.stream("POST", url, json={"reloadId": commit}, headers=self._proof(url)) as answer:
+                if answer.status_code != 204:
+                    answer.raise_for_status()
+                    lines = [line.removeprefix("data:") for line in answer.iter_lines() if line.startswith("data:")]
+                    return [json.loads(line)["data"] for line in lines if line.strip()]
+            time.sleep(0.2)
         raise ValueError("it does not know this commit")
+
+    def _get(self, url: str) -> httpx.Response:
+        return self._http.get(url, headers=self._proof(url), follow_redirects=False)
+
+    def _proof(self, url: str) -> dict[str, str]:
+        """The token, for the Hub and its Spaces over HTTPS, and for this machine: for nobody else."""
+        parts, hub = urlsplit(url), urlsplit(self._api.endpoint)
+        name = parts.hostname or ""
+        ours = parts.netloc == hub.netloc or (parts.scheme == "https" and name.endswith(".hf.space"))
+        return {"Authorization": f"Bearer {self._token}"} if self._token and (ours or name in LOOPBACK) else {}
 
     # ── Jobs ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def run_job(self, image: str, space: str, revision: str, env: dict[str, str], seconds: int, owner: str) -> Any:
-        """A Job that serves a Space's files on a public port, from the image of another Space."""
+        """A Job that serves a Space's files, which it only reads, on a public port, from the image of another Space."""
         return self._call(
             "start a Job",
             self._api.run_job,
             image=image,
-            command=["sh", "-c", "cd /preview && exec python app.py"],
+            command=["sh", "-c", f"cd {JOB_FOLDER} && exec python app.py"],
             env=env,
             flavor="cpu-basic",
             timeout=seconds,
             labels={"preview": space.split("/", 1)[1][:60]},
-            volumes=[Volume(type="space", source=space, revision=revision, mount_path="/preview")],
+            volumes=[Volume(type="space", source=space, revision=revision, mount_path=JOB_FOLDER)],
             expose_public=[7860],
             namespace=owner,
         )
@@ -245,18 +352,7 @@ class Hub:
         """Ends a Job."""
         self._call("end the Job", self._api.cancel_job, job_id=id, namespace=owner)
 
-    # ── Waiting ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def sleep(self, seconds: float) -> None:
-        """Waits, and counts it as waiting."""
-        self._wait(lambda: time.sleep(seconds))
-
-    def _wait(self, do: Callable[[], T]) -> T:
-        began = time.monotonic()
-        try:
-            return do()
-        finally:
-            self.waited += time.monotonic() - began
+    # ── Trying ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _call(
         self, what: str, do: Callable[..., T], *args: Any, tries: int = TRIES, missing: bool = False, **named: Any
@@ -266,7 +362,7 @@ class Hub:
         while True:
             tried += 1
             try:
-                return self._wait(lambda: do(*args, **named))
+                return do(*args, **named)
             except HfHubHTTPError as error:
                 if missing and isinstance(error, RepositoryNotFoundError) and error.response.status_code == 404:
                     raise
@@ -277,13 +373,13 @@ class Hub:
                     raise refused(status, what, error.server_message or "") from None
                 if status == 429:
                     self._say(f"the Hub asks to wait {pause:.0f} s (too many requests)")
-            except (httpx2.HTTPError, ConnectionError) as error:
+            except (httpx2.HTTPError, OSError) as error:
                 pause = 2.0 ** (tried - 1) / 2
                 if tried >= tries:
                     why = without_secrets(str(error)) or type(error).__name__
                     message = f"Could not {what}: no connection to the Hub ({why}). Check the network, and HF_ENDPOINT."
                     raise PreviewError(message, Exit.NETWORK) from None
-            self.sleep(pause)
+            time.sleep(pause)
 
 
 def _pause(error: HfHubHTTPError) -> float:

@@ -9,7 +9,7 @@ import unicodedata
 # A Space answers at <owner>-<name>.hf.space and hot reload at <owner>-<name>--7887.hf.space; a label of a host has at
 # most 63 characters.
 LONGEST = 57
-DIGITS = 6
+DIGITS = 8  # 32 bits; should two branches agree in them, the deployer sees it by the Space's variable
 
 
 class NameTooLong(ValueError):
@@ -21,7 +21,7 @@ def space_name(owner: str, app: str, branch: str) -> str:
 
     Raises NameTooLong when owner and app alone are too long.
     """
-    digest = hashlib.sha256(branch.encode()).hexdigest()[:DIGITS]
+    digest = hashlib.sha256(branch.encode("utf-8", "surrogateescape")).hexdigest()[:DIGITS]
     stem = slug(app)
     room = LONGEST - len(f"{owner}-{stem}--{digest}")
     if not stem or room < -1:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from previews.errors import Exit, PreviewError
 
-APP_FILE = "app.py"
+APP_FILE, README = "app.py", "README.md"
 # The line of app.py that builds the page. Hot reload shows a new page only if this line changes: so the commit stands
 # in it, and the running page can be asked which one it is.
 STAMP = re.compile(r'^(demo = stamped\(__name__, ")[^"\n]*("\))', re.MULTILINE)
+STAMPED = re.compile(r"demo = stamped\(__name__, ")
 # What a Space has no use for.
 LEFT_OUT = ("tests/", "bench/", "docs/", "previews/", ".github/", ".ci/", "requirements-dev.txt", "Makefile")
 
@@ -51,7 +54,9 @@ def read(folder: Path, sha: str) -> Source:
             wanted[path] = oid
     if APP_FILE not in wanted:
         raise PreviewError(f"Commit {sha[:12]} has no {APP_FILE}, so there is nothing to serve.", Exit.USAGE)
-    contents = _contents(folder, list(wanted.values()))
+    if README not in wanted:
+        raise PreviewError(f"A Space needs a {README} with its front-matter; {sha[:12]} has none.", Exit.USAGE)
+    contents = blobs(folder, list(wanted.values()))
     files = {path: File(path, oid, contents[oid]) for path, oid in wanted.items()}
     files[APP_FILE] = stamped(files[APP_FILE], sha)
     return Source(sha, files)
@@ -83,6 +88,16 @@ def branches(folder: Path, fetched: bool = False) -> set[str]:
     return {line.removeprefix("refs/heads/") for line in listed.splitlines()}
 
 
+def fetched_at(folder: Path) -> datetime:
+    """When git has last fetched, or where it does not tell, ten minutes ago; less a minute, for clocks that differ."""
+    marked = folder / os.fsdecode(_git(folder, "rev-parse", "--git-path", "FETCH_HEAD").rstrip(b"\n"))
+    now = datetime.now(timezone.utc)
+    known = (
+        datetime.fromtimestamp(marked.stat().st_mtime, timezone.utc) if marked.exists() else now - timedelta(minutes=10)
+    )
+    return known - timedelta(minutes=1)
+
+
 def is_ancestor(folder: Path, older: str, newer: str) -> bool:
     """Whether one commit is among the ancestors of another; False where git does not know both."""
     command = ["git", "-C", str(folder), "merge-base", "--is-ancestor", older, newer]
@@ -106,14 +121,16 @@ def blob_oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def _contents(folder: Path, oids: list[str]) -> dict[str, bytes]:
-    """The contents of blobs, by their names, in one call of git."""
-    told = _git(folder, "cat-file", "--batch", given="\n".join(oids).encode())
+def blobs(folder: Path, oids: list[str]) -> dict[str, bytes]:
+    """The contents of blobs, by their names, in one call of git; what it does not have is left out."""
+    told = _git(folder, "cat-file", "--batch", given="".join(f"{oid}\n" for oid in oids).encode()) if oids else b""
     found, place = {}, 0
     for oid in oids:
         end = told.index(b"\n", place)
-        size = int(told[place:end].split()[2])
-        found[oid] = told[end + 1 : end + 1 + size]
+        about = told[place:end].split()
+        size = int(about[2]) if len(about) == 3 else -1
+        if size >= 0:
+            found[oid] = told[end + 1 : end + 1 + size]
         place = end + 2 + size
     return found
 

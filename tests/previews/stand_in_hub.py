@@ -1,9 +1,10 @@
 """A stand-in for the Hub's Spaces, over real HTTP, in front of real applications. It is no Hub.
 
-Simulated: accounts, the building of images, and the times that building and restarting take (`build`, `restart`).
-Real: each Space's application, a process with Gradio's own hot-reload server, to which a commit with `hot_reload=1` is
-passed on. That server's port is always 7887; several Spaces on one machine need one each, which is all that
-`sitecustomize.py` changes in the process.
+Simulated: accounts, the building of images, and the times that an answer, building and restarting take (`latency`,
+`build`, `restart`). Real: each Space's application, a process with Gradio's own hot-reload server, to which a commit
+with `hot_reload=1` is passed on; and a Job's command, executed as a process with the mounted path replaced by a folder.
+That server's port is always 7887; several Spaces on one machine need one each, which is all that `sitecustomize.py`
+changes in the process.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,17 @@ def free_port() -> int:
 
 
 @dataclass
+class Job:
+    """A Job: what was asked, and the process that does it."""
+
+    id: str
+    asked: dict[str, Any]
+    process: subprocess.Popen[str]
+    port: int
+    stage: str = "RUNNING"
+
+
+@dataclass
 class Space:
     """One Space: its files and commits, what runs, and what the Hub says of it."""
 
@@ -62,6 +75,7 @@ class Space:
     starts: int = 0
     log: list[str] = field(default_factory=list)
     build_log: list[str] = field(default_factory=list)
+    made: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ"))
 
     @property
     def head(self) -> str:
@@ -83,18 +97,20 @@ class StandInHub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, build: float = 0.0, restart: float = 0.0) -> None:
+    def __init__(self, folder: Path, build: float = 0.0, restart: float = 0.0, latency: float = 0.0) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
-        self.folder, self.build, self.restart = folder, build, restart
+        self.folder, self.build, self.restart, self.latency = folder, build, restart, latency
         self.spaces: dict[str, Space] = {}
         self.answers: dict[tuple[str, str], list[tuple[int, Any, dict[str, str]]]] = {}
-        self.drop = self.cancel = 0
+        self.drop = self.cancel = self.stuck = self.conflicts = 0
+        self.busy: list[tuple[float, float]] = []
+        self.large: dict[str, bytes] = {}
         self.stale = 0.3
         self.build_fails: list[str] = []
         self.meanwhile: Callable[[], None] | None = None
         self.requests: list[str] = []
         self.uploads: list[tuple[str, bool, list[str]]] = []
-        self.jobs: dict[str, dict[str, Any]] = {}
+        self.jobs: dict[str, Job] = {}
         self.lock = threading.RLock()
         site = folder / "site"
         site.mkdir(parents=True)
@@ -116,6 +132,8 @@ class StandInHub(ThreadingHTTPServer):
         self.uploads.append((title, hot, sorted(changes)))
         if hot:
             self.hot_reload(space, oid, changes)
+        elif space.stage == "PAUSED":
+            pass  # it waits for somebody to start it
         else:
             built = bool({"README.md", "requirements.txt"} & set(changes)) or not space.starts
             threading.Thread(target=self.start, args=(space, oid, built), daemon=True).start()
@@ -124,7 +142,7 @@ class StandInHub(ThreadingHTTPServer):
     def hot_reload(self, space: Space, oid: str, changes: dict[str, bytes | None]) -> None:
         if self.cancel:
             self.cancel -= 1
-            space.reload, space.running = "canceled", oid
+            space.reload = "canceled"
             return
         for path, content in changes.items():
             body = {"filepath": path, "contents": (content or b"").decode(), "reloadId": oid}
@@ -137,14 +155,23 @@ class StandInHub(ThreadingHTTPServer):
                     pass
                 time.sleep(0.1)
             space.reload = "created"
-        space.running = oid
 
     def start(self, space: Space, oid: str, built: bool) -> None:
         """Builds, stops what runs, starts the new: each as slow as it was told."""
+        began = time.monotonic()
+        try:
+            self._start(space, oid, built)
+        finally:
+            self.busy.append((began, time.monotonic()))
+
+    def _start(self, space: Space, oid: str, built: bool) -> None:
         time.sleep(self.stale)
         first = not space.starts
         with self.lock:
             space.stage = ("BUILDING" if first else "RUNNING_BUILDING") if built else "RUNNING_APP_STARTING"
+        if self.stuck and not built:
+            self.stuck -= 1
+            return
         time.sleep(self.build if built else self.restart)
         if self.build_fails:
             space.build_log, self.build_fails = self.build_fails, []
@@ -156,10 +183,7 @@ class StandInHub(ThreadingHTTPServer):
             space.stage = "APP_STARTING"
             self.stop(space)
             space.starts += 1
-            code = space.folder / f"code{space.starts}"
-            for path, content in space.files.items():
-                (code / path).parent.mkdir(parents=True, exist_ok=True)
-                (code / path).write_bytes(content)
+            code = self.unpack(space, f"code{space.starts}")
             space.port, space.reload_port = free_port(), free_port()
             env = {
                 "PATH": os.environ["PATH"],
@@ -182,6 +206,35 @@ class StandInHub(ThreadingHTTPServer):
             )
         self.watch(space, oid)
 
+    def unpack(self, space: Space, name: str) -> Path:
+        """The Space's files in a folder of their own."""
+        code = space.folder / name
+        for path, content in space.files.items():
+            (code / path).parent.mkdir(parents=True, exist_ok=True)
+            (code / path).write_bytes(content)
+        return code
+
+    def run_job(self, asked: dict[str, Any]) -> Job:
+        """Executes a Job's command on the files of the Space that it mounts."""
+        (volume,) = asked["volumes"]
+        space = self.spaces[volume["source"]]
+        assert volume["revision"] == space.head and asked["expose"] == {"ports": [7860], "portsPublic": [7860]}
+        code, port = self.unpack(space, f"job{len(self.jobs)}"), free_port()
+        (self.folder / "site" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        (self.folder / "site" / "python").chmod(0o755)
+        env = {
+            "PATH": f"{self.folder / 'site'}:{os.environ['PATH']}",
+            "HOME": str(space.folder),
+            "OMP_NUM_THREADS": "1",
+        }
+        env |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "RELOAD_PORT": str(free_port())}
+        env |= {**asked["environment"], "GRADIO_SERVER_PORT": str(port), "DATA_DIR": str(space.folder / "jobdata")}
+        command = [part.replace(volume["mountPath"], str(code)) for part in asked["command"]]
+        log = (space.folder / f"joblog{len(self.jobs)}").open("w")
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, text=True, start_new_session=True)
+        job = self.jobs[f"job{len(self.jobs)}"] = Job(f"job{len(self.jobs)}", asked, process, port)
+        return job
+
     def watch(self, space: Space, oid: str) -> None:
         process = space.process
         assert process
@@ -197,10 +250,16 @@ class StandInHub(ThreadingHTTPServer):
             space.log = (space.folder / f"log{space.starts}").read_text().splitlines()
             space.stage, space.running = "RUNTIME_ERROR", oid
 
-    def stop(self, space: Space) -> None:
-        if space.process and space.process.poll() is None:
-            os.killpg(space.process.pid, signal.SIGKILL)
-            space.process.wait()
+    def delete_all(self) -> None:
+        """As if there had never been a Space."""
+        for space in self.spaces.values():
+            self.stop(space)
+        self.spaces.clear()
+
+    def stop(self, runs: Space | Job) -> None:
+        if runs.process and runs.process.poll() is None:
+            os.killpg(runs.process.pid, signal.SIGKILL)
+            runs.process.wait()
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -214,14 +273,27 @@ class Answers(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def handle_any(self) -> None:
+        began = time.monotonic()
+        try:
+            self.handle_one()
+        finally:
+            self.server.busy.append((began, time.monotonic()))
+
+    def handle_one(self) -> None:
         hub, parts = self.server, urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.requests.append(f"{self.command} {parts.path}")
+        if parts.path.startswith("/api/") or "/resolve/" in parts.path:
+            time.sleep(hub.latency)
         for (method, end), queue in hub.answers.items():
             if queue and method == self.command and parts.path.endswith(end):
                 self.answer(*queue.pop(0))
                 return
-        if not parts.path.startswith("/api/") and "/resolve/" not in parts.path:
+        if parts.path.startswith("/large/"):
+            self.large(parts.path.rpartition("/")[2], body)
+        elif parts.path.endswith(".git/info/lfs/objects/batch"):
+            self.batch(json.loads(body))
+        elif not parts.path.startswith("/api/") and "/resolve/" not in parts.path:
             self.forward(parts.path, body)
         elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.answer(401, {"error": "Invalid credentials in Authorization header"})
@@ -242,7 +314,8 @@ class Answers(BaseHTTPRequestHandler):
             self.answer(200, {}) if space else self.missing()
         elif path == "/api/spaces":
             owner = query["author"][0]
-            self.answer(200, [{"id": id} for id in hub.spaces if id.startswith(f"{owner}/")])
+            found = [{"id": id, "createdAt": one.made} for id, one in hub.spaces.items() if id.startswith(f"{owner}/")]
+            self.answer(200, found)
         elif path == "/api/validate-yaml":
             self.answer(200, {"errors": [], "warnings": []})
         elif path.startswith("/api/jobs/"):
@@ -265,6 +338,10 @@ class Answers(BaseHTTPRequestHandler):
         if id in hub.spaces:
             self.answer(409, {"error": "You already created this space repo", "url": f"{hub.address}/spaces/{id}"})
             return
+        if hub.conflicts:
+            hub.conflicts -= 1
+            self.answer(409, {"error": "Cannot create repo: another conflicting operation is in progress"})
+            return
         given = {kind: {one["key"]: one["value"] for one in asked.get(kind, [])} for kind in ("variables", "secrets")}
         folder = hub.folder / f"space{len(list(hub.folder.iterdir()))}"
         folder.mkdir()
@@ -283,19 +360,17 @@ class Answers(BaseHTTPRequestHandler):
             case ["variables"]:
                 self.answer(200, {key: {"key": key, "value": value} for key, value in space.variables.items()})
             case ["tree", "main"]:
-                files = [
-                    {"type": "file", "path": path, "size": len(text), "oid": oid(text)}
-                    for path, text in space.files.items()
-                ]
-                self.answer(200, files)
+                self.answer(200, [entry(path, content) for path, content in space.files.items()])
             case ["commits", "main"]:
                 told = [
                     {"id": id, "title": title, "message": "", "date": NOW, "authors": []} for id, title in space.commits
                 ]
                 self.answer(200, told[::-1])
             case ["preupload", "main"]:
-                names = [file["path"] for file in json.loads(body)["files"]]
-                found = [{"path": name, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for name in names]
+                found = [
+                    {"path": file["path"], "uploadMode": mode(file["path"]), "shouldIgnore": False, "oid": None}
+                    for file in json.loads(body)["files"]
+                ]
                 self.answer(200, {"files": found, "commitOid": space.head})
             case ["commit", "main"]:
                 self.commit(space, body, "hot_reload" in query)
@@ -304,6 +379,7 @@ class Answers(BaseHTTPRequestHandler):
                 events = "".join(f"data: {json.dumps({'data': line, 'timestamp': NOW})}\n\n" for line in lines)
                 self.raw(200, events.encode(), "text/event-stream")
             case ["restart"]:
+                space.stage = "APP_STARTING"
                 threading.Thread(target=hub.start, args=(space, space.head, "factory" in query), daemon=True).start()
                 self.answer(200, self.runtime(space))
             case _:
@@ -328,6 +404,8 @@ class Answers(BaseHTTPRequestHandler):
                     title, parent = part["value"]["summary"], part["value"].get("parentCommit")
                 case "file":
                     changes[part["value"]["path"]] = base64.b64decode(part["value"]["content"])
+                case "lfsFile":
+                    changes[part["value"]["path"]] = hub.large[part["value"]["oid"]]
                 case "deletedFile":
                     changes[part["value"]["path"]] = None
         with hub.lock:
@@ -343,20 +421,37 @@ class Answers(BaseHTTPRequestHandler):
         url = f"{hub.address}/spaces/{space.id}/commit/{made}"
         self.answer(200, {"success": True, "commitOid": made, "commitUrl": url, "hookOutput": ""})
 
+    def batch(self, asked: dict[str, Any]) -> None:
+        """Where the large files of a commit are to be sent: Git LFS's basic transfer."""
+        place = f"{self.server.address}/large"
+        objects = [
+            {**one, "actions": {"upload": {"href": f"{place}/{one['oid']}"}}, "authenticated": True}
+            for one in asked["objects"]
+        ]
+        self.answer(200, {"transfer": "basic", "objects": objects})
+
+    def large(self, digest: str, body: bytes) -> None:
+        assert hashlib.sha256(body).hexdigest() == digest
+        self.server.large[digest] = body
+        self.answer(200, {})
+
     def job(self, rest: list[str], body: bytes) -> None:
         hub = self.server
         match rest:
             case [_]:
-                id = f"job{len(hub.jobs)}"
-                owner = {"id": "1", "name": rest[0], "type": "user"}
-                status = {"stage": "RUNNING", "exposeUrls": [f"https://{id}--7860.hf.jobs"]}
-                hub.jobs[id] = {"id": id, "createdAt": NOW, "owner": owner, "status": status, "asked": json.loads(body)}
-                self.answer(200, hub.jobs[id])
+                self.answer(200, self.told(hub.run_job(json.loads(body))))
             case [_, id, "cancel"]:
-                hub.jobs[id]["status"]["stage"] = "CANCELED"
+                hub.stop(hub.jobs[id])
+                hub.jobs[id].stage = "CANCELED"
                 self.answer(200, {})
             case _:
-                self.answer(200, hub.jobs[rest[1]])
+                self.answer(200, self.told(hub.jobs[rest[1]]))
+
+    def told(self, job: Job) -> dict[str, Any]:
+        """A Job, at its own address; on the Hub that would be https://<id>--7860.hf.jobs."""
+        status = {"stage": job.stage, "exposeUrls": [f"http://127.0.0.1:{job.port}"]}
+        owner = {"id": "1", "name": "team", "type": "user"}
+        return {"id": job.id, "createdAt": NOW, "owner": owner, "status": status, "flavor": job.asked["flavor"]}
 
     def forward(self, path: str, body: bytes) -> None:
         """To the application, or to its hot-reload server."""
@@ -398,6 +493,21 @@ def oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def mode(path: str) -> str:
+    """How the Hub wants a file: what is not text goes through Git LFS."""
+    return "lfs" if path.endswith((".jpg", ".png", ".safetensors", ".npz")) else "regular"
+
+
+def entry(path: str, content: bytes) -> dict[str, Any]:
+    """A file as a tree lists it: of a large one the name is its pointer's."""
+    told = {"type": "file", "path": path, "size": len(content)}
+    if mode(path) == "regular":
+        return {**told, "oid": oid(content)}
+    digest = hashlib.sha256(content).hexdigest()
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {len(content)}\n".encode()
+    return {**told, "oid": oid(pointer), "lfs": {"oid": digest, "size": len(content), "pointerSize": len(pointer)}}
+
+
 @contextmanager
 def stand_in_hub(folder: Path, **delays: float) -> Iterator[StandInHub]:
     """Runs a stand-in, and ends its Spaces with it."""
@@ -406,7 +516,7 @@ def stand_in_hub(folder: Path, **delays: float) -> Iterator[StandInHub]:
     try:
         yield hub
     finally:
-        for space in hub.spaces.values():
-            hub.stop(space)
+        for runs in (*hub.spaces.values(), *hub.jobs.values()):
+            hub.stop(runs)
         hub.shutdown()
         hub.server_close()

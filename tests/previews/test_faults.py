@@ -6,20 +6,29 @@ in test_branches.py.
 
 from __future__ import annotations
 
+import io
+import json
+import os
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from huggingface_hub import set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 
 from previews import deploy as deploying
-from previews.changes import plan
+from previews import hub as hubs
+from previews.__main__ import Progress
+from previews.changes import Plan, plan
 from previews.deploy import Deployer, Options, Result, preview
 from previews.errors import Exit, PreviewError, without_secrets
-from previews.hub import Hub
+from previews.hub import Hub, patient
 from previews.source import branches, read
 from tests.previews.stand_in_hub import TOKEN, Space, StandInHub, stand_in_hub
 
@@ -40,7 +49,8 @@ class Answers(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if "contents" in body:
             found = re.search(r'stamped\\(__name__, "(\\w*)"', body["contents"])
-            Answers.commit = found[1] if found and "IGNORED" not in body["contents"] else Answers.commit
+            if found and not body["contents"].endswith("# shows nothing\\n"):
+                Answers.commit = found[1]
             self.give({"res": {"status": "created", "reloadId": body["reloadId"]}})
         else:
             self.give({"data": {"kind": "ui", "updated": True}}, b"data: ")
@@ -61,6 +71,8 @@ if __name__ == "__main__":
     threading.Thread(target=servers[1].serve_forever, daemon=True).start()
     servers[0].serve_forever()
 '''
+ROOT = Path(__file__).resolve().parents[2]
+PROOF = {"Authorization": f"Bearer {TOKEN}"}
 README = "---\ntitle: Small\nsdk: gradio\n---\n# Small\n"
 
 
@@ -98,6 +110,29 @@ class World:
     def runs(self) -> str:
         return httpx.get(f"{self.hub.address}/{self.space.subdomain}/healthz").json()["revision"]
 
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """The command, in a process of its own."""
+        env = {"PATH": os.environ["PATH"], "HOME": str(self.folder.parent), "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
+        env |= {"HF_ENDPOINT": self.hub.address, "HF_HUB_DISABLE_XET": "1", "PREVIEW_OWNER": "team"}
+        env |= {"PREVIEW_APP": "small"}
+        command = [sys.executable, "-m", "previews", *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.folder, env=env, stdout=pipe, stderr=pipe, text=True)
+
+    def cli(self, *arguments: str) -> str:
+        """What the command prints, when it succeeds."""
+        running = self.start(*arguments)
+        out, said = running.communicate(timeout=120)
+        assert running.returncode == 0 and TOKEN not in out + said, out + said
+        return out
+
+    def failure(self, code: int, *arguments: str) -> str:
+        """What the command says, when it fails as it should."""
+        running = self.start(*arguments)
+        out, said = running.communicate(timeout=120)
+        assert running.returncode == code and TOKEN not in out + said, (running.returncode, out + said)
+        return out + said
+
     def refuse(self, method: str, end: str, *answers: int, **headers: str) -> None:
         said = {"error": f"no, {TOKEN}"}
         self.hub.answers[method, end] = [(status, said, headers) for status in answers]
@@ -111,9 +146,11 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         (hub.folder / "site" / "sitecustomize.py").write_text("")  # nothing of Gradio's to change here
         hub.stale = 0.1
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
         monkeypatch.setattr(huggingface_hub.hf_api.constants, "ENDPOINT", hub.address)
         monkeypatch.setattr(deploying, "HOT_LIMIT", 3.0)
+        monkeypatch.setattr(deploying, "PATIENCE", 1.0)
         yield World(tmp_path / "repository", hub)
 
 
@@ -193,7 +230,7 @@ def test_a_canceled_reload_falls_back(world: World) -> None:
 
 def test_a_reload_that_shows_nothing_falls_back(world: World) -> None:
     live(world)
-    sha = world.commit(app=APP + "# IGNORED\n")
+    sha = world.commit(app=APP + "# shows nothing\n")
     result = world.deploy(sha)
     assert result.path == "restart" and "another commit's" in result.fallbacks[0] and world.runs() == sha
 
@@ -231,8 +268,9 @@ def test_two_deploys_side_by_side_end_with_one_commit_live(world: World) -> None
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert len(ended) == 2 and any(isinstance(one, Result) for one in ended)
-    assert all(isinstance(one, Result) or one is Exit.CONFLICT for one in ended) and world.runs() == sha
+    assert len(ended) == 2 and any(isinstance(one, Result) for one in ended), ended
+    assert all(isinstance(one, Result) or one is Exit.CONFLICT for one in ended), ended
+    assert world.runs() == sha
 
 
 def test_a_build_error_shows_the_end_of_the_build_log(world: World) -> None:
@@ -302,23 +340,239 @@ def test_secrets_are_passed_at_creation_and_never_shown(world: World) -> None:
 
 
 def test_a_job_serves_the_first_preview_meanwhile(world: World) -> None:
-    world.commit()
-    world.deploy(fast_from="team/small")
+    """The Job is a real process: it reports the commit before the Space does, and ends when the Space is ready."""
+    sha = world.commit()
+    world.hub.build = 3.0
+    result = world.deploy(fast_from="team/small", secrets={"DATABASE_URL": "sqlite:///x"})
     (job,) = world.hub.jobs.values()
-    assert job["asked"]["expose"] == {"ports": [7860], "portsPublic": [7860]} and job["status"]["stage"] == "CANCELED"
-    assert job["asked"]["spaceId"] == "team/small" and job["asked"]["volumes"][0]["source"] == world.target.space
-    assert [line for line in world.lines if "$0.02 an hour" in line and "hf.jobs" in line]
+    assert job.asked["spaceId"] == "team/small" and job.asked["volumes"][0]["source"] == world.target.space
+    assert job.asked["environment"]["PREVIEW_COMMIT"] == sha and "DATABASE_URL" not in str(job.asked)
+    assert result.job_seconds is not None and result.job_seconds < 3.0 < result.seconds
+    assert job.stage == "CANCELED" and job.process.poll() is not None and world.runs() == sha
+    assert [line for line in world.lines if "$0.02 an hour" in line and "open to all" in line]
+
+
+def test_without_credit_there_is_no_job_and_the_space_comes_all_the_same(world: World) -> None:
+    sha = world.commit()
+    world.refuse("POST", "/api/jobs/team", 402)
+    assert world.deploy(fast_from="team/small").job_seconds is None and world.runs() == sha
+    assert [line for line in world.lines if "no Job" in line and "credit" in line]
+
+
+def test_a_canceled_workflow_ends_its_job(world: World) -> None:
+    world.commit()
+    world.hub.build = 60.0
+    running = world.start("deploy", "--branch", "x", "--fast")
+    while not world.hub.jobs and running.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    running.terminate()
+    assert running.wait(30) == 130
+    (job,) = world.hub.jobs.values()
+    assert job.stage == "CANCELED" and job.process.poll() is not None
+
+
+def test_a_paused_space_is_started(world: World) -> None:
+    live(world)
+    while world.space.stage != "RUNNING":
+        time.sleep(0.05)
+    world.hub.stop(world.space)
+    world.space.stage = "PAUSED"
+    sha = world.commit(part="A = 1\n")
+    result = world.deploy(sha)
+    assert result.path == "restart" and "PAUSED" in result.reason and world.runs() == sha
+    assert "the Space is paused: starting it" in world.lines
+
+
+def test_a_restart_that_comes_to_nothing_falls_back_to_a_build(world: World) -> None:
+    live(world)
+    world.hub.stuck = 1
+    (world.folder / "notes.txt").write_text("not Python")
+    sha = world.commit()
+    result = world.deploy(sha, timeout=3.0)
+    assert [why.partition(":")[0] for why in result.fallbacks] == ["restart"] and world.runs() == sha
+    assert list(result.by_path) == ["restart", "build"] and result.by_path["restart"] >= 1.5
+
+
+def test_what_each_path_took_is_told(world: World) -> None:
+    live(world)
+    world.hub.cancel = 1
+    result = world.deploy(world.commit(part="A = 1\n"))
+    assert list(result.by_path) == ["hot reload", "restart"]
+    assert sum(result.by_path.values()) <= result.seconds and result.since == "start" and result.own_seconds > 0
+
+
+def test_seconds_count_from_the_push(world: World) -> None:
+    live(world)
+    world.commit(part="A = 1\n")
+    told = json.loads(world.cli("deploy", "--branch", "x", "--pushed-at", str(time.time() - 100), "--json"))
+    assert told["since"] == "push" and 100 <= told["seconds"] < 160 and told["path"] == "hot reload"
+
+
+def test_another_branchs_space_is_left_alone(world: World) -> None:
+    """As it would be if the digits of two branches' hashes were the same."""
+    live(world)
+    world.space.variables["PREVIEW_BRANCH"] = "y"
+    before = len(world.hub.uploads)
+    refusal(lambda: world.deploy(world.commit(part="A = 1\n")), Exit.CONFLICT, "another branch, 'y'")
+    assert len(world.hub.uploads) == before
+
+
+def test_files_of_before_the_last_commit_are_not_built_upon(world: World) -> None:
+    """The Hub names the newer commit and lists the files of before it: that would keep what somebody has added."""
+    live(world)
+    before = httpx.get(f"{world.hub.address}/api/spaces/{world.target.space}/tree/main", headers=PROOF).json()
+    world.hub.commit(world.space, "Add NOTES", {"NOTES": b"hand-made"})
+    world.hub.answers["GET", "/tree/main"] = [(200, before, {})]
+    sha = world.commit(part="A = 1\n")
+    world.deploy(sha)
+    assert world.runs() == sha and "NOTES" not in world.space.files
+    assert "somebody else committed to this Space; looking again" in world.lines
+
+
+def test_large_files_go_through_lfs_and_only_once(world: World) -> None:
+    """By Git LFS, which HF_HUB_DISABLE_XET chooses: the stand-in has none of Xet's storage."""
+    picture = bytes(range(256)) * 8
+    (world.folder / "photo.jpg").write_bytes(picture)
+    live(world)
+    assert world.space.files["photo.jpg"] == picture and list(world.hub.large.values()) == [picture]
+    world.hub.large.clear()
+    assert world.deploy(world.commit(part="A = 1\n")).path == "hot reload" and not world.hub.large
+
+
+def test_a_hub_that_makes_another_space_is_asked_again_with_pauses(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha = world.commit()
+    patient()
+    try:
+        world.hub.conflicts = 2
+        began = time.monotonic()
+        world.deploy(sha)
+        assert world.runs() == sha and time.monotonic() - began > 1.4
+        world.hub.delete_all()
+        world.hub.conflicts = 1000
+        monkeypatch.setattr(hubs, "SILENCE", 0.5)
+        monkeypatch.setattr(hubs, "TRIES", 1)
+        refusal(world.deploy, Exit.NETWORK, "create the Space", "another conflicting operation")
+        assert world.hub.conflicts > 980
+    finally:
+        set_client_factory(default_client_factory)
+
+
+def test_a_token_goes_to_the_hub_and_its_spaces_alone() -> None:
+    hub = Hub(TOKEN)
+    with_it = {"Authorization": f"Bearer {TOKEN}"}
+    assert hub._proof("https://team-small.hf.space/healthz") == with_it
+    for url in ("https://job0--7860.hf.jobs/healthz", "http://team-small.hf.space", "https://hf.space.example.org"):
+        assert hub._proof(url) == {}
+
+
+# ── The other commands ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_previews_are_listed_opened_read_and_deleted(world: World) -> None:
+    sha = live(world)
+    (row,) = json.loads(world.cli("list", "--json"))
+    assert (row["branch"], row["revision"], row["stage"]) == ("x", sha[:12], "RUNNING")
+    assert world.cli("open", "--branch", "x").strip() == f"{world.hub.address}/{world.space.subdomain}"
+    world.space.log = ["starting", f"a line with {TOKEN}"]
+    said = world.cli("logs", "--branch", "x")
+    assert said.splitlines() == ["starting", "a line with •••"]
+    assert json.loads(world.cli("delete", "--branch", "x", "--json"))["deleted"] is True
+    assert json.loads(world.cli("delete", "--branch", "x", "--json"))["deleted"] is False
+    assert world.cli("list") == "nothing\n" and "does not exist" in world.failure(5, "open", "--branch", "x")
+
+
+def test_what_is_not_ours_is_not_deleted(world: World) -> None:
+    live(world)
+    world.space.variables["PREVIEW_OF"] = "other"
+    assert "stays" in world.failure(6, "delete", "--branch", "x")
+    assert world.cli("sweep") == "nothing\n" and world.target.space in world.hub.spaces
+
+
+def test_a_second_rollback_goes_further_back(world: World) -> None:
+    shas = [live(world), *(world.commit(part=f"A = {n}\n") for n in range(2))]
+    for sha in shas[1:]:
+        world.deploy(sha)
+    for expected in (shas[1], shas[0]):
+        assert json.loads(world.cli("rollback", "--branch", "x", "--json"))["sha"] == expected == world.runs()
+    assert "no earlier commit" in world.failure(5, "rollback", "--branch", "x")
+    assert json.loads(world.cli("rollback", "--branch", "x", "--to", shas[2][:9], "--json"))["sha"] == shas[2]
+
+
+def test_a_branch_that_is_made_after_the_fetch_is_not_swept(world: World, tmp_path: Path) -> None:
+    """A checkout knows the branches of when it was fetched: a newer Space may be a newer branch's."""
+    world.commit()
+    world.git("branch", "other")
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", "-b", "other", str(world.folder), str(clone)], check=True)
+    subprocess.run(["git", "-C", str(clone), "fetch", "-q"], check=True)
+    world.git("checkout", "-q", "-b", "late", "x")
+    world.cli("deploy", "--branch", "late")
+    assert world.cli("sweep", "--fetched", "--folder", str(clone)) == "nothing\n" and len(world.hub.spaces) == 1
+    (space,) = world.hub.spaces.values()
+    space.made = "2026-01-01T00:00:00.000Z"
+    assert "late" in world.cli("sweep", "--fetched", "--folder", str(clone), "--dry-run") and world.hub.spaces
+    assert "late" in world.cli("sweep", "--fetched", "--folder", str(clone)) and not world.hub.spaces
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["deploy", "--branch", "a\nb"], "without control characters"),
+        (["deploy", "--branch", ""], "a branch's name is needed"),
+        (["deploy", "--branch", "x", "--sha", "no-such-commit"], "git knows no commit"),
+        (["deploy", "--branch", "x", "--sha", "--upload-pack=touch"], "expected one argument"),
+        (["deploy", "--branch", "x", "--secret", "NOT_SET"], "is not set here"),
+        (["deploy", "--branch", "x", "--variable", "NOTHING"], "NAME=VALUE"),
+        (["deploy", "--branch", "x", "--pushed-at", "tomorrow"], "seconds since 1970"),
+        (["deploy", "--branch", "x", "--owner", "o" * 50], "leaves no room"),
+        (["logs", "--branch", "x", "--lines", "0"], "1 or more"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_done(
+    world: World, arguments: list[str], words: str
+) -> None:
+    world.commit()
+    assert words in world.failure(2, *arguments)
+    assert not world.hub.spaces
+
+
+def test_what_nobody_foresaw_is_told_without_secrets(world: World) -> None:
+    world.commit()
+    world.hub.answers["GET", "/tree/main"] = [(200, [{"type": "file", "path": TOKEN}], {})] * 9
+    said = world.failure(1, "deploy", "--branch", "x", "--json")
+    assert "Something unforeseen went wrong: KeyError" in said and TOKEN not in said
+
+
+def test_a_passing_line_is_replaced_on_a_terminal_and_rare_elsewhere() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, shown in ((Terminal(), 2), (io.StringIO(), 0)):
+        progress = Progress(stream)
+        progress.say("a line that stays")
+        progress.tick("one")
+        progress.tick("two")
+        progress.done()
+        assert "stays" in stream.getvalue() and stream.getvalue().count("\r\x1b[K[") == shown
 
 
 def test_files_come_in_the_order_of_their_imports_with_the_stamp_last(world: World) -> None:
     sha = live(world)
-    there = Hub(TOKEN).files(world.target.space)
-    front = "title: Small\nsdk: gradio\n"
-    made = plan(read(world.folder, world.commit(a="import part\n", part="B = 1\n", zoo="import a\n")), there, front)
+    there, front = Hub(TOKEN).files(world.target.space), "title: Small\nsdk: gradio\n"
+    old = {"app.py": (world.folder / "app.py").read_bytes(), "part.py": b'"""A part."""\n'}
+
+    def planned(commit: str) -> Plan:
+        return plan(read(world.folder, commit), there, front, lambda paths: {path: old[path] for path in paths})
+
+    made = planned(world.commit(a="import part\n", part="B = 1\n", zoo="import a\n"))
     assert [file.path for file in made.send] == ["part.py", "a.py", "zoo.py", "app.py"]
-    assert plan(read(world.folder, sha), there, front).path.value == "nothing"
+    assert planned(sha).path.value == "nothing"
     (world.folder / "README.md").write_text(README.replace("Small", "Other"))
-    assert plan(read(world.folder, world.commit()), there, front).path.value == "build"
+    assert planned(world.commit()).path.value == "build"
 
 
 def test_git_tells_the_branches(world: World, tmp_path: Path) -> None:
