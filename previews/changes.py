@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from previews.errors import Exit, PreviewError
-from previews.hot import obstacle
+from previews.hot import Program, obstacle
 from previews.source import APP_FILE, README, File, Source
 
 # Hot reload takes one file at a time.
@@ -50,11 +50,12 @@ def plan(
     remote: dict[str, Remote],
     front_matter: str | None,
     before: Callable[[list[str]], dict[str, bytes]],
+    program: Callable[[], Program] | None = None,
 ) -> Plan:
     """The way from what a Space has to a commit. front_matter: that of the Space's README; None: not known.
 
-    before: gives the contents that files of the Space have now. Raises PreviewError for a Python file that no Python
-    can read: the running application is left as it is.
+    before: gives the contents that files of the Space have now; program: the commit's Python, if it has been read.
+    Raises PreviewError for a Python file that no Python can read: the running application is left as it is.
     """
     send = [file for path, file in sorted(source.files.items()) if _differs(file, remote.get(path))]
     delete = sorted(path for path in remote if path not in source.files and path not in KEPT)
@@ -64,8 +65,8 @@ def plan(
         return Plan(Path.NOTHING, "the Space has these files already")
     path, reason = _path(source, remote, changed, delete, front_matter)
     if path is Path.HOT_RELOAD:
-        python = {name: file.content for name, file in source.files.items() if name.endswith(".py")}
-        why = obstacle(before([name for name in changed if name in remote]), python)
+        understood = program() if program else Program(source.python)
+        why = obstacle(before([name for name in changed if name in remote]), understood)
         if why:
             path, reason = Path.RESTART, f"hot reload would not show all of it: {why}"
     return Plan(path, reason, in_order(send) if path is Path.HOT_RELOAD else send, delete)

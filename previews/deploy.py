@@ -15,6 +15,7 @@ from huggingface_hub import CommitOperationAdd
 
 from previews.changes import Path, Plan, plan, read_front_matter
 from previews.errors import Exit, PreviewError, refused
+from previews.hot import Program
 from previews.hub import Hub, Look, State
 from previews.names import space_name
 from previews.source import APP_FILE, README, File, Source, blob_oid, blobs, is_ancestor, read
@@ -92,6 +93,7 @@ class _Run:
 
     target: Target
     source: Source
+    program: Callable[[], Program] | None = None
     created: bool = False
     fallbacks: list[str] = field(default_factory=list)
     by_path: dict[str, float] = field(default_factory=dict)
@@ -122,9 +124,14 @@ class Deployer:
     def deploy(self, target: Target, sha: str) -> Result:
         """Until the application reports the commit. Raises PreviewError."""
         began, used = (time.monotonic(), _processor()) if self.began is None else (self.began, 0.0)
+        threads = ThreadPoolExecutor(2)
+        look = threads.submit(self.hub.look, target.space, APP_FILE)
         run = _Run(target, read(self.folder, sha))
+        program = threads.submit(Program, run.source.python)  # it takes as long as the Hub does to answer
+        run.program = program.result
+        threads.shutdown(wait=False)
         try:
-            done, url = self._with_retries(run)
+            done, url = self._with_retries(run, look.result())
         finally:
             if run.job is not None:
                 self.hub.end_job(run.job.id, target.space.split("/", 1)[0])
@@ -147,21 +154,21 @@ class Deployer:
 
     # ── Steps ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _with_retries(self, run: _Run) -> tuple[Plan, str]:
+    def _with_retries(self, run: _Run, seen: Look | None) -> tuple[Plan, str]:
         for attempt in range(1, RETRIES + 1):
             try:
-                return self._bring(run, self._found(run))
+                return self._bring(run, self._found(run, seen))
             except PreviewError as error:
                 if error.code is not Exit.CONFLICT or error.final or attempt == RETRIES:
                     raise
                 self._give_way(run.target, run.source.sha)
                 self.say("somebody else committed to this Space; looking again")
+                seen = self.hub.look(run.target.space, APP_FILE)
         raise AssertionError("unreachable")
 
-    def _found(self, run: _Run) -> Look:
+    def _found(self, run: _Run, seen: Look | None) -> Look:
         """The Space, made if it is not there. Raises PreviewError for another application's or branch's."""
         target, options = run.target, self.options
-        seen = self.hub.look(target.space, APP_FILE)
         if seen is None:
             variables = {**options.variables, MARKER: target.marker, BRANCH: target.branch}
             self.say(f"creating {target.space} ({options.visibility})")
@@ -205,7 +212,7 @@ class Deployer:
                 return made, state.host
             run.fallbacks.append(f"hot reload: {problem}")
             self.say(f"hot reload did not show it ({problem}); restarting instead")
-            began, seen = time.monotonic(), self._found(run)
+            began, seen = time.monotonic(), self._found(run, self.hub.look(state.id, APP_FILE))
             state = seen.state
             made = self._forced(self._plan(run, seen), run.source, problem)
         head = state.head
@@ -232,7 +239,7 @@ class Deployer:
         front = read_front_matter(ours)
         if theirs is not None and theirs.oid != ours.oid:
             front = read_front_matter(File(README, theirs.oid, self.hub.content(seen.state.id, README) or b""))
-        return plan(run.source, seen.files, front, before)
+        return plan(run.source, seen.files, front, before, run.program)
 
     def _fitting(self, made: Plan, run: _Run, state: State) -> Plan:
         """The plan as the options and the Space's state allow it."""

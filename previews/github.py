@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import httpx
+import httpx2
 
 from previews.errors import without_secrets
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None, env: Mapping[str, str] = os.env
         return 0
     try:
         comment(told, env)
-    except httpx.HTTPError as error:
+    except httpx2.HTTPError as error:
         print(f"GitHub did not take the comment: {without_secrets(str(error))}", file=sys.stderr)
         return 1
     return 0
@@ -72,7 +72,7 @@ def comment(told: Mapping[str, Any], env: Mapping[str, str]) -> None:
     repository, sha = env["GITHUB_REPOSITORY"], env["GITHUB_SHA"]
     headers = {"Authorization": f"Bearer {env['GITHUB_TOKEN']}", "Accept": "application/vnd.github+json"}
     body = {"body": f"{MARK}\n{words(told)}"}
-    with httpx.Client(base_url=f"{env['GITHUB_API_URL']}/repos/{repository}", headers=headers, timeout=20) as github:
+    with httpx2.Client(base_url=f"{env['GITHUB_API_URL']}/repos/{repository}", headers=headers, timeout=20) as github:
         for pull in _get(github, f"/commits/{quote(sha)}/pulls"):
             if pull.get("state") == "open":
                 number = int(pull["number"])
@@ -83,7 +83,7 @@ def comment(told: Mapping[str, Any], env: Mapping[str, str]) -> None:
                     github.post(f"/issues/{number}/comments", json=body).raise_for_status()
 
 
-def _get(github: httpx.Client, path: str) -> list[dict[str, Any]]:
+def _get(github: httpx2.Client, path: str) -> list[dict[str, Any]]:
     """All pages of a list."""
     found: list[dict[str, Any]] = []
     page = 1

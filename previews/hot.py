@@ -17,30 +17,37 @@ from previews.source import APP_FILE, STAMPED
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def obstacle(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> str | None:
+class Program:
+    """The Python files of an application as they shall be, by path, read and understood."""
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        self.trees = {path: _tree(content) or ast.Module([], []) for path, content in files.items()}
+        self.once = called_once(self.trees)
+
+
+def obstacle(before: Mapping[str, bytes], program: Program) -> str | None:
     """Why hot reload would leave something of the old application in place; None if it would not.
 
-    before: the old contents of the Python files that change; after: all Python files of the application as they shall
-    be, by path. New files have no old content, and nothing can have kept anything of them.
+    before: the old contents of the Python files that change. New files have none, and nothing holds anything of them.
     """
-    trees = {path: ast.parse(content) for path, content in after.items()}
-    once: set[Place] | None = None
     for path, content in sorted(before.items()):
-        try:
-            old = ast.parse(content)
-        except (SyntaxError, ValueError):
+        old, new = _tree(content), program.trees.get(path) or ast.Module([], [])
+        if old is None:
             return f"{path}: the Space's version of it cannot be read"
-        new = trees.get(path) or ast.parse(b"")
-        why = _module_changes(old, new, _imported_from(path, trees))
+        why = _module_changes(old, new, _imported_from(path, program.trees))
         if why is None:
-            edited = _edited_functions(old, new)
-            if edited and once is None:
-                once = called_once(trees)
-            stale = sorted(name for name in edited if (path, name) in (once or ()))
+            stale = sorted(name for name in _edited_functions(old, new) if (path, name) in program.once)
             why = f"{stale[0]}() has done its work when the application has started" if stale else None
         if why:
             return f"{path}: {why}"
     return None
+
+
+def _tree(content: bytes) -> ast.Module | None:
+    try:
+        return ast.parse(content)
+    except (SyntaxError, ValueError):
+        return None
 
 
 # ── What a module holds ─────────────────────────────────────────────────────────────────────────────────────────────

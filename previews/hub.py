@@ -11,7 +11,6 @@ from datetime import datetime
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
-import httpx
 import httpx2
 from huggingface_hub import (
     CommitOperationAdd,
@@ -19,12 +18,13 @@ from huggingface_hub import (
     HfApi,
     SpaceHardware,
     Volume,
+    constants,
     get_token,
     set_client_factory,
 )
 from huggingface_hub.errors import HfHubHTTPError, OIDCError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars, get_session
 from huggingface_hub.utils._http import default_client_factory
 
 from previews.changes import Remote
@@ -35,6 +35,7 @@ T = TypeVar("T")
 TRIES = 4  # of a call that fails for a reason that may pass
 MOST_WAIT = 300.0  # seconds that one call may wait for a rate limit
 SILENCE = 60.0  # seconds after which an answer that does not come is given up
+ANSWER = 20.0  # the same, for the answer of a running application
 BUSY = "another conflicting operation is in progress"
 RELOAD_PORT = 7887  # of the hot-reload server in every Gradio Space
 RELOAD_PATIENCE = 10.0  # seconds until that server must know of a commit
@@ -67,8 +68,12 @@ class Look:
 
 
 def patient() -> None:
-    """Gives huggingface_hub a client that gives up in the end: its own waits for an answer without limit, and asks
-    without a pause for a new Space while another is being made."""
+    """Makes huggingface_hub give up in the end, and send nothing but what it is told to.
+
+    Its own client waits for an answer without limit, and asks without a pause for a new Space while another is being
+    made; and before its first request it asks what to report of who uses it.
+    """
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     refused: list[float] = []
 
     def hold(answer: httpx2.Response) -> None:
@@ -106,7 +111,6 @@ class Hub:
             )
             raise PreviewError(message, Exit.ACCESS) from None
         self._api, self._token, self._say = HfApi(token=token), token, say
-        self._http = httpx.Client(timeout=20)
 
     # ── Spaces ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -217,7 +221,7 @@ class Hub:
                     return answer.content if answer.is_success else None
                 if answer.status_code < 500:
                     raise refused(answer.status_code, f"read {path} of {space}", "")
-            except httpx.HTTPError:
+            except httpx2.HTTPError:
                 pass
             time.sleep(2.0**tried / 4)
         raise PreviewError(f"Could not read {path} of {space}. Run this again.", Exit.NETWORK)
@@ -283,14 +287,14 @@ class Hub:
         try:
             answer = self._get(f"{host}/healthz")
             return str(answer.json()["revision"]) if answer.is_success else None
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        except (httpx2.HTTPError, ValueError, KeyError, TypeError):
             return None
 
     def page_tells(self, host: str, sha: str) -> bool:
         """Whether the page that the application serves to new visitors has been built for a commit."""
         try:
             answer = self._get(f"{host}/config")
-        except httpx.HTTPError:
+        except httpx2.HTTPError:
             return False
         return answer.is_success and sha in answer.text
 
@@ -301,14 +305,15 @@ class Hub:
             url = f"{host}/--replicas/+{replica}/get-reload"
             try:
                 yield from self._events(url, commit)
-            except (httpx.HTTPError, ValueError, KeyError) as error:
+            except (httpx2.HTTPError, ValueError, KeyError) as error:
                 why = without_secrets(str(error)) or type(error).__name__
                 raise PreviewError(f"hot reload did not tell what it did ({why})", Exit.NETWORK) from None
 
     def _events(self, url: str, commit: str) -> list[dict[str, Any]]:
         deadline = time.monotonic() + RELOAD_PATIENCE
         while time.monotonic() < deadline:
-            with self._http.stream("POST", url, json={"reloadId": commit}, headers=self._proof(url)) as answer:
+            asked = {"json": {"reloadId": commit}, "headers": self._proof(url), "timeout": ANSWER}
+            with get_session().stream("POST", url, **asked, follow_redirects=False) as answer:
                 if answer.status_code != 204:
                     answer.raise_for_status()
                     lines = [line.removeprefix("data:") for line in answer.iter_lines() if line.startswith("data:")]
@@ -316,8 +321,8 @@ class Hub:
             time.sleep(0.2)
         raise ValueError("it does not know this commit")
 
-    def _get(self, url: str) -> httpx.Response:
-        return self._http.get(url, headers=self._proof(url), follow_redirects=False)
+    def _get(self, url: str) -> httpx2.Response:
+        return get_session().get(url, headers=self._proof(url), follow_redirects=False, timeout=ANSWER)
 
     def _proof(self, url: str) -> dict[str, str]:
         """The token, for the Hub and its Spaces over HTTPS, and for this machine: for nobody else."""

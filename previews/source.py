@@ -41,6 +41,11 @@ class Source:
     sha: str
     files: dict[str, File]
 
+    @property
+    def python(self) -> dict[str, bytes]:
+        """The contents of its Python files, by path."""
+        return {path: file.content for path, file in self.files.items() if path.endswith(".py")}
+
 
 def read(folder: Path, sha: str) -> Source:
     """A commit's files. Raises PreviewError if git has no such commit or app.py no place for the stamp."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import signal
 import socket
@@ -103,7 +104,7 @@ class StandInHub(ThreadingHTTPServer):
         self.spaces: dict[str, Space] = {}
         self.answers: dict[tuple[str, str], list[tuple[int, Any, dict[str, str]]]] = {}
         self.drop = self.cancel = self.stuck = self.conflicts = 0
-        self.busy: list[tuple[float, float]] = []
+        self.busy: list[list[float]] = []
         self.large: dict[str, bytes] = {}
         self.stale = 0.3
         self.build_fails: list[str] = []
@@ -158,11 +159,18 @@ class StandInHub(ThreadingHTTPServer):
 
     def start(self, space: Space, oid: str, built: bool) -> None:
         """Builds, stops what runs, starts the new: each as slow as it was told."""
-        began = time.monotonic()
-        try:
+        with self.at_work():
             self._start(space, oid, built)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Marks the time as busy; while it lasts, without an end."""
+        span = [time.monotonic(), math.inf]
+        self.busy.append(span)
+        try:
+            yield
         finally:
-            self.busy.append((began, time.monotonic()))
+            span[1] = time.monotonic()
 
     def _start(self, space: Space, oid: str, built: bool) -> None:
         time.sleep(self.stale)
@@ -273,11 +281,8 @@ class Answers(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def handle_any(self) -> None:
-        began = time.monotonic()
-        try:
+        with self.server.at_work():
             self.handle_one()
-        finally:
-            self.server.busy.append((began, time.monotonic()))
 
     def handle_one(self) -> None:
         hub, parts = self.server, urlsplit(self.path)

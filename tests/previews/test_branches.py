@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,8 +34,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandInHub]:
 class Repository:
     """A git repository with this application, and the deployer run in it as a command."""
 
-    def __init__(self, folder: Path, hub: StandInHub) -> None:
-        self.folder, self.hub, self.said = folder, hub, ""
+    def __init__(self, folder: Path, hub: StandInHub, database: str) -> None:
+        self.folder, self.hub, self.database, self.said = folder, hub, database, ""
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         for name in filter(None, listed.split("\0")):
             if not name.startswith(("tests/", "bench/", "docs/")) and (ROOT / name).is_file():
@@ -61,7 +64,8 @@ class Repository:
     def previews(self, *arguments: str, code: int = 0) -> Any:
         """The command's JSON; what it said for a person is in `said`."""
         env = {"PATH": os.environ["PATH"], "HOME": str(self.folder.parent), "HF_TOKEN": TOKEN}
-        env |= {"HF_ENDPOINT": self.hub.address, "PREVIEW_OWNER": OWNER, "PYTHONPATH": str(ROOT)}
+        env |= {"HF_ENDPOINT": self.hub.address, "HF_HUB_DISABLE_XET": "1", "PREVIEW_OWNER": OWNER}
+        env |= {"PYTHONPATH": str(ROOT), "DATABASE_URL": self.database}
         command = [sys.executable, "-m", "previews", *arguments, "--json"]
         run = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=240)
         self.said = run.stderr
@@ -71,15 +75,37 @@ class Repository:
 
 
 @pytest.fixture
-def repository(tmp_path: Path, hub: StandInHub) -> Repository:
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of a database that previews share: PostgreSQL, or SQLite where there is none."""
+    try:
+        return request.getfixturevalue("postgres_url")
+    except pytest.skip.Exception:
+        return f"sqlite:///{tmp_path / 'shared.sqlite3'}"
+
+
+@pytest.fixture
+def repository(tmp_path: Path, hub: StandInHub, database: str) -> Repository:
     (tmp_path / "repository").mkdir()
-    return Repository(tmp_path / "repository", hub)
+    return Repository(tmp_path / "repository", hub, database)
 
 
 def shown(url: str) -> tuple[str, str]:
     """What the application at an address says it is, and its page's configuration."""
     health = httpx.get(f"{url}/healthz").json()
     return health["revision"], httpx.get(f"{url}/config").text
+
+
+def ask(url: str) -> None:
+    """A model call, which counts in the usage of who answers it."""
+    photo = base64.b64encode((ROOT / "assets" / "photos" / "chelsea.jpg").read_bytes()).decode()
+    asked = {"image_url": f"data:image/jpeg;base64,{photo}", "question": "Is it bright or dark?"}
+    httpx.post(f"{url}/v1/query", json=asked, timeout=60).raise_for_status()
+
+
+def counted(url: str) -> set[tuple[str, str, str]]:
+    """Branch, commit and Space of the calls of the last day, as a preview's dashboard has them."""
+    rows = csv.DictReader(httpx.get(f"{url}/v1/usage.csv").text.splitlines())
+    return {(row["branch"], row["commit"], row["space"]) for row in rows}
 
 
 @pytest.mark.timeout(280)
@@ -89,7 +115,7 @@ def test_branches_live_side_by_side_until_they_are_swept(repository: Repository,
     # A deploys, by a build
     at.git("checkout", "-q", "-b", "feature/A")
     first = at.commit("a branch")
-    done = at.previews("deploy", "--branch", "feature/A", "--variable", "COLOUR=red")
+    done = at.previews("deploy", "--branch", "feature/A", "--variable", "COLOUR=red", "--secret", "DATABASE_URL")
     assert (done["path"], done["sha"], done["fallbacks"]) == ("build", first, [])
     a = done["url"]
     space_a = hub.spaces[f"{OWNER}/{space_name(OWNER, APP, 'feature/A')}"]
@@ -111,19 +137,27 @@ def test_branches_live_side_by_side_until_they_are_swept(repository: Repository,
     # B deploys; both answer, each with its own commit
     at.git("checkout", "-q", "-b", "b_ütf", "main")
     third = at.edit("ui/playground.py", BUTTON, 'gr.Button("Reward of B"')
-    b = at.previews("deploy", "--branch", "b_ütf")["url"]
+    b = at.previews("deploy", "--branch", "b_ütf", "--secret", "DATABASE_URL")["url"]
     assert (shown(a)[0], shown(b)[0]) == (second, third)
     assert "Reward of A" in shown(a)[1] and "Reward of B" in shown(b)[1]
     listed = {row["branch"]: row["revision"] for row in at.previews("list")}
     assert listed == {"feature/A": second[:12], "b_ütf": third[:12]}
 
-    # what hot reload cannot show falls back: a file that is not Python, and a reload that the Hub cancels
+    # they share a database: each one's dashboard has the calls of both, under the commit that runs, hot-reloaded or not
+    ask(a)
+    ask(b)
+    calls = {("feature/A", second, space_a.id), ("b_ütf", third, f"{OWNER}/{space_name(OWNER, APP, 'b_ütf')}")}
+    deadline = time.monotonic() + 20
+    while counted(b) != calls and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert counted(a) == counted(b) == calls
+
+    # what hot reload cannot show falls back: a name that another module holds, and a reload that the Hub cancels
     at.git("checkout", "-q", "feature/A")
-    with (at.folder / "ui" / "style.css").open("a") as file:
-        file.write("#nothing { color: red }\n")
-    fourth = at.commit("style")
+    fourth = at.edit("ui/dashboard.py", 'TAB = "Usage"', 'TAB = "Usage of A"')
     done = at.previews("deploy", "--branch", "feature/A")
-    assert done["path"] == "restart" and "style.css" in done["reason"] and shown(a)[0] == fourth
+    assert done["path"] == "restart" and "other modules hold TAB" in done["reason"]
+    assert shown(a)[0] == fourth and "Usage of A" in shown(a)[1]
     hub.cancel = 1
     fifth = at.edit("ui/playground.py", "Reward of A", "Reward A")
     done = at.previews("deploy", "--branch", "feature/A")

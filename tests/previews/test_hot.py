@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from previews.hot import obstacle
+from previews.hot import Program, obstacle
 from previews.source import read
 from tests.previews.stand_in_hub import SITE, free_port
 
@@ -100,7 +100,7 @@ def changed(name: str, word: str) -> dict[str, str]:
 def why(files: dict[str, str]) -> str | None:
     """The obstacle between the application and these files."""
     before = {name: text.encode() for name, text in FILES.items() if files.get(name) != text}
-    return obstacle(before, {name: text.encode() for name, text in files.items()})
+    return obstacle(before, Program({name: text.encode() for name, text in files.items()}))
 
 
 @pytest.mark.parametrize(("name", "word", "expected"), CHANGES, ids=[word for _, word, _ in CHANGES])
@@ -136,7 +136,10 @@ def test_other_changes_are_judged(name: str, old: str, new: str, expected: str) 
 
 def test_a_new_file_is_no_obstacle_and_an_unreadable_old_one_is() -> None:
     assert why({**FILES, "more.py": "A = 1\n"}) is None
-    assert obstacle({"page.py": b"def ("}, {"page.py": b""}) == "page.py: the Space's version of it cannot be read"
+    assert (
+        obstacle({"page.py": b"def ("}, Program({"page.py": b""}))
+        == "page.py: the Space's version of it cannot be read"
+    )
 
 
 class Running:
@@ -207,16 +210,16 @@ def test_hot_reload_does_as_is_claimed(running: Running, name: str, word: str, e
 
 def test_this_applications_page_can_be_hot_reloaded_and_its_start_cannot() -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    python = {name: file.content for name, file in read(ROOT, head.strip()).files.items() if name.endswith(".py")}
+    python = read(ROOT, head.strip()).python
 
     def edited(name: str, old: bytes, new: bytes) -> str | None:
         assert old in python[name]
-        return obstacle({name: python[name]}, {**python, name: python[name].replace(old, new, 1)})
+        return obstacle({name: python[name]}, Program({**python, name: python[name].replace(old, new, 1)}))
 
     assert edited("ui/playground.py", b"Teach a model this reward", b"Another label") is None
     assert edited("rewards/sharpness.py", b"return ", b"return 0 * 0 + ") is None
     assert edited("ui/__init__.py", b'"Playground": ', b'"Play": ') == "ui/__init__.py: other modules hold TABS"
     assert edited("ui/dashboard.py", b'TAB = "Usage"', b'TAB = "Calls"') == "ui/dashboard.py: other modules hold TAB"
     assert "has done its work" in (edited("serving/health.py", b"version=version", b"version=version[:9]") or "")
-    assert "has done its work" in (edited("settings.py", b'"PREVIEW_BRANCH"', b'"BRANCH"') or "")
+    assert "class Settings" in (edited("settings.py", b'"PREVIEW_BRANCH"', b'"BRANCH"') or "")
     assert "app.py" in (edited("app.py", b"footer_links", b"footer") or "")
