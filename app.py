@@ -132,7 +132,7 @@ def space() -> tuple[Settings, House]:
 def stamped(module: str, commit: str) -> gr.Blocks | None:
     """The page of this commit, if this is the program of a Space. commit: "" for what the settings say.
 
-    Calls count under the commit, and /healthz tells it, only once its page has been built: one that fails changes nothing.
+    Calls count under the commit, and /healthz tells it, once its page has been built: one that fails changes nothing.
     """
     if module != "__main__" or "SPACE_ID" not in os.environ:
         return None

@@ -39,6 +39,7 @@ BENCHMARKS = {
     "learning": "bench.learning",
     "usage": "bench.usage",
     "endpoint": "bench.endpoint",
+    "previews": "bench.previews",
 }
 FIELDS = ("name", "value", "unit", "baseline", "ratio", "target", "note")
 COMPARISONS = {

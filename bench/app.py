@@ -15,6 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REPEATS = 5
+# Python looks for compiled files where there are none, and writes none.
+UNCOMPILED = {"PYTHONPYCACHEPREFIX": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"}
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 EMPTY = """
 import os
@@ -36,23 +38,11 @@ runpy.run_path("app.py", run_name="__main__")
 
 
 def rows() -> list[dict[str, Any]]:
-    """The median start of the app and of an empty page, taken in turns, and the heavy modules the app had loaded."""
-    ours, empty = ["app.py"], ["-c", EMPTY]
-    for command in (ours, empty):
-        first_page(command)  # the first start reads files from the disk and compiles them
-    pairs = [(first_page(ours), first_page(empty)) for _ in range(REPEATS)]
-    app, gradio = (statistics.median(times) for times in zip(*pairs))
+    """The median start of the app and of an empty page, with compiled bytecode and without, and the heavy modules."""
     loaded = heavy_modules()
     return [
-        {
-            "name": "start to first page",
-            "value": app,
-            "unit": "s",
-            "baseline": gradio,
-            "ratio": app / gradio,
-            "target": "ratio <= 1.5",
-            "note": f"against an empty Gradio page, medians of {REPEATS} in turns, warm disk",
-        },
+        start_row("start to first page", {}, "warm disk"),
+        start_row("the same without compiled bytecode", UNCOMPILED, "as uv installs, or where nothing can be written"),
         {
             "name": "heavy modules at the first page",
             "value": len(loaded),
@@ -63,11 +53,29 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-def first_page(arguments: Sequence[str]) -> float:
+def start_row(name: str, environment: dict[str, str], words: str) -> dict[str, Any]:
+    """The app against an empty page, in turns."""
+    ours, empty = ["app.py"], ["-c", EMPTY]
+    for command in (ours, empty):
+        first_page(command, environment)  # the first start reads files from the disk and compiles them
+    pairs = [(first_page(ours, environment), first_page(empty, environment)) for _ in range(REPEATS)]
+    app, gradio = (statistics.median(times) for times in zip(*pairs))
+    return {
+        "name": name,
+        "value": app,
+        "unit": "s",
+        "baseline": gradio,
+        "ratio": app / gradio,
+        "target": "ratio <= 1.5",
+        "note": f"against an empty Gradio page, medians of {REPEATS} in turns, {words}",
+    }
+
+
+def first_page(arguments: Sequence[str], environment: dict[str, str]) -> float:
     """Seconds from the start of `python <arguments>` to its first 200 on /. The process is gone afterwards."""
     port = free_port()
     started = time.perf_counter()
-    process = start(arguments, port)
+    process = start(arguments, port, environment)
     try:
         wait_for_page(process, port)
         return time.perf_counter() - started
@@ -94,10 +102,11 @@ def heavy_modules() -> list[str]:
     return [name for name in HEAVY if name in loaded]
 
 
-def start(arguments: Sequence[str], port: int) -> subprocess.Popen[bytes]:
+def start(arguments: Sequence[str], port: int, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Starts Python in the project's folder, told to serve on `port`."""
     environment = {
         **os.environ,
+        **(environment or {}),
         "GRADIO_SERVER_NAME": "127.0.0.1",
         "GRADIO_SERVER_PORT": str(port),
         "GRADIO_ANALYTICS_ENABLED": "False",

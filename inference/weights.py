@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,14 @@ def unavailable(entry: ModelEntry) -> str | None:
     """Why a local model cannot be used on this machine, and what to do about it; None when it can."""
     if entry.backend != "local":
         return None
-    return _missing_gpu(entry) or missing_files(entry) or _missing_memory(entry)
+    return _missing_torch() or _missing_gpu(entry) or missing_files(entry) or _missing_memory(entry)
+
+
+@cache
+def _missing_torch() -> str | None:
+    if find_spec("torch") and find_spec("transformers"):
+        return None
+    return "this deployment has no torch (requirements-slim.txt): hosted models alone answer here."
 
 
 def missing_files(entry: ModelEntry) -> str | None:

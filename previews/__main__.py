@@ -8,6 +8,7 @@ superseded by a newer commit; 7 rate limit; 8 build error; 9 the application doe
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -34,6 +35,7 @@ from previews.source import branches, fetched_at, resolve
 APP = "moondream-playground"
 
 
+YES = ("1", "true", "yes", "on")
 TICKS = 15.0  # seconds between two lines of progress where they cannot replace each other
 
 
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Does a command; its exit code. Progress goes to stderr, the result to stdout."""
     asked = _parser().parse_args(arguments)
     progress = Progress(sys.stderr)
+    gc.disable()  # a short program: collecting costs it half as much again as reading the application's Python
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a canceled workflow is tidied up
     try:
         patient()
@@ -257,6 +260,7 @@ def _deployer(asked: argparse.Namespace, hub: Hub, progress: Progress) -> Deploy
         timeout=asked.timeout,
         poll=asked.poll,
         at_least={"auto": Path.NOTHING, "restart": Path.RESTART, "build": Path.BUILD}[asked.path],
+        slim=asked.slim,
         fast_from=f"{asked.owner}/{asked.app}" if asked.fast else None,
     )
     return Deployer(hub, asked.folder, options, progress.say, progress.tick, STARTED, asked.pushed_at)
@@ -284,7 +288,10 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--pushed-at", type=_moment, metavar="SECONDS", help="Unix time of the push, to count from there")
     how.add_argument("--poll", type=float, default=1.0, help="seconds between two looks (1)")
     how.add_argument("--path", choices=("auto", "restart", "build"), default="auto", help="do at least this")
-    how.add_argument("--fast", action="store_true", help="serve a first preview in a Job meanwhile, $0.02 an hour")
+    slim, fast = (os.environ.get(name, "").lower() in YES for name in ("PREVIEW_SLIM", "PREVIEW_FAST"))
+    how.add_argument("--slim", action="store_true", default=slim, help="previews without torch (PREVIEW_SLIM=1)")
+    words = "serve a first preview in a Job meanwhile, open to all, for $0.02 an hour (PREVIEW_FAST=1)"
+    how.add_argument("--fast", action="store_true", default=fast, help=words)
     parser = argparse.ArgumentParser(
         prog="python -m previews", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -28,6 +28,7 @@ DEPLOY, PART = "Deploy ", "Hot reload of "  # how the titles of our commits in a
 GRACE = 30.0  # seconds after a commit in which an error may be one of before
 HOT_LIMIT = 15.0  # seconds until a hot-reloaded commit must be seen
 HOT_POLL = 0.1
+KNOWN = 1.5  # seconds in which a replica that has reloaded before must hear of a commit
 PATIENCE = 5.0  # seconds in which what another deploy has sent may go live
 RETRIES = 3  # plans, when somebody else commits in between
 JOB_PRICE, JOB_SECONDS = 0.02, 1800  # dollars an hour: cpu-basic .01 and a public port .01
@@ -57,6 +58,7 @@ class Options:
     timeout: float = 1200.0
     poll: float = 1.0
     at_least: Path = Path.NOTHING
+    slim: bool = False  # a preview without models of its own, whose image is built sooner
     fast_from: str | None = None  # the Space whose image serves a first preview in a Job
 
 
@@ -102,6 +104,10 @@ class _Run:
     job_seconds: float | None = None
 
 
+class _NotShown(Exception):
+    """Why a hot reload has not come about."""
+
+
 class Deployer:
     """Brings Spaces to commits. say: takes a line for a person; tick: takes one that the next may replace.
 
@@ -126,7 +132,7 @@ class Deployer:
         began, used = (time.monotonic(), _processor()) if self.began is None else (self.began, 0.0)
         threads = ThreadPoolExecutor(2)
         look = threads.submit(self.hub.look, target.space, APP_FILE)
-        run = _Run(target, read(self.folder, sha))
+        run = _Run(target, read(self.folder, sha, slim=self.options.slim and not target.shared))
         program = threads.submit(Program, run.source.python)  # it takes as long as the Hub does to answer
         run.program = program.result
         threads.shutdown(wait=False)
@@ -159,7 +165,7 @@ class Deployer:
             try:
                 return self._bring(run, self._found(run, seen))
             except PreviewError as error:
-                if error.code is not Exit.CONFLICT or error.final or attempt == RETRIES:
+                if error.code is not Exit.CONFLICT or error.final or seen is None or attempt == RETRIES:
                     raise
                 self._give_way(run.target, run.source.sha)
                 self.say("somebody else committed to this Space; looking again")
@@ -219,6 +225,8 @@ class Deployer:
         if made.path is not Path.NOTHING:
             additions = self._prepared(seen, made)
             head = self.hub.commit(state.id, head, title(run.source.sha), additions, made.delete)
+            if self.options.at_least is Path.BUILD and not run.created:
+                self.hub.restart(state.id, factory=True)  # a commit alone takes from the last image what it can
             if run.created and self.options.fast_from and run.job is None:
                 self._fast(run, head)
         return made, self._until_live(run, head, made.path, began)
@@ -244,7 +252,12 @@ class Deployer:
     def _fitting(self, made: Plan, run: _Run, state: State) -> Plan:
         """The plan as the options and the Space's state allow it."""
         least = self.options.at_least
-        if made.path is Path.HOT_RELOAD and least in (Path.RESTART, Path.BUILD):
+        if made.path is Path.NOTHING and least is not Path.NOTHING:
+            return self._forced(replace(made, path=least), run.source, "asked for")
+        if (made.path is Path.HOT_RELOAD and least is not Path.NOTHING) or (made.path, least) == (
+            Path.RESTART,
+            Path.BUILD,
+        ):
             return replace(made, path=least, reason="asked for")
         if made.path is Path.HOT_RELOAD:
             state = self._settled(state)
@@ -255,8 +268,6 @@ class Deployer:
             running = self._soon(state.host, run.source.sha)
             if running != run.source.sha:
                 return self._forced(made, run.source, f"the Space has the files, and runs {running and running[:12]}")
-            if least is not Path.NOTHING:
-                return self._forced(replace(made, path=least), run.source, "asked for")
         return made
 
     def _soon(self, host: str, sha: str) -> str | None:
@@ -309,13 +320,9 @@ class Deployer:
             words = title(sha) if last else part_title(file.path, sha)
             parent, head = head, self.hub.commit(state.id, head, words, [addition], hot=True)
             try:
-                problem = self._reloaded(run.target, file, parent, head)
-            except PreviewError as error:
-                if error.code is not Exit.NETWORK:
-                    raise
-                problem = str(error)
-            if problem:
-                return problem
+                state = self._reloaded(state, file, parent, head)
+            except _NotShown as problem:
+                return str(problem)
         deadline = time.monotonic() + HOT_LIMIT
         while time.monotonic() < deadline:
             if self.hub.revision(state.host) == sha and self.hub.page_tells(state.host, sha):
@@ -323,18 +330,20 @@ class Deployer:
             time.sleep(HOT_POLL)
         return f"after {HOT_LIMIT:.0f} s the page was still another commit's"
 
-    def _reloaded(self, target: Target, file: File, parent: str, head: str) -> str | None:
-        """Waits for a file's reload; why it did not come about, or None. Raises PreviewError if somebody commits."""
-        deadline = time.monotonic() + HOT_LIMIT
-        while (state := self._state(target)).head != head or state.reload is None:
-            if state.head not in (head, parent):
-                raise refused(412, f"reload {file.path}", "")
-            if state.stage != "RUNNING" or time.monotonic() > deadline:
-                return f"the Hub did not do it (stage {state.stage})"
-            time.sleep(HOT_POLL)
-        if state.reload != "created":
-            return f"the Hub has {state.reload} it"
-        for event in self.hub.reload_events(state, head):
+    def _reloaded(self, state: State, file: File, parent: str, head: str) -> State:
+        """Waits for a file's reload; the Space's state then.
+
+        Raises _NotShown if it does not come about, PreviewError if somebody else commits or the new code does not run.
+        """
+        try:
+            events = self._told(state, head)
+        except PreviewError:  # the replicas of before may have gone, or the Hub has not done it
+            state = self._reload_state(state.id, file, parent, head)
+            try:
+                events = self.hub.reload_events(state, head)
+            except PreviewError as error:
+                raise _NotShown(str(error)) from None
+        for event in events:
             if event.get("kind") in ("exception", "error"):
                 trace = str(event.get("traceback", "")).strip().splitlines()
                 message = (
@@ -342,14 +351,33 @@ class Deployer:
                     " serving. Mend it and deploy again; if it runs after a restart, deploy with --path restart."
                 )
                 raise PreviewError(message, Exit.APP, trace)
-        return None
+        return state
+
+    def _told(self, state: State, head: str) -> list[dict[str, Any]]:
+        """Asks the replicas that are known from an earlier reload, which spares a question to the Hub."""
+        if not state.replicas:
+            raise PreviewError("no replica is known", Exit.NETWORK)
+        return self.hub.reload_events(state, head, patience=KNOWN)
+
+    def _reload_state(self, space: str, file: File, parent: str, head: str) -> State:
+        """The Space's state once the Hub has made the reload."""
+        deadline = time.monotonic() + HOT_LIMIT
+        while (state := self._state(space)).head != head or state.reload is None:
+            if state.head not in (head, parent):
+                raise refused(412, f"reload {file.path}", "")
+            if state.stage != "RUNNING" or time.monotonic() > deadline:
+                raise _NotShown(f"the Hub did not do it (stage {state.stage})")
+            time.sleep(HOT_POLL)
+        if state.reload != "created":
+            raise _NotShown(f"the Hub has {state.reload} it")
+        return state
 
     def _until_live(self, run: _Run, head: str, path: Path, began: float) -> str:
         """The address, once the application there reports the commit. Raises PreviewError when that cannot be."""
         target, sha = run.target, run.source.sha
         shown, rebuilt, woken, moved = "", False, False, False
         while True:
-            state = self._state(target)
+            state = self._state(target.space)
             spent = time.monotonic() - began
             if self.hub.revision(state.host) == sha:
                 run.by_path[path.value] = run.by_path.get(path.value, 0.0) + spent
@@ -410,10 +438,10 @@ class Deployer:
             run.job_seconds = round(time.monotonic() - began, 2)
             self.say(f"the Job serves it since {run.job_seconds:.0f} s: {run.job_url}")
 
-    def _state(self, target: Target) -> State:
-        state = self.hub.state(target.space)
+    def _state(self, space: str) -> State:
+        state = self.hub.state(space)
         if state is None:
-            raise PreviewError(f"{target.space} has been deleted in the meantime.", Exit.NOT_FOUND)
+            raise PreviewError(f"{space} has been deleted in the meantime.", Exit.NOT_FOUND)
         return state
 
 

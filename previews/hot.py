@@ -21,8 +21,9 @@ class Program:
     """The Python files of an application as they shall be, by path, read and understood."""
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
-        self.trees = {path: _tree(content) or ast.Module([], []) for path, content in files.items()}
-        self.once = called_once(self.trees)
+        trees = {path: _tree(content) or ast.Module([], []) for path, content in files.items()}
+        self.modules = {path: _Module(path, tree, trees) for path, tree in trees.items()}
+        self.once = called_once(self.modules)
 
 
 def obstacle(before: Mapping[str, bytes], program: Program) -> str | None:
@@ -31,10 +32,10 @@ def obstacle(before: Mapping[str, bytes], program: Program) -> str | None:
     before: the old contents of the Python files that change. New files have none, and nothing holds anything of them.
     """
     for path, content in sorted(before.items()):
-        old, new = _tree(content), program.trees.get(path) or ast.Module([], [])
+        old, new = _tree(content), program.modules[path].tree if path in program.modules else ast.Module([], [])
         if old is None:
             return f"{path}: the Space's version of it cannot be read"
-        why = _module_changes(old, new, _imported_from(path, program.trees))
+        why = _module_changes(old, new, _held_by_others(path, program.modules))
         if why is None:
             stale = sorted(name for name in _edited_functions(old, new) if (path, name) in program.once)
             why = f"{stale[0]}() has done its work when the application has started" if stale else None
@@ -118,23 +119,20 @@ def _is_stamp(node: ast.stmt) -> bool:
     return isinstance(node, ast.Assign) and STAMPED.match(ast.unparse(node)) is not None
 
 
-def _imported_from(path: str, trees: Mapping[str, ast.Module]) -> set[str]:
+def _held_by_others(path: str, modules: Mapping[str, _Module]) -> set[str]:
     """The names of this module that others hold: imported, or read from it while they are loaded. "*" for all."""
-    module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     found: set[str] = set()
-    for other, tree in trees.items():
-        if other == path:
-            continue
-        names = set()  # by which it knows the module itself
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module == module:
+    for other in modules.values():
+        known = set()  # by which names it knows the module itself
+        for node in other.imports:
+            if isinstance(node, ast.ImportFrom) and node.module == name:
                 found |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                names |= {alias.asname or alias.name for alias in node.names if f"{node.module}.{alias.name}" == module}
-            elif isinstance(node, ast.Import):
-                names |= {alias.asname or alias.name for alias in node.names if alias.name == module}
-        for node in _outside_functions(tree) if names else ():
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in names:
+            else:
+                before = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+                known |= {alias.asname or alias.name for alias in node.names if f"{before}{alias.name}" == name}
+        for node in other.loading if known else ():
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in known:
                 found.add(node.attr)
     return found
 
@@ -151,16 +149,15 @@ Place: TypeAlias = "tuple[str, str]"  # a file, and in it a function, a class, o
 MAKERS = ("__init__", "__post_init__", "__new__")
 
 
-def called_once(trees: Mapping[str, ast.Module]) -> set[Place]:
+def called_once(modules: Mapping[str, _Module]) -> set[Place]:
     """The functions that run while the application starts: what modules call when they are loaded, and what that calls.
 
     Followed are names and what is imported, not methods of objects that the code does not name. Not followed is what
     app.py's stamp calls: it runs again at each reload.
     """
-    modules = {path: _Module(path, tree, trees) for path, tree in trees.items()}
     again = _again(modules)
     found: set[Place] = set()
-    todo = [place for one in modules.values() for place in one.calls(_outside_functions(one.tree))]
+    todo = [place for one in modules.values() for place in one.calls(one.loading)]
     while todo:
         place = todo.pop()
         body = modules[place[0]].bodies.get(place[1])
@@ -185,14 +182,16 @@ def _again(modules: Mapping[str, _Module]) -> set[Place]:
 
 
 class _Module:
-    """One module: its functions and methods by name, and what the names in it mean."""
+    """One module: its imports, what runs while it is loaded, its functions and methods, and what names in it mean."""
 
     def __init__(self, path: str, tree: ast.Module, trees: Mapping[str, ast.Module]) -> None:
         self.path, self.tree = path, tree
+        self.imports = [node for node in _statements(tree.body) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        self.loading = list(_outside_functions(tree))
         self.bodies: dict[str, ast.AST] = dict(_functions(tree))
         self.classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
         self.names: dict[str, Place] = {name: (path, name) for name in {*self.bodies, *self.classes}}
-        for node in ast.walk(tree):
+        for node in self.imports:
             if isinstance(node, ast.ImportFrom) and node.module:
                 for alias in node.names:
                     whole = _file(f"{node.module}.{alias.name}", trees)
@@ -220,6 +219,17 @@ def _file(module: str, trees: Mapping[str, ast.Module]) -> str:
     """The file of a module of the application; "" for others."""
     stem = module.replace(".", "/")
     return next((path for path in (f"{stem}.py", f"{stem}/__init__.py") if path in trees), "")
+
+
+def _statements(block: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Every statement in a block, at any depth."""
+    for node in block:
+        yield node
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+            for inner in getattr(node, name, ()):
+                yield from _statements(
+                    inner.body if isinstance(inner, (ast.ExceptHandler, ast.match_case)) else [inner]
+                )
 
 
 def _outside_functions(tree: ast.Module) -> Iterator[ast.AST]:

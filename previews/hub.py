@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -162,16 +162,12 @@ class Hub:
 
     def look(self, space: str, app_file: str) -> Look | None:
         """All that a deploy needs to know of a Space, asked at once; None if there is none."""
-        asked = (
-            lambda: self.state(space),
-            lambda: self.files(space),
-            lambda: self.variables(space),
-            lambda: self.content(space, app_file),
-        )
-        with ThreadPoolExecutor(len(asked)) as pool:
-            answers = [pool.submit(ask) for ask in asked]
-        state = answers[0].result()
-        return Look(state, *(answer.result() for answer in answers[1:])) if state else None
+        with ThreadPoolExecutor(4) as pool:
+            state = pool.submit(self.state, space)
+            files, variables = pool.submit(self.files, space), pool.submit(self.variables, space)
+            app = pool.submit(self.content, space, app_file)
+        found = state.result()
+        return Look(found, files.result(), variables.result(), app.result()) if found else None
 
     def spaces(self, owner: str) -> dict[str, datetime | None]:
         """The names, without the owner, of the owner's Spaces, and when each was made."""
@@ -298,19 +294,24 @@ class Hub:
             return False
         return answer.is_success and sha in answer.text
 
-    def reload_events(self, state: State, commit: str) -> Iterator[dict[str, Any]]:
-        """What hot reload did, replica by replica: events with a `kind`. Raises PreviewError if it cannot be told."""
+    def reload_events(self, state: State, commit: str, patience: float = RELOAD_PATIENCE) -> list[dict[str, Any]]:
+        """What hot reload did, replica by replica: events with a `kind`. Raises PreviewError if it cannot be told.
+
+        patience: the seconds in which a replica must have heard of the commit.
+        """
+        found = []
         host = state.host.replace(state.subdomain, f"{state.subdomain}--{RELOAD_PORT}", 1)
         for replica in state.replicas:
             url = f"{host}/--replicas/+{replica}/get-reload"
             try:
-                yield from self._events(url, commit)
+                found += self._events(url, commit, patience)
             except (httpx2.HTTPError, ValueError, KeyError) as error:
                 why = without_secrets(str(error)) or type(error).__name__
                 raise PreviewError(f"hot reload did not tell what it did ({why})", Exit.NETWORK) from None
+        return found
 
-    def _events(self, url: str, commit: str) -> list[dict[str, Any]]:
-        deadline = time.monotonic() + RELOAD_PATIENCE
+    def _events(self, url: str, commit: str, patience: float) -> list[dict[str, Any]]:
+        deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             asked = {"json": {"reloadId": commit}, "headers": self._proof(url), "timeout": ANSWER}
             with get_session().stream("POST", url, **asked, follow_redirects=False) as answer:
@@ -318,7 +319,7 @@ class Hub:
                     answer.raise_for_status()
                     lines = [line.removeprefix("data:") for line in answer.iter_lines() if line.startswith("data:")]
                     return [json.loads(line)["data"] for line in lines if line.strip()]
-            time.sleep(0.2)
+            time.sleep(0.1)
         raise ValueError("it does not know this commit")
 
     def _get(self, url: str) -> httpx2.Response:

@@ -18,7 +18,8 @@ APP_FILE, README = "app.py", "README.md"
 STAMP = re.compile(r'^(demo = stamped\(__name__, ")[^"\n]*("\))', re.MULTILINE)
 STAMPED = re.compile(r"demo = stamped\(__name__, ")
 # What a Space has no use for.
-LEFT_OUT = ("tests/", "bench/", "docs/", "previews/", ".github/", ".ci/", "requirements-dev.txt", "Makefile")
+LEFT_OUT = ("tests/", "bench/", "docs/", "previews/", ".github/", ".ci/", "requirements-", "Makefile")
+REQUIREMENTS, SLIM = "requirements.txt", "requirements-slim.txt"
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,24 @@ class Source:
         return {path: file.content for path, file in self.files.items() if path.endswith(".py")}
 
 
-def read(folder: Path, sha: str) -> Source:
-    """A commit's files. Raises PreviewError if git has no such commit or app.py no place for the stamp."""
+def read(folder: Path, sha: str, slim: bool = False) -> Source:
+    """A commit's files. slim: with its slim requirements in the place of the full ones.
+
+    Raises PreviewError if git has no such commit, if it lacks a file, or if app.py has no place for the stamp.
+    """
     sha = resolve(folder, sha)
     entries = _git(folder, "ls-tree", "-r", "-z", sha).decode("utf-8", "surrogateescape").split("\0")
     wanted: dict[str, str] = {}
     for entry in filter(None, entries):
         about, path = entry.split("\t", 1)
         mode, kind, oid = about.split()
-        if kind == "blob" and mode != "120000" and not path.startswith(LEFT_OUT):  # a Space has no use for links
+        if kind == "blob" and mode != "120000":  # a Space has no use for links
             wanted[path] = oid
+    if slim and SLIM not in wanted:
+        raise PreviewError(f"Commit {sha[:12]} has no {SLIM}: deploy it without --slim.", Exit.USAGE)
+    if slim:
+        wanted[REQUIREMENTS] = wanted[SLIM]
+    wanted = {path: oid for path, oid in wanted.items() if not path.startswith(LEFT_OUT)}
     if APP_FILE not in wanted:
         raise PreviewError(f"Commit {sha[:12]} has no {APP_FILE}, so there is nothing to serve.", Exit.USAGE)
     if README not in wanted:

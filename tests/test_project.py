@@ -95,6 +95,56 @@ def test_everything_that_is_imported_is_required_by_name(names: list[str], place
     assert {name for name, providers in imported.items() if not providers & required} == set()
 
 
+def test_the_slim_requirements_are_the_full_ones_without_what_local_models_need() -> None:
+    slim, full = ({str(pin) for pin in pins(ROOT / name)} for name in ("requirements-slim.txt", "requirements.txt"))
+    left_out = {Requirement(pin).name for pin in full - slim}
+    assert slim < full and {"torch", "transformers", "trl", "peft", "accelerate", "datasets"} <= left_out
+    names = {canonicalize_name(Requirement(pin).name) for pin in slim}
+    for name in sorted(names):
+        for text in importlib.metadata.requires(name) or [] if here(name) else []:
+            needed = Requirement(text)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                assert canonicalize_name(needed.name) in names, f"{name} needs {needed.name}"
+
+
+def here(name: str) -> bool:
+    """Whether it is installed: some are for other Pythons."""
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def test_the_page_opens_with_the_slim_requirements_and_says_what_is_not_there(tmp_path: Path) -> None:
+    """Everything else is hidden from Python; the page is built, and local models say why they cannot be asked."""
+    slim, full = ({pin.name for pin in pins(ROOT / name)} for name in ("requirements-slim.txt", "requirements.txt"))
+    distributions = importlib.metadata.packages_distributions()
+    hidden = [name for name, owners in distributions.items() if owners and set(owners) <= full - slim]
+    program = f"""
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {hidden}:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Hidden())
+import importlib.util as util
+found = util.find_spec
+util.find_spec = lambda name, *rest: None if name in {hidden} else found(name, *rest)
+import app
+from fastapi.testclient import TestClient
+from inference.models import MODELS
+from pathlib import Path
+from settings import Settings
+client = TestClient(app.create_app(Settings(data_dir=Path({str(tmp_path)!r}))))
+assert client.get("/").status_code == client.get("/healthz").status_code == client.get("/v1/usage").status_code == 200
+print(MODELS["moondream-tiny"].unavailable())
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "torch" in hidden and "no torch (requirements-slim.txt)" in run.stdout
+
+
 def test_the_sdk_needs_no_kernels_for_its_cloud_and_tuning_clients() -> None:
     """The claim that requirements-sdk.txt rests on."""
     program = "import moondream, sys; moondream.vl(api_key='none'); moondream.ft; print(*sys.modules)"

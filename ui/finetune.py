@@ -37,6 +37,7 @@ from usage.budgets import BudgetExceeded
 from usage.store import StoreError
 
 TAB = "Fine-tune"
+NO_BASE = "No model can be trained on this deployment, which has no torch. Moondream's tuning API is left: see Where."
 TITLE = "Fine-tuning"
 
 
@@ -159,8 +160,9 @@ def submit(house: House, base: str, reward: dict[str, float], token: str = "", *
     where = asked.get("where", "here")
     _may_begin(house, where, token)
     base = BASE if where == "hosted" else base
-    if where != "hosted" and base not in {name for _, name in bases(house)}:
-        raise RunError("Choose a base from the list.")
+    offered = {name for _, name in bases(house)}
+    if where != "hosted" and base not in offered:
+        raise RunError("Choose a base from the list." if offered else NO_BASE)
     earlier = house.adopted.earlier(base)
     whole = {key: int(asked[key]) for key in ("seed", "steps", "rollouts", "rank", "sft_steps") if key in asked}
     source = str(earlier.folder.resolve()) if earlier else base

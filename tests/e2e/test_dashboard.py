@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from previews.github import words
 from tests.e2e.conftest import serving
 from tests.e2e.test_page import violations
 from tests.ui.test_dashboard import HOSTILE
@@ -82,6 +84,16 @@ def test_filters_are_in_the_address_and_survive_a_reload(open_page: Open) -> Non
     assert page.get_by_label("model", exact=True).is_checked()
     page.get_by_role("tab", name="Playground").click()
     page.wait_for_function("!location.search.includes('usage.')")
+
+
+@pytest.mark.parametrize("branch", ["feature/warm, and more", HOSTILE])
+def test_a_previews_comment_links_to_the_usage_of_its_branch(open_page: Open, branch: str) -> None:
+    told = {"url": "https://space", "branch": branch, "sha": "1" * 40, "path": "restart", "seconds": 31.0}
+    link = re.search(r"\[of this branch\]\(https://space/\?(\S+)\) \|", words(told))
+    assert link
+    page = opened(open_page(link[1]))
+    page.wait_for_function("document.querySelector('.figure-value').textContent === '100'")
+    assert page.get_by_role("tab", name="Usage").get_attribute("aria-selected") == "true"
 
 
 def test_charts_tell_their_values_and_names_are_only_text(open_page: Open) -> None:

@@ -74,6 +74,7 @@ class Space:
     port: int = 0
     reload_port: int = 0
     starts: int = 0
+    turn: int = 0  # of the start that was asked for last: earlier ones give way to it
     log: list[str] = field(default_factory=list)
     build_log: list[str] = field(default_factory=list)
     made: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ"))
@@ -106,6 +107,7 @@ class StandInHub(ThreadingHTTPServer):
         self.drop = self.cancel = self.stuck = self.conflicts = 0
         self.busy: list[list[float]] = []
         self.large: dict[str, bytes] = {}
+        self.identity: str | None = None
         self.stale = 0.3
         self.build_fails: list[str] = []
         self.meanwhile: Callable[[], None] | None = None
@@ -173,6 +175,8 @@ class StandInHub(ThreadingHTTPServer):
             span[1] = time.monotonic()
 
     def _start(self, space: Space, oid: str, built: bool) -> None:
+        space.turn += 1
+        turn = space.turn
         time.sleep(self.stale)
         first = not space.starts
         with self.lock:
@@ -186,8 +190,8 @@ class StandInHub(ThreadingHTTPServer):
             space.stage, space.running = "BUILD_ERROR", oid
             return
         with self.lock:
-            if oid != space.head:
-                return  # a newer commit is on its way
+            if oid != space.head or turn != space.turn:
+                return  # a newer commit or start is on its way
             space.stage = "APP_STARTING"
             self.stop(space)
             space.starts += 1
@@ -294,7 +298,10 @@ class Answers(BaseHTTPRequestHandler):
             if queue and method == self.command and parts.path.endswith(end):
                 self.answer(*queue.pop(0))
                 return
-        if parts.path.startswith("/large/"):
+        if parts.path == "/oauth/token":
+            known = json.loads(body).get("subject_token") == hub.identity is not None
+            self.answer(200, {"access_token": TOKEN}) if known else self.answer(401, {"error": "unknown publisher"})
+        elif parts.path.startswith("/large/"):
             self.large(parts.path.rpartition("/")[2], body)
         elif parts.path.endswith(".git/info/lfs/objects/batch"):
             self.batch(json.loads(body))

@@ -1,19 +1,16 @@
 """What goes wrong on the Hub's side, played by the stand-in: what is said, what is tried, and what goes on serving.
 
-The application here is a small program with the two ports of a Gradio Space, so that it starts at once; the real one is
-in test_branches.py.
+The application is the small one of world.py, so that it starts at once; the real one is in test_branches.py.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,136 +19,15 @@ import pytest
 from huggingface_hub import set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
-from previews import deploy as deploying
 from previews import hub as hubs
 from previews.__main__ import Progress
 from previews.changes import Plan, plan
-from previews.deploy import Deployer, Options, Result, preview
+from previews.deploy import Result
 from previews.errors import Exit, PreviewError, without_secrets
 from previews.hub import Hub, patient
 from previews.source import branches, read
-from tests.previews.stand_in_hub import TOKEN, Space, StandInHub, stand_in_hub
-
-APP = '''"""A small application."""
-import json, os, re, threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-def stamped(name, commit):
-    return commit
-
-demo = stamped(__name__, "")
-
-class Answers(BaseHTTPRequestHandler):
-    commit = demo
-    def do_GET(self):
-        self.give({"revision": Answers.commit})
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if "contents" in body:
-            found = re.search(r'stamped\\(__name__, "(\\w*)"', body["contents"])
-            if found and not body["contents"].endswith("# shows nothing\\n"):
-                Answers.commit = found[1]
-            self.give({"res": {"status": "created", "reloadId": body["reloadId"]}})
-        else:
-            self.give({"data": {"kind": "ui", "updated": True}}, b"data: ")
-    def give(self, value, before=b""):
-        text = before + json.dumps(value).encode() + b"\\n\\n"
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-    def log_message(self, *_):
-        pass
-
-if __name__ == "__main__":
-    print("starting")
-    import part
-    ports = int(os.environ["GRADIO_SERVER_PORT"]), int(os.environ["RELOAD_PORT"])
-    servers = [ThreadingHTTPServer(("127.0.0.1", port), Answers) for port in ports]
-    threading.Thread(target=servers[1].serve_forever, daemon=True).start()
-    servers[0].serve_forever()
-'''
-ROOT = Path(__file__).resolve().parents[2]
-PROOF = {"Authorization": f"Bearer {TOKEN}"}
-README = "---\ntitle: Small\nsdk: gradio\n---\n# Small\n"
-
-
-class World:
-    """A repository, a stand-in for the Hub, and a deployer between them."""
-
-    def __init__(self, folder: Path, hub: StandInHub) -> None:
-        self.folder, self.hub, self.lines = folder, hub, []
-        folder.mkdir()
-        for name, text in (("app.py", APP), ("part.py", '"""A part."""\n'), ("README.md", README)):
-            (folder / name).write_text(text)
-        self.git("init", "-q", "-b", "x")
-        self.target = preview("team", "small", "x")
-
-    def git(self, *arguments: str) -> str:
-        command = ["git", "-c", "user.name=T", "-c", "user.email=t@example.org", *arguments]
-        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=True).stdout.strip()
-
-    def commit(self, **files: str) -> str:
-        for name, text in files.items():
-            (self.folder / f"{name}.py").write_text(text)
-        self.git("add", "-A")
-        self.git("commit", "-q", "--allow-empty", "-m", "a change")
-        return self.git("rev-parse", "HEAD")
-
-    def deploy(self, sha: str = "HEAD", token: str = TOKEN, **options: Any) -> Result:
-        hub = Hub(token, self.lines.append)
-        options = {"poll": 0.05, "timeout": 30.0, **options}
-        return Deployer(hub, self.folder, Options(**options), self.lines.append).deploy(self.target, sha)
-
-    @property
-    def space(self) -> Space:
-        return self.hub.spaces[self.target.space]
-
-    def runs(self) -> str:
-        return httpx.get(f"{self.hub.address}/{self.space.subdomain}/healthz").json()["revision"]
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """The command, in a process of its own."""
-        env = {"PATH": os.environ["PATH"], "HOME": str(self.folder.parent), "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
-        env |= {"HF_ENDPOINT": self.hub.address, "HF_HUB_DISABLE_XET": "1", "PREVIEW_OWNER": "team"}
-        env |= {"PREVIEW_APP": "small"}
-        command = [sys.executable, "-m", "previews", *arguments]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.folder, env=env, stdout=pipe, stderr=pipe, text=True)
-
-    def cli(self, *arguments: str) -> str:
-        """What the command prints, when it succeeds."""
-        running = self.start(*arguments)
-        out, said = running.communicate(timeout=120)
-        assert running.returncode == 0 and TOKEN not in out + said, out + said
-        return out
-
-    def failure(self, code: int, *arguments: str) -> str:
-        """What the command says, when it fails as it should."""
-        running = self.start(*arguments)
-        out, said = running.communicate(timeout=120)
-        assert running.returncode == code and TOKEN not in out + said, (running.returncode, out + said)
-        return out + said
-
-    def refuse(self, method: str, end: str, *answers: int, **headers: str) -> None:
-        said = {"error": f"no, {TOKEN}"}
-        self.hub.answers[method, end] = [(status, said, headers) for status in answers]
-
-
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    import huggingface_hub.constants
-
-    with stand_in_hub(tmp_path / "hub") as hub:
-        (hub.folder / "site" / "sitecustomize.py").write_text("")  # nothing of Gradio's to change here
-        hub.stale = 0.1
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
-        monkeypatch.setattr(huggingface_hub.hf_api.constants, "ENDPOINT", hub.address)
-        monkeypatch.setattr(deploying, "HOT_LIMIT", 3.0)
-        monkeypatch.setattr(deploying, "PATIENCE", 1.0)
-        yield World(tmp_path / "repository", hub)
+from tests.previews.stand_in_hub import TOKEN
+from tests.previews.world import APP, PROOF, README, World
 
 
 def refusal(do: Callable[[], object], code: Exit, *words: str) -> PreviewError:
@@ -392,6 +268,16 @@ def test_a_restart_that_comes_to_nothing_falls_back_to_a_build(world: World) -> 
     result = world.deploy(sha, timeout=3.0)
     assert [why.partition(":")[0] for why in result.fallbacks] == ["restart"] and world.runs() == sha
     assert list(result.by_path) == ["restart", "build"] and result.by_path["restart"] >= 1.5
+
+
+@pytest.mark.parametrize("path", ["restart", "build"])
+def test_more_than_is_needed_can_be_asked_for(world: World, path: str) -> None:
+    live(world)
+    sha = world.commit(part="A = 1\n")
+    for _ in range(2):  # the second time nothing has changed
+        told = json.loads(world.cli("deploy", "--branch", "x", "--path", path, "--json"))
+        assert (told["path"], told["reason"], told["sha"]) == (path, "asked for", sha) and world.runs() == sha
+    assert ("POST /api/spaces/team/small-x-2d711642/restart" in world.hub.requests) == (path == "build")
 
 
 def test_what_each_path_took_is_told(world: World) -> None:
