@@ -49,7 +49,7 @@ def rows() -> list[dict[str, Any]]:
             "baseline": restart,
             "ratio": p95(live) / restart,
             "target": "<= 5",
-            "note": f"{HOT} changes of a label, median {statistics.median(live):.2f} s; against the restart path; {SAID}",
+            "note": f"{HOT} changes, median {statistics.median(live):.2f} s; against the restart path; {SAID}",
         },
         {
             "name": "deployer's own share of it, p95",
