@@ -71,7 +71,7 @@ def start_row(name: str, environment: dict[str, str], words: str) -> dict[str, A
     }
 
 
-def first_page(arguments: Sequence[str], environment: dict[str, str]) -> float:
+def first_page(arguments: Sequence[str], environment: dict[str, str] | None = None) -> float:
     """Seconds from the start of `python <arguments>` to its first 200 on /. The process is gone afterwards."""
     port = free_port()
     started = time.perf_counter()

@@ -72,7 +72,8 @@ def plan(
     return Plan(path, reason, in_order(send) if path is Path.HOT_RELOAD else send, delete)
 
 
-KEPT = (".gitattributes", ".deploy")  # the Hub's own file; and what a forced restart leaves
+FORCED = ".deploy"  # the file that changes where a Space is started again and nothing else does
+KEPT = (".gitattributes", FORCED)  # the first is the Hub's own
 
 
 def _differs(file: File, there: Remote | None) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd
 
-from previews.changes import Path, Plan, plan, read_front_matter
+from previews.changes import FORCED, Path, Plan, plan, read_front_matter
 from previews.errors import Exit, PreviewError, refused
 from previews.hot import Program
 from previews.hub import Hub, Look, State
@@ -229,7 +229,9 @@ class Deployer:
                 self.hub.restart(state.id, factory=True)  # a commit alone takes from the last image what it can
             if run.created and self.options.fast_from and run.job is None:
                 self._fast(run, head)
-        return made, self._until_live(run, head, made.path, began)
+        # What is only started again tells the commit before that, too.
+        again = made.path is not Path.NOTHING and not {file.path for file in made.send} - {FORCED}
+        return made, self._until_live(run, head, made.path, began, again)
 
     def _plan(self, run: _Run, seen: Look) -> Plan:
         """What differs between the Space and the commit."""
@@ -290,7 +292,7 @@ class Deployer:
     def _forced(self, made: Plan, source: Source, reason: str) -> Plan:
         """A plan that restarts even where no file differs: the Hub makes no commit of nothing, so one line changes."""
         content = f"{source.sha} {time.time_ns()}\n".encode()
-        mark = File(".deploy", blob_oid(content), content)
+        mark = File(FORCED, blob_oid(content), content)
         path = made.path if made.path is Path.BUILD else Path.RESTART
         return Plan(path, reason, [*made.send, mark], made.delete)
 
@@ -372,19 +374,23 @@ class Deployer:
             raise _NotShown(f"the Hub has {state.reload} it")
         return state
 
-    def _until_live(self, run: _Run, head: str, path: Path, began: float) -> str:
-        """The address, once the application there reports the commit. Raises PreviewError when that cannot be."""
+    def _until_live(self, run: _Run, head: str, path: Path, began: float, again: bool = False) -> str:
+        """The address, once the application there reports the commit. Raises PreviewError when that cannot be.
+
+        again: not the one that may have reported it before, but the one that is started now.
+        """
         target, sha = run.target, run.source.sha
         shown, rebuilt, woken, moved = "", False, False, False
         while True:
             state = self._state(target.space)
             spent = time.monotonic() - began
-            if self.hub.revision(state.host) == sha:
+            moved = moved or state.stage in STARTING
+            new = not again or (moved and state.stage == "RUNNING") or state.running == head
+            if new and self.hub.revision(state.host) == sha:
                 run.by_path[path.value] = run.by_path.get(path.value, 0.0) + spent
                 return state.host
             self._look_at_job(run, began)
             # Right after a commit the Hub may still tell of what was before it.
-            moved = moved or state.stage in STARTING
             current = state.running == head or moved or spent > (GRACE * 4 if state.stage == "NO_APP_FILE" else GRACE)
             if state.stage in BROKEN and current:
                 self._broken(target, state)

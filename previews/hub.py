@@ -212,7 +212,7 @@ class Hub:
         url = f"{self._api.endpoint}/spaces/{space}/resolve/main/{quote(path)}"
         for tried in range(1, TRIES + 1):
             try:
-                answer = self._get(url)
+                answer = self._get(url, follow_redirects=True)  # the Hub sends readers of a file on, within itself
                 if answer.is_success or answer.status_code == 404:
                     return answer.content if answer.is_success else None
                 if answer.status_code < 500:
@@ -322,8 +322,9 @@ class Hub:
             time.sleep(0.1)
         raise ValueError("it does not know this commit")
 
-    def _get(self, url: str) -> httpx2.Response:
-        return get_session().get(url, headers=self._proof(url), follow_redirects=False, timeout=ANSWER)
+    def _get(self, url: str, follow_redirects: bool = False) -> httpx2.Response:
+        """The answer; to another host than the one that was asked no token goes along."""
+        return get_session().get(url, headers=self._proof(url), follow_redirects=follow_redirects, timeout=ANSWER)
 
     def _proof(self, url: str) -> dict[str, str]:
         """The token, for the Hub and its Spaces over HTTPS, and for this machine: for nobody else."""

@@ -145,6 +145,23 @@ print(MODELS["moondream-tiny"].unavailable())
     assert "torch" in hidden and "no torch (requirements-slim.txt)" in run.stdout
 
 
+def test_the_deployer_needs_what_its_requirements_bring_and_nothing_else() -> None:
+    brought, todo = set(), [canonicalize_name(pin.name) for pin in pins(ROOT / "requirements-previews.txt")]
+    while todo:
+        name = todo.pop()
+        if name not in brought and here(name):
+            brought.add(name)
+            needed = [Requirement(text) for text in importlib.metadata.requires(name) or []]
+            todo += [
+                canonicalize_name(one.name) for one in needed if not one.marker or one.marker.evaluate({"extra": ""})
+            ]
+    distributions = providers_by_import()
+    imported = {name: distributions.get(name, set()) for name in third_party_imports("previews")}
+    assert {name for name, providers in imported.items() if not providers & brought} == set()
+    full = {canonicalize_name(pin.name): pin.specifier for pin in all_pins() if not pin.marker or pin.marker.evaluate()}
+    assert all(full[canonicalize_name(pin.name)] == pin.specifier for pin in pins(ROOT / "requirements-previews.txt"))
+
+
 def test_the_sdk_needs_no_kernels_for_its_cloud_and_tuning_clients() -> None:
     """The claim that requirements-sdk.txt rests on."""
     program = "import moondream, sys; moondream.vl(api_key='none'); moondream.ft; print(*sys.modules)"

@@ -27,7 +27,7 @@ from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import httpx
 
@@ -38,6 +38,12 @@ import os
 import spaces.reloading
 spaces.reloading.start_reload_server.__defaults__ = (int(os.environ["RELOAD_PORT"]),)
 """
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def free_port() -> int:
@@ -248,8 +254,9 @@ class StandInHub(ThreadingHTTPServer):
         return job
 
     def watch(self, space: Space, oid: str) -> None:
-        process = space.process
-        assert process
+        process, log = space.process, space.folder / f"log{space.starts}"
+        if process is None:
+            return  # it was stopped at once
         while process.poll() is None and space.process is process:
             try:
                 httpx.get(f"http://127.0.0.1:{space.port}/healthz", timeout=5).raise_for_status()
@@ -259,7 +266,7 @@ class StandInHub(ThreadingHTTPServer):
             except httpx.HTTPError:
                 time.sleep(0.1)
         if space.process is process:
-            space.log = (space.folder / f"log{space.starts}").read_text().splitlines()
+            space.log = log.read_text().splitlines()
             space.stage, space.running = "RUNTIME_ERROR", oid
 
     def delete_all(self) -> None:
@@ -268,10 +275,10 @@ class StandInHub(ThreadingHTTPServer):
             self.stop(space)
         self.spaces.clear()
 
-    def stop(self, runs: Space | Job) -> None:
-        if runs.process and runs.process.poll() is None:
-            os.killpg(runs.process.pid, signal.SIGKILL)
-            runs.process.wait()
+    def stop(self, space: Space) -> None:
+        process, space.process = space.process, None  # so that who watches it does not take this for a failure
+        if process:
+            kill(process)
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -333,9 +340,12 @@ class Answers(BaseHTTPRequestHandler):
         elif path.startswith("/api/jobs/"):
             self.job(path.split("/")[3:], body)
         elif "/resolve/" in path:
-            id, _, file = path.removeprefix("/spaces/").partition("/resolve/main/")
+            there = path.replace("/spaces/", "/api/resolve-cache/spaces/", 1).replace("/resolve/main/", "/at/")
+            self.answer(307, {}, {"Location": there})
+        elif path.startswith("/api/resolve-cache/"):
+            id, _, file = path.removeprefix("/api/resolve-cache/spaces/").partition("/at/")
             space = hub.spaces.get(id)
-            content = space.files.get(file) if space else None
+            content = space.files.get(unquote(file)) if space else None
             self.raw(200, content, "text/plain") if content is not None else self.missing()
         else:
             _, _, _, owner, name, *rest = path.split("/")
@@ -453,7 +463,7 @@ class Answers(BaseHTTPRequestHandler):
             case [_]:
                 self.answer(200, self.told(hub.run_job(json.loads(body))))
             case [_, id, "cancel"]:
-                hub.stop(hub.jobs[id])
+                kill(hub.jobs[id].process)
                 hub.jobs[id].stage = "CANCELED"
                 self.answer(200, {})
             case _:
@@ -528,7 +538,9 @@ def stand_in_hub(folder: Path, **delays: float) -> Iterator[StandInHub]:
     try:
         yield hub
     finally:
-        for runs in (*hub.spaces.values(), *hub.jobs.values()):
-            hub.stop(runs)
+        for space in hub.spaces.values():
+            hub.stop(space)
+        for job in hub.jobs.values():
+            kill(job.process)
         hub.shutdown()
         hub.server_close()

@@ -47,7 +47,7 @@ def test_names_that_look_alike_differ() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["app", "app-notes", "app-notes-12345", "other-x-123abc", "app-x-12345g", "app2-123abc"]
+    "name", ["app", "app-notes", "app-notes-1234567", "other-x-123abc45", "app-x-1234567g", "app2-123abc45"]
 )
 def test_other_spaces_are_not_taken_for_previews(name: str) -> None:
     assert not is_preview(name, "app")

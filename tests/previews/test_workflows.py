@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from previews.github import MARK
-from tests.previews.stand_in_github import IDENTITY, TOKEN, Done, StandInGitHub, run_job, stand_in_github
+from tests.previews.stand_in_github import IDENTITY, TOKEN, Done, StandInGitHub, fill, run_job, stand_in_github
 from tests.previews.stand_in_hub import TOKEN as HUB_TOKEN
 from tests.previews.world import World
 
@@ -100,6 +100,16 @@ def test_secrets_are_near_trusted_code_alone(file: Path) -> None:
     assert "pull_request_target" not in events and "workflow_run" not in events
     if "pull_request" in events:
         assert "secrets." not in file.read_text()
+
+
+def test_a_newer_push_cancels_the_older_run_of_its_branch_and_of_no_other() -> None:
+    asked = yaml.safe_load((WORKFLOW / "preview.yml").read_text())["concurrency"]
+    groups, canceled = [], []
+    for branch in ("main", "a", "b"):
+        about = {"ref": f"refs/heads/{branch}", "ref_name": branch, "event": {"repository": {"default_branch": "main"}}}
+        groups.append(fill(asked["group"], {"github": about}))
+        canceled.append(fill(str(asked["cancel-in-progress"]), {"github": about}))
+    assert len(set(groups)) == 3 and canceled == ["False", "True", "True"]  # production is never left half-way
 
 
 def step(workflow: str, job: str, name: str) -> str:
@@ -226,7 +236,8 @@ def actions(world: World, github: StandInGitHub, tmp_path: Path) -> Actions:
 
 
 @pytest.mark.parametrize(
-    "branch", ["feature/x", "$(touch${IFS}PWNED)", "`touch${IFS}PWNED`", "a\"b';touch${IFS}PWNED", "日本/x"]
+    "branch",
+    ["feature/x", "$(touch${IFS}PWNED)", "`touch${IFS}PWNED`", "a\"b';touch${IFS}PWNED", "日本/x", "long/" + "a" * 200],
 )
 def test_a_push_makes_a_preview_and_one_comment_that_is_edited(actions: Actions, branch: str) -> None:
     world = actions.world
