@@ -33,15 +33,16 @@ from previews.names import NameTooLong, is_preview
 from previews.source import branches, fetched_at, resolve
 
 APP = "moondream-playground"
-
-
 YES = ("1", "true", "yes", "on")
 TICKS = 15.0  # seconds between two lines of progress where they cannot replace each other
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Does a command; its exit code. Progress goes to stderr, the result to stdout."""
-    asked = _parser().parse_args(arguments)
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    if getattr(asked, "branch", "") is None:
+        parser.error("no branch is checked out here: name one with --branch")
     progress = Progress(sys.stderr)
     gc.disable()  # a short program: collecting costs it half as much again as reading the application's Python
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a canceled workflow is tidied up
@@ -207,7 +208,9 @@ def open_(asked: argparse.Namespace, hub: Hub, progress: Progress) -> str:
 
 
 def delete(asked: argparse.Namespace, hub: Hub, progress: Progress) -> dict[str, Any]:
-    """Deletes a branch's preview."""
+    """Deletes a branch's preview, and never main's Space."""
+    if asked.production:
+        raise PreviewError("Main's Space is not deleted by this program. Delete it on the Hub.", Exit.USAGE)
     target = preview(asked.owner, asked.app, asked.branch)
     if hub.state(target.space) is None:
         return {"space": target.space, "deleted": False}

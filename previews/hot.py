@@ -56,8 +56,8 @@ def _tree(content: bytes) -> ast.Module | None:
 
 def _module_changes(old: ast.Module, new: ast.Module, imported: set[str]) -> str | None:
     """Changes outside the bodies of functions that leave something old in place. imported: names others hold."""
-    held = {name: _shape(node) for node in old.body for name in _bound(node)}
-    wanted = {name: _shape(node) for node in new.body for name in _bound(node)}
+    held = {name: _shape(node, name) for node in old.body for name in _bound(node)}
+    wanted = {name: _shape(node, name) for node in new.body for name in _bound(node)}
     changed = {name for name, shape in held.items() if name in wanted and wanted[name] != shape}
     for node in new.body:
         for name in sorted(set(_bound(node)) & changed):
@@ -94,13 +94,17 @@ def _is_loose(node: ast.stmt) -> bool:
     return not (_bound(node) or _is_text(node) or _is_stamp(node))
 
 
-def _shape(node: ast.stmt) -> str:
-    """What of a statement must stay as it is, so that the rest may be replaced in place."""
+def _shape(node: ast.stmt, name: str) -> str:
+    """What of a statement must stay as it is, so that the rest of what it makes of a name may be replaced in place."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        origin = f"{node.level} {node.module} " if isinstance(node, ast.ImportFrom) else ""
+        aliases = [alias for alias in node.names if name in (alias.asname, alias.name, alias.name.partition(".")[0])]
+        return origin + " ".join(alias.name for alias in aliases)
     if isinstance(node, FUNCTIONS):
         return "def" if not node.decorator_list else ast.dump(node)
     if isinstance(node, ast.ClassDef):
         fields = [ast.dump(part) for part in node.body if not (isinstance(part, FUNCTIONS) or _is_text(part))]
-        decorated = [_shape(part) for part in node.body if isinstance(part, FUNCTIONS) and part.decorator_list]
+        decorated = [ast.dump(part) for part in node.body if isinstance(part, FUNCTIONS) and part.decorator_list]
         around = [ast.dump(part) for part in (*node.bases, *node.keywords, *node.decorator_list)]
         return "\n".join(["class", *around, *fields, *decorated])
     return "" if _is_stamp(node) else ast.dump(node)

@@ -415,6 +415,7 @@ def test_a_branch_that_is_made_after_the_fetch_is_not_swept(world: World, tmp_pa
         (["deploy", "--branch", "x", "--pushed-at", "tomorrow"], "seconds since 1970"),
         (["deploy", "--branch", "x", "--owner", "o" * 50], "leaves no room"),
         (["logs", "--branch", "x", "--lines", "0"], "1 or more"),
+        (["delete", "--branch", "x", "--production"], "not deleted by this program"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_done(
@@ -423,6 +424,12 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_done(
     world.commit()
     assert words in world.failure(2, *arguments)
     assert not world.hub.spaces
+
+
+def test_without_a_branch_one_must_be_named(world: World) -> None:
+    world.commit()
+    world.git("checkout", "-q", "--detach")
+    assert "name one with --branch" in world.failure(2, "deploy")
 
 
 def test_what_nobody_foresaw_is_told_without_secrets(world: World) -> None:

@@ -116,6 +116,8 @@ def test_a_change_is_judged(name: str, word: str, expected: str) -> None:
         ("app.py", "    opened()\n", "", "a statement that runs while it is loaded changes"),
         ("app.py", "return build(commit)", "return build(commit + commit)", ""),
         ("page.py", "import gradio as gr\n", "import gradio as gr\nimport json\n", ""),
+        ("page.py", "import dataclass\n", "import dataclass, field\n", ""),  # though the first is used while loading
+        ("page.py", "from functools import cache", "from functools import lru_cache as cache", "cache is used where"),
         ("page.py", 'TABLE = {"x"', 'NEW = 1\nTABLE = {"x"', ""),
         ("page.py", "def default", "def new():\n    return 1\n\ndef default", ""),
         ("page.py", '"""Its page."""', '"""The page."""', ""),
