@@ -6,7 +6,6 @@ import os
 import re
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path as Folder
 from typing import Any
@@ -16,7 +15,7 @@ from huggingface_hub import CommitOperationAdd
 from previews.changes import FORCED, Path, Plan, plan, read_front_matter
 from previews.errors import Exit, PreviewError, refused
 from previews.hot import Program
-from previews.hub import Hub, Look, State
+from previews.hub import Hub, Look, State, asked
 from previews.names import space_name
 from previews.source import APP_FILE, README, File, Source, blob_oid, blobs, is_ancestor, read
 
@@ -130,12 +129,9 @@ class Deployer:
     def deploy(self, target: Target, sha: str) -> Result:
         """Until the application reports the commit. Raises PreviewError."""
         began, used = (time.monotonic(), _processor()) if self.began is None else (self.began, 0.0)
-        threads = ThreadPoolExecutor(2)
-        look = threads.submit(self.hub.look, target.space, APP_FILE)
+        look = asked(lambda: self.hub.look(target.space, APP_FILE))
         run = _Run(target, read(self.folder, sha, slim=self.options.slim and not target.shared))
-        program = threads.submit(Program, run.source.python)  # it takes as long as the Hub does to answer
-        run.program = program.result
-        threads.shutdown(wait=False)
+        run.program = asked(lambda: Program(run.source.python)).result  # it takes as long as the Hub does to answer
         try:
             done, url = self._with_retries(run, look.result())
         finally:
@@ -302,9 +298,8 @@ class Deployer:
         A commit is made upon the head that was looked at. The files were asked for at the same time, so they may be
         those of just before that head; a second look, for which nobody has to wait, would show it.
         """
-        with ThreadPoolExecutor(1) as pool:
-            again = pool.submit(self.hub.files, seen.state.id)
-            additions = self.hub.additions(seen.state.id, made.send)
+        again = asked(lambda: self.hub.files(seen.state.id))
+        additions = self.hub.additions(seen.state.id, made.send)
         if again.result() != seen.files:
             raise refused(412, f"commit to {seen.state.id}", "")
         return additions

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -65,6 +66,20 @@ class Look:
     files: dict[str, Remote]
     variables: dict[str, str]
     app: bytes | None
+
+
+def asked(question: Callable[[], T]) -> Future[T]:
+    """The answer to come, from a thread that nobody waits for where the program ends without it."""
+    answer: Future[T] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer
 
 
 def patient() -> None:
@@ -162,10 +177,8 @@ class Hub:
 
     def look(self, space: str, app_file: str) -> Look | None:
         """All that a deploy needs to know of a Space, asked at once; None if there is none."""
-        with ThreadPoolExecutor(4) as pool:
-            state = pool.submit(self.state, space)
-            files, variables = pool.submit(self.files, space), pool.submit(self.variables, space)
-            app = pool.submit(self.content, space, app_file)
+        state, files = asked(lambda: self.state(space)), asked(lambda: self.files(space))
+        variables, app = asked(lambda: self.variables(space)), asked(lambda: self.content(space, app_file))
         found = state.result()
         return Look(found, files.result(), variables.result(), app.result()) if found else None
 

@@ -48,7 +48,12 @@ def live(world: World) -> str:
 
 @pytest.mark.parametrize(
     ("status", "code", "word"),
-    [(401, Exit.ACCESS, "HF_TOKEN"), (403, Exit.ACCESS, "write access"), (402, Exit.PAYMENT, "PRO")],
+    [
+        (401, Exit.ACCESS, "HF_TOKEN"),
+        (403, Exit.ACCESS, "write access"),
+        (402, Exit.PAYMENT, "PRO"),
+        (409, Exit.CONFLICT, "being changed"),
+    ],
 )
 def test_a_space_that_may_not_be_made_says_why(world: World, status: int, code: Exit, word: str) -> None:
     world.commit()
@@ -68,6 +73,26 @@ def test_a_rate_limit_is_waited_for(world: World) -> None:
     world.refuse("GET", "/tree/main", 429, **{"Retry-After": "0.2"})
     assert world.deploy(sha).path == "build" and world.runs() == sha
     assert [line for line in world.lines if "asks to wait 1 s" in line]
+
+
+def test_a_wait_that_is_too_long_is_an_error(world: World) -> None:
+    world.commit()
+    world.refuse("POST", "/api/repos/create", 429, **{"Retry-After": "9999"})
+    refusal(world.deploy, Exit.RATE_LIMIT, "too many requests", "Run this again later")
+
+
+def test_without_a_network_the_hub_is_not_reached(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.commit()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    refusal(world.deploy, Exit.NETWORK, "no connection to the Hub", "HF_ENDPOINT")
+
+
+def test_a_space_that_is_deleted_meanwhile_is_not_waited_for(world: World) -> None:
+    live(world)
+    (world.folder / "notes.txt").write_text("not Python")
+    sha = world.commit()
+    world.hub.meanwhile = lambda: threading.Timer(0.05, world.hub.delete_all).start()
+    refusal(lambda: world.deploy(sha), Exit.NOT_FOUND, "deleted in the meantime")
 
 
 def test_a_server_that_fails_for_a_moment_is_asked_again(world: World) -> None:
