@@ -15,6 +15,8 @@ from previews.source import APP_FILE, README, File, Source
 MOST_HOT = 8
 # Python files that are not imported but read, by Alembic: hot reload would change them and show nothing.
 NOT_HOT = ("usage/migrations/",)
+# What no program reads, but for the README's front-matter.
+INERT = ("docs/", README, "LICENSE", "pyproject.toml", ".gitignore")
 BUILT_FROM = ("requirements.txt", "pre-requirements.txt", "packages.txt")
 
 
@@ -60,16 +62,19 @@ def plan(
     send = [file for path, file in sorted(source.files.items()) if _differs(file, remote.get(path))]
     delete = sorted(path for path in remote if path not in source.files and path not in KEPT)
     check_syntax(send)
-    changed = [file.path for file in send] + delete
+    same_front = read_front_matter(source.files.get(README)) == front_matter
+    changed = [path for path in [*(file.path for file in send), *delete] if not (path.startswith(INERT) and same_front)]
     if not changed:
         return Plan(Path.NOTHING, "the Space has these files already")
-    path, reason = _path(source, remote, changed, delete, front_matter)
+    path, reason = _path(source, remote, changed, [path for path in delete if path in changed], same_front)
     if path is Path.HOT_RELOAD:
         understood = program() if program else Program(source.python)
         why = obstacle(before([name for name in changed if name in remote]), understood)
         if why:
             path, reason = Path.RESTART, f"hot reload would not show all of it: {why}"
-    return Plan(path, reason, in_order(send) if path is Path.HOT_RELOAD else send, delete)
+    if path is Path.HOT_RELOAD:  # what only people read goes along with the next restart
+        return Plan(path, reason, in_order([file for file in send if file.path in changed]))
+    return Plan(path, reason, send, delete)
 
 
 FORCED = ".deploy"  # the file that changes where a Space is started again and nothing else does
@@ -83,14 +88,14 @@ def _differs(file: File, there: Remote | None) -> bool:
 
 
 def _path(
-    source: Source, remote: dict[str, Remote], changed: list[str], delete: list[str], front_matter: str | None
+    source: Source, remote: dict[str, Remote], changed: list[str], delete: list[str], same_front: bool
 ) -> tuple[Path, str]:
     if APP_FILE not in remote:
         return Path.BUILD, "the Space is new"
     built = [path for path in changed if path in BUILT_FROM]
     if built:
         return Path.BUILD, f"{built[0]} changed"
-    if README in changed and read_front_matter(source.files.get(README)) != front_matter:
+    if README in changed and not same_front:
         return Path.BUILD, f"the front-matter of {README} changed"
     if delete:
         return Path.RESTART, f"{delete[0]} is gone"

@@ -18,7 +18,7 @@ APP_FILE, README = "app.py", "README.md"
 STAMP = re.compile(r'^(demo = stamped\(__name__, ")[^"\n]*("\))', re.MULTILINE)
 STAMPED = re.compile(r"demo = stamped\(__name__, ")
 # What a Space has no use for.
-LEFT_OUT = ("tests/", "bench/", "docs/", "previews/", ".github/", ".ci/", "requirements-", "Makefile")
+LEFT_OUT = ("tests/", "bench/", "previews/", ".github/", ".ci/", "requirements-", "Makefile")
 REQUIREMENTS, SLIM = "requirements.txt", "requirements-slim.txt"
 
 

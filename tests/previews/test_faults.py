@@ -493,6 +493,20 @@ def test_files_come_in_the_order_of_their_imports_with_the_stamp_last(world: Wor
     assert planned(world.commit()).path.value == "build"
 
 
+def test_what_only_people_read_restarts_nothing_and_goes_along_with_the_next_restart(world: World) -> None:
+    live(world)
+    (world.folder / "README.md").write_text(README + "More words.\n")
+    (world.folder / "docs").mkdir()
+    (world.folder / "docs" / "picture.png").write_bytes(b"\x89PNG")
+    sha = world.commit()
+    result = world.deploy(sha)
+    assert (result.path, world.runs()) == ("hot reload", sha) and "docs/picture.png" not in world.space.files
+    assert world.deploy(sha).path == "nothing"
+    (world.folder / "notes.txt").write_text("not Python")
+    assert world.deploy(world.commit()).path == "restart"
+    assert world.space.files["docs/picture.png"] == b"\x89PNG" and b"More words" in world.space.files["README.md"]
+
+
 def test_git_tells_the_branches(world: World, tmp_path: Path) -> None:
     world.commit()
     world.git("branch", "日本/x")
