@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from previews.errors import Exit, PreviewError
-from previews.hot import Program, obstacle
+from previews.hot import Program, obstacle, parse
 from previews.source import APP_FILE, README, File, Source
 
 # Hot reload takes one file at a time.
@@ -123,7 +123,7 @@ def check_syntax(files: list[File]) -> None:
     for file in files:
         if file.path.endswith(".py"):
             try:
-                ast.parse(file.content)
+                parse(file.content)
             except (SyntaxError, ValueError) as error:
                 line = getattr(error, "lineno", None)
                 where = f"{file.path}, line {line}" if line else file.path
@@ -158,7 +158,7 @@ def _module(path: str) -> str:
 def _imports(file: File) -> set[str]:
     """The dotted names a file imports, and for `from a import b` both a and a.b."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(file.content)):
+    for node in ast.walk(parse(file.content)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -9,12 +9,24 @@ Those changes are named here, so that they go live by a restart.
 from __future__ import annotations
 
 import ast
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 from previews.source import APP_FILE, STAMPED
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def parse(content: bytes) -> ast.Module:
+    """The syntax of a file. Raises SyntaxError or ValueError.
+
+    Python 3.11 counts the depth of what it parses for all threads together, and fails where two parse at once
+    ("AST constructor recursion depth mismatch"): so here one at a time does.
+    """
+    with _ONE_AT_A_TIME:
+        return ast.parse(content)
 
 
 class Program:
@@ -46,7 +58,7 @@ def obstacle(before: Mapping[str, bytes], program: Program) -> str | None:
 
 def _tree(content: bytes) -> ast.Module | None:
     try:
-        return ast.parse(content)
+        return parse(content)
     except (SyntaxError, ValueError):
         return None
 
