@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from previews.errors import Exit, PreviewError
-from previews.hot import Program, obstacle, parse
+from previews.hot import Program, module_name, obstacle, parse
 from previews.source import APP_FILE, README, File, Source
 
 # Hot reload takes one file at a time.
@@ -21,12 +21,17 @@ BUILT_FROM = ("requirements.txt", "pre-requirements.txt", "packages.txt")
 
 
 class Path(Enum):
-    """How a change goes live: in the running process, by a restart, or by a new image."""
+    """How a change goes live: in the running process, by a restart, or by a new image. In order of what it takes."""
 
     NOTHING = "nothing"
     HOT_RELOAD = "hot reload"
     RESTART = "restart"
     BUILD = "build"
+
+    def is_less_than(self, other: Path) -> bool:
+        """Whether the other takes more."""
+        order = list(Path)
+        return order.index(self) < order.index(other)
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,11 @@ def plan(
     remote: dict[str, Remote],
     front_matter: str | None,
     before: Callable[[list[str]], dict[str, bytes]],
-    program: Callable[[], Program] | None = None,
+    program: Callable[[], Program],
 ) -> Plan:
     """The way from what a Space has to a commit. front_matter: that of the Space's README; None: not known.
 
-    before: gives the contents that files of the Space have now; program: the commit's Python, if it has been read.
+    before: gives the contents that files of the Space have now; program: the commit's Python.
     Raises PreviewError for a Python file that no Python can read: the running application is left as it is.
     """
     send = [file for path, file in sorted(source.files.items()) if _differs(file, remote.get(path))]
@@ -68,8 +73,7 @@ def plan(
         return Plan(Path.NOTHING, "the Space has these files already")
     path, reason = _path(source, remote, changed, [path for path in delete if path in changed], same_front)
     if path is Path.HOT_RELOAD:
-        understood = program() if program else Program(source.python)
-        why = obstacle(before([name for name in changed if name in remote]), understood)
+        why = obstacle(before([name for name in changed if name in remote]), program())
         if why:
             path, reason = Path.RESTART, f"hot reload would not show all of it: {why}"
     if path is Path.HOT_RELOAD:  # what only people read goes along with the next restart
@@ -133,7 +137,7 @@ def check_syntax(files: list[File]) -> None:
 
 def in_order(files: list[File]) -> list[File]:
     """Files so that each comes after those it imports, and app.py, which has the stamp, last."""
-    modules = {_module(file.path): file for file in files}
+    modules = {module_name(file.path): file for file in files}
     ordered: list[File] = []
     visiting: set[str] = set()
 
@@ -149,10 +153,6 @@ def in_order(files: list[File]) -> list[File]:
     for file in sorted(files, key=lambda file: file.path):
         visit(file)
     return sorted(ordered, key=lambda file: file.path == APP_FILE)
-
-
-def _module(path: str) -> str:
-    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 def _imports(file: File) -> set[str]:

@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path as Folder
 from typing import Any
@@ -94,7 +95,7 @@ class _Run:
 
     target: Target
     source: Source
-    program: Callable[[], Program] | None = None
+    program: Callable[[], Program]
     created: bool = False
     fallbacks: list[str] = field(default_factory=list)
     by_path: dict[str, float] = field(default_factory=dict)
@@ -129,9 +130,10 @@ class Deployer:
     def deploy(self, target: Target, sha: str) -> Result:
         """Until the application reports the commit. Raises PreviewError."""
         began, used = (time.monotonic(), _processor()) if self.began is None else (self.began, 0.0)
-        look = asked(lambda: self.hub.look(target.space, APP_FILE))
-        run = _Run(target, read(self.folder, sha, slim=self.options.slim and not target.shared))
-        run.program = asked(lambda: Program(run.source.python)).result  # it takes as long as the Hub does to answer
+        look = asked(lambda: self.hub.look(target.space))
+        source = read(self.folder, sha, slim=self.options.slim and not target.shared)
+        # It takes as long as the Hub does to answer.
+        run = _Run(target, source, asked(lambda: Program(source.python)).result)
         try:
             done, url = self._with_retries(run, look.result())
         finally:
@@ -165,7 +167,7 @@ class Deployer:
                     raise
                 self._give_way(run.target, run.source.sha)
                 self.say("somebody else committed to this Space; looking again")
-                seen = self.hub.look(run.target.space, APP_FILE)
+                seen = self.hub.look(run.target.space)
         raise AssertionError("unreachable")
 
     def _found(self, run: _Run, seen: Look | None) -> Look:
@@ -177,7 +179,7 @@ class Deployer:
             run.created = self.hub.create(
                 target.space, options.visibility, options.secrets, variables, options.hardware
             )
-            seen = self.hub.look(target.space, APP_FILE)
+            seen = self.hub.look(target.space)
             if seen is None:
                 raise PreviewError(f"{target.space} has been made and cannot be seen. Run this again.", Exit.NOT_FOUND)
         said = seen.variables
@@ -214,7 +216,7 @@ class Deployer:
                 return made, state.host
             run.fallbacks.append(f"hot reload: {problem}")
             self.say(f"hot reload did not show it ({problem}); restarting instead")
-            began, seen = time.monotonic(), self._found(run, self.hub.look(state.id, APP_FILE))
+            began, seen = time.monotonic(), self._found(run, self.hub.look(state.id))
             state = seen.state
             made = self._forced(self._plan(run, seen), run.source, problem)
         head = state.head
@@ -250,13 +252,9 @@ class Deployer:
     def _fitting(self, made: Plan, run: _Run, state: State) -> Plan:
         """The plan as the options and the Space's state allow it."""
         least = self.options.at_least
-        if made.path is Path.NOTHING and least is not Path.NOTHING:
-            return self._forced(replace(made, path=least), run.source, "asked for")
-        if (made.path is Path.HOT_RELOAD and least is not Path.NOTHING) or (made.path, least) == (
-            Path.RESTART,
-            Path.BUILD,
-        ):
-            return replace(made, path=least, reason="asked for")
+        if made.path.is_less_than(least):
+            more = replace(made, path=least, reason="asked for")
+            return self._forced(more, run.source, more.reason) if made.path is Path.NOTHING else more
         if made.path is Path.HOT_RELOAD:
             state = self._settled(state)
         if made.path is Path.HOT_RELOAD and state.stage != "RUNNING":
@@ -332,9 +330,11 @@ class Deployer:
 
         Raises _NotShown if it does not come about, PreviewError if somebody else commits or the new code does not run.
         """
-        try:
-            events = self._told(state, head)
-        except PreviewError:  # the replicas of before may have gone, or the Hub has not done it
+        events = None
+        if state.replicas:  # known from an earlier reload, which spares a question to the Hub
+            with suppress(PreviewError):  # they may have gone, or the Hub has not done it
+                events = self.hub.reload_events(state, head, patience=KNOWN)
+        if events is None:
             state = self._reload_state(state.id, file, parent, head)
             try:
                 events = self.hub.reload_events(state, head)
@@ -349,12 +349,6 @@ class Deployer:
                 )
                 raise PreviewError(message, Exit.APP, trace)
         return state
-
-    def _told(self, state: State, head: str) -> list[dict[str, Any]]:
-        """Asks the replicas that are known from an earlier reload, which spares a question to the Hub."""
-        if not state.replicas:
-            raise PreviewError("no replica is known", Exit.NETWORK)
-        return self.hub.reload_events(state, head, patience=KNOWN)
 
     def _reload_state(self, space: str, file: File, parent: str, head: str) -> State:
         """The Space's state once the Hub has made the reload."""
@@ -375,7 +369,7 @@ class Deployer:
         again: not the one that may have reported it before, but the one that is started now.
         """
         target, sha = run.target, run.source.sha
-        shown, rebuilt, woken, moved = "", False, False, False
+        shown, woken, moved = "", False, False
         while True:
             state = self._state(target.space)
             spent = time.monotonic() - began
@@ -397,8 +391,7 @@ class Deployer:
                 shown = state.stage
                 self.say(f"{_words(state.stage)}, {spent:.0f} s")
             self.tick(f"{path.value}: {_words(state.stage)}, {spent:.0f} s")
-            if spent > self.options.timeout / 2 and path is Path.RESTART and not rebuilt:
-                rebuilt = True
+            if spent > self.options.timeout / 2 and path is Path.RESTART:
                 run.fallbacks.append(f"restart: not live after {spent:.0f} s")
                 run.by_path[path.value] = spent
                 self.say(f"not live after {spent:.0f} s; building it anew")

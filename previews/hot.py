@@ -137,7 +137,7 @@ def _is_stamp(node: ast.stmt) -> bool:
 
 def _held_by_others(path: str, modules: Mapping[str, _Module]) -> set[str]:
     """The names of this module that others hold: imported, or read from it while they are loaded. "*" for all."""
-    name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    name = module_name(path)
     found: set[str] = set()
     for other in modules.values():
         known = set()  # by which names it knows the module itself
@@ -229,6 +229,11 @@ class _Module:
                 if owner:
                     yield owner
                     yield from ((owner[0], f"{owner[1]}.{maker}") for maker in MAKERS)
+
+
+def module_name(path: str) -> str:
+    """What a file is imported as."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 def _file(module: str, trees: Mapping[str, ast.Module]) -> str:

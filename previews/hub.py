@@ -25,12 +25,12 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, OIDCError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import disable_progress_bars, get_session
+from huggingface_hub.utils import disable_progress_bars, get_session, hf_raise_for_status
 from huggingface_hub.utils._http import default_client_factory
 
 from previews.changes import Remote
 from previews.errors import Exit, PreviewError, refused, without_secrets
-from previews.source import File
+from previews.source import APP_FILE, File
 
 T = TypeVar("T")
 TRIES = 4  # of a call that fails for a reason that may pass
@@ -175,10 +175,10 @@ class Hub:
         found = self._call(f"read the variables of {space}", self._api.get_space_variables, space)
         return {name: variable.value for name, variable in found.items()}
 
-    def look(self, space: str, app_file: str) -> Look | None:
+    def look(self, space: str) -> Look | None:
         """All that a deploy needs to know of a Space, asked at once; None if there is none."""
         state, files = asked(lambda: self.state(space)), asked(lambda: self.files(space))
-        variables, app = asked(lambda: self.variables(space)), asked(lambda: self.content(space, app_file))
+        variables, app = asked(lambda: self.variables(space)), asked(lambda: self.content(space, APP_FILE))
         found = state.result()
         return Look(found, files.result(), variables.result(), app.result()) if found else None
 
@@ -223,17 +223,15 @@ class Hub:
     def content(self, space: str, path: str) -> bytes | None:
         """A file of a Space; None if it has none. Raises PreviewError."""
         url = f"{self._api.endpoint}/spaces/{space}/resolve/main/{quote(path)}"
-        for tried in range(1, TRIES + 1):
-            try:
-                answer = self._get(url, follow_redirects=True)  # the Hub sends readers of a file on, within itself
-                if answer.is_success or answer.status_code == 404:
-                    return answer.content if answer.is_success else None
-                if answer.status_code < 500:
-                    raise refused(answer.status_code, f"read {path} of {space}", "")
-            except httpx2.HTTPError:
-                pass
-            time.sleep(2.0**tried / 4)
-        raise PreviewError(f"Could not read {path} of {space}. Run this again.", Exit.NETWORK)
+
+        def once() -> bytes | None:
+            answer = self._get(url, follow_redirects=True)  # the Hub sends readers of a file on, within itself
+            if answer.status_code == 404:
+                return None
+            hf_raise_for_status(answer)
+            return answer.content
+
+        return self._call(f"read {path} of {space}", once)
 
     def titles(self, space: str) -> list[tuple[str, str]]:
         """The Space's commits, newest first: name and title."""
@@ -363,10 +361,6 @@ class Hub:
             expose_public=[7860],
             namespace=owner,
         )
-
-    def job(self, id: str, owner: str) -> Any:
-        """How a Job is."""
-        return self._call("look at the Job", self._api.inspect_job, job_id=id, namespace=owner)
 
     def end_job(self, id: str, owner: str) -> None:
         """Ends a Job."""

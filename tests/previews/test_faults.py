@@ -24,6 +24,7 @@ from previews.__main__ import Progress
 from previews.changes import Plan, plan
 from previews.deploy import Result
 from previews.errors import Exit, PreviewError, without_secrets
+from previews.hot import Program
 from previews.hub import Hub, patient
 from previews.source import branches, read
 from tests.previews.stand_in_hub import TOKEN
@@ -484,7 +485,9 @@ def test_files_come_in_the_order_of_their_imports_with_the_stamp_last(world: Wor
     old = {"app.py": (world.folder / "app.py").read_bytes(), "part.py": b'"""A part."""\n'}
 
     def planned(commit: str) -> Plan:
-        return plan(read(world.folder, commit), there, front, lambda paths: {path: old[path] for path in paths})
+        source = read(world.folder, commit)
+        program = Program(source.python)
+        return plan(source, there, front, lambda paths: {path: old[path] for path in paths}, lambda: program)
 
     made = planned(world.commit(a="import part\n", part="B = 1\n", zoo="import a\n"))
     assert [file.path for file in made.send] == ["part.py", "a.py", "zoo.py", "app.py"]
