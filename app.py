@@ -17,18 +17,19 @@ from fastapi import FastAPI
 
 from inference.offers import discover, offer
 from recipes import MAX_BYTES
-from serving import endpoint, health, usage
-from serving.keys import Keys
+from serving import api as endpoint
+from serving import health, usage
+from serving.auth import Keys
 from settings import ROOT, VERSION, Settings, SettingsError
-from training.worker import COMMAND
+from storage.reward_functions import StoreError
+from training.runs.queue import COMMAND
 from ui import TABS
-from ui.house import House, Shared
-from ui.samples import PHOTOS
+from ui.playground.samples import PHOTOS
+from ui.services import House, Shared
 from ui.theme import HEAD, theme
 from usage.deployment import deployment
 from usage.events import Deployment
 from usage.prices import PriceError, Prices
-from usage.store import StoreError
 
 TITLE = "Moondream Playground"
 LOCAL = ("127.0.0.1", "0.0.0.0", "::", "::1")
@@ -98,7 +99,7 @@ def create_app(settings: Settings, training: tuple[str, ...] = COMMAND) -> FastA
 
 def _inside() -> Callable[[str], object]:
     """What does a run inside a request. Imported before anything can use CUDA, as ZeroGPU demands."""
-    from training import zero_gpu
+    from training.runs import inline as zero_gpu
 
     return zero_gpu.do
 

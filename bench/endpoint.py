@@ -20,8 +20,8 @@ import httpx
 import numpy as np
 import psutil
 
-from inference.answers import Request
-from inference.models import answer
+from inference.registry import answer
+from inference.types import Request
 from recipes import load_photo
 
 ROOT = Path(__file__).resolve().parent.parent

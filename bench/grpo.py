@@ -50,9 +50,9 @@ def measure(geometry: str, cached: bool) -> dict[str, float]:
     import torch
     from transformers import TrainerCallback
 
-    from training.grpo import trainer
-    from training.runs import Run, RunConfig
-    from training.scorer import Scorer
+    from training.grpo.reward import Scorer
+    from training.grpo.train import trainer
+    from training.runs.run import Run, RunConfig
 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -80,11 +80,11 @@ def measure(geometry: str, cached: bool) -> dict[str, float]:
 def _learner(geometry: str, cached: bool, config: Any) -> Any:
     import torch
 
-    from inference.constraint import RecipeConstraint
+    from inference.local.constraint import RecipeConstraint
     from inference.moondream import MoondreamConfig, MoondreamImageProcessor, MoondreamProcessor
     from recipes import grammar
-    from training import grpo
-    from training.policy import Policy
+    from training.grpo import train as grpo
+    from training.grpo.policy import Policy
 
     learns = grpo.learner(config)
     if geometry != "tiny":
@@ -109,7 +109,7 @@ def _learner(geometry: str, cached: bool, config: Any) -> Any:
 
 def _photos() -> list[Any]:
     from recipes import load_photo, shrink
-    from training.photos import bundled
+    from training.data.bundled import bundled
 
     return [shrink(load_photo(info.path)) for info in bundled("train")[:PHOTOS]]
 

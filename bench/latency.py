@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 
 from bench.app import ROOT, free_port, start, stop, wait_for_page
-from training.runs import Run, RunConfig
+from training.runs.run import Run, RunConfig
 
 REQUESTS = 300
 PAUSE = 0.02  # seconds between two requests, as of somebody who clicks

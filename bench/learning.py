@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from inference.models import MODELS
+from inference.registry import MODELS
 from recipes import Recipe, load_photo, parse, random_recipe, render, shrink
 from rewards import DEFAULT, REWARDS, RewardFunction, score
+from training.data.bundled import bundled
 from training.evaluate import POOL, Judged, ask, difference, entry_of, judge, totals
-from training.photos import bundled
-from training.runs import RunConfig
+from training.runs.run import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FUNCTIONS = {name: RewardFunction({name: 1.0}) for name in REWARDS} | {"equal": DEFAULT}

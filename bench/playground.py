@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from inference.answers import Answer, Event, Request, Waiting
-from inference.models import BACKENDS, MODELS, ModelEntry
+from inference.registry import BACKENDS, MODELS, ModelEntry
+from inference.types import Answer, Event, Request, Waiting
 from recipes import random_recipe
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _alternative() -> Any:
     from fastapi import FastAPI
 
     from rewards import DEFAULT, REWARDS
-    from ui.grid import candidate_grid
+    from ui.playground.grid import candidate_grid
     from ui.theme import HEAD, theme
 
     value = _grid_value()
@@ -149,9 +149,9 @@ def _alternative() -> Any:
 
 def _grid_value() -> dict[str, Any]:
     from recipes import load_photo, shrink
-    from ui.compare import compare, picture_url
-    from ui.grid import grid_value
-    from ui.samples import SAMPLES
+    from ui.playground.compare import compare, picture_url
+    from ui.playground.grid import grid_value
+    from ui.playground.samples import SAMPLES
 
     photo = load_photo(SAMPLES["chelsea.jpg"].path)
     names = [name for name in MODELS if name.startswith("bench-")]

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.previews.stand_in_hub import StandInHub, stand_in_hub
 from tests.previews.test_branches import BUTTON, Repository
+from tests.support.spaces_server import StandInHub, stand_in_hub
 
 ROOT = Path(__file__).resolve().parent.parent
 # Nobody has published the Hub's times. Three calls of its API are said to take 1 to 2 seconds, a restart 30 to 90, a
@@ -114,7 +114,7 @@ def covered(spans: list[list[float]], began: float, ended: float) -> float:
 def relabelled(at: Repository, n: int) -> None:
     """A change that hot reload can show."""
     old = BUTTON if n == 0 else f'gr.Button("Reward {n - 1}"'
-    at.edit("ui/playground.py", old, f'gr.Button("Reward {n}"')
+    at.edit("ui/playground/tab.py", old, f'gr.Button("Reward {n}"')
 
 
 def restyled(at: Repository, n: int) -> None:

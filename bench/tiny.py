@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from inference.answers import Answer, Request
-from inference.models import TINY, answer
+from inference.registry import TINY, answer
+from inference.types import Answer, Request
 from recipes import load_photo
-from training.photos import bundled
+from training.data.bundled import bundled
 
 RUNS = 7
 

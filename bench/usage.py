@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from sqlalchemy import insert, text
 
+from storage.database import Database
+from storage.tables import EVENTS, HOURS, KINDS
 from usage import rollups
-from usage.database import Database
+from usage.analytics import Usage
 from usage.events import Deployment, Event
-from usage.period import Filter, micros
-from usage.queries import Usage
-from usage.record import Recorder
-from usage.tables import EVENTS, HOURS, KINDS
+from usage.recorder import Recorder
+from usage.time_window import Filter, micros
 
 EVENTS_IN_ALL = int(os.environ.get("BENCH_USAGE_EVENTS", "1_000_000"))
 DAYS, BRANCHES, MODELS = 30, 10, 6

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from pydantic import SecretStr
 
-from inference.models import MODELS, ModelEntry
 from inference.places import CLOUD_URL, RATE
+from inference.registry import MODELS, ModelEntry
 
 
 def offer(
@@ -44,8 +44,8 @@ def discover(models: MutableMapping[str, ModelEntry] = MODELS) -> threading.Thre
     """Asks the Cloud, in the background, which other models it has, and offers those as well."""
 
     def ask() -> None:
-        from inference.cloud import Server
-        from inference.hosted import model_ids
+        from inference.hosted.backend import model_ids
+        from inference.hosted.client import Server
 
         known = [entry for entry in list(models.values()) if entry.backend == "hosted" and entry.key is not None]
         for entry in known[:1]:

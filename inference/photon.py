@@ -13,10 +13,10 @@ from typing import Any
 
 from PIL import Image
 
-from inference.answers import MAX_OBJECTS, SKILLS, Answer, Event, InferenceError, Request, Waiting, recipe_prompt
-from inference.hosted import MAX_TOKENS, read
-from inference.models import ModelEntry
-from inference.turns import Stopped, Turns
+from inference.hosted.backend import MAX_TOKENS, read
+from inference.local.device_queue import Stopped, Turns
+from inference.registry import ModelEntry
+from inference.types import MAX_OBJECTS, SKILLS, Answer, Event, InferenceError, Request, Waiting, recipe_prompt
 
 _TURNS = Turns()  # one engine, one queue
 

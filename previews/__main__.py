@@ -25,11 +25,11 @@ from pathlib import Path as Folder
 from typing import Any, TextIO
 
 from previews import STARTED
-from previews.changes import Path
 from previews.deploy import BRANCH, MARKER, Deployer, Options, Target, deployed_sha, preview, production
 from previews.errors import Exit, PreviewError, without_secrets
 from previews.hub import Hub, patient
 from previews.names import NameTooLong, is_preview
+from previews.plan import Path
 from previews.source import branches, fetched_at, resolve
 
 APP = "moondream-playground"

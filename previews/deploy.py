@@ -13,11 +13,11 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd
 
-from previews.changes import FORCED, Path, Plan, plan, read_front_matter
 from previews.errors import Exit, PreviewError, refused
-from previews.hot import Program
+from previews.hot_reload import Program
 from previews.hub import Hub, Look, State, asked
 from previews.names import space_name
+from previews.plan import FORCED, Path, Plan, plan, read_front_matter
 from previews.source import APP_FILE, README, File, Source, blob_oid, blobs, is_ancestor, read
 
 MARKER, BRANCH = "PREVIEW_OF", "PREVIEW_BRANCH"

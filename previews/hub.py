@@ -28,8 +28,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, get_session, hf_raise_for_status
 from huggingface_hub.utils._http import default_client_factory
 
-from previews.changes import Remote
 from previews.errors import Exit, PreviewError, refused, without_secrets
+from previews.plan import Remote
 from previews.source import APP_FILE, File
 
 T = TypeVar("T")

@@ -1,7 +1,7 @@
 """Recipes: what an edit is, how a text becomes one, how one becomes a picture, and photos in and out."""
 
 from recipes.parsing import Parsed, parse
-from recipes.photo import MAX_BYTES, MAX_PIXELS, MIN_SIDE, PhotoError, load_photo, read_recipe, save_picture
+from recipes.photo_io import MAX_BYTES, MAX_PIXELS, MIN_SIDE, PhotoError, load_photo, read_recipe, save_picture
 from recipes.recipe import LOOKS, OPERATIONS, Operation, Recipe, Slot, describe, grammar, random_recipe
 from recipes.render import PREVIEW_SIDE, crop_box, render, render_all, shrink
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from recipes import PREVIEW_SIDE, Recipe, crop_box, render_all, shrink
-from rewards import compare
+from rewards import image_metrics as compare
 from rewards.colour import colour
 from rewards.creativity import creativity
 from rewards.function import RewardFunction, RewardFunctionError

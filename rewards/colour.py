@@ -18,7 +18,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from rewards import compare
+from rewards import image_metrics as compare
 
 HALF = 35.0
 NATURAL = 60.0

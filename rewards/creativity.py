@@ -20,7 +20,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from rewards import compare
+from rewards import image_metrics as compare
 
 FRESH, WIDTH = 12.0, 0.35
 REFRAMED = 15.0

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from rewards import compare
+from rewards import image_metrics as compare
 
 HALF = 0.03  # the detail that scores one half, in units of the luminance's range
 NATURAL = 0.043  # the detail of a crisp photo

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from inference.answers import InferenceError
+from inference.types import InferenceError
 
 # HTTP status -> the error's type, for programs.
 TYPES = {

@@ -8,10 +8,10 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 from sqlalchemy import text
 
-from inference.models import loaded_models
-from usage.database import Database
+from inference.registry import loaded_models
+from storage.database import Database
+from storage.reward_functions import StoreError
 from usage.events import Deployment
-from usage.store import StoreError
 
 
 class Health(BaseModel):

@@ -13,13 +13,13 @@ from fastapi import APIRouter, Path
 from fastapi import Request as Http
 from pydantic import BaseModel, Field
 
-from inference.answers import MAX_OBJECTS, MAX_TEMPERATURE, clean
-from inference.models import ModelEntry
+from inference.registry import ModelEntry
+from inference.types import MAX_OBJECTS, MAX_TEMPERATURE, clean
 from serving.errors import ApiError
-from serving.wire import Region, Spot, Words, photo_of
+from serving.schemas import Region, Spot, Words, photo_of
 
 if TYPE_CHECKING:
-    from training import tuner
+    from training.server import trainer as tuner
 
 MAX_ROLLOUTS, MAX_GROUPS = 16, 64
 Id = Annotated[str, Path(pattern=r"^[0-9A-Za-z]{1,64}$")]
@@ -147,7 +147,7 @@ class Bench:
     @cached_property
     def tuner(self) -> tuner.Tuner:
         """The learner; the first call imports torch."""
-        from training.tuner import Tuner
+        from training.server.trainer import Tuner
 
         return Tuner(self.folder)
 
@@ -158,7 +158,7 @@ class Bench:
         return await to_thread.run_sync(partial(self._done, work), limiter=self._limiter)
 
     def _done(self, work: Callable[[tuner.Tuner], Any]) -> Any:
-        from training.tuner import TunerError
+        from training.server.trainer import TunerError
 
         try:
             return work(self.tuner)
@@ -252,7 +252,7 @@ def _question(request: dict[str, Any]) -> Question:
 
 
 def _asked(question: Question) -> tuner.Asked:
-    from training.tuner import Asked
+    from training.server.trainer import Asked
 
     drawing = question.settings or Drawing()
     photo = photo_of(question.image_url)
@@ -261,13 +261,13 @@ def _asked(question: Question) -> tuner.Asked:
 
 
 def _rewards(said: list[tuner.Said], truth: Truth) -> list[float]:
-    from training.regions import reward
+    from training.server.regions import reward
 
     return [reward(one.found, truth.regions()) for one in said]
 
 
 def _group(group: Group) -> tuner.Group:
-    from training import tuner
+    from training.server import trainer as tuner
 
     asked = _asked(_question(group.request))
     if group.mode == "sft":
@@ -280,7 +280,7 @@ def _group(group: Group) -> tuner.Group:
 
 
 def _target(target: Target | None, skill: str) -> tuner.Said:
-    from training.tuner import Said
+    from training.server.trainer import Said
 
     name = {"query": "answer", "point": "points", "detect": "boxes"}[skill]
     if target is None or getattr(target, name) is None:
@@ -290,7 +290,7 @@ def _target(target: Target | None, skill: str) -> tuner.Said:
 
 
 def _said(rollout: Rollout) -> tuner.Said:
-    from training.tuner import Said
+    from training.server.trainer import Said
 
     pairs = list(zip(rollout.coords[::2], rollout.coords[1::2]))
     if 2 * len(pairs) != len(rollout.coords) or (rollout.sizes and len(rollout.sizes) != len(pairs)):

@@ -11,20 +11,20 @@ from fastapi import APIRouter, HTTPException, Query
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from storage.reward_functions import StoreError
+from usage.analytics import Usage
 from usage.budgets import Budgets
 from usage.export import export
-from usage.period import Filter, FilterError
-from usage.queries import Usage
-from usage.record import Recorder
+from usage.recorder import Recorder
 from usage.report import figures_report, prometheus
-from usage.store import StoreError
+from usage.time_window import Filter, FilterError
 
 Names = Annotated[list[str], Field(max_length=50)]
 MEDIA = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
 
 
 class Asked(BaseModel):
-    """A filter as an address has it; see usage.period.Filter. A start or end without an offset is in `zone`."""
+    """A filter as an address has it; see usage.time_window.Filter. A start or end without an offset is in `zone`."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 import pytest
 
-from training.photos import PhotoInfo, bundled
+from training.data.bundled import PhotoInfo, bundled
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-    from tests.training.stand_in_hub import StandInHub
+    from tests.support.hub_server import StandInHub
 
 BROWSERS = ("chromium", "google-chrome", "chromium-browser")
 BROWSER_ARGS = (
@@ -139,7 +139,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Iterator[StandInHub
     """A stand-in for the Hugging Face Hub, which this process then takes for it."""
     import huggingface_hub.constants
 
-    from tests.training.stand_in_hub import TOKEN, stand_in_hub
+    from tests.support.hub_server import TOKEN, stand_in_hub
 
     with stand_in_hub(tmp_path / "hub") as running:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)

@@ -18,7 +18,19 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = sorted(ROOT.glob("requirements*.txt"))
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-RUNTIME = ("app.py", "settings.py", "inference", "previews", "recipes", "rewards", "serving", "training", "ui", "usage")
+RUNTIME = (
+    "app.py",
+    "settings.py",
+    "inference",
+    "previews",
+    "recipes",
+    "rewards",
+    "serving",
+    "storage",
+    "training",
+    "ui",
+    "usage",
+)
 OPTIONAL = {"moondream", "kestrel"}  # imported where they are wanted, and only there
 
 
@@ -133,7 +145,7 @@ found = util.find_spec
 util.find_spec = lambda name, *rest: None if name in {hidden} else found(name, *rest)
 import app
 from fastapi.testclient import TestClient
-from inference.models import MODELS
+from inference.registry import MODELS
 from pathlib import Path
 from settings import Settings
 client = TestClient(app.create_app(Settings(data_dir=Path({str(tmp_path)!r}))))

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from inference.answers import Answer, Request
-from inference.models import MODELS, ModelEntry, answer
+from inference.registry import MODELS, ModelEntry, answer
+from inference.types import Answer, Request
 from recipes import Recipe, parse, random_recipe
 from rewards import DEFAULT, REWARDS, RewardFunction, RewardFunctionError, score_recipes
-from training.collect import CollectError, collect
-from training.runs import Run, RunError
+from training.data.sources import CollectError, collect
+from training.runs.run import Run, RunError
 
 RESAMPLES = 4_000
 POOL = 256

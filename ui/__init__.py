@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ui import dashboard, finetune, playground
-from ui.house import House, Shared
+from ui.finetune import tab as finetune
+from ui.playground import tab as playground
+from ui.services import House, Shared
+from ui.usage import tab as dashboard
 
 TABS: dict[str, Callable[[House, Shared], None]] = {
     "Playground": playground.build,

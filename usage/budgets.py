@@ -8,11 +8,11 @@ from typing import Literal
 
 from sqlalchemy import delete, func, select
 
-from usage.database import Database
+from storage.database import Database
+from storage.tables import BUDGETS, EVENTS, KINDS
 from usage.events import MAX_WORD, storable
 from usage.ledger import DOLLAR, digest
-from usage.period import micros
-from usage.tables import BUDGETS, EVENTS, KINDS
+from usage.time_window import micros
 
 WARN_AT = 0.8
 MAX_LIMIT = 1_000_000.0  # dollars

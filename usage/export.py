@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import tuple_
 
-from usage.database import Database
+from storage.database import Database
+from storage.tables import EVENTS
+from usage.analytics import event_of, select_events
 from usage.events import Event
-from usage.period import Filter
-from usage.queries import event_of, select_events
-from usage.tables import EVENTS
+from usage.time_window import Filter
 
 PIECE = 5_000  # events
 COLUMNS = tuple(field.name for field in fields(Event))

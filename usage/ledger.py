@@ -9,10 +9,10 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
-from usage.database import Database
+from storage.database import Database
+from storage.tables import BASES, EVENTS, HOURS, KINDS, WORDS
 from usage.events import Event
-from usage.period import HOUR, SECOND, micros
-from usage.tables import BASES, EVENTS, HOURS, KINDS, WORDS
+from usage.time_window import HOUR, SECOND, micros
 
 DOLLAR = 1_000_000_000
 MILLION = 1_000_000

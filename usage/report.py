@@ -8,12 +8,12 @@ from typing import Any
 
 from sqlalchemy import func, select
 
+from storage.tables import EVENTS, KINDS
+from usage.analytics import UNITS, Figures, Series, Usage
 from usage.budgets import Budgets
 from usage.ledger import DOLLAR
-from usage.period import SECOND
-from usage.queries import UNITS, Figures, Series, Usage
-from usage.record import Recorder
-from usage.tables import EVENTS, KINDS
+from usage.recorder import Recorder
+from usage.time_window import SECOND
 
 LABELS = ("branch", "model", "skill", "outcome")
 SUMS = {

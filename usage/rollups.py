@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Connection, delete, select, update
 
+from storage.database import Database
+from storage.tables import EVENTS, HOURS, KINDS
 from usage.cells import CELL, KIND_FIELDS, Cells, Kind, merged, table
-from usage.database import Database
-from usage.period import HOUR
 from usage.sketch import buckets
-from usage.tables import EVENTS, HOURS, KINDS
+from usage.time_window import HOUR
 
 QUARTER = HOUR // 4  # every time zone in use is a whole number of quarters away from UTC
 EXACT = 2_000  # an hour with so many calls keeps each; a busier one keeps buckets

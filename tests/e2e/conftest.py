@@ -14,10 +14,10 @@ import pytest
 import uvicorn
 
 import app
-from inference import models
+from inference import registry as models
 from settings import Settings
-from tests.training.test_worker import FAKE
-from tests.ui import fake_backend
+from tests.support import fake_backend
+from tests.training.runs.test_queue import FAKE
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
@@ -30,7 +30,7 @@ PLAIN = ("one", "two", "three")
 def serving(folder: Path, training: tuple[str, ...] = FAKE, **settings: Any) -> Iterator[str]:
     """The address of the application, served by uvicorn as `python app.py` does; by default its runs learn nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.BACKENDS, "fake", "tests.ui.fake_backend")
+        patch.setitem(models.BACKENDS, "fake", "tests.support.fake_backend")
         for name in FAKES:
             patch.setitem(models.MODELS, name, fake_backend.entry(name, "" if name in PLAIN else name))
         application = app.create_app(Settings(data_dir=folder, **settings), training=training)

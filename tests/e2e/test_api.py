@@ -11,11 +11,11 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from inference.models import MODELS
+from inference.registry import MODELS
 from recipes import MAX_BYTES, load_photo, parse
 from rewards import score_recipes
 from settings import VERSION
-from ui.samples import SAMPLES
+from ui.playground.samples import SAMPLES
 
 CAT = str(SAMPLES["chelsea.jpg"].path)
 NAMED = {"/compare", "/score", "/models", "/reward_functions", "/save_reward_function"}

@@ -12,14 +12,14 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from inference.models import MODELS
+from inference.registry import MODELS
 from tests.e2e.conftest import serving
 from tests.e2e.test_page import PHONE, violations
 from tests.e2e.test_playground import set_weight
-from tests.training.stand_in_hub import TOKEN, StandInHub
-from tests.training.test_worker import until
-from training.runs import RunConfig, Runs
-from ui.samples import SAMPLES
+from tests.support.hub_server import TOKEN, StandInHub
+from tests.training.runs.test_queue import until
+from training.runs.run import RunConfig, Runs
+from ui.playground.samples import SAMPLES
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

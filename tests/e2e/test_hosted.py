@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from inference.models import MODELS
+from inference.registry import MODELS
 from tests.e2e.conftest import serving
 from tests.e2e.test_page import PHONE, violations
 from tests.e2e.test_playground import run
-from tests.inference.faults import KEY, Faults, fault_server, malformed
-from tests.inference.stand_in_cloud import PATH, cloud
+from tests.support.cloud_server import PATH, cloud
+from tests.support.fault_server import KEY, Faults, fault_server, malformed
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.ui.test_photo import BAD
+from tests.ui.playground.test_photo import BAD
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 pytestmark = pytest.mark.browser
 Open = Callable[..., "Page"]
-AXE = Path(__file__).parent / "vendor" / "axe-core-4.14.1.min.js"
+AXE = Path(__file__).parents[1] / "support" / "vendor" / "axe-core-4.14.1.min.js"
 # Gradio's own: the image input's drop zone is a button whose name differs from its text.
 NOT_OURS = {"label-content-name-mismatch"}
 PHONE = {"viewport": {"width": 390, "height": 844}}

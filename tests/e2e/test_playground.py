@@ -14,7 +14,7 @@ from PIL import Image
 
 from recipes import load_photo, parse, read_recipe
 from rewards import DEFAULT, REWARDS, RewardFunction, score_recipes
-from ui.samples import SAMPLES
+from ui.playground.samples import SAMPLES
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

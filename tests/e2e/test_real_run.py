@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from inference.models import MODELS
+from inference.registry import MODELS
 from tests.e2e.conftest import serving
 from tests.e2e.test_finetune import ended, start, tune
-from training.runs import Runs
-from training.worker import COMMAND
+from training.runs.queue import COMMAND
+from training.runs.run import Runs
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

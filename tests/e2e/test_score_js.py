@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from rewards import REWARDS, RewardFunction
-from ui.grid import SCORE_JS
+from ui.playground.grid import SCORE_JS
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.models import ModelEntry
 from inference.moondream import MoondreamConfig, MoondreamForConditionalGeneration
-from training.tokenizer import build_tokenizer, templates
+from inference.registry import ModelEntry
+from training.pretrain.tokenizer import build_tokenizer, templates
 
 TEXTS = ["A bright photo with warm colours.", "How should this photo be finished?", "the main subject"]
 CONTEXT = 128

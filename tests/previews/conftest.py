@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from previews import deploy as deploying
-from tests.previews.stand_in_hub import stand_in_hub
-from tests.previews.world import World
+from tests.support.preview_world import World
+from tests.support.spaces_server import stand_in_hub
 
 
 @pytest.fixture

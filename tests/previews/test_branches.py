@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from previews.names import space_name
-from tests.previews.stand_in_hub import TOKEN, StandInHub, stand_in_hub
+from tests.support.spaces_server import TOKEN, StandInHub, stand_in_hub
 
 ROOT = Path(__file__).resolve().parents[2]
 OWNER, APP = "team", "moondream-playground"
@@ -124,10 +124,10 @@ def test_branches_live_side_by_side_until_they_are_swept(repository: Repository,
     assert shown(a)[0] == first and "feature/A" in shown(a)[1] and first[:7] in shown(a)[1]
 
     # a change of its page is hot-reloaded, and only what changed is sent
-    second = at.edit("ui/playground.py", BUTTON, 'gr.Button("Reward of A"')
+    second = at.edit("ui/playground/tab.py", BUTTON, 'gr.Button("Reward of A"')
     done = at.previews("deploy", "--branch", "feature/A")
     assert (done["path"], done["fallbacks"], space_a.starts) == ("hot reload", [], 1)
-    assert [names for _, hot, names in hub.uploads[-2:] if hot] == [["ui/playground.py"], ["app.py"]]
+    assert [names for _, hot, names in hub.uploads[-2:] if hot] == [["ui/playground/tab.py"], ["app.py"]]
     assert shown(a)[0] == second and "Reward of A" in shown(a)[1]
 
     # the same again does nothing
@@ -137,7 +137,7 @@ def test_branches_live_side_by_side_until_they_are_swept(repository: Repository,
 
     # B deploys; both answer, each with its own commit
     at.git("checkout", "-q", "-b", "b_ütf", "main")
-    third = at.edit("ui/playground.py", BUTTON, 'gr.Button("Reward of B"')
+    third = at.edit("ui/playground/tab.py", BUTTON, 'gr.Button("Reward of B"')
     b = at.previews("deploy", "--branch", "b_ütf", "--secret", "DATABASE_URL")["url"]
     assert (shown(a)[0], shown(b)[0]) == (second, third)
     assert "Reward of A" in shown(a)[1] and "Reward of B" in shown(b)[1]
@@ -155,21 +155,21 @@ def test_branches_live_side_by_side_until_they_are_swept(repository: Repository,
 
     # what hot reload cannot show falls back: a name that another module holds
     at.git("checkout", "-q", "feature/A")
-    fourth = at.edit("ui/dashboard.py", 'TAB = "Usage"', 'TAB = "Usage of A"')
+    fourth = at.edit("ui/usage/tab.py", 'TAB = "Usage"', 'TAB = "Usage of A"')
     done = at.previews("deploy", "--branch", "feature/A")
     assert done["path"] == "restart" and "other modules hold TAB" in done["reason"]
     assert shown(a)[0] == fourth and "Usage of A" in shown(a)[1]
 
     # code that does not run leaves the old application serving
-    at.edit("ui/playground.py", 'gr.Button("Reward of A"', "gr.Button((")
+    at.edit("ui/playground/tab.py", 'gr.Button("Reward of A"', "gr.Button((")
     uploads = len(hub.uploads)
     error = at.previews("deploy", "--branch", "feature/A", code=9)
-    assert "ui/playground.py, line" in error["error"] and len(hub.uploads) == uploads
-    at.edit("ui/playground.py", "gr.Button((", 'gr.Button("Reward A"')
-    at.edit("ui/playground.py", "MODELS, answer\n", "MODELS, answer\nfrom inference import no_such_name\n")
+    assert "ui/playground/tab.py, line" in error["error"] and len(hub.uploads) == uploads
+    at.edit("ui/playground/tab.py", "gr.Button((", 'gr.Button("Reward A"')
+    at.edit("ui/playground/tab.py", "MODELS, answer\n", "MODELS, answer\nfrom inference import no_such_name\n")
     error = at.previews("deploy", "--branch", "feature/A", code=9)
     assert "no_such_name" in error["error"] and shown(a)[0] == fourth and "Reward of A" in shown(a)[1]
-    fifth = at.edit("ui/playground.py", "from inference import no_such_name\n", "")
+    fifth = at.edit("ui/playground/tab.py", "from inference import no_such_name\n", "")
     assert at.previews("deploy", "--branch", "feature/A")["path"] == "hot reload" and shown(a)[0] == fifth
 
     # B is deleted and swept, and nothing else is

@@ -21,14 +21,14 @@ from huggingface_hub.utils._http import default_client_factory
 
 from previews import hub as hubs
 from previews.__main__ import Progress
-from previews.changes import Plan, plan
 from previews.deploy import Result
 from previews.errors import Exit, PreviewError, without_secrets
-from previews.hot import Program
+from previews.hot_reload import Program
 from previews.hub import Hub, patient
+from previews.plan import Plan, plan
 from previews.source import branches, read
-from tests.previews.stand_in_hub import TOKEN
-from tests.previews.world import APP, PROOF, README, World
+from tests.support.preview_world import APP, PROOF, README, World
+from tests.support.spaces_server import TOKEN
 
 
 def refusal(do: Callable[[], object], code: Exit, *words: str) -> PreviewError:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from recipes import Recipe, load_photo, random_recipe, render, shrink
-from rewards import REWARDS, compare, score, score_recipes
+from rewards import REWARDS, score, score_recipes
+from rewards import image_metrics as compare
 from rewards.colour import colourfulness as colourfulness_of
 from rewards.sharpness import detail, noise
 

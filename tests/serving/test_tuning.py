@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from inference.answers import RECIPE_QUESTION
+from inference.types import RECIPE_QUESTION
 from recipes import Recipe, load_photo, parse, save_picture, shrink
 from settings import Settings
 from tests.e2e.conftest import serving
-from tests.serving.test_endpoint import PHOTO, picture, refused
-from training import grpo, hosted, regions
-from training.photos import bundled
-from training.runs import Run, RunConfig
-from training.tuner import Asked, Group, Said, Tuner
+from tests.serving.test_api import PHOTO, picture, refused
+from training.data.bundled import bundled
+from training.grpo import train as grpo
+from training.hosted import trainer as hosted
+from training.runs.run import Run, RunConfig
+from training.server import regions
+from training.server.trainer import Asked, Group, Said, Tuner
 
 KEY, OTHER = "a-key-of-20-letters-", "another-of-20-letter"
 
@@ -268,7 +270,7 @@ def test_a_step_that_cannot_be_kept_is_none(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.tuner.write_whole", full)
+        patch.setattr("training.server.trainer.write_whole", full)
         with pytest.raises(OSError, match="No space"):
             learn(tuner, made.finetune_id, asked, 1)
     assert tuner.get("me", made.finetune_id).step == 0

@@ -12,12 +12,12 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from serving import usage as routes
+from storage.database import Database
 from usage import ledger
+from usage.analytics import Usage
 from usage.budgets import Budget, Budgets
-from usage.database import Database
 from usage.events import Deployment, Event
-from usage.queries import Usage
-from usage.record import Recorder
+from usage.recorder import Recorder
 
 NOW = datetime.now(timezone.utc)
 HOSTILE = 'a"b\\c\nd'

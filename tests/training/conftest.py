@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from recipes import Recipe, load_photo, save_picture, shrink
-from training.photos import bundled
+from training.data.bundled import bundled
 
 
 @pytest.fixture(scope="module")

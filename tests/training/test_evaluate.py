@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inference.models import MODELS
+from inference.registry import MODELS
 from recipes import Recipe, load_photo, random_recipe, render, shrink
 from rewards import DEFAULT, REWARDS, RewardFunction, score, score_recipes
+from training.data.bundled import bundled
 from training.evaluate import EvaluateError, ask, difference, entry_of, evaluate, interval, judge, reference, summary
-from training.photos import bundled
-from training.runs import Run, RunConfig
+from training.runs.run import Run, RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

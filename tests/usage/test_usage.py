@@ -18,16 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
+from storage.database import Database, StoreError
 from usage import ledger, rollups
+from usage.analytics import Usage
 from usage.budgets import Budget, BudgetExceeded, Budgets
-from usage.database import Database, StoreError
 from usage.events import Deployment, Event
 from usage.export import export
-from usage.period import PERIODS, Filter, bins, micros
 from usage.prices import Prices
-from usage.queries import Usage
-from usage.record import Recorder
+from usage.recorder import Recorder
 from usage.sketch import ERROR, buckets, grouped
+from usage.time_window import PERIODS, Filter, bins, micros
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime(2026, 3, 31, 12, 34, 56, tzinfo=timezone.utc)  # DST has begun in Europe, a month ends
@@ -221,9 +221,9 @@ def test_a_killed_process_loses_at_most_the_last_second(database: Database, tmp_
 import itertools, time
 from datetime import datetime, timezone
 from pathlib import Path
-from usage.database import Database
+from storage.database import Database
 from usage.events import Deployment, Event
-from usage.record import Recorder
+from usage.recorder import Recorder
 recorder = Recorder(Database("postgresql://nobody@127.0.0.1:1/none", 0.1), Path({str(tmp_path)!r}), Deployment())
 recorder.start()
 for number in itertools.count():

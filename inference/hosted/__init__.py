@@ -1,0 +1,1 @@
+"""Hosted inference: Moondream Cloud and other servers of its API, over HTTP."""

@@ -1,0 +1,1 @@
+"""The database: connection, schema, migrations and saved reward functions."""

@@ -1,0 +1,1 @@
+"""Training photos: bundled, uploaded, from folders, zip files and Hub datasets."""

@@ -1,0 +1,106 @@
+"""The embedded model's folder: weights, tokenizer, processor, measured figures and the model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from inference.moondream import MoondreamForConditionalGeneration, MoondreamImageProcessor, MoondreamProcessor
+from training.data.bundled import bundled
+
+CARD = """---
+license: apache-2.0
+pipeline_tag: image-text-to-text
+---
+# moondream-tiny
+
+A demonstration model: Moondream 2's own architecture at {millions:.1f} million parameters, trained from scratch by
+`python -m training.pretrain` on the train split of the bundled photos. It shows what the playground does on a machine
+without key, GPU or download. It knows what can be measured in pixels and nothing of the world: it cannot tell a dog
+from a boat, and says so.
+
+| | |
+|---|---|
+| data | {train} photos (`assets/photos`, split "train"), random views of them, degraded at random |
+| supervision | computed from pixels (`training/pretrain/`); no labels, no other model |
+| training | seed {seed}, {steps} steps of {batch} photos, three lessons each; then minimum risk (`min_risk.py`) |
+| time | {minutes:.0f} minutes, {threads} CPU thread(s) |
+| input | crops of {crop} px, up to {tiles} tiles, {tokens} image tokens |
+
+Measured on {held_out} held-out photos of other sources and {cases} degraded copies of them (all in `quality.json`):
+
+| skill | figure |
+|---|---|
+| recipe: CIELAB error, degraded / restored | {degraded:.1f} / {restored:.1f} ({lowered:.0%} lower) |
+| recipe: error with the best single recipe for all / with the true one | {single:.1f} / {known:.1f} |
+| recipe: error lowered, share of cases | {share:.0%} |
+| recipe: error lowered by 30 % or more, share of cases | {share_30:.0%} |
+| recipe: correlation of answered and true levels | {levels} |
+| caption and query: stated facts that are true | {true:.1%} of {facts} |
+| point: inside the area | {hit:.0%} |
+| detect: mean IoU | {iou:.2f} |
+| detect: nothing found for objects it cannot know | {nothing:.0%} |
+"""
+
+
+def export(
+    model: MoondreamForConditionalGeneration,
+    image_processor: MoondreamImageProcessor,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    card: str,
+    figures: dict,
+) -> None:
+    """Writes the model folder in the Hub's layout: float16 weights, tokenizer, processor, card, quality.json.
+
+    Everything is written beside the folder first and moved in at the end, file by file, the weights last.
+    """
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    MoondreamProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(part)
+    model.half().save_pretrained(part)
+    (part / "README.md").write_text(card, encoding="utf-8")
+    (part / "quality.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(part.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        os.replace(file, folder / file.name)
+    part.rmdir()
+
+
+def model_card(settings: dict, model: MoondreamForConditionalGeneration, figures: dict, seconds: float) -> str:
+    """The model card: what it is, what it was trained on, for how long, and how well it does.
+
+    settings: seed, steps, batch, threads of the training run. figures: of `training.pretrain.quality.evaluate`.
+    """
+    recipe, stated, regions, vision = (
+        *(figures[k] for k in ("recipe", "facts", "regions")),
+        model.config.vision_config,
+    )
+    return CARD.format(
+        **settings,
+        millions=model.num_parameters() / 1e6,
+        train=len(bundled("train")),
+        held_out=len(bundled("held-out")),
+        minutes=seconds / 60,
+        crop=vision.crop_size,
+        tiles=vision.max_crops,
+        tokens=vision.image_tokens,
+        cases=recipe["cases"],
+        degraded=recipe["error_degraded"],
+        restored=recipe["error_restored"],
+        lowered=recipe["error_lowered_by"],
+        single=recipe["error_best_single_recipe"],
+        known=recipe["error_true_recipe"],
+        share=recipe["share_lowered"],
+        share_30=recipe["share_lowered_by_30_percent"],
+        levels=", ".join(f"{name} {value:.2f}" for name, value in figures["levels"].items()),
+        true=stated["true"],
+        facts=stated["facts"],
+        hit=regions["hit"],
+        iou=regions["iou"],
+        nothing=regions["nothing_found_for_unknown"],
+    )

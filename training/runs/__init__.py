@@ -1,0 +1,1 @@
+"""Fine-tuning runs: their folders, queue, backends, exports and tuned models."""

@@ -1,0 +1,1 @@
+"""The trainer behind the `/v1/tuning` endpoints."""
