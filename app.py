@@ -15,17 +15,17 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from inference.offers import discover, offer
+from inference.offers import discover_hosted_models, register_hosted_models
 from recipes import MAX_BYTES
 from serving import api as endpoint
 from serving import health, usage
-from serving.auth import Keys
+from serving.auth import ApiKeyAuth
 from settings import ROOT, VERSION, Settings, SettingsError
 from storage.reward_functions import StoreError
 from training.runs.queue import COMMAND
 from ui import TABS
 from ui.playground.samples import PHOTOS
-from ui.services import House, Shared
+from ui.services import AppServices, SharedComponents
 from ui.theme import HEAD, theme
 from usage.deployment import deployment
 from usage.events import Deployment
@@ -35,15 +35,15 @@ TITLE = "Moondream Playground"
 LOCAL = ("127.0.0.1", "0.0.0.0", "::", "::1")
 
 
-def blocks(house: House, where: Deployment | None = None) -> gr.Blocks:
+def blocks(services: AppServices, where: Deployment | None = None) -> gr.Blocks:
     """The page. where: the branch and commit that it says at its head to be; None: those under which calls count."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 24 * 3600)) as page:
-        gr.HTML(_head(where or house.meter.recorder.deployment), elem_id="banner", apply_default_css=False)
+        gr.HTML(_head(where or services.meter.recorder.deployment), elem_id="banner", apply_default_css=False)
         with gr.Tabs() as tabs:
-            shared = Shared.make(tabs)
+            shared_components = SharedComponents.make(tabs)
             for title, build in TABS.items():
                 with gr.Tab(title, id=title):
-                    build(house, shared)
+                    build(services, shared_components)
     return page.queue(max_size=64)
 
 
@@ -55,24 +55,24 @@ def _head(where: Deployment) -> str:
     return f'<div class="head"><h1>{TITLE}</h1>{told}</div>'
 
 
-def open_house(settings: Settings, training: tuple[str, ...] = COMMAND) -> House:
+def build_services(settings: Settings, training: tuple[str, ...] = COMMAND) -> AppServices:
     """What the page works on, opened. training: the command that does a run, given its folder."""
     prices = Prices.read(settings.prices) if settings.prices else Prices()
     where = deployment(settings.branch, settings.commit, settings.space, ROOT)
     inside = _inside() if settings.train_in_request else None
-    offer(settings.moondream_url, settings.moondream_key, settings.moondream_rate, settings.endpoints)
-    discover()
-    return House.open(settings.data_dir, settings.store_url, training, where, prices, settings.hardware, inside)
+    register_hosted_models(settings.moondream_url, settings.moondream_key, settings.moondream_rate, settings.endpoints)
+    discover_hosted_models()
+    return AppServices.open(settings.data_dir, settings.store_url, training, where, prices, settings.hardware, inside)
 
 
-def routes(settings: Settings, house: House) -> FastAPI:
+def routes(settings: Settings, services: AppServices) -> FastAPI:
     """Everything that is not the page."""
     app = FastAPI(title=TITLE)
-    recorder = house.meter.recorder
-    app.include_router(health.router(VERSION, lambda: recorder.deployment, house.usage.database))
-    app.include_router(usage.router(house.usage, house.budgets, recorder))
-    keys = Keys(settings.api_keys, settings.api_rate)
-    app.mount("/v1", endpoint.create(house.meter, keys, settings.data_dir / "tuning"))
+    recorder = services.meter.recorder
+    app.include_router(health.router(VERSION, lambda: recorder.deployment, services.usage.database))
+    app.include_router(usage.router(services.usage, services.budgets, recorder))
+    keys = ApiKeyAuth(settings.api_keys, settings.api_rate)
+    app.mount("/v1", endpoint.create(services.meter, keys, settings.data_dir / "tuning"))
     return app
 
 
@@ -93,8 +93,8 @@ def how_served(settings: Settings) -> dict[str, Any]:
 
 def create_app(settings: Settings, training: tuple[str, ...] = COMMAND) -> FastAPI:
     """Page and routes as one ASGI application. training: the command that does a run, given its folder."""
-    house = open_house(settings, training)
-    return gr.mount_gradio_app(routes(settings, house), blocks(house), path="/", **how_served(settings))
+    services = build_services(settings, training)
+    return gr.mount_gradio_app(routes(settings, services), blocks(services), path="/", **how_served(settings))
 
 
 def _inside() -> Callable[[str], object]:
@@ -121,11 +121,11 @@ def main() -> None:
 
 
 @cache
-def space() -> tuple[Settings, House]:
+def space() -> tuple[Settings, AppServices]:
     """The Space's one house, which hot reload keeps: its store, threads and models outlive a page."""
     try:
         settings = Settings.from_env(os.environ)
-        return settings, open_house(settings)
+        return settings, build_services(settings)
     except (SettingsError, PriceError, StoreError) as error:
         sys.exit(str(error))
 
@@ -137,23 +137,23 @@ def stamped(module: str, commit: str) -> gr.Blocks | None:
     """
     if module != "__main__" or "SPACE_ID" not in os.environ:
         return None
-    house = space()[1]
-    recorder = house.meter.recorder
+    services = space()[1]
+    recorder = services.meter.recorder
     where = replace(recorder.deployment, commit=commit or recorder.deployment.commit)
-    page = blocks(house, where)
+    page = blocks(services, where)
     recorder.deployment = where
     return page
 
 
 def launch(page: gr.Blocks) -> None:
     """Serves a Space's page, and the routes before Gradio's own."""
-    settings, house = space()
+    settings, services = space()
     page.launch(
         server_name=settings.host,
         server_port=settings.port,
         prevent_thread_lock=True,
         quiet=True,
-        app_kwargs={"routes": [*routes(settings, house).router.routes]},
+        app_kwargs={"routes": [*routes(settings, services).router.routes]},
         **how_served(settings),
     )
     while True:

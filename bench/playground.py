@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from inference.registry import BACKENDS, MODELS, ModelEntry
-from inference.types import Answer, Event, Request, Waiting
+from inference.registry import BACKENDS, MODELS, ModelSpec
+from inference.types import Answer, Event, Request, Queued
 from recipes import random_recipe
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def rows() -> list[dict[str, Any]]:
     """Slider to paint, and the first picture and all pictures after a click; needs Chromium (CHROMIUM names one)."""
     names = [f"bench-{place}" for place in range(MODELS_AT_ONCE)]
     BACKENDS["bench"] = __name__
-    MODELS.update({name: ModelEntry(name, name, "", "bench", "") for name in names})
+    MODELS.update({name: ModelSpec(name, name, "", "bench", "") for name in names})
     with _served(_application()) as address, _page() as page:
         page.goto(f"{address}/?photo=chelsea.jpg&n={CANDIDATES}&models={','.join(names)}")
         page.wait_for_selector("#photo img[src]")
@@ -86,9 +86,9 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-def answer(entry: ModelEntry, request: Request, cancel: threading.Event) -> Iterator[Event]:
+def answer(entry: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
     """The contract of a backend, at once."""
-    yield Waiting(0)
+    yield Queued(0)
     for index in range(request.n):
         draw = np.random.default_rng((request.seed, index, sum(entry.name.encode())))
         yield Answer(index, str(random_recipe(draw)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from inference.registry import ModelEntry
+    from inference.registry import ModelSpec
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -18,7 +18,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 NVIDIA = ("/proc/driver/nvidia/version", "/dev/nvidia0", "/dev/dxg")
 
 
-def unavailable(entry: ModelEntry) -> str | None:
+def unavailable(entry: ModelSpec) -> str | None:
     """Why a local model cannot be used on this machine, and what to do about it; None when it can."""
     if entry.backend != "local":
         return None
@@ -32,7 +32,7 @@ def _missing_torch() -> str | None:
     return "this deployment has no torch (requirements-slim.txt): hosted models alone answer here."
 
 
-def missing_files(entry: ModelEntry) -> str | None:
+def missing_files(entry: ModelSpec) -> str | None:
     """What to do to get the files of a model that are not here; None when all are."""
     if model_folder(entry) is None:
         return _how_to_get(entry)
@@ -43,7 +43,7 @@ def missing_files(entry: ModelEntry) -> str | None:
     return None
 
 
-def model_folder(entry: ModelEntry) -> Path | None:
+def model_folder(entry: ModelSpec) -> Path | None:
     """The folder with config and weights: the one the user named, else the source, else the Hub's cache."""
     named = _named_folder(entry)
     if named:
@@ -59,7 +59,7 @@ def weights_file(folder: Path) -> Path:
     return next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
 
 
-def tokenizer_folder(entry: ModelEntry) -> Path | None:
+def tokenizer_folder(entry: ModelSpec) -> Path | None:
     """The folder with the tokenizer: the model's own, or that of the tokenizer's repository in the Hub's cache.
 
     A folder that the user named may hold the right tokenizer or a stale one; whether its ids are right is checked
@@ -80,7 +80,7 @@ def has_gpu() -> bool:
     return apple or any(os.path.exists(path) for path in NVIDIA)
 
 
-def _named_folder(entry: ModelEntry) -> Path | None:
+def _named_folder(entry: ModelSpec) -> Path | None:
     named = os.environ.get(entry.folder_variable or "", "").strip() if entry.folder_variable else ""
     return Path(named).expanduser() if named else None
 
@@ -100,13 +100,13 @@ def _cached(repository: str, name: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _missing_gpu(entry: ModelEntry) -> str | None:
+def _missing_gpu(entry: ModelSpec) -> str | None:
     if entry.needs_gpu and not has_gpu():
         return "it needs a GPU, and this machine has none (without one a single answer would take minutes)."
     return None
 
 
-def _how_to_get(entry: ModelEntry) -> str:
+def _how_to_get(entry: ModelSpec) -> str:
     named = _named_folder(entry)
     if named:
         return f"{entry.folder_variable} names {named}, where {CONFIG} and {WEIGHTS[0]} were not found."
@@ -120,7 +120,7 @@ def _how_to_get(entry: ModelEntry) -> str:
     return f"its weights are not on this machine. Run {' and '.join(commands)} once{folder}."
 
 
-def _missing_memory(entry: ModelEntry) -> str | None:
+def _missing_memory(entry: ModelSpec) -> str | None:
     free = free_memory()
     if free is None or free >= entry.memory_bytes:
         return None

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from uuid import uuid4
 
 from inference.registry import MODELS
-from inference.types import Answer, InferenceError, Request, Waiting
+from inference.types import Answer, InferenceError, Queued, Request
 from inference.types import Event as Said
 from storage.database import StoreError
 from usage.budgets import BudgetExceeded, Budgets
@@ -22,7 +22,7 @@ Ask = Callable[[str, Request, threading.Event], Iterator[Said]]
 
 
 @dataclass(frozen=True)
-class Metering:
+class UsageMeter:
     """Where calls are recorded, and what a second of this machine costs: `hardware` is None where it is not known.
 
     budgets: asked before each paid call.
@@ -37,16 +37,16 @@ class Metering:
         self, name: str, request: Request, cancel: threading.Event, ask: Ask, source: str, request_id: str = ""
     ) -> Iterator[Said]:
         """What `ask` says of one model, its event recorded when it ends."""
-        calls = Calls(self, request, ask, source, "", request_id)
+        calls = CallTracker(self, request, ask, source, "", request_id)
         calls.close()
         yield from calls.ask(name, request, cancel)
 
 
-class Calls:
+class CallTracker:
     """The calls of one question: an event waits for its scores, but not for a page that has gone."""
 
     def __init__(
-        self, meter: Metering, request: Request, ask: Ask, source: str, session: str, request_id: str = ""
+        self, meter: UsageMeter, request: Request, ask: Ask, source: str, session: str, request_id: str = ""
     ) -> None:
         self.meter, self.request, self._ask = meter, request, ask
         self.common = {"source": source, "session": session, "request_id": request_id or uuid4().hex}
@@ -63,7 +63,7 @@ class Calls:
             for said in self._ask(name, request, cancel):
                 if isinstance(said, Answer):
                     answers.append(said)
-                elif isinstance(said, Waiting):
+                elif isinstance(said, Queued):
                     wait = time.perf_counter() - began
                 yield said
             outcome = "cancelled" if cancel.is_set() and len(answers) < request.n else "ok"
@@ -110,7 +110,7 @@ class Calls:
         self.meter.recorder.record(event)
 
 
-def _event(meter: Metering, name: str, request: Request, answers: list[Answer], seconds: float, wait: float) -> Event:
+def _event(meter: UsageMeter, name: str, request: Request, answers: list[Answer], seconds: float, wait: float) -> Event:
     """The call's numbers: as the answers report them, else (nothing was answered) the time that passed.
 
     Local candidates are answered in one batch: the prompt is computed once for all. An answer that stands for several
@@ -127,7 +127,7 @@ def _event(meter: Metering, name: str, request: Request, answers: list[Answer], 
     basis: Basis = "estimated" if any(answer.estimated for answer in answers) else "reported"
     if hosted:
         paid = bool(answers) and hosted.needs_key
-        cost = meter.prices.call(hosted.remote or hosted.name, came, went) if paid else None
+        cost = meter.prices.call(hosted.remote_id or hosted.name, came, went) if paid else None
     else:
         cost = meter.prices.machine(meter.hardware, latency) if answers else None
     return Event(

@@ -9,15 +9,15 @@ from dataclasses import replace
 from pydantic import SecretStr
 
 from inference.places import CLOUD_URL, RATE
-from inference.registry import MODELS, ModelEntry
+from inference.registry import MODELS, ModelSpec
 
 
-def offer(
+def register_hosted_models(
     url: str | None,
     key: str | None,
     rate: float | None,
     endpoints: Mapping[str, str],
-    models: MutableMapping[str, ModelEntry] = MODELS,
+    models: MutableMapping[str, ModelSpec] = MODELS,
 ) -> None:
     """Puts the deployment's server, key and limit (None: the Cloud's) into the entries; one entry per endpoint."""
     url, rate, secret = url or CLOUD_URL, rate or RATE, SecretStr(key) if key else None
@@ -26,7 +26,7 @@ def offer(
             models[name] = replace(entry, source=url, key=secret, rate=rate)
     for name, address in endpoints.items():
         note = f"A server of this deployment's own that speaks Moondream's API: {address}. The photo is sent there."
-        models[name] = ModelEntry(
+        models[name] = ModelSpec(
             name,
             name,
             note,
@@ -34,25 +34,25 @@ def offer(
             address,
             temperature=0.5,
             top_p=0.9,
-            constrained=False,
-            explained=True,
+            grammar_constrained=False,
+            grammar_in_prompt=True,
             rate=rate,
         )
 
 
-def discover(models: MutableMapping[str, ModelEntry] = MODELS) -> threading.Thread:
+def discover_hosted_models(models: MutableMapping[str, ModelSpec] = MODELS) -> threading.Thread:
     """Asks the Cloud, in the background, which other models it has, and offers those as well."""
 
     def ask() -> None:
         from inference.hosted.backend import model_ids
-        from inference.hosted.client import Server
+        from inference.hosted.client import MoondreamClient
 
         known = [entry for entry in list(models.values()) if entry.backend == "hosted" and entry.key is not None]
         for entry in known[:1]:
-            for name in model_ids(Server(entry.source, entry.key, entry.rate)):
+            for name in model_ids(MoondreamClient(entry.source, entry.key, entry.rate)):
                 if name not in models:
                     note = "Moondream Cloud lists it for this deployment's key. Each candidate is a paid call."
-                    models[name] = replace(entry, name=name, title=name, note=note, remote="")
+                    models[name] = replace(entry, name=name, title=name, note=note, remote_id="")
 
     thread = threading.Thread(target=ask, name="discover-models", daemon=True)
     thread.start()

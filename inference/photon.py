@@ -14,36 +14,36 @@ from typing import Any
 from PIL import Image
 
 from inference.hosted.backend import MAX_TOKENS, read
-from inference.local.device_queue import Stopped, Turns
-from inference.registry import ModelEntry
-from inference.types import MAX_OBJECTS, SKILLS, Answer, Event, InferenceError, Request, Waiting, recipe_prompt
+from inference.local.device_queue import Cancelled, DeviceQueue
+from inference.registry import ModelSpec
+from inference.types import MAX_OBJECTS, SKILLS, Answer, Event, InferenceError, Queued, Request, recipe_prompt
 
-_TURNS = Turns()  # one engine, one queue
+_TURNS = DeviceQueue()  # one engine, one queue
 
 
-def answer(entry: ModelEntry, request: Request, cancel: threading.Event) -> Iterator[Event]:
+def answer(entry: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
     """Yields Waiting and, per candidate, one Answer. Raises InferenceError."""
-    yield Waiting(len(_TURNS))
+    yield Queued(len(_TURNS))
     try:
         with _TURNS.turn(cancel.is_set, lambda position: None):
             yield from _answers(entry, request, cancel)
-    except Stopped:
+    except Cancelled:
         raise InferenceError("cancelled", "Cancelled.") from None
 
 
-def _answers(entry: ModelEntry, request: Request, cancel: threading.Event) -> Iterator[Answer]:
+def _answers(entry: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Answer]:
     client, photo = _client(entry.source), Image.fromarray(request.photo)
     once = SKILLS[request.skill].output == "regions" or request.temperature * entry.temperature == 0
     for group in [range(request.n)] if once else [[place] for place in range(request.n)]:
         if cancel.is_set():
-            raise Stopped
+            raise Cancelled
         began = time.perf_counter()
         found = read(request, _ask(client, entry, request, photo))
         seconds = time.perf_counter() - began
         yield from (Answer(place, **found, seconds=seconds, first_token_seconds=seconds) for place in group)
 
 
-def _ask(client: Any, entry: ModelEntry, request: Request, photo: Image.Image) -> dict[str, Any]:
+def _ask(client: Any, entry: ModelSpec, request: Request, photo: Image.Image) -> dict[str, Any]:
     skill = request.skill
     settings: dict[str, Any] = {"max_objects": MAX_OBJECTS}
     if skill in MAX_TOKENS:

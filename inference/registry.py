@@ -19,7 +19,7 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
 @dataclass(frozen=True)
-class ModelEntry:
+class ModelSpec:
     """One model as it is offered.
 
     name: its key in MODELS. title and note: what a person reads. backend: a key of BACKENDS.
@@ -47,11 +47,11 @@ class ModelEntry:
     adapter: str | None = None
     temperature: float = 1.0
     top_p: float = 1.0
-    constrained: bool = True
-    explained: bool = False
+    grammar_constrained: bool = True
+    grammar_in_prompt: bool = False
     needs_gpu: bool = False
     memory_bytes: int = 0
-    remote: str = ""
+    remote_id: str = ""
     key: SecretStr | None = field(default=None, repr=False)
     needs_key: bool = False
     rate: float = RATE
@@ -62,7 +62,7 @@ class ModelEntry:
             return NEEDS_KEY if self.needs_key and self.key is None else None
         return photon_unavailable() if self.backend == "photon" else weights.unavailable(self)
 
-    def with_key(self, key: SecretStr | None) -> ModelEntry:
+    def with_key(self, key: SecretStr | None) -> ModelSpec:
         """The same with somebody's own key, where it takes one: a key goes to no server that does not ask for it."""
         return replace(self, key=key) if key and self.needs_key else self
 
@@ -72,8 +72,8 @@ TINY = str(ASSETS / "moondream-tiny")
 NEEDS_KEY = "it needs a Moondream key. Type yours under “Your own Moondream key”, or set MOONDREAM_API_KEY."
 
 
-def _cloud(name: str, title: str, note: str) -> ModelEntry:
-    return ModelEntry(
+def _cloud(name: str, title: str, note: str) -> ModelSpec:
+    return ModelSpec(
         name=name,
         title=title,
         note=f"{note}, on Moondream Cloud. The photo is sent there, each candidate is a paid call, seeds do not count.",
@@ -81,14 +81,14 @@ def _cloud(name: str, title: str, note: str) -> ModelEntry:
         source=CLOUD_URL,
         temperature=0.5,
         top_p=0.9,
-        constrained=False,
-        explained=True,
+        grammar_constrained=False,
+        grammar_in_prompt=True,
         needs_key=True,
     )
 
 
-MODELS: dict[str, ModelEntry] = {
-    "moondream-tiny": ModelEntry(
+MODELS: dict[str, ModelSpec] = {
+    "moondream-tiny": ModelSpec(
         name="moondream-tiny",
         title="moondream-tiny",
         note="A demonstration model: Moondream 2's architecture at a five-hundredth of its size, trained for this "
@@ -96,7 +96,7 @@ MODELS: dict[str, ModelEntry] = {
         backend="local",
         source=TINY,
     ),
-    "moondream-tiny-steady": ModelEntry(
+    "moondream-tiny-steady": ModelSpec(
         name="moondream-tiny-steady",
         title="moondream-tiny, steady",
         note="The same weights as moondream-tiny at 0.4 times the temperature: fewer surprises, less variety.",
@@ -104,7 +104,7 @@ MODELS: dict[str, ModelEntry] = {
         source=TINY,
         temperature=0.4,
     ),
-    "moondream2": ModelEntry(
+    "moondream2": ModelSpec(
         name="moondream2",
         title="Moondream 2",
         note="The open 2 B model of June 2025. It was not trained to write recipes: it is told the grammar, and its "
@@ -116,12 +116,12 @@ MODELS: dict[str, ModelEntry] = {
         folder_variable="MOONDREAM2_PATH",
         temperature=0.5,
         top_p=0.9,
-        constrained=False,
-        explained=True,
+        grammar_constrained=False,
+        grammar_in_prompt=True,
         needs_gpu=True,
         memory_bytes=6 * 2**30,
     ),
-    "moondream2-photon": ModelEntry(
+    "moondream2-photon": ModelSpec(
         name="moondream2-photon",
         title="Moondream 2 on Photon",
         note="The same model on Moondream's own engine, several times as fast. Photon always sends telemetry to "
@@ -130,8 +130,8 @@ MODELS: dict[str, ModelEntry] = {
         source="moondream2",
         temperature=0.5,
         top_p=0.9,
-        constrained=False,
-        explained=True,
+        grammar_constrained=False,
+        grammar_in_prompt=True,
     ),
     "moondream3.1-9B-A2B": _cloud("moondream3.1-9B-A2B", "Moondream 3.1", "The newest model"),
     "moondream3-preview": _cloud("moondream3-preview", "Moondream 3 preview", "The base of hosted fine-tunes"),
@@ -152,12 +152,12 @@ def loaded_models() -> list[str]:
     return [name for name, entry in MODELS.items() if entry.backend == "local" and entry.source in sources]
 
 
-def answer(model: str | ModelEntry, request: Request, cancel: threading.Event | None = None) -> Iterator[Event]:
+def answer(model: str | ModelSpec, request: Request, cancel: threading.Event | None = None) -> Iterator[Event]:
     """Asks a model (a name in MODELS, or an entry) and yields Waiting, Partial and, per candidate, one Answer.
 
     Set `cancel`, or close the iterator, and the computing stops at the next token. Raises InferenceError.
     """
-    entry = model if isinstance(model, ModelEntry) else MODELS.get(model)
+    entry = model if isinstance(model, ModelSpec) else MODELS.get(model)
     if entry is None:
         raise InferenceError("unknown_model", f"There is no model called {model!r}. Choose one of {', '.join(MODELS)}.")
     reason = entry.unavailable()

@@ -109,14 +109,14 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Waiting:
+class Queued:
     """The request has to wait: `position` others are before it; 0 means that it is about to run."""
 
     position: int
 
 
 @dataclass(frozen=True)
-class Partial:
+class TextUpdate:
     """All the text of candidate `index` so far."""
 
     index: int
@@ -155,14 +155,14 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Failed:
+class CandidateFailed:
     """Candidate `index` could not be answered, while others may be; the message tells a person what to do."""
 
     index: int
     message: str
 
 
-Event = Waiting | Partial | Answer | Failed
+Event = Queued | TextUpdate | Answer | CandidateFailed
 
 
 class InferenceError(Exception):

@@ -29,7 +29,7 @@ from previews.deploy import BRANCH, MARKER, Deployer, Options, Target, deployed_
 from previews.errors import Exit, PreviewError, without_secrets
 from previews.hub import Hub, patient
 from previews.names import NameTooLong, is_preview
-from previews.plan import Path
+from previews.plan import DeployPath
 from previews.source import branches, fetched_at, resolve
 
 APP = "moondream-playground"
@@ -262,7 +262,7 @@ def _deployer(asked: argparse.Namespace, hub: Hub, progress: Progress) -> Deploy
         hardware=asked.hardware,
         timeout=asked.timeout,
         poll=asked.poll,
-        at_least={"auto": Path.NOTHING, "restart": Path.RESTART, "build": Path.BUILD}[asked.path],
+        at_least={"auto": DeployPath.NOTHING, "restart": DeployPath.RESTART, "build": DeployPath.BUILD}[asked.path],
         slim=asked.slim,
         fast_from=f"{asked.owner}/{asked.app}" if asked.fast else None,
     )

@@ -15,9 +15,9 @@ from huggingface_hub import CommitOperationAdd
 
 from previews.errors import Exit, PreviewError, refused
 from previews.hot_reload import Program
-from previews.hub import Hub, Look, State, asked
+from previews.hub import Hub, SpaceSnapshot, State, asked
 from previews.names import space_name
-from previews.plan import FORCED, Path, Plan, plan, read_front_matter
+from previews.plan import FORCED, DeployPath, Plan, plan, read_front_matter
 from previews.source import APP_FILE, README, File, Source, blob_oid, blobs, is_ancestor, read
 
 MARKER, BRANCH = "PREVIEW_OF", "PREVIEW_BRANCH"
@@ -57,7 +57,7 @@ class Options:
     hardware: str | None = None
     timeout: float = 1200.0
     poll: float = 1.0
-    at_least: Path = Path.NOTHING
+    at_least: DeployPath = DeployPath.NOTHING
     slim: bool = False  # a preview without models of its own, whose image is built sooner
     fast_from: str | None = None  # the Space whose image serves a first preview in a Job
 
@@ -158,7 +158,7 @@ class Deployer:
 
     # ── Steps ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _with_retries(self, run: _Run, seen: Look | None) -> tuple[Plan, str]:
+    def _with_retries(self, run: _Run, seen: SpaceSnapshot | None) -> tuple[Plan, str]:
         for attempt in range(1, RETRIES + 1):
             try:
                 return self._bring(run, self._found(run, seen))
@@ -170,7 +170,7 @@ class Deployer:
                 seen = self.hub.look(run.target.space)
         raise AssertionError("unreachable")
 
-    def _found(self, run: _Run, seen: Look | None) -> Look:
+    def _found(self, run: _Run, seen: SpaceSnapshot | None) -> SpaceSnapshot:
         """The Space, made if it is not there. Raises PreviewError for another application's or branch's."""
         target, options = run.target, self.options
         if seen is None:
@@ -203,15 +203,15 @@ class Deployer:
                 message = f"Superseded: {newer[:12]} of this branch is being deployed."
                 raise PreviewError(message, Exit.CONFLICT, final=True)
 
-    def _bring(self, run: _Run, seen: Look) -> tuple[Plan, str]:
+    def _bring(self, run: _Run, seen: SpaceSnapshot) -> tuple[Plan, str]:
         began = time.monotonic()
         made = self._plan(run, seen)
         made = self._fitting(made, run, seen.state)
         self.say(f"{made.path.value}: {made.reason}")
         state = seen.state
-        if made.path is Path.HOT_RELOAD:
+        if made.path is DeployPath.HOT_RELOAD:
             problem = self._hot(run, made, seen)
-            run.by_path[Path.HOT_RELOAD.value] = time.monotonic() - began
+            run.by_path[DeployPath.HOT_RELOAD.value] = time.monotonic() - began
             if problem is None:
                 return made, state.host
             run.fallbacks.append(f"hot reload: {problem}")
@@ -220,18 +220,18 @@ class Deployer:
             state = seen.state
             made = self._forced(self._plan(run, seen), run.source, problem)
         head = state.head
-        if made.path is not Path.NOTHING:
+        if made.path is not DeployPath.NOTHING:
             additions = self._prepared(seen, made)
             head = self.hub.commit(state.id, head, title(run.source.sha), additions, made.delete)
-            if self.options.at_least is Path.BUILD and not run.created:
+            if self.options.at_least is DeployPath.BUILD and not run.created:
                 self.hub.restart(state.id, factory=True)  # a commit alone takes from the last image what it can
             if run.created and self.options.fast_from and run.job is None:
                 self._fast(run, head)
         # What is only started again tells the commit before that, too.
-        again = made.path is not Path.NOTHING and not {file.path for file in made.send} - {FORCED}
+        again = made.path is not DeployPath.NOTHING and not {file.path for file in made.send} - {FORCED}
         return made, self._until_live(run, head, made.path, began, again)
 
-    def _plan(self, run: _Run, seen: Look) -> Plan:
+    def _plan(self, run: _Run, seen: SpaceSnapshot) -> Plan:
         """What differs between the Space and the commit."""
 
         def before(paths: list[str]) -> dict[str, bytes]:
@@ -254,13 +254,13 @@ class Deployer:
         least = self.options.at_least
         if made.path.is_less_than(least):
             more = replace(made, path=least, reason="asked for")
-            return self._forced(more, run.source, more.reason) if made.path is Path.NOTHING else more
-        if made.path is Path.HOT_RELOAD:
+            return self._forced(more, run.source, more.reason) if made.path is DeployPath.NOTHING else more
+        if made.path is DeployPath.HOT_RELOAD:
             state = self._settled(state)
-        if made.path is Path.HOT_RELOAD and state.stage != "RUNNING":
+        if made.path is DeployPath.HOT_RELOAD and state.stage != "RUNNING":
             run.fallbacks.append(f"hot reload: the Space is {state.stage}")
-            return replace(made, path=Path.RESTART, reason=f"{made.reason}, but the Space is {state.stage}")
-        if made.path is Path.NOTHING and state.stage not in STARTING:
+            return replace(made, path=DeployPath.RESTART, reason=f"{made.reason}, but the Space is {state.stage}")
+        if made.path is DeployPath.NOTHING and state.stage not in STARTING:
             running = self._soon(state.host, run.source.sha)
             if running != run.source.sha:
                 return self._forced(made, run.source, f"the Space has the files, and runs {running and running[:12]}")
@@ -287,10 +287,10 @@ class Deployer:
         """A plan that restarts even where no file differs: the Hub makes no commit of nothing, so one line changes."""
         content = f"{source.sha} {time.time_ns()}\n".encode()
         mark = File(FORCED, blob_oid(content), content)
-        path = made.path if made.path is Path.BUILD else Path.RESTART
+        path = made.path if made.path is DeployPath.BUILD else DeployPath.RESTART
         return Plan(path, reason, [*made.send, mark], made.delete)
 
-    def _prepared(self, seen: Look, made: Plan) -> list[CommitOperationAdd]:
+    def _prepared(self, seen: SpaceSnapshot, made: Plan) -> list[CommitOperationAdd]:
         """What to commit, known to the Hub. Raises PreviewError if the Space has other files than were looked at.
 
         A commit is made upon the head that was looked at. The files were asked for at the same time, so they may be
@@ -302,7 +302,7 @@ class Deployer:
             raise refused(412, f"commit to {seen.state.id}", "")
         return additions
 
-    def _hot(self, run: _Run, made: Plan, seen: Look) -> str | None:
+    def _hot(self, run: _Run, made: Plan, seen: SpaceSnapshot) -> str | None:
         """Sends the files one by one, the stamp last; None when the page is the commit's, else why it is not.
 
         Raises PreviewError if the new code does not run: then the old goes on serving.
@@ -363,7 +363,7 @@ class Deployer:
             raise _NotShown(f"the Hub has {state.reload} it")
         return state
 
-    def _until_live(self, run: _Run, head: str, path: Path, began: float, again: bool = False) -> str:
+    def _until_live(self, run: _Run, head: str, path: DeployPath, began: float, again: bool = False) -> str:
         """The address, once the application there reports the commit. Raises PreviewError when that cannot be.
 
         again: not the one that may have reported it before, but the one that is started now.
@@ -391,12 +391,12 @@ class Deployer:
                 shown = state.stage
                 self.say(f"{_words(state.stage)}, {spent:.0f} s")
             self.tick(f"{path.value}: {_words(state.stage)}, {spent:.0f} s")
-            if spent > self.options.timeout / 2 and path is Path.RESTART:
+            if spent > self.options.timeout / 2 and path is DeployPath.RESTART:
                 run.fallbacks.append(f"restart: not live after {spent:.0f} s")
                 run.by_path[path.value] = spent
                 self.say(f"not live after {spent:.0f} s; building it anew")
                 self.hub.restart(target.space, factory=True)
-                path, began = Path.BUILD, time.monotonic()
+                path, began = DeployPath.BUILD, time.monotonic()
             if spent > self.options.timeout:
                 log = self.hub.logs(target.space)
                 message = f"{target.space} does not report {sha[:12]} after {spent:.0f} s (stage {state.stage})."

@@ -59,7 +59,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Look:
+class SpaceSnapshot:
     """What one look at a Space tells: its state, files and variables, and the app.py that it has (None: none)."""
 
     state: State
@@ -175,12 +175,12 @@ class Hub:
         found = self._call(f"read the variables of {space}", self._api.get_space_variables, space)
         return {name: variable.value for name, variable in found.items()}
 
-    def look(self, space: str) -> Look | None:
+    def look(self, space: str) -> SpaceSnapshot | None:
         """All that a deploy needs to know of a Space, asked at once; None if there is none."""
         state, files = asked(lambda: self.state(space)), asked(lambda: self.files(space))
         variables, app = asked(lambda: self.variables(space)), asked(lambda: self.content(space, APP_FILE))
         found = state.result()
-        return Look(found, files.result(), variables.result(), app.result()) if found else None
+        return SpaceSnapshot(found, files.result(), variables.result(), app.result()) if found else None
 
     def spaces(self, owner: str) -> dict[str, datetime | None]:
         """The names, without the owner, of the owner's Spaces, and when each was made."""

@@ -20,7 +20,7 @@ INERT = ("docs/", README, "LICENSE", "pyproject.toml", ".gitignore")
 BUILT_FROM = ("requirements.txt", "pre-requirements.txt", "packages.txt")
 
 
-class Path(Enum):
+class DeployPath(Enum):
     """How a change goes live: in the running process, by a restart, or by a new image. In order of what it takes."""
 
     NOTHING = "nothing"
@@ -28,9 +28,9 @@ class Path(Enum):
     RESTART = "restart"
     BUILD = "build"
 
-    def is_less_than(self, other: Path) -> bool:
+    def is_less_than(self, other: DeployPath) -> bool:
         """Whether the other takes more."""
-        order = list(Path)
+        order = list(DeployPath)
         return order.index(self) < order.index(other)
 
 
@@ -46,7 +46,7 @@ class Remote:
 class Plan:
     """What to send, what to delete, by which path, and why that one."""
 
-    path: Path
+    path: DeployPath
     reason: str
     send: list[File] = field(default_factory=list)
     delete: list[str] = field(default_factory=list)
@@ -70,13 +70,13 @@ def plan(
     same_front = read_front_matter(source.files.get(README)) == front_matter
     changed = [path for path in [*(file.path for file in send), *delete] if not (path.startswith(INERT) and same_front)]
     if not changed:
-        return Plan(Path.NOTHING, "the Space has these files already")
+        return Plan(DeployPath.NOTHING, "the Space has these files already")
     path, reason = _path(source, remote, changed, [path for path in delete if path in changed], same_front)
-    if path is Path.HOT_RELOAD:
+    if path is DeployPath.HOT_RELOAD:
         why = obstacle(before([name for name in changed if name in remote]), program())
         if why:
-            path, reason = Path.RESTART, f"hot reload would not show all of it: {why}"
-    if path is Path.HOT_RELOAD:  # what only people read goes along with the next restart
+            path, reason = DeployPath.RESTART, f"hot reload would not show all of it: {why}"
+    if path is DeployPath.HOT_RELOAD:  # what only people read goes along with the next restart
         return Plan(path, reason, in_order([file for file in send if file.path in changed]))
     return Plan(path, reason, send, delete)
 
@@ -93,26 +93,26 @@ def _differs(file: File, there: Remote | None) -> bool:
 
 def _path(
     source: Source, remote: dict[str, Remote], changed: list[str], delete: list[str], same_front: bool
-) -> tuple[Path, str]:
+) -> tuple[DeployPath, str]:
     if APP_FILE not in remote:
-        return Path.BUILD, "the Space is new"
+        return DeployPath.BUILD, "the Space is new"
     built = [path for path in changed if path in BUILT_FROM]
     if built:
-        return Path.BUILD, f"{built[0]} changed"
+        return DeployPath.BUILD, f"{built[0]} changed"
     if README in changed and not same_front:
-        return Path.BUILD, f"the front-matter of {README} changed"
+        return DeployPath.BUILD, f"the front-matter of {README} changed"
     if delete:
-        return Path.RESTART, f"{delete[0]} is gone"
+        return DeployPath.RESTART, f"{delete[0]} is gone"
     other = [path for path in changed if not path.endswith(".py")]
     if other:
-        return Path.RESTART, f"{other[0]} is not Python"
+        return DeployPath.RESTART, f"{other[0]} is not Python"
     early = [path for path in changed if path.startswith(NOT_HOT)]
     if early:
-        return Path.RESTART, f"{early[0]} matters only at the start"
+        return DeployPath.RESTART, f"{early[0]} matters only at the start"
     if len(changed) > MOST_HOT:
-        return Path.RESTART, f"{len(changed)} files changed, and hot reload takes one at a time"
+        return DeployPath.RESTART, f"{len(changed)} files changed, and hot reload takes one at a time"
     words = ", ".join(path for path in changed if path != APP_FILE) or "the stamp alone"
-    return Path.HOT_RELOAD, f"only Python changed: {words}"
+    return DeployPath.HOT_RELOAD, f"only Python changed: {words}"
 
 
 def read_front_matter(readme: File | None) -> str | None:

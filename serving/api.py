@@ -18,16 +18,16 @@ from fastapi import FastAPI
 from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from inference.metering import Metering
-from inference.registry import MODELS, ModelEntry
+from inference.metering import UsageMeter
+from inference.registry import MODELS, ModelSpec
 from inference.registry import answer as ask_model
-from inference.types import MAX_SEED, RECIPE_QUESTION, Answer, Event, InferenceError, Partial, Request, RequestError
+from inference.types import MAX_SEED, RECIPE_QUESTION, Answer, Event, InferenceError, Request, RequestError, TextUpdate
 from serving import errors
 from serving import schemas as wire
-from serving.auth import Keys
-from serving.errors import ApiError, ErrorAnswer, of_inference, trouble
-from serving.middleware import Gate
-from serving.tuning import Bench
+from serving.auth import ApiKeyAuth
+from serving.errors import ApiError, ErrorResponse, of_inference, trouble
+from serving.middleware import RequestGuard
+from serving.tuning import TuningService
 from serving.tuning import router as tuning
 
 DEFAULT = "moondream-tiny"
@@ -36,22 +36,22 @@ MAX_WAITING = 64  # requests that compute or wait; more are sent away
 TITLE = "Moondream Playground API"
 ABOUT = "Wire-compatible with Moondream Cloud's query, caption, detect and point. Every error is an ErrorAnswer."
 FAILURES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer} for status in (400, 401, 402, 404, 408, 409, 413, 429, 500, 503)
+    status: {"model": ErrorResponse} for status in (400, 401, 402, 404, 408, 409, 413, 429, 500, 503)
 }
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
-def create(metering: Metering, keys: Keys, folder: Path, max_waiting: int = MAX_WAITING) -> FastAPI:
+def create(metering: UsageMeter, keys: ApiKeyAuth, folder: Path, max_waiting: int = MAX_WAITING) -> FastAPI:
     """The API as an application of its own, to be mounted at /v1; its schema is openapi.json beside the skills.
 
     folder: where finetunes are kept.
     """
     api = FastAPI(title=TITLE, description=ABOUT, docs_url=None, redoc_url=None, responses=FAILURES)
     errors.install(api)
-    api.add_middleware(Gate, keys=keys)
-    bench = Bench(folder)
+    api.add_middleware(RequestGuard, keys=keys)
+    bench = TuningService(folder)
     api.include_router(tuning(bench))
-    desk = _Desk(metering, CapacityLimiter(max_waiting), bench)
+    desk = Dispatcher(metering, CapacityLimiter(max_waiting), bench)
 
     @api.get("/models")
     async def models() -> wire.ModelList:
@@ -59,31 +59,31 @@ def create(metering: Metering, keys: Keys, folder: Path, max_waiting: int = MAX_
         return wire.ModelList(data=sorted(offered, key=lambda card: card.id != DEFAULT))
 
     @api.post("/query", response_model=wire.QueryAnswer, responses=STREAM)
-    async def query(asked: wire.QueryAsked, http: Http) -> Response:
+    async def query(asked: wire.QueryRequest, http: Http) -> Response:
         entry = desk.entry_of(asked, http)
-        recipe = entry.constrained and asked.question == RECIPE_QUESTION
+        recipe = entry.grammar_constrained and asked.question == RECIPE_QUESTION
         call = desk.call(http, entry, asked, "recipe" if recipe else "query", prompt=asked.question)
         return await (call.streamed() if asked.stream else call.whole(lambda found: {"answer": found.text}))
 
     @api.post("/caption", response_model=wire.CaptionAnswer, responses=STREAM)
-    async def caption(asked: wire.CaptionAsked, http: Http) -> Response:
+    async def caption(asked: wire.CaptionRequest, http: Http) -> Response:
         call = desk.call(http, desk.entry_of(asked, http), asked, "caption", length=asked.length)
         return await (call.streamed() if asked.stream else call.whole(lambda found: {"caption": found.text}))
 
     @api.post("/detect", response_model=wire.DetectAnswer)
-    async def detect(asked: wire.RegionsAsked, http: Http) -> Response:
+    async def detect(asked: wire.RegionRequest, http: Http) -> Response:
         call = desk.call(http, desk.entry_of(asked, http), asked, "detect", prompt=asked.object)
         return await call.whole(lambda found: {"objects": [_named(wire.Region, box) for box in found.boxes]})
 
     @api.post("/point", response_model=wire.PointAnswer)
-    async def point(asked: wire.RegionsAsked, http: Http) -> Response:
+    async def point(asked: wire.RegionRequest, http: Http) -> Response:
         call = desk.call(http, desk.entry_of(asked, http), asked, "point", prompt=asked.object)
-        return await call.whole(lambda found: {"points": [_named(wire.Spot, spot) for spot in found.points]})
+        return await call.whole(lambda found: {"points": [_named(wire.PointModel, spot) for spot in found.points]})
 
     return api
 
 
-def served() -> dict[str, ModelEntry]:
+def served() -> dict[str, ModelSpec]:
     """The models that this API gives: those that compute here, tuned runs among them. Others' keys are not lent."""
     return {name: e for name, e in MODELS.items() if e.backend != "hosted" and e.unavailable() is None}
 
@@ -92,13 +92,13 @@ def _named(kind: type[Any], value: Any) -> dict[str, float]:
     return dict(zip(kind.model_fields, astuple(value)))
 
 
-class _Desk:
+class Dispatcher:
     """Takes the calls, so many at once, and has each recorded."""
 
-    def __init__(self, metering: Metering, limiter: CapacityLimiter, bench: Bench) -> None:
+    def __init__(self, metering: UsageMeter, limiter: CapacityLimiter, bench: TuningService) -> None:
         self.metering, self.limiter, self.bench = metering, limiter, bench
 
-    def entry_of(self, asked: wire.Asked, http: Http) -> ModelEntry:
+    def entry_of(self, asked: wire.ApiRequest, http: Http) -> ModelSpec:
         """The model that is asked, as it is called; of a tenant's own finetunes, too. Raises ApiError (404)."""
         name = asked.model or DEFAULT
         entry = MODELS.get(name)
@@ -108,7 +108,7 @@ class _Desk:
             raise ApiError(404, f"There is no model called {name[:100]!r} here. GET /v1/models lists those there are.")
         return entry
 
-    def call(self, http: Http, entry: ModelEntry, asked: wire.Asked, skill: str, **words: Any) -> _Call:
+    def call(self, http: Http, entry: ModelSpec, asked: wire.ApiRequest, skill: str, **words: Any) -> _Call:
         """A call that is to be answered. Raises ApiError where too many wait."""
         if self.limiter.available_tokens < 1:
             raise ApiError(503, "Too many requests wait here. Try again in a few seconds.", {"Retry-After": "2"})
@@ -136,7 +136,7 @@ class _Desk:
 class _Call:
     """One request on its way to its answer, computed in threads; it stops when nobody listens any more."""
 
-    def __init__(self, desk: _Desk, http: Http, entry: ModelEntry, request: Callable[[], Request]) -> None:
+    def __init__(self, desk: Dispatcher, http: Http, entry: ModelSpec, request: Callable[[], Request]) -> None:
         self.desk, self.http, self.entry, self.request = desk, http, entry, request
         self.id: str = http.state.request_id
         self.cancel = threading.Event()
@@ -162,10 +162,12 @@ class _Call:
         headers = {"X-Request-Id": self.id, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(self._stream(first, events), media_type="text/event-stream", headers=headers)
 
-    async def _stream(self, event: Partial | Answer | ApiError | None, events: Iterator[Event]) -> AsyncIterator[str]:
+    async def _stream(
+        self, event: TextUpdate | Answer | ApiError | None, events: Iterator[Event]
+    ) -> AsyncIterator[str]:
         told = ""
         try:
-            while isinstance(event, Partial):
+            while isinstance(event, TextUpdate):
                 piece, told = event.text[len(told) :], event.text
                 if piece:
                     yield _line(chunk=piece, completed=False, request_id=self.id)
@@ -198,9 +200,9 @@ class _Call:
 
         yield from metering.ask(self.entry.name, request, self.cancel, ask, "v1", self.id)
 
-    def _next(self, events: Iterator[Event]) -> Partial | Answer | ApiError | None:
+    def _next(self, events: Iterator[Event]) -> TextUpdate | Answer | ApiError | None:
         try:
-            return next((event for event in events if isinstance(event, Partial | Answer)), None)
+            return next((event for event in events if isinstance(event, TextUpdate | Answer)), None)
         except InferenceError as error:
             return of_inference(error)
         except ApiError as error:
@@ -208,7 +210,7 @@ class _Call:
 
     def _last(self) -> Answer | ApiError:
         events, found = self._events(), None
-        while isinstance(found := self._next(events), Partial):
+        while isinstance(found := self._next(events), TextUpdate):
             pass
         return found or ApiError(500, "The model gave no answer.")
 

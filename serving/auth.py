@@ -21,7 +21,7 @@ NO_KEY = "This API needs a key of this deployment in the header X-Moondream-Auth
 CLOSED = "This API is open to its own machine alone. Set PLAYGROUND_API_KEYS to let others in, each with a key."
 
 
-class Keys:
+class ApiKeyAuth:
     """The keys of a deployment, as SHA-256 digests in hexadecimal; without any, only its own machine may ask.
 
     rate: requests a second for each key. Nobody is limited where there are no keys.

@@ -40,7 +40,7 @@ STATUS = {
 }
 
 
-class Trouble(BaseModel):
+class ErrorBody(BaseModel):
     """What went wrong: `type` for programs, `message` for a person, `request_id` for the log."""
 
     type: str = Field(examples=["invalid_request"])
@@ -48,10 +48,10 @@ class Trouble(BaseModel):
     request_id: str
 
 
-class ErrorAnswer(BaseModel):
+class ErrorResponse(BaseModel):
     """The body of every answer that is not 200."""
 
-    error: Trouble
+    error: ErrorBody
 
 
 class ApiError(HTTPException):

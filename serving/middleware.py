@@ -9,7 +9,7 @@ from uuid import uuid4
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.auth import Keys
+from serving.auth import ApiKeyAuth
 from serving.errors import ApiError, answer
 
 MAX_BODY = 16 * 2**20
@@ -17,10 +17,12 @@ MAX_STEP = 128 * 2**20  # of a training step, in which every group has its photo
 BODY_SECONDS = 60.0
 
 
-class Gate:
+class RequestGuard:
     """ASGI middleware. Sets `state.request_id` and `state.tenant`; answers what may not pass."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, max_body: int = MAX_BODY, body_seconds: float = BODY_SECONDS) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: ApiKeyAuth, max_body: int = MAX_BODY, body_seconds: float = BODY_SECONDS
+    ) -> None:
         self.app, self.keys, self.max_body, self.body_seconds = app, keys, max_body, body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -42,7 +42,7 @@ class Sampling(BaseModel):
         return min(value, MAX_OBJECTS)
 
 
-class Asked(BaseModel):
+class ApiRequest(BaseModel):
     """What all skills take. model: one of GET /v1/models, moondream-tiny where it is left out."""
 
     image_url: str = Field(description=NO_URL)
@@ -55,7 +55,7 @@ class Asked(BaseModel):
         return photo_of(self.image_url)
 
 
-class QueryAsked(Asked):
+class QueryRequest(ApiRequest):
     """A question. reasoning is taken and without effect: no model here thinks first."""
 
     question: Words
@@ -63,14 +63,14 @@ class QueryAsked(Asked):
     reasoning: bool | None = None
 
 
-class CaptionAsked(Asked):
+class CaptionRequest(ApiRequest):
     """A caption of one of three lengths."""
 
     length: Literal["short", "normal", "long"] = "normal"
     stream: bool = False
 
 
-class RegionsAsked(Asked):
+class RegionRequest(ApiRequest):
     """Boxes around, or points on, every such object."""
 
     object: Words
@@ -127,7 +127,7 @@ class Region(BaseModel):
     y_max: float
 
 
-class Spot(BaseModel):
+class PointModel(BaseModel):
     """A point in shares of the photo's width and height, 0..1 from the top left corner."""
 
     x: float
@@ -143,7 +143,7 @@ class DetectAnswer(Answered):
 class PointAnswer(Answered):
     """Points."""
 
-    points: list[Spot]
+    points: list[PointModel]
 
 
 class ModelCard(BaseModel):

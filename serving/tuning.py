@@ -13,10 +13,10 @@ from fastapi import APIRouter, Path
 from fastapi import Request as Http
 from pydantic import BaseModel, Field
 
-from inference.registry import ModelEntry
+from inference.registry import ModelSpec
 from inference.types import MAX_OBJECTS, MAX_TEMPERATURE, clean
 from serving.errors import ApiError
-from serving.schemas import Region, Spot, Words, photo_of
+from serving.schemas import PointModel, Region, Words, photo_of
 
 if TYPE_CHECKING:
     from training.server import trainer as tuner
@@ -65,10 +65,10 @@ class Question(BaseModel):
         return words
 
 
-class Truth(BaseModel):
+class GroundTruth(BaseModel):
     """What is really there: points or boxes in shares of the photo."""
 
-    points: list[Spot] | None = None
+    points: list[PointModel] | None = None
     boxes: list[Region] | None = None
 
     def regions(self) -> tuple[dict[str, float], ...]:
@@ -82,7 +82,9 @@ class Rollouts(BaseModel):
     finetune_id: str
     num_rollouts: Annotated[int, Field(ge=1, le=MAX_ROLLOUTS)] = 1
     request: dict[str, Any]
-    ground_truth: Truth | None = Field(None, description="Of point and detect; then rewards come with the rollouts.")
+    ground_truth: GroundTruth | None = Field(
+        None, description="Of point and detect; then rewards come with the rollouts."
+    )
 
 
 class Output(BaseModel):
@@ -106,7 +108,7 @@ class Target(BaseModel):
     """An answer to imitate; of point and detect what is there."""
 
     answer: Words | None = None
-    points: list[Spot] | None = None
+    points: list[PointModel] | None = None
     boxes: list[Region] | None = None
 
 
@@ -137,7 +139,7 @@ class Metrics(BaseModel):
     ]
 
 
-class Bench:
+class TuningService:
     """Where finetunes are worked on; the learner is loaded when it is first needed."""
 
     def __init__(self, folder: Folder) -> None:
@@ -145,34 +147,34 @@ class Bench:
         self._limiter = CapacityLimiter(AT_ONCE)
 
     @cached_property
-    def tuner(self) -> tuner.Tuner:
+    def tuner(self) -> tuner.FinetuneStore:
         """The learner; the first call imports torch."""
-        from training.server.trainer import Tuner
+        from training.server.trainer import FinetuneStore
 
-        return Tuner(self.folder)
+        return FinetuneStore(self.folder)
 
-    async def do(self, work: Callable[[tuner.Tuner], Any]) -> Any:
+    async def do(self, work: Callable[[tuner.FinetuneStore], Any]) -> Any:
         """Something in a thread, its refusals as answers. Raises ApiError."""
         if self._limiter.available_tokens < 1:
             raise ApiError(503, "Too many requests wait here. Try again in a few seconds.", {"Retry-After": "2"})
         return await to_thread.run_sync(partial(self._done, work), limiter=self._limiter)
 
-    def _done(self, work: Callable[[tuner.Tuner], Any]) -> Any:
-        from training.server.trainer import TunerError
+    def _done(self, work: Callable[[tuner.FinetuneStore], Any]) -> Any:
+        from training.server.trainer import FinetuneError
 
         try:
             return work(self.tuner)
-        except TunerError as error:
+        except FinetuneError as error:
             raise ApiError(error.status, str(error)) from None
         except OSError as error:
             raise ApiError(503, f"The finetune cannot be kept ({error.strerror}). Nothing was changed.") from None
 
-    def checkpoint(self, tenant: str, name: str) -> ModelEntry:
+    def checkpoint(self, tenant: str, name: str) -> ModelSpec:
         """The model of a saved step. Raises ApiError (404)."""
         return self._done(lambda work: work.checkpoint(tenant, name))
 
 
-def router(bench: Bench) -> APIRouter:
+def router(bench: TuningService) -> APIRouter:
     """The routes below /v1/tuning."""
     routes = APIRouter(prefix="/tuning")
     do: Callable[[Callable[[Any], Any]], Awaitable[Any]] = bench.do
@@ -200,7 +202,7 @@ def router(bench: Bench) -> APIRouter:
     async def rollouts(asked: Rollouts, http: Http) -> dict[str, Any]:
         question = _question(asked.request)
 
-        def write(work: tuner.Tuner) -> Any:
+        def write(work: tuner.FinetuneStore) -> Any:
             return work.rollouts(http.state.tenant, asked.finetune_id, _asked(question), asked.num_rollouts)
 
         if asked.ground_truth and question.skill == "query":
@@ -251,16 +253,16 @@ def _question(request: dict[str, Any]) -> Question:
         raise ApiError(400, f"{said or 'The request cannot be read'}.") from None
 
 
-def _asked(question: Question) -> tuner.Asked:
-    from training.server.trainer import Asked
+def _asked(question: Question) -> tuner.Prompt:
+    from training.server.trainer import Prompt
 
     drawing = question.settings or Drawing()
     photo = photo_of(question.image_url)
     how = (drawing.temperature, drawing.max_tokens, question.skill, drawing.max_objects)
-    return Asked(photo, question.words, *how)
+    return Prompt(photo, question.words, *how)
 
 
-def _rewards(said: list[tuner.Said], truth: Truth) -> list[float]:
+def _rewards(said: list[tuner.Completion], truth: GroundTruth) -> list[float]:
     from training.server.regions import reward
 
     return [reward(one.found, truth.regions()) for one in said]
@@ -279,28 +281,28 @@ def _group(group: Group) -> tuner.Group:
     return tuner.Group(asked, tuple(map(_said, group.rollouts)), tuple(group.rewards))
 
 
-def _target(target: Target | None, skill: str) -> tuner.Said:
-    from training.server.trainer import Said
+def _target(target: Target | None, skill: str) -> tuner.Completion:
+    from training.server.trainer import Completion
 
     name = {"query": "answer", "point": "points", "detect": "boxes"}[skill]
     if target is None or getattr(target, name) is None:
         raise ApiError(400, f"target.{name}: a group of mode sft needs it for the skill {skill}.")
-    truth = Truth(points=target.points, boxes=target.boxes) if skill != "query" else Truth()
-    return Said(target.answer or "", (), True, found=truth.regions())
+    truth = GroundTruth(points=target.points, boxes=target.boxes) if skill != "query" else GroundTruth()
+    return Completion(target.answer or "", (), True, found=truth.regions())
 
 
-def _said(rollout: Rollout) -> tuner.Said:
-    from training.server.trainer import Said
+def _said(rollout: Rollout) -> tuner.Completion:
+    from training.server.trainer import Completion
 
     pairs = list(zip(rollout.coords[::2], rollout.coords[1::2]))
     if 2 * len(pairs) != len(rollout.coords) or (rollout.sizes and len(rollout.sizes) != len(pairs)):
         raise ApiError(400, "coords and sizes do not go together. Send rollouts back as they came.")
     sizes = rollout.sizes or [[]] * len(pairs)
     objects = tuple((*pair, *size) for pair, size in zip(pairs, sizes))
-    return Said(rollout.output.answer, tuple(rollout.answer_tokens), rollout.finish_reason == "stop", objects)
+    return Completion(rollout.output.answer, tuple(rollout.answer_tokens), rollout.finish_reason == "stop", objects)
 
 
-def _rollout(said: tuner.Said, skill: str) -> dict[str, Any]:
+def _rollout(said: tuner.Completion, skill: str) -> dict[str, Any]:
     outputs: dict[str, Any] = {"query": {"answer": said.text, "reasoning": None}}
     outputs |= {"point": {"points": said.found}, "detect": {"objects": said.found}}
     each = [COORDINATE, COORDINATE, *([SIZE] if skill == "detect" else [])]

@@ -23,7 +23,7 @@ Names = Annotated[list[str], Field(max_length=50)]
 MEDIA = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
 
 
-class Asked(BaseModel):
+class UsageFilterQuery(BaseModel):
     """A filter as an address has it; see usage.time_window.Filter. A start or end without an offset is in `zone`."""
 
     model_config = ConfigDict(extra="forbid")
@@ -56,12 +56,12 @@ def router(usage: Usage, budgets: Budgets, recorder: Recorder) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/v1/usage")
-    def figures(asked: Annotated[Asked, Query()]) -> JSONResponse:
+    def figures(asked: Annotated[UsageFilterQuery, Query()]) -> JSONResponse:
         wanted = asked.filter()
         return JSONResponse(_answered(lambda: figures_report(usage.figures(wanted))))
 
     @routes.get("/v1/usage.{kind}")
-    def events(kind: Literal["csv", "parquet"], asked: Annotated[Asked, Query()]) -> StreamingResponse:
+    def events(kind: Literal["csv", "parquet"], asked: Annotated[UsageFilterQuery, Query()]) -> StreamingResponse:
         wanted = asked.filter()
         pieces = export(usage.database, wanted, kind)
         first = _answered(lambda: next(pieces))  # a database that is down is an error, not an empty file

@@ -25,7 +25,7 @@ class SavedRewardFunction:
     updated: datetime
 
 
-class Store:
+class RewardFunctionStore:
     """Keeps reward functions by name. Safe to use from several threads and processes at once.
 
     Names are unique whatever their case. Nothing is opened before the first use. Every method raises StoreError where

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from inference.registry import MODELS, ModelEntry, answer
+from inference.registry import MODELS, ModelSpec, answer
 from inference.types import Answer, Request
 from recipes import Recipe, parse, random_recipe
 from rewards import DEFAULT, REWARDS, RewardFunction, RewardFunctionError, score_recipes
@@ -103,7 +103,7 @@ def _number(value: float | None) -> float:
     return np.nan if value is None else value
 
 
-def ask(entry: ModelEntry, photos: Sequence[np.ndarray]) -> list[str]:
+def ask(entry: ModelSpec, photos: Sequence[np.ndarray]) -> list[str]:
     """The entry's likeliest recipe for each photo, through the same door as the playground. Raises InferenceError."""
     texts = []
     for photo in photos:
@@ -112,7 +112,7 @@ def ask(entry: ModelEntry, photos: Sequence[np.ndarray]) -> list[str]:
     return texts
 
 
-def entry_of(name: str, base: str = "moondream-tiny") -> ModelEntry:
+def entry_of(name: str, base: str = "moondream-tiny") -> ModelSpec:
     """A model by its name in MODELS, by the folder of a run, or "base": what the runs began with.
 
     Raises EvaluateError.
@@ -130,7 +130,7 @@ def entry_of(name: str, base: str = "moondream-tiny") -> ModelEntry:
         ) from None
     if not run.has_adapter:
         raise EvaluateError(f"The run {run.id} has learned nothing yet: it has no adapter.")
-    return replace(below, name=run.id, title=run.id, adapter=str(run.adapter), constrained=True)
+    return replace(below, name=run.id, title=run.id, adapter=str(run.adapter), grammar_constrained=True)
 
 
 def _origin(run: Run) -> str:

@@ -10,12 +10,12 @@ import gradio as gr
 
 from rewards import DEFAULT, REWARDS
 from storage.database import Database
-from storage.reward_functions import Store
-from training.runs.adapters import Adopted
-from training.runs.queue import COMMAND, Worker
+from storage.reward_functions import RewardFunctionStore
+from training.runs.adapters import AdapterRegistry
+from training.runs.queue import COMMAND, RunQueue
 from training.runs.run import Run, Runs
-from ui.playground.link import Setup
-from ui.playground.metering import Meter
+from ui.playground.link import PlaygroundSettings
+from ui.playground.metering import ComparisonMeter
 from ui.playground.picker import model_picker
 from usage.analytics import Usage
 from usage.budgets import Budgets
@@ -25,16 +25,16 @@ from usage.recorder import Recorder
 
 
 @dataclass(frozen=True)
-class House:
+class AppServices:
     """One application's store, runs, worker, tuned models in service, and what its calls cost."""
 
-    store: Store
+    store: RewardFunctionStore
     runs: Runs
-    worker: Worker
-    adopted: Adopted
+    worker: RunQueue
+    adapters: AdapterRegistry
     usage: Usage
     budgets: Budgets
-    meter: Meter
+    meter: ComparisonMeter
 
     @classmethod
     def open(
@@ -46,32 +46,32 @@ class House:
         prices: Prices | None = None,
         hardware: str | None = None,
         inside: Callable[[str], object] | None = None,
-    ) -> House:
+    ) -> AppServices:
         """Brings back what was in service, and goes on with the runs that were not over. Raises StoreError.
 
-        where, prices, hardware: what the usage of this process is recorded with. inside: see `Worker`.
+        where, prices, hardware: what the usage of this process is recorded with. inside: see `RunQueue`.
         """
         database = Database(store_url)
         runs = Runs(data_dir / "runs")
-        adopted = Adopted(runs)
-        adopted.load()
+        adapters = AdapterRegistry(runs)
+        adapters.load()
         recorder = Recorder(database, data_dir / "usage-spool", where or Deployment())
         recorder.start()
         budgets = Budgets(database)
-        meter = Meter(recorder, prices or Prices(), hardware, budgets)
+        meter = ComparisonMeter(recorder, prices or Prices(), hardware, budgets)
 
         def ended(run: Run) -> None:
             meter.count(run)
-            adopted.settle(run)
+            adapters.settle(run)
 
-        worker = Worker(runs, command, on_end=ended, inside=inside)
+        worker = RunQueue(runs, command, on_end=ended, inside=inside)
         worker.abandon()
         worker.wake()
-        return cls(Store(database), runs, worker, adopted, Usage(database), budgets, meter)
+        return cls(RewardFunctionStore(database), runs, worker, adapters, Usage(database), budgets, meter)
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedComponents:
     """Components of more than one tab. The tab that shows one calls its `render`."""
 
     tabs: gr.Tabs
@@ -79,9 +79,9 @@ class Shared:
     picker: gr.HTML
 
     @classmethod
-    def make(cls, tabs: gr.Tabs) -> Shared:
+    def make(cls, tabs: gr.Tabs) -> SharedComponents:
         """Inside the page's blocks: the components, not yet shown."""
-        picker = model_picker(list(Setup().models), elem_id="models", render=False)
+        picker = model_picker(list(PlaygroundSettings().models), elem_id="models", render=False)
         return cls(tabs, [_weight(name) for name in REWARDS], picker)
 
 

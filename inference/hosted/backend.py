@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from inference.hosted.client import CloudError, Server, photo_url
-from inference.registry import ModelEntry
+from inference.hosted.client import CloudError, MoondreamClient, photo_url
+from inference.registry import ModelSpec
 from inference.types import (
     MAX_OBJECTS,
     SKILLS,
     Answer,
     Box,
+    CandidateFailed,
     Event,
-    Failed,
     InferenceError,
-    Partial,
     Point,
+    Queued,
     Request,
-    Waiting,
+    TextUpdate,
     clean,
     recipe_prompt,
 )
@@ -38,17 +38,17 @@ MAX_PATH = 100_000  # characters
 PATH = re.compile(r"[MmLlHhVvCcSsQqTtAaZz0-9eE.,+\-\s]*")  # all that SVG path data is made of
 SIDES = ("x_min", "y_min", "x_max", "y_max")
 LOOK = 0.1  # seconds between two looks whether somebody still waits
-Stopped = Callable[[], bool]
+Cancelled = Callable[[], bool]
 
 
-def answer(entry: ModelEntry, request: Request, cancel: threading.Event) -> Iterator[Event]:
+def answer(entry: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
     """Yields Waiting, Partial and, per candidate, one Answer or Failed, as they come.
 
     Boxes, points and outlines are a model's best guess, and so is everything at temperature 0: one call stands for all
     candidates. Raises InferenceError where every candidate failed, and where it is cancelled.
     """
     calls = _Calls(entry, request, cancel)
-    yield Waiting(0)
+    yield Queued(0)
     try:
         yield from calls.events()
     finally:
@@ -66,10 +66,10 @@ class _Lost:
 class _Calls:
     """The calls of one request, each in a thread of its own."""
 
-    def __init__(self, entry: ModelEntry, request: Request, cancel: threading.Event) -> None:
+    def __init__(self, entry: ModelSpec, request: Request, cancel: threading.Event) -> None:
         self.entry, self.request, self.cancel = entry, request, cancel
         try:
-            self.server = Server(entry.source, entry.key, entry.rate)
+            self.server = MoondreamClient(entry.source, entry.key, entry.rate)
         except ValueError as error:
             raise InferenceError("provider", f"{entry.title} cannot be asked: {error}") from None
         once = SKILLS[request.skill].output == "regions" or request.temperature * entry.temperature == 0
@@ -90,7 +90,7 @@ class _Calls:
                 if lost == len(self.places):
                     raise event.error
                 left -= len(event.places)
-                yield from (Failed(place, event.error.message) for place in event.places)
+                yield from (CandidateFailed(place, event.error.message) for place in event.places)
             else:
                 left -= isinstance(event, Answer)
                 yield event
@@ -139,7 +139,7 @@ class _Calls:
             first = first or time.monotonic() - asked
             if piece:
                 for place in places:
-                    self.inbox.put(Partial(place, clean(text)))
+                    self.inbox.put(TextUpdate(place, clean(text)))
         whole = last.get("answer", last.get("caption"))
         found = {"text": clean(text or (whole if isinstance(whole, str) else ""))}
         seconds = time.monotonic() - asked
@@ -163,11 +163,11 @@ class _Calls:
         return body | ({"settings": {"max_objects": MAX_OBJECTS}} if skill != "segment" else {})
 
     def _question(self) -> str:
-        explained = self.request.skill == "recipe" and self.entry.explained
-        return recipe_prompt(self.request.prompt) if explained else self.request.prompt
+        grammar_in_prompt = self.request.skill == "recipe" and self.entry.grammar_in_prompt
+        return recipe_prompt(self.request.prompt) if grammar_in_prompt else self.request.prompt
 
     def _model(self) -> str:
-        return self.entry.remote or (self.entry.name if self.entry.needs_key else _first_model(self.server))
+        return self.entry.remote_id or (self.entry.name if self.entry.needs_key else _first_model(self.server))
 
     def _tokens(self, data: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         """Tokens as they are reported, else an estimate."""
@@ -267,12 +267,12 @@ def _is_count(value: Any) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _first_model(server: Server) -> str:
+def _first_model(server: MoondreamClient) -> str:
     """The first model that a server lists; Moondream 2, which Station serves, where it does not say."""
     return next(iter(model_ids(server)), "moondream2")
 
 
-def model_ids(server: Server) -> list[str]:
+def model_ids(server: MoondreamClient) -> list[str]:
     """The models that a server lists, in OpenAI's shape or in Moondream Station's; none where it cannot be asked."""
     try:
         data = server.get("models").data

@@ -122,7 +122,7 @@ def limiter(url: str, rate: float) -> Limiter:
 
 
 @dataclass(frozen=True)
-class Server:
+class MoondreamClient:
     """A server that speaks Moondream's API. url: up to and with /v1. key: of Moondream Cloud, or of a deployment."""
 
     url: str = CLOUD_URL
@@ -166,7 +166,7 @@ class Server:
         Repeated only as long as nothing has come. Raises CloudError, also for a stream that ends early.
         """
         until = time.monotonic() + self.timeouts.all
-        tries = Tries(until, repeatable=True)
+        tries = RetryPolicy(until, repeatable=True)
         for attempt in tries:
             with attempt, self._sent("POST", path, body, None, stopped, until) as pieces:
                 tries.begun = False
@@ -187,7 +187,7 @@ class Server:
         repeatable: bool,
     ) -> Reply:
         until = time.monotonic() + self.timeouts.all
-        tries = Tries(until, repeatable)
+        tries = RetryPolicy(until, repeatable)
         for attempt in tries:
             with attempt:
                 with self._sent(method, path, body, params, stopped, until) as pieces:
@@ -293,7 +293,7 @@ class _Refused(CloudError):
         self.wait = wait
 
 
-class Tries(tenacity.Retrying):
+class RetryPolicy(tenacity.Retrying):
     """Tries of one call: only where another one can help and cannot hurt, with jitter, and as the server wishes.
 
     begun: set while something of an answer has come, after which there is no other try. perhaps: tries that were lost

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 POLL_SECONDS = 0.1  # how often somebody who waits looks whether he still wants to
 
 
-class Stopped(Exception):
+class Cancelled(Exception):
     """Whoever waited or computed does not want to any more."""
 
 
-class Turns:
+class DeviceQueue:
     """The queue before one device."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Turns:
         seen = -1
         while seen != 0:
             if stopped():
-                raise Stopped
+                raise Cancelled
             with self._condition:
                 if self._line.index(ticket) == seen:
                     self._condition.wait(POLL_SECONDS)

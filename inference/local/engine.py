@@ -14,11 +14,11 @@ import torch
 
 from inference.local import generation as decoding
 from inference.local import model_cache as loading
-from inference.local.device_queue import Stopped, Turns
+from inference.local.device_queue import Cancelled, DeviceQueue
 from inference.local.generation import Job
-from inference.local.model_cache import Loaded, Shelf, pick_device
-from inference.registry import ModelEntry
-from inference.types import Event, InferenceError, Request, Waiting
+from inference.local.model_cache import LoadedModel, ModelCache, pick_device
+from inference.registry import ModelSpec
+from inference.types import Event, InferenceError, Queued, Request
 
 # Small models gain nothing from a second thread, and beside a training run two threads that wait for each other at
 # every operation are many times slower than one.
@@ -35,14 +35,14 @@ class Engine:
     photo, words and seed alone are computed together by the first of them.
     """
 
-    def __init__(self, device: torch.device | None = None, shelf: Shelf | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, shelf: ModelCache | None = None) -> None:
         self.device = device or pick_device()
-        self.shelf = shelf or Shelf()
-        self.turns = Turns()
+        self.shelf = shelf or ModelCache()
+        self.turns = DeviceQueue()
         self._waiting: list[Job] = []
         self._taking = threading.Lock()
 
-    def answer(self, entry: ModelEntry, request: Request, cancel: threading.Event) -> Iterator[Event]:
+    def answer(self, entry: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
         """Yields Waiting, Partial and, per candidate, one Answer, as they come. Raises InferenceError."""
         gone = threading.Event()
         events: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()
@@ -91,7 +91,7 @@ class Engine:
         if len(jobs) == 1:
             self._compute_batch(jobs)
             if not jobs[0].over:
-                raise Stopped
+                raise Cancelled
             return
         with suppress(Exception):
             self._compute_batch(jobs)
@@ -100,7 +100,7 @@ class Engine:
                 if not job.over and not job.stopped():
                     self._compute_batch([job])
                 if not job.over:
-                    raise Stopped
+                    raise Cancelled
             except Exception as error:
                 job.emit(explain(error, job.entry))
             finally:
@@ -116,9 +116,9 @@ class Engine:
             stack.enter_context(torch.inference_mode())
             decoding.answer(loaded, jobs)
 
-    def _adapt(self, stack: ExitStack, loaded: Loaded, entry: ModelEntry) -> None:
+    def _adapt(self, stack: ExitStack, loaded: LoadedModel, entry: ModelSpec) -> None:
         try:
-            with loading.explained("bad_weights", f"The adapter of {entry.title} does not fit its model."):
+            with loading.wrap_errors("bad_weights", f"The adapter of {entry.title} does not fit its model."):
                 stack.enter_context(loaded.adapted(entry.adapter))
         except Exception:
             self.shelf.drop(loaded)  # half an adapter may be on it
@@ -127,14 +127,14 @@ class Engine:
 
 def _tell_place(job: Job, position: int) -> None:
     if not job.taken:
-        job.emit(Waiting(position))
+        job.emit(Queued(position))
 
 
-def explain(error: Exception, entry: ModelEntry) -> InferenceError:
+def explain(error: Exception, entry: ModelSpec) -> InferenceError:
     """Any failure as an InferenceError: its message is for a person and names no path or secret of the machine."""
     if isinstance(error, InferenceError):
         return error
-    if isinstance(error, Stopped):
+    if isinstance(error, Cancelled):
         return InferenceError("cancelled", "Cancelled.")
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return InferenceError("out_of_memory", f"{entry.title} ran out of memory. Ask for fewer candidates.")
@@ -151,6 +151,6 @@ def loaded_sources() -> tuple[str, ...]:
 _ENGINE = Engine()
 
 
-def answer(entry: ModelEntry, request: Request, cancel: threading.Event) -> Iterator[Event]:
+def answer(entry: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
     """See `Engine.answer`; all callers of this process share one queue."""
     return _ENGINE.answer(entry, request, cancel)

@@ -19,17 +19,17 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from inference.local.model_cache import Loaded
-from inference.registry import ModelEntry
+from inference.local.model_cache import LoadedModel
+from inference.registry import ModelSpec
 from inference.types import (
     SKILLS,
     Answer,
     Box,
     Event,
     InferenceError,
-    Partial,
     Point,
     Request,
+    TextUpdate,
     clean,
     recipe_prompt,
 )
@@ -47,7 +47,7 @@ class Job:
     taken: it is being computed, or was; shared: in a batch with others. left: so many answers are to come.
     """
 
-    entry: ModelEntry
+    entry: ModelSpec
     request: Request
     stopped: Callable[[], bool]
     emit: Callable[[Event | Exception | None], None]
@@ -64,7 +64,7 @@ class Job:
         """Whether every candidate was answered."""
         return self.left == 0
 
-    def tell(self, event: Partial | Answer) -> None:
+    def tell(self, event: TextUpdate | Answer) -> None:
         """Emits something of an answer; one of a batch ends with its last answer, whatever the others still do."""
         self.left -= isinstance(event, Answer)
         self.emit(event)
@@ -78,7 +78,7 @@ class Job:
         return self.entry == other.entry and one.n == 1 and all(getattr(one, x) == getattr(two, x) for x in same)
 
 
-def answer(loaded: Loaded, jobs: Sequence[Job]) -> None:
+def answer(loaded: LoadedModel, jobs: Sequence[Job]) -> None:
     """Emits the Partial and Answer events of one job, or of several that go with each other, in one batch.
 
     The caller holds the device. A job that is not wanted any more is not over at the end. Raises InferenceError.
@@ -98,16 +98,16 @@ def answer(loaded: Loaded, jobs: Sequence[Job]) -> None:
         work(loaded, jobs, asked, started)
 
 
-def ask(loaded: Loaded, request: Request, entry: ModelEntry) -> dict[str, torch.Tensor]:
+def ask(loaded: LoadedModel, request: Request, entry: ModelSpec) -> dict[str, torch.Tensor]:
     """The model's inputs for a request, on its device: one row of ids with its mask, and the photo's crops."""
     skill, words = request.skill, request.prompt
     if skill == "recipe":
-        skill, words = "query", recipe_prompt(words) if entry.explained else words
+        skill, words = "query", recipe_prompt(words) if entry.grammar_in_prompt else words
     inputs = loaded.processor.prepare(request.photo, skill, words, request.length)
     return {name: tensor.to(loaded.model.device) for name, tensor in inputs.items()}
 
 
-def _room(loaded: Loaded, prompt: int, least: int) -> int:
+def _room(loaded: LoadedModel, prompt: int, least: int) -> int:
     """How many tokens fit behind a prompt of that many. Raises InferenceError when that is less than `least`."""
     room = loaded.model.config.text_config.max_context - prompt
     if room < least:
@@ -117,7 +117,7 @@ def _room(loaded: Loaded, prompt: int, least: int) -> int:
     return room
 
 
-def _together(loaded: Loaded, asked: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _together(loaded: LoadedModel, asked: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Several inputs as the rows of one batch, padded at the left."""
     longest = max(inputs["input_ids"].shape[1] for inputs in asked)
     fills = {"input_ids": loaded.model.config.eos_id, "attention_mask": 0}
@@ -140,12 +140,12 @@ class _Row:
     prompt: int
 
 
-def _texts(loaded: Loaded, jobs: Sequence[Job], asked: Sequence[dict[str, torch.Tensor]], started: float) -> bool:
+def _texts(loaded: LoadedModel, jobs: Sequence[Job], asked: Sequence[dict[str, torch.Tensor]], started: float) -> bool:
     """False, and nothing done, where a batch's padding would leave one of them less room than it has alone."""
     request, entry = jobs[0].request, jobs[0].entry
     inputs = _together(loaded, asked)
     prompt = inputs["input_ids"].shape[1]
-    constraint = loaded.constraint if request.skill == "recipe" and entry.constrained else None
+    constraint = loaded.constraint if request.skill == "recipe" and entry.grammar_constrained else None
     limit = constraint.max_tokens if constraint else request.max_tokens
     room = _room(loaded, prompt, constraint.max_tokens if constraint else min(MIN_NEW_TOKENS, limit))
     if len(jobs) > 1 and room < limit:
@@ -168,7 +168,7 @@ def _texts(loaded: Loaded, jobs: Sequence[Job], asked: Sequence[dict[str, torch.
     return True
 
 
-def _generation(loaded: Loaded, each: int, sample: bool, new_tokens: int) -> GenerationConfig:
+def _generation(loaded: LoadedModel, each: int, sample: bool, new_tokens: int) -> GenerationConfig:
     """Takes whatever the processors leave, without warping of its own; never a control token but the end.
 
     Several rows need `do_sample`, which then has nothing left to choose: the processors leave one token per row.
@@ -210,7 +210,7 @@ class _Draw(LogitsProcessor):
 class _Watcher(StoppingCriteria):
     """Sees every token: tells the texts so far, tells an answer when its row has ended, stops when nobody listens."""
 
-    def __init__(self, loaded: Loaded, rows: Sequence[_Row], started: float) -> None:
+    def __init__(self, loaded: LoadedModel, rows: Sequence[_Row], started: float) -> None:
         self.loaded, self.rows, self.started = loaded, rows, started
         self.ids: list[list[int]] = [[] for _ in rows]
         self.open = set(range(len(rows)))
@@ -248,7 +248,7 @@ class _Watcher(StoppingCriteria):
     def _tell(self) -> None:
         for row in sorted(self.open):
             for index in self.rows[row].places:
-                self.rows[row].job.tell(Partial(index, self._text(row)))
+                self.rows[row].job.tell(TextUpdate(index, self._text(row)))
 
     def _answer(self, row: int, seconds: float, cut: bool = False) -> None:
         mine = self.rows[row]
@@ -273,7 +273,9 @@ class _Watcher(StoppingCriteria):
         return "\n".join(clean(line) for line in lines).strip()
 
 
-def _regions(loaded: Loaded, jobs: Sequence[Job], asked: Sequence[dict[str, torch.Tensor]], started: float) -> bool:
+def _regions(
+    loaded: LoadedModel, jobs: Sequence[Job], asked: Sequence[dict[str, torch.Tensor]], started: float
+) -> bool:
     """False, and nothing done, where a batch's padding would leave one of them less room than it has alone."""
     skill, wanted = jobs[0].request.skill, jobs[0].request.max_objects
     inputs = _together(loaded, asked)

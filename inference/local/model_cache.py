@@ -19,7 +19,7 @@ from inference import availability as weights
 from inference.local.constraint import RecipeConstraint
 from inference.moondream import MoondreamForConditionalGeneration, MoondreamProcessor
 from inference.moondream.processing_moondream import load_tokenizer
-from inference.registry import ModelEntry
+from inference.registry import ModelSpec
 from inference.types import InferenceError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -27,7 +27,7 @@ MAX_ADAPTERS = 8  # kept on one base
 logger = logging.getLogger(__name__)
 
 
-class Loaded:
+class LoadedModel:
     """A model on its device, with what reads photos and words for it. For one thread at a time.
 
     Adapters are put on the same base, so that switching between them costs milliseconds.
@@ -81,19 +81,19 @@ class Loaded:
         return name
 
 
-class Shelf:
+class ModelCache:
     """The models that are loaded, at most `limit`; the one that was not asked for the longest gives way."""
 
     def __init__(self, limit: int = 2) -> None:
         self.limit = limit
-        self._kept: OrderedDict[tuple, Loaded] = OrderedDict()
+        self._kept: OrderedDict[tuple, LoadedModel] = OrderedDict()
 
     @property
     def sources(self) -> tuple[str, ...]:
         """The sources of the models that are loaded now; to be looked at from any thread."""
         return tuple(loaded.source for loaded in list(self._kept.values()))
 
-    def get(self, entry: ModelEntry, device: torch.device) -> Loaded:
+    def get(self, entry: ModelSpec, device: torch.device) -> LoadedModel:
         """The entry's base model, loaded if need be. Raises InferenceError."""
         folder = weights.model_folder(entry)
         tokenizer = weights.tokenizer_folder(entry)
@@ -109,7 +109,7 @@ class Shelf:
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def drop(self, loaded: Loaded) -> None:
+    def drop(self, loaded: LoadedModel) -> None:
         """Forgets a model that is in no good state."""
         self._kept = OrderedDict((key, kept) for key, kept in self._kept.items() if kept is not loaded)
 
@@ -122,7 +122,7 @@ class Shelf:
 
 
 @contextmanager
-def explained(kind: str, message: str) -> Iterator[None]:
+def wrap_errors(kind: str, message: str) -> Iterator[None]:
     """Whatever goes wrong inside is logged as it is and told as an InferenceError."""
     try:
         yield
@@ -140,19 +140,19 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _load(entry: ModelEntry, folder: Path, tokenizer_folder: Path, device: torch.device) -> Loaded:
-    with explained("bad_weights", f"The weights of {entry.title} cannot be read. Get them again."):
+def _load(entry: ModelSpec, folder: Path, tokenizer_folder: Path, device: torch.device) -> LoadedModel:
+    with wrap_errors("bad_weights", f"The weights of {entry.title} cannot be read. Get them again."):
         model = MoondreamForConditionalGeneration.from_pretrained(
             folder, dtype=_dtype(entry, device), local_files_only=True, trust_remote_code=False
         )
     right = f"that of {entry.tokenizer}" if entry.tokenizer else "the one that came with its weights"
-    with explained("wrong_tokenizer", f"The tokenizer of {entry.title} is not the right one. It needs {right}."):
+    with wrap_errors("wrong_tokenizer", f"The tokenizer of {entry.title} is not the right one. It needs {right}."):
         tokenizer = load_tokenizer(str(tokenizer_folder), model.config.templates)
         processor = MoondreamProcessor.from_config(model.config, tokenizer)
-    return Loaded(model.to(device).eval(), processor)
+    return LoadedModel(model.to(device).eval(), processor)
 
 
-def _dtype(entry: ModelEntry, device: torch.device) -> torch.dtype:
+def _dtype(entry: ModelSpec, device: torch.device) -> torch.dtype:
     if not entry.needs_gpu:
         return torch.float32
     return torch.bfloat16 if device.type == "cuda" else torch.float16

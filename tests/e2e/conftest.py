@@ -54,9 +54,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def context(browser: Browser) -> Iterator[BrowserContext]:
     """One browser context for a file's tests: what the first page has fetched the others find in its cache."""
-    shared = browser.new_context(viewport={"width": 1400, "height": 1000})
-    yield shared
-    shared.close()
+    shared_components = browser.new_context(viewport={"width": 1400, "height": 1000})
+    yield shared_components
+    shared_components.close()
 
 
 @pytest.fixture

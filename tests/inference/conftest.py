@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from inference.moondream import MoondreamConfig, MoondreamForConditionalGeneration
-from inference.registry import ModelEntry
+from inference.registry import ModelSpec
 from training.pretrain.tokenizer import build_tokenizer, templates
 
 TEXTS = ["A bright photo with warm colours.", "How should this photo be finished?", "the main subject"]
@@ -39,6 +39,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def entry(model_folder: Path) -> ModelEntry:
+def entry(model_folder: Path) -> ModelSpec:
     """An entry for the random model."""
-    return ModelEntry("random", "Random", "for tests", "local", str(model_folder))
+    return ModelSpec("random", "Random", "for tests", "local", str(model_folder))

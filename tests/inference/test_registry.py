@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from inference import availability as weights
-from inference.registry import BACKENDS, MODELS, ModelEntry, answer
+from inference.registry import BACKENDS, MODELS, ModelSpec, answer
 from inference.types import InferenceError, Request
 
 REQUEST = Request(np.zeros((8, 8, 3), np.uint8), "recipe")
@@ -125,7 +125,7 @@ def test_too_little_memory_is_told_in_gigabytes(hub: Path, gpu: None, monkeypatc
     assert MODELS["moondream2"].unavailable() == "it takes 6 GB of memory, and 2.0 GB are free."
 
 
-def test_a_lost_folder_or_adapter_is_told_without_its_path(entry: ModelEntry, tmp_path: Path) -> None:
+def test_a_lost_folder_or_adapter_is_told_without_its_path(entry: ModelSpec, tmp_path: Path) -> None:
     gone = dataclasses.replace(entry, source=str(tmp_path / "gone"))
     lost = dataclasses.replace(entry, adapter=str(tmp_path / "lost"))
     for reason, name in ((gone.unavailable(), "gone"), (lost.unavailable(), "lost")):

@@ -26,8 +26,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 import recipes
-from inference.registry import BACKENDS, MODELS, ModelEntry
-from inference.types import RECIPE_QUESTION, Answer, Event, InferenceError, Partial, Request
+from inference.registry import BACKENDS, MODELS, ModelSpec
+from inference.types import RECIPE_QUESTION, Answer, Event, InferenceError, Request, TextUpdate
 from serving.middleware import MAX_BODY
 from settings import Settings
 from tests.e2e.conftest import serving
@@ -45,7 +45,7 @@ SKILLS = {
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the API of an application without keys, with a model that fails as its prompt says."""
     BACKENDS["failing"] = __name__
-    MODELS["failing"] = ModelEntry("failing", "Failing", "fails", "failing", "")
+    MODELS["failing"] = ModelSpec("failing", "Failing", "fails", "failing", "")
     with serving(tmp_path_factory.mktemp("v1")) as address:
         yield f"{address}/v1"
     del MODELS["failing"], BACKENDS["failing"]
@@ -62,17 +62,17 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 STOPPED = threading.Event()
 
 
-def answer(entry: ModelEntry, request: Request, cancel: threading.Event) -> Iterator[Event]:
+def answer(entry: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
     """A backend that does what its prompt says."""
     kind = request.prompt
     if kind == "hang":
         STOPPED.clear()
-        yield Partial(0, "wait")
+        yield TextUpdate(0, "wait")
         cancel.wait(30)
         STOPPED.set()
         raise InferenceError("cancelled", "Cancelled.")
     if kind == "half":
-        yield Partial(0, "half an ")
+        yield TextUpdate(0, "half an ")
         raise InferenceError("out_of_memory", "No room.")
     if kind == "say":
         yield Answer(0, f"{request.temperature:g} {entry.top_p:g} {request.max_tokens} {request.seed}", cut=True)

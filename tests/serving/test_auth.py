@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 from starlette.requests import HTTPConnection
 
-from serving.auth import LOCAL, Keys
+from serving.auth import LOCAL, ApiKeyAuth
 from serving.errors import ApiError
 from settings import Settings, SettingsError
 
@@ -19,11 +19,11 @@ def connection(peer: str = "127.0.0.1", **headers: str) -> HTTPConnection:
     return HTTPConnection({"type": "http", "client": (peer, 5), "headers": raw})
 
 
-def keys(*said: str, **settings: object) -> Keys:
-    return Keys(Settings.from_env({"PLAYGROUND_API_KEYS": ",".join(said)}).api_keys, **settings)  # type: ignore[arg-type]
+def keys(*said: str, **settings: object) -> ApiKeyAuth:
+    return ApiKeyAuth(Settings.from_env({"PLAYGROUND_API_KEYS": ",".join(said)}).api_keys, **settings)  # type: ignore[arg-type]
 
 
-def refusal(keys: Keys, connection: HTTPConnection) -> int:
+def refusal(keys: ApiKeyAuth, connection: HTTPConnection) -> int:
     with pytest.raises(ApiError) as caught:
         keys.tenant(connection)
     assert KEY not in str(caught.value.detail)
@@ -81,7 +81,7 @@ def test_a_key_that_is_none_is_refused_without_being_told(said: str) -> None:
     assert said not in str(caught.value)
 
 
-def asks(keys: Keys, times: int, key: str = KEY) -> Sequence[int]:
+def asks(keys: ApiKeyAuth, times: int, key: str = KEY) -> Sequence[int]:
     """The status of each."""
     found = []
     for _ in range(times):

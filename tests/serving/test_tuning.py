@@ -22,7 +22,7 @@ from training.grpo import train as grpo
 from training.hosted import trainer as hosted
 from training.runs.run import Run, RunConfig
 from training.server import regions
-from training.server.trainer import Asked, Group, Said, Tuner
+from training.server.trainer import Completion, FinetuneStore, Group, Prompt
 
 KEY, OTHER = "a-key-of-20-letters-", "another-of-20-letter"
 
@@ -124,9 +124,9 @@ def test_the_truth_gives_rewards_and_examples(server: str) -> None:
 
 @pytest.mark.parametrize("skill", ["point", "detect"])
 def test_what_was_likeliest_is_scored_as_likeliest(tmp_path: Path, skill: str) -> None:
-    tuner = Tuner(tmp_path)
+    tuner = FinetuneStore(tmp_path)
     made = tuner.create("me", "a", 8)
-    asked = Asked(np.asarray(picture()), "the main subject", 0.0, skill=skill, max_objects=3)
+    asked = Prompt(np.asarray(picture()), "the main subject", 0.0, skill=skill, max_objects=3)
     (said,) = tuner.rollouts("me", made.finetune_id, asked, 1)
     live = tuner._live["me", made.finetune_id]
     live._set(asked)
@@ -235,22 +235,22 @@ def test_lists_come_in_pages(server: str) -> None:
     assert len(seen) == len(set(seen)) and {"page-0", "page-1", "page-2"} <= set(seen)
 
 
-def learn(tuner: Tuner, finetune_id: str, asked: Asked, seed: int) -> None:
+def learn(tuner: FinetuneStore, finetune_id: str, asked: Prompt, seed: int) -> None:
     torch.manual_seed(seed)
     said = tuner.rollouts("me", finetune_id, asked, 4)
     tuner.learn("me", finetune_id, [Group(asked, tuple(said), (0.0, 1.0, 0.3, 0.6))], 2e-3)
 
 
 def test_a_restart_goes_on_where_it_was(tmp_path: Path) -> None:
-    asked = Asked(np.asarray(picture()), RECIPE_QUESTION)
-    cold = Asked(asked.photo, RECIPE_QUESTION, temperature=0.0)
-    said: list[list[Said]] = []
+    asked = Prompt(np.asarray(picture()), RECIPE_QUESTION)
+    cold = Prompt(asked.photo, RECIPE_QUESTION, temperature=0.0)
+    said: list[list[Completion]] = []
     for restart in (False, True):
-        tuner = Tuner(tmp_path / str(restart))
+        tuner = FinetuneStore(tmp_path / str(restart))
         made = tuner.create("me", "a", 8)
         learn(tuner, made.finetune_id, asked, 1)
         if restart:
-            tuner = Tuner(tuner.folder)
+            tuner = FinetuneStore(tuner.folder)
         learn(tuner, made.finetune_id, asked, 2)
         torch.manual_seed(3)
         said.append(
@@ -262,9 +262,9 @@ def test_a_restart_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def test_a_step_that_cannot_be_kept_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuner = Tuner(tmp_path)
+    tuner = FinetuneStore(tmp_path)
     made = tuner.create("me", "a", 8)
-    asked = Asked(np.asarray(picture()), RECIPE_QUESTION)
+    asked = Prompt(np.asarray(picture()), RECIPE_QUESTION)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -7,7 +7,7 @@ from pathlib import Path
 from sqlalchemy import inspect
 
 from storage.database import Database
-from storage.reward_functions import Store
+from storage.reward_functions import RewardFunctionStore
 
 VERSION_1 = """
 CREATE TABLE schema_version (version INTEGER NOT NULL);
@@ -24,7 +24,7 @@ def test_a_database_of_version_1_keeps_its_reward_functions(tmp_path: Path) -> N
     with sqlite3.connect(file) as connection:
         connection.executescript(VERSION_1)
     connection.close()
-    assert [saved.name for saved in Store(f"sqlite:///{file}").list()] == ["crisp"]
+    assert [saved.name for saved in RewardFunctionStore(f"sqlite:///{file}").list()] == ["crisp"]
     with sqlite3.connect(file) as connection:
         assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0002",)]
         assert connection.execute("SELECT count(*) FROM usage_events").fetchone() == (0,)

@@ -19,7 +19,7 @@ import psycopg
 import pytest
 
 from rewards import DEFAULT, RewardFunction
-from storage.reward_functions import MAX_NAME, Store, StoreError
+from storage.reward_functions import MAX_NAME, RewardFunctionStore, StoreError
 
 CRISP = RewardFunction({"sharpness": 1.0})
 VIVID = RewardFunction({"colour": 0.3, "creativity": 0.7})
@@ -49,9 +49,9 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def store(url: str) -> Iterator[Store]:
+def store(url: str) -> Iterator[RewardFunctionStore]:
     """An empty store on either database."""
-    store = Store(url)
+    store = RewardFunctionStore(url)
     yield store
     store.close()
 
@@ -60,45 +60,45 @@ def store(url: str) -> Iterator[Store]:
 def file(tmp_path: Path) -> Path:
     """An SQLite file that holds CRISP as "crisp" and is closed."""
     file = tmp_path / "store.sqlite3"
-    store = Store(f"sqlite:///{file}")
+    store = RewardFunctionStore(f"sqlite:///{file}")
     store.save("crisp", CRISP)
     store.close()
     return file
 
 
-def at(file: Path) -> Store:
+def at(file: Path) -> RewardFunctionStore:
     """The store in `file`, impatient, so that tests need not wait."""
-    return Store(f"sqlite:///{file}", busy_seconds=0.1)
+    return RewardFunctionStore(f"sqlite:///{file}", busy_seconds=0.1)
 
 
-def names(store: Store) -> list[str]:
+def names(store: RewardFunctionStore) -> list[str]:
     return [saved.name for saved in store.list()]
 
 
 # What it keeps
 
 
-def test_what_is_saved_is_there_again_in_another_store(store: Store, url: str) -> None:
+def test_what_is_saved_is_there_again_in_another_store(store: RewardFunctionStore, url: str) -> None:
     saved = store.save("  crisp ", CRISP)
-    other = Store(url)
+    other = RewardFunctionStore(url)
     assert other.get("crisp") == CRISP
     assert other.list() == [saved]
     assert saved.name == "crisp" and saved.created == saved.updated and saved.created.tzinfo is not None
     other.close()
 
 
-def test_an_empty_store_lists_nothing_and_answers(store: Store) -> None:
+def test_an_empty_store_lists_nothing_and_answers(store: RewardFunctionStore) -> None:
     assert store.list() == []
     store.ping()
 
 
-def test_the_list_is_in_the_order_of_the_names_whatever_their_case(store: Store) -> None:
+def test_the_list_is_in_the_order_of_the_names_whatever_their_case(store: RewardFunctionStore) -> None:
     for name in ("beta", "Alpha", "gamma"):
         store.save(name, DEFAULT)
     assert names(store) == ["Alpha", "beta", "gamma"]
 
 
-def test_a_name_is_taken_whatever_its_case_or_composition(store: Store) -> None:
+def test_a_name_is_taken_whatever_its_case_or_composition(store: RewardFunctionStore) -> None:
     store.save("Café", CRISP)
     for name in ("Café", "CAFÉ", "cafe\u0301"):
         with pytest.raises(StoreError, match="already") as caught:
@@ -107,7 +107,7 @@ def test_a_name_is_taken_whatever_its_case_or_composition(store: Store) -> None:
     assert store.get("CAFÉ") == CRISP
 
 
-def test_overwriting_keeps_the_day_it_was_made(store: Store) -> None:
+def test_overwriting_keeps_the_day_it_was_made(store: RewardFunctionStore) -> None:
     before = store.save("mine", CRISP)
     after = store.save("MINE", VIVID, overwrite=True)
     assert store.list() == [after]
@@ -115,24 +115,24 @@ def test_overwriting_keeps_the_day_it_was_made(store: Store) -> None:
     assert after.updated > before.updated
 
 
-def test_overwriting_what_is_not_there_saves_it(store: Store) -> None:
+def test_overwriting_what_is_not_there_saves_it(store: RewardFunctionStore) -> None:
     store.save("new", VIVID, overwrite=True)
     assert store.get("new") == VIVID
 
 
-def test_renaming_moves_the_function(store: Store) -> None:
+def test_renaming_moves_the_function(store: RewardFunctionStore) -> None:
     store.save("old", CRISP)
     store.rename("OLD", "new")
     assert names(store) == ["new"] and store.get("new") == CRISP
 
 
-def test_the_case_of_a_name_can_be_changed(store: Store) -> None:
+def test_the_case_of_a_name_can_be_changed(store: RewardFunctionStore) -> None:
     store.save("crisp", CRISP)
     store.rename("crisp", "Crisp")
     assert names(store) == ["Crisp"]
 
 
-def test_renaming_to_a_taken_name_changes_nothing(store: Store) -> None:
+def test_renaming_to_a_taken_name_changes_nothing(store: RewardFunctionStore) -> None:
     store.save("one", CRISP)
     store.save("two", VIVID)
     with pytest.raises(StoreError, match="already"):
@@ -140,14 +140,14 @@ def test_renaming_to_a_taken_name_changes_nothing(store: Store) -> None:
     assert store.get("one") == CRISP and store.get("two") == VIVID
 
 
-def test_deleting_forgets_one_and_no_other(store: Store) -> None:
+def test_deleting_forgets_one_and_no_other(store: RewardFunctionStore) -> None:
     store.save("one", CRISP)
     store.save("two", VIVID)
     store.delete("ONE")
     assert names(store) == ["two"]
 
 
-def test_what_is_not_there_is_said_to_be_missing(store: Store) -> None:
+def test_what_is_not_there_is_said_to_be_missing(store: RewardFunctionStore) -> None:
     for action in (lambda: store.get("x"), lambda: store.delete("x"), lambda: store.rename("x", "y")):
         with pytest.raises(StoreError, match="no reward function called “x”") as caught:
             action()
@@ -158,7 +158,7 @@ def test_what_is_not_there_is_said_to_be_missing(store: Store) -> None:
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
-def test_strange_names_come_back_as_they_were(store: Store, name: str) -> None:
+def test_strange_names_come_back_as_they_were(store: RewardFunctionStore, name: str) -> None:
     store.save("other", VIVID)
     store.save(name, CRISP)
     assert store.get(name) == CRISP
@@ -181,7 +181,7 @@ def test_strange_names_come_back_as_they_were(store: Store, name: str) -> None:
         ("a\ud800b", "invisible"),
     ],
 )
-def test_names_that_cannot_be_are_refused_in_few_words(store: Store, name: str, said: str) -> None:
+def test_names_that_cannot_be_are_refused_in_few_words(store: RewardFunctionStore, name: str, said: str) -> None:
     store.save("one", CRISP)
     for action in (lambda: store.save(name, CRISP), lambda: store.rename("one", name), lambda: store.get(name)):
         with pytest.raises(StoreError, match=said) as caught:
@@ -195,7 +195,7 @@ def test_names_that_cannot_be_are_refused_in_few_words(store: Store, name: str, 
 
 def _open_and_save(url: str, name: str, start: "multiprocessing.synchronize.Barrier") -> None:
     start.wait(30)
-    Store(url, busy_seconds=30).save(name, CRISP)
+    RewardFunctionStore(url, busy_seconds=30).save(name, CRISP)
 
 
 def test_processes_that_start_at_once_make_the_schema_once(url: str) -> None:
@@ -207,16 +207,16 @@ def test_processes_that_start_at_once_make_the_schema_once(url: str) -> None:
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4
-    assert names(Store(url)) == ["p0", "p1", "p2", "p3"]
+    assert names(RewardFunctionStore(url)) == ["p0", "p1", "p2", "p3"]
 
 
-def test_threads_that_share_a_store_lose_nothing(store: Store) -> None:
+def test_threads_that_share_a_store_lose_nothing(store: RewardFunctionStore) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: store.save(f"n{i:02}", CRISP), range(24)))
     assert names(store) == [f"n{i:02}" for i in range(24)]
 
 
-def test_of_many_who_want_one_name_one_gets_it(store: Store) -> None:
+def test_of_many_who_want_one_name_one_gets_it(store: RewardFunctionStore) -> None:
     def attempt(_: int) -> str:
         try:
             store.save("wanted", CRISP)
@@ -228,7 +228,7 @@ def test_of_many_who_want_one_name_one_gets_it(store: Store) -> None:
         assert sorted(pool.map(attempt, range(8))) == ["saved", *["taken"] * 7]
 
 
-def test_overwriting_at_once_is_no_error(store: Store) -> None:
+def test_overwriting_at_once_is_no_error(store: RewardFunctionStore) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: store.save("mine", VIVID, overwrite=True), range(16)))
     assert names(store) == ["mine"]
@@ -332,7 +332,7 @@ def test_a_writer_waits_for_a_lock_that_is_let_go(file: Path) -> None:
     other = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
     threading.Timer(0.3, lambda: other.execute("COMMIT")).start()
-    store = Store(f"sqlite:///{file}", busy_seconds=30)
+    store = RewardFunctionStore(f"sqlite:///{file}", busy_seconds=30)
     store.save("x", VIVID)
     other.close()
     assert names(store) == ["crisp", "x"]
@@ -375,7 +375,7 @@ def on_a_full_disk(folder: str) -> None:
     assert found == sorted(kept), (found, kept)
 
 
-def fill(store: Store) -> list[str]:
+def fill(store: RewardFunctionStore) -> list[str]:
     """Save until nothing more fits; the names that are kept, with what was there before."""
     kept = names(store)
     for number in range(10_000):
@@ -457,13 +457,13 @@ def test_a_newer_schema_is_left_as_it_is(file: Path) -> None:
 )
 def test_a_url_that_cannot_be_used_is_refused_without_showing_it(url: str) -> None:
     with pytest.raises(StoreError, match="DATABASE_URL") as caught:
-        Store(url)
+        RewardFunctionStore(url)
     assert "hunter2" not in "".join(map(str, [caught.value, caught.value.__cause__, repr(caught.value)]))
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
 def test_a_database_that_is_down_says_what_to_check_without_the_password(scheme: str) -> None:
-    store = Store(f"{scheme}://me:hunter2@127.0.0.1:9/x", busy_seconds=2)
+    store = RewardFunctionStore(f"{scheme}://me:hunter2@127.0.0.1:9/x", busy_seconds=2)
     with pytest.raises(StoreError, match="cannot be reached.*DATABASE_URL") as caught:
         store.ping()
     error: BaseException | None = caught.value
@@ -474,7 +474,7 @@ def test_a_database_that_is_down_says_what_to_check_without_the_password(scheme:
 
 @pytest.mark.postgres
 def test_a_lost_connection_is_opened_again(postgres_url: str) -> None:
-    store = Store(postgres_url)
+    store = RewardFunctionStore(postgres_url)
     store.save("one", CRISP)
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(
@@ -487,6 +487,8 @@ def test_a_lost_connection_is_opened_again(postgres_url: str) -> None:
 
 @pytest.mark.postgres
 def test_a_user_without_rights_is_told_so(postgres_url: str) -> None:
-    store = Store(postgres_url.replace("search_path%3D", "default_transaction_read_only%3Don%20-csearch_path%3D"))
+    store = RewardFunctionStore(
+        postgres_url.replace("search_path%3D", "default_transaction_read_only%3Don%20-csearch_path%3D")
+    )
     with pytest.raises(StoreError, match="refused.*rights|refused.*user may"):
         store.save("one", CRISP)

@@ -8,27 +8,27 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from inference.registry import ModelEntry
-from inference.types import Answer, Box, Event, InferenceError, Partial, Point, Request, Waiting
+from inference.registry import ModelSpec
+from inference.types import Answer, Box, Event, InferenceError, Point, Queued, Request, TextUpdate
 from recipes import random_recipe
 
 PAUSE = 0.0
 
 
-def entry(name: str, source: str = "", **settings: object) -> ModelEntry:
+def entry(name: str, source: str = "", **settings: object) -> ModelSpec:
     """A model on this backend. source: '' answers; 'slow' takes 0.2 s a word; 'broken' fails; 'bug' raises TypeError;
     'queued' waits behind two others first; 'prose' writes a recipe that cannot be read; 'hostile' writes markup."""
-    return ModelEntry(
+    return ModelSpec(
         name=name, title=f"Fake {name}", note=f"{name} of the tests", backend="fake", source=source, **settings
     )
 
 
-def answer(entry: ModelEntry, request: Request, cancel: threading.Event) -> Iterator[Event]:
+def answer(entry: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
     """The contract of a backend: Waiting, Partial and one Answer per candidate."""
     if entry.source == "queued":
-        yield from (Waiting(2), Waiting(1))
+        yield from (Queued(2), Queued(1))
         _pause(2.0, cancel)
-    yield Waiting(0)
+    yield Queued(0)
     if entry.source == "broken":
         raise InferenceError("failed", "The fake model is broken. Choose another one.")
     if entry.source == "bug":
@@ -37,12 +37,12 @@ def answer(entry: ModelEntry, request: Request, cancel: threading.Event) -> Iter
         yield from _candidate(entry, request, index, cancel)
 
 
-def _candidate(entry: ModelEntry, request: Request, index: int, cancel: threading.Event) -> Iterator[Event]:
+def _candidate(entry: ModelSpec, request: Request, index: int, cancel: threading.Event) -> Iterator[Event]:
     text = _text(entry, request, index)
     words = text.split(" ") if request.skill != "recipe" or entry.source == "slow" else []
     for count in range(1, len(words)):
         _pause(0.2 if entry.source == "slow" else 0.01, cancel)
-        yield Partial(index, " ".join(words[:count]))
+        yield TextUpdate(index, " ".join(words[:count]))
     rng = np.random.default_rng(request.seed + index)
     x, y = (float(value) for value in rng.uniform(0.1, 0.5, 2))
     boxes = (Box(x, y, x + 0.4, y + 0.4),) if request.skill == "detect" else ()
@@ -50,7 +50,7 @@ def _candidate(entry: ModelEntry, request: Request, index: int, cancel: threadin
     yield Answer(index, text, boxes, points, 740, len(text), seconds=0.1 * (index + 1))
 
 
-def _text(entry: ModelEntry, request: Request, index: int) -> str:
+def _text(entry: ModelSpec, request: Request, index: int) -> str:
     if entry.source == "hostile":
         return HOSTILE
     if entry.source == "prose":

@@ -25,7 +25,7 @@ class CollectError(Exception):
 
 
 @dataclass
-class Collected:
+class PhotoSet:
     """Photos (uint8 RGB, long side at most PREVIEW_SIDE) with their names, and what was left out and why."""
 
     photos: list[np.ndarray] = field(default_factory=list)
@@ -33,11 +33,11 @@ class Collected:
     unreadable: list[str] = field(default_factory=list)
     found: int = 0
 
-    def part(self, keep: Callable[[int], bool]) -> Collected:
+    def part(self, keep: Callable[[int], bool]) -> PhotoSet:
         """Those at the places that are kept."""
         places = [place for place in range(len(self.photos)) if keep(place)]
         chosen = [self.photos[place] for place in places], [self.names[place] for place in places]
-        return Collected(*chosen, self.unreadable, self.found)
+        return PhotoSet(*chosen, self.unreadable, self.found)
 
     def words(self) -> str:
         """In a sentence: how many there are, and what is missing."""
@@ -52,13 +52,13 @@ class Collected:
 Source = tuple[str, Callable[[], np.ndarray]]
 
 
-def collect(source: str, split: str = "train", limit: int = 200, seed: int = 0) -> Collected:
+def collect(source: str, split: str = "train", limit: int = 200, seed: int = 0) -> PhotoSet:
     """Up to `limit` photos. source: "bundled" (then `split` counts), a folder, a zip file, or "hub:owner/dataset".
 
     Of more than that, a random part by `seed`. Raises CollectError when there is no readable photo.
     """
     files = _shuffled(_sources(source, split, limit), limit, seed)
-    collected = Collected(found=len(files))
+    collected = PhotoSet(found=len(files))
     for name, load in files:
         if len(collected.photos) == limit:
             break
@@ -73,7 +73,7 @@ def collect(source: str, split: str = "train", limit: int = 200, seed: int = 0) 
     return collected
 
 
-def both(photos: str, held_out: str, limit: int, seed: int) -> tuple[Collected, Collected]:
+def train_eval_split(photos: str, held_out: str, limit: int, seed: int) -> tuple[PhotoSet, PhotoSet]:
     """The photos to train on and those to judge by. One set for both is divided, so that nothing is in both."""
     if photos != held_out or photos == "bundled":
         return collect(photos, "train", limit, seed), collect(held_out, "held-out", limit, seed)

@@ -31,7 +31,7 @@ class Scored:
     entropy: torch.Tensor
 
 
-class Looks:
+class ImageFeatureCache:
     """The features of photos by their pixels, computed once with the vision tower frozen. Least used ones give way."""
 
     def __init__(self, see: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], limit: int = MAX_LOOKS) -> None:
@@ -63,7 +63,7 @@ def _fingerprint(pixels: torch.Tensor, tiling: torch.Tensor) -> bytes:
     return hashlib.blake2b(whole + repr((tiling.tolist(), total)).encode(), digest_size=16).digest()
 
 
-class RepeatedPhotos(MoondreamImageProcessor):
+class CachingImageProcessor(MoondreamImageProcessor):
     """An image processor that cuts a photo into crops once, however often it is given. It knows photos by their pixels,
     since the trainer hands on copies."""
 
@@ -97,7 +97,7 @@ class Policy(MoondreamForConditionalGeneration):
     constraint: RecipeConstraint | None = None
     temperature: float = 1.0
     share: bool = True
-    looks: Looks | None = None
+    looks: ImageFeatureCache | None = None
 
     def prepare(
         self, constraint: RecipeConstraint, temperature: float = 1.0, remember: bool = True, share: bool = True
@@ -108,7 +108,7 @@ class Policy(MoondreamForConditionalGeneration):
         Both change nothing but the time; they can be switched off to measure it.
         """
         self.constraint, self.temperature, self.share = constraint, temperature, share
-        self.looks = Looks(self.model.get_image_features) if remember else None
+        self.looks = ImageFeatureCache(self.model.get_image_features) if remember else None
         self.model.vision.requires_grad_(False)
         self.model.region.requires_grad_(False)
 

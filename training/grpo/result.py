@@ -9,7 +9,7 @@ import numpy as np
 
 from recipes import Recipe, save_picture
 from rewards import REWARDS, RewardFunction
-from training.data.sources import Collected
+from training.data.sources import PhotoSet
 from training.evaluate import Judged, difference, summary
 from training.runs.run import Run
 
@@ -25,7 +25,7 @@ def log_line(numbers: dict[str, Any], steps: int) -> str:
 
 
 def result(
-    run: Run, base_model: str, function: RewardFunction, held_out: Collected, base: list[Judged], tuned: list[Judged]
+    run: Run, base_model: str, function: RewardFunction, held_out: PhotoSet, base: list[Judged], tuned: list[Judged]
 ) -> dict[str, Any]:
     """What is written into result.json."""
     metrics = run.metrics()
@@ -47,7 +47,7 @@ def result(
 
 
 def _pairs(
-    run: Run, function: RewardFunction, held_out: Collected, base: list[Judged], tuned: list[Judged]
+    run: Run, function: RewardFunction, held_out: PhotoSet, base: list[Judged], tuned: list[Judged]
 ) -> list[dict[str, Any]]:
     pairs = []
     for place, (photo, name, before, after) in enumerate(zip(held_out.photos, held_out.names, base, tuned)):

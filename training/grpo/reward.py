@@ -11,7 +11,7 @@ import numpy as np
 
 from recipes import parse
 from rewards import REWARDS, RewardFunction, score_recipes
-from training.runs.run import Stop
+from training.runs.run import RunAborted
 
 ALL_PARTS_EVERY = 5  # steps: rewards that weigh nothing are computed only now and then
 
@@ -61,5 +61,5 @@ class Scorer:
 
 def _finite(total: float | None) -> float | None:
     if total is not None and not np.isfinite(total):
-        raise Stop(f"A reward gave {total}, which is no number. The run stops rather than learn from it.")
+        raise RunAborted(f"A reward gave {total}, which is no number. The run stops rather than learn from it.")
     return total

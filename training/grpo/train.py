@@ -41,17 +41,17 @@ from inference import availability as weights
 from inference.local.constraint import RecipeConstraint
 from inference.moondream import MoondreamProcessor
 from inference.moondream.processing_moondream import load_tokenizer
-from inference.registry import ModelEntry
+from inference.registry import ModelSpec
 from inference.types import RECIPE_QUESTION, recipe_prompt
 from recipes import Recipe, grammar, save_picture
-from training.data.sources import Collected, CollectError, both
+from training.data.sources import CollectError, PhotoSet, train_eval_split
 from training.evaluate import EvaluateError, Judged, entry_of, judge, totals
 from training.grpo.plot import draw_curve
-from training.grpo.policy import Policy, RepeatedPhotos, greedy
+from training.grpo.policy import CachingImageProcessor, Policy, greedy
 from training.grpo.result import log_line, result
 from training.grpo.reward import Scorer
 from training.runs import hf_jobs as jobs
-from training.runs.run import WHERE, Run, RunConfig, RunError, Stop, write_whole
+from training.runs.run import WHERE, Run, RunAborted, RunConfig, RunError, write_whole
 from training.targets import TARGETS
 
 WATCHED = 8  # held-out photos that are answered along the way
@@ -60,14 +60,14 @@ CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "adapter_model.safeten
 
 
 @dataclass
-class Learner:
+class PolicyBundle:
     """What learns: the policy under PEFT, its processor, how it is asked, and the entry that it comes from."""
 
     model: Any
     policy: Policy
     processor: MoondreamProcessor
     question: str
-    entry: ModelEntry
+    entry: ModelSpec
 
     def answer(self, photos: Sequence[np.ndarray]) -> list[str]:
         """Its likeliest recipe for each photo."""
@@ -82,22 +82,22 @@ class Learner:
         return [judge(photo, text) for photo, text in zip(photos, self.answer(photos), strict=True)]
 
 
-def learner(config: RunConfig) -> Learner:
+def learner(config: RunConfig) -> PolicyBundle:
     """The base with a new adapter, or with that of the run it goes on from. Raises Stop."""
     try:
         entry = entry_of(config.base)
     except EvaluateError as error:
-        raise Stop(str(error)) from None
+        raise RunAborted(str(error)) from None
     missing = weights.missing_files(entry)
     folder, words = weights.model_folder(entry), weights.tokenizer_folder(entry)
     if missing or folder is None or words is None:
-        raise Stop(f"{entry.title} cannot be trained: {missing}")
+        raise RunAborted(f"{entry.title} cannot be trained: {missing}")
     large = torch.cuda.is_available() and entry.needs_gpu
     if entry.needs_gpu and not torch.cuda.is_available():
-        raise Stop(f"{entry.title} cannot be trained here: it needs a GPU, and PyTorch cannot use one.")
+        raise RunAborted(f"{entry.title} cannot be trained here: it needs a GPU, and PyTorch cannot use one.")
     policy = Policy.from_pretrained(folder, dtype=torch.bfloat16 if large else torch.float32, local_files_only=True)
     tokenizer = load_tokenizer(str(words), policy.config.templates)
-    cutter = RepeatedPhotos.from_config(policy.config)
+    cutter = CachingImageProcessor.from_config(policy.config)
     processor = MoondreamProcessor(
         cutter, tokenizer, templates=policy.config.templates, image_token_id=policy.config.image_token_id
     )
@@ -105,10 +105,12 @@ def learner(config: RunConfig) -> Learner:
     if torch.cuda.is_available():
         policy.to("cuda")  # type: ignore[arg-type]
     model = _adapted(policy, entry, config)
-    return Learner(model, policy, processor, recipe_prompt() if entry.explained else RECIPE_QUESTION, entry)
+    return PolicyBundle(
+        model, policy, processor, recipe_prompt() if entry.grammar_in_prompt else RECIPE_QUESTION, entry
+    )
 
 
-def _adapted(policy: Policy, entry: ModelEntry, config: RunConfig) -> Any:
+def _adapted(policy: Policy, entry: ModelSpec, config: RunConfig) -> Any:
     if entry.adapter:
         return PeftModel.from_pretrained(policy, entry.adapter, is_trainable=True)
     torch.manual_seed(config.seed)
@@ -116,10 +118,10 @@ def _adapted(policy: Policy, entry: ModelEntry, config: RunConfig) -> Any:
     return get_peft_model(policy, settings)
 
 
-class Watch(TrainerCallback):
+class RunCallback(TrainerCallback):
     """Writes metrics, probe answers and progress into the run's folder, and stops the trainer when it is asked to."""
 
-    def __init__(self, run: Run, config: RunConfig, learner: Learner, scorer: Scorer, held_out: Collected) -> None:
+    def __init__(self, run: Run, config: RunConfig, learner: PolicyBundle, scorer: Scorer, held_out: PhotoSet) -> None:
         self.run, self.config, self.learner, self.scorer = run, config, learner, scorer
         self.photos, self.names = held_out.photos[:WATCHED], held_out.names[:WATCHED]
         self.began = time.monotonic()
@@ -172,13 +174,15 @@ def rows(photos: Sequence[np.ndarray], question: str, least: int) -> Dataset:
     return Dataset.from_dict({"photo": numbers}).with_transform(fill)
 
 
-def settings(run: Run, config: RunConfig, entry: ModelEntry, steps: int, longest: int) -> GRPOConfig:
+def settings(run: Run, config: RunConfig, entry: ModelSpec, steps: int, longest: int) -> GRPOConfig:
     """TRL's settings."""
     large = torch.cuda.is_available() and entry.needs_gpu
     world = int(os.environ.get("WORLD_SIZE", "1"))
     batch = config.photos_per_step * config.rollouts
     if config.photos_per_step % world:
-        raise Stop(f"{config.photos_per_step} photos a step cannot be shared by {world} processes. Change the number.")
+        raise RunAborted(
+            f"{config.photos_per_step} photos a step cannot be shared by {world} processes. Change the number."
+        )
     return GRPOConfig(
         output_dir=str(run.folder),
         per_device_train_batch_size=batch // world,
@@ -206,7 +210,7 @@ def settings(run: Run, config: RunConfig, entry: ModelEntry, steps: int, longest
     )
 
 
-def trainer(run: Run, config: RunConfig, learner: Learner, scorer: Scorer, steps: int) -> GRPOTrainer:
+def trainer(run: Run, config: RunConfig, learner: PolicyBundle, scorer: Scorer, steps: int) -> GRPOTrainer:
     """The stock trainer, whose log-probabilities come from the policy."""
     longest = learner.policy.constraint.max_tokens if learner.policy.constraint else 64
     made = GRPOTrainer(
@@ -248,7 +252,7 @@ def steps_of(config: RunConfig, photos: int) -> int:
     return max(1, round(config.epochs * photos / config.photos_per_step))
 
 
-def keep_adapter(learner: Learner, run: Run) -> None:
+def keep_adapter(learner: PolicyBundle, run: Run) -> None:
     """Writes the adapter beside its place and moves it there whole."""
     part = run.folder / ".adapter.part"
     shutil.rmtree(part, ignore_errors=True)
@@ -263,9 +267,9 @@ def work(run: Run, config: RunConfig, phase: Callable[[str], None]) -> dict[str,
     learns = learner(config)
     phase("looking at the photos")
     try:
-        photos, held_out = both(config.photos, config.held_out, config.max_photos, config.seed)
+        photos, held_out = train_eval_split(config.photos, config.held_out, config.max_photos, config.seed)
     except CollectError as error:
-        raise Stop(str(error)) from None
+        raise RunAborted(str(error)) from None
     print(f"Training on {photos.words()}. Judging by {held_out.words()}.", flush=True)
     steps = steps_of(config, len(photos.photos))
     function = config.reward_function
@@ -275,7 +279,7 @@ def work(run: Run, config: RunConfig, phase: Callable[[str], None]) -> dict[str,
     phase("measuring the base")
     with learns.model.disable_adapter():
         base = learns.judged(held_out.photos) if first else []
-    watch = Watch(run, config, learns, scorer, held_out)
+    watch = RunCallback(run, config, learns, scorer, held_out)
     checkpoint = last_checkpoint(run.folder)
     if first:
         start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -385,7 +389,7 @@ def _live(
 
 def _fail(run: Run, error: BaseException) -> None:
     """Says in the run's state why it ended; on a full disk that may not be possible either."""
-    if isinstance(error, Stop | RunError):
+    if isinstance(error, RunAborted | RunError):
         words = str(error)
     elif isinstance(error, OSError) and error.errno == 28:
         words = "The disk is full. Free some space and resume: the last whole checkpoint is kept."

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from inference.hosted.client import CloudError, Server, Timeouts
+from inference.hosted.client import CloudError, MoondreamClient, Timeouts
 
 BASE = "moondream3-preview"  # the one model that Moondream's tuning API trains
 RANKS = (8, 16, 24, 32)
@@ -43,17 +43,17 @@ class Step:
 class Tuning:
     """One finetune on a server. Every method raises CloudError; `server.url` goes up to /v1."""
 
-    server: Server
+    server: MoondreamClient
     finetune_id: str
 
     @classmethod
-    def create(cls, server: Server, name: str, rank: int) -> Tuning:
+    def create(cls, server: MoondreamClient, name: str, rank: int) -> Tuning:
         """The finetune of that name, made if there is none yet. name: of A-Z a-z 0-9 . _ -; rank: one of RANKS."""
         data = server.post("tuning/finetunes", {"name": name, "rank": rank}).data
         return cls(server, _id(data))
 
     @classmethod
-    def open(cls, server: Server, finetune_id: str) -> Tuning:
+    def open(cls, server: MoondreamClient, finetune_id: str) -> Tuning:
         """One that exists."""
         data = server.get(f"tuning/finetunes/{finetune_id}").data
         return cls(server, _id(data.get("finetune", data)))

@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 from pydantic import SecretStr
 
-from inference.hosted.client import CloudError, Server, photo_url
+from inference.hosted.client import CloudError, MoondreamClient, photo_url
 from inference.places import CLOUD_URL, RATE
 from inference.types import RECIPE_QUESTION, recipe_prompt
 from recipes import Recipe, parse, random_recipe, save_picture
 from rewards import score_recipes
-from training.data.sources import CollectError, both
+from training.data.sources import CollectError, train_eval_split
 from training.evaluate import Judged, judge, totals
 from training.grpo.result import log_line, result
 from training.grpo.reward import Scorer
 from training.hosted.client import MAX_ROLLOUTS, RANKS, Rollouts, Tuning, rl_group, sft_group
 from training.hosted.cost import MAX_TOKENS, WATCHED, Spend, tokens
-from training.runs.run import Run, RunConfig, Stop, write_whole
+from training.runs.run import Run, RunAborted, RunConfig, write_whole
 
 AT_ONCE = 4  # requests under way; the limiter says how many begin in a second
 FLAT = 1e-6  # rewards that differ by less are the same
@@ -74,17 +74,17 @@ def has_key() -> bool:
     return bool(os.environ.get("MOONDREAM_API_KEY", "").strip())
 
 
-def server_of_environment() -> Server:
+def server_of_environment() -> MoondreamClient:
     """The server and the key that this process was given. Raises Stop."""
     key = os.environ.get("MOONDREAM_API_KEY", "").strip()
     url = os.environ.get("MOONDREAM_API_URL", "").strip().rstrip("/") or CLOUD_URL
     if not key and url == CLOUD_URL:
-        raise Stop("Moondream's tuning API needs a key. Set MOONDREAM_API_KEY, or give yours in the form.")
+        raise RunAborted("Moondream's tuning API needs a key. Set MOONDREAM_API_KEY, or give yours in the form.")
     try:
         rate = float(os.environ.get("MOONDREAM_RATE", "").strip() or RATE)
-        return Server(url, SecretStr(key) if key else None, rate)
+        return MoondreamClient(url, SecretStr(key) if key else None, rate)
     except ValueError as error:
-        raise Stop(f"Moondream's server cannot be used: {error}") from None
+        raise RunAborted(f"Moondream's server cannot be used: {error}") from None
 
 
 def work(run: Run, config: RunConfig, phase: Callable[[str], None]) -> dict[str, Any] | None:
@@ -93,18 +93,20 @@ def work(run: Run, config: RunConfig, phase: Callable[[str], None]) -> dict[str,
     try:
         return _Loop(run, config, server, phase).run_through()
     except CloudError as error:
-        raise Stop(f"{error.message} Resume the run when that is mended: nothing that was learned is lost.") from None
+        raise RunAborted(
+            f"{error.message} Resume the run when that is mended: nothing that was learned is lost."
+        ) from None
     except CollectError as error:
-        raise Stop(str(error)) from None
+        raise RunAborted(str(error)) from None
 
 
 class _Loop:
     """One run: rollouts there, rewards here, steps there."""
 
-    def __init__(self, run: Run, config: RunConfig, server: Server, phase: Callable[[str], None]) -> None:
+    def __init__(self, run: Run, config: RunConfig, server: MoondreamClient, phase: Callable[[str], None]) -> None:
         _check(config)
         self.run, self.config, self.server, self.phase = run, config, server, phase
-        self.photos, self.held_out = both(config.photos, config.held_out, config.max_photos, config.seed)
+        self.photos, self.held_out = train_eval_split(config.photos, config.held_out, config.max_photos, config.seed)
         # moondream-tiny was trained to answer a short question; any other model is told the grammar.
         self.question = RECIPE_QUESTION if config.base.startswith("moondream-tiny") else recipe_prompt()
         self.scorer = Scorer(self.photos.photos, config.reward_function, config.rollouts)
@@ -132,7 +134,9 @@ class _Loop:
         if self.run.cancelled:
             return None
         if not self.state.saved:
-            raise Stop("Nothing was learned: no step was applied. Choose other photos, a higher temperature or budget.")
+            raise RunAborted(
+                "Nothing was learned: no step was applied. Choose other photos, a higher temperature or budget."
+            )
         self.phase("measuring the tuned model")
         model = self.tuning.model(self.state.saved, self.config.base)
         tuned = self._judged(model, self.held_out.photos)
@@ -290,7 +294,9 @@ class _Loop:
             return True
         step, judged = self.spend.step(self.config), self.spend.judging(len(self.held_out.photos) + WATCHED)
         if step is None or judged is None:
-            raise Stop(f"No price is known of {self.config.base}, so no budget can be kept. Leave the budget empty.")
+            raise RunAborted(
+                f"No price is known of {self.config.base}, so no budget can be kept. Leave the budget empty."
+            )
         if self.spend.dollars + step + judged <= self.config.budget:
             return True
         print(f"The budget of ${self.config.budget:g} has no room for another step (${step:.4f} at most).", flush=True)
@@ -299,9 +305,9 @@ class _Loop:
 
 def _check(config: RunConfig) -> None:
     if config.rank not in RANKS:
-        raise Stop(f"The tuning API takes ranks {', '.join(map(str, RANKS))}, not {config.rank}.")
+        raise RunAborted(f"The tuning API takes ranks {', '.join(map(str, RANKS))}, not {config.rank}.")
     if config.rollouts > MAX_ROLLOUTS:
-        raise Stop(f"The tuning API gives at most {MAX_ROLLOUTS} rollouts at once, not {config.rollouts}.")
+        raise RunAborted(f"The tuning API gives at most {MAX_ROLLOUTS} rollouts at once, not {config.rollouts}.")
 
 
 def _numbers(rewards: Sequence[float | None], texts: Sequence[str]) -> list[float]:

@@ -29,7 +29,7 @@ SCALES = {
 }
 
 
-class Probe(nn.Module):
+class AuxiliaryHeads(nn.Module):
     """Two heads on image features [N, T, D]: per place, and on their mean for the whole photo."""
 
     def __init__(self, width: int) -> None:

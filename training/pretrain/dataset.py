@@ -25,7 +25,7 @@ ASPECTS = (2.0, 1.5, 1.33, 1.0, 0.75, 0.67)
 
 
 @dataclass
-class Lesson:
+class Example:
     """One text sequence after an image: prompt, then an answer of tokens or of a region.
 
     answer: token ids after the prompt, end included. region: None, or (x, y) or (x, y, w, h) in 0..1; with a region
@@ -37,11 +37,11 @@ class Lesson:
     region: tuple[float, ...] | None = None
 
 
-class Lessons(Dataset):
+class PretrainDataset(Dataset):
     """Batches by step number: the same seed, step and photos give the same batch, in whatever process.
 
     Each item is a dict: `images` (uint8 [H, W, 3] each), `originals` (undamaged, at ERROR_SIDE),
-    `recipe`, `text`, `region` (a `Lesson` per image each), and
+    `recipe`, `text`, `region` (a `Example` per image each), and
     `places`, `whole` (the probe's targets per image).
     """
 
@@ -88,21 +88,21 @@ class Lessons(Dataset):
         """Token ids of plain text."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def query(self, question: str, answer: str) -> Lesson:
+    def query(self, question: str, answer: str) -> Example:
         """A question and its answer, in the query skill's template (its suffix is given twice)."""
         around = self.templates["query"]
         prompt = around["prefix"] + self.encode(question) + 2 * around["suffix"]
-        return Lesson(prompt, [*self.encode(answer), self.tokenizer.eos_token_id])
+        return Example(prompt, [*self.encode(answer), self.tokenizer.eos_token_id])
 
-    def text_lesson(self, measured: facts.Facts, rng: np.random.Generator) -> Lesson:
+    def text_lesson(self, measured: facts.Facts, rng: np.random.Generator) -> Example:
         """A caption of random length, or a question."""
         if rng.random() < 0.5:
             return self.query(*facts.question_and_answer(measured, rng))
         length = str(rng.choice(LENGTHS, p=(0.2, 0.3, 0.5)))
         answer = [*self.encode(facts.caption(measured, length)), self.tokenizer.eos_token_id]
-        return Lesson(list(self.templates["caption"][length]), answer)
+        return Example(list(self.templates["caption"][length]), answer)
 
-    def region_lesson(self, areas: dict[str, facts.Area], rng: np.random.Generator) -> Lesson:
+    def region_lesson(self, areas: dict[str, facts.Area], rng: np.random.Generator) -> Example:
         """Detect or point: one of the areas, or, one time in ten, an object that the model cannot know."""
         skill = "detect" if rng.random() < 0.6 else "point"
         around, end = self.templates[skill], self.tokenizer.eos_token_id
@@ -117,7 +117,7 @@ class Lessons(Dataset):
             name = "the " + name
         prompt = around["prefix"] + self.encode(" " + name) + around["suffix"]
         answer = [end] if region is None else [self.tokenizer.convert_tokens_to_ids("<|coord|>"), end]
-        return Lesson(prompt, answer, region)
+        return Example(prompt, answer, region)
 
 
 def random_view(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:

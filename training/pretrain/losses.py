@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from inference.moondream import MoondreamForConditionalGeneration
 from recipes import grammar
-from training.pretrain.auxiliary_heads import Probe
-from training.pretrain.dataset import IGNORE, Lesson, pad
+from training.pretrain.auxiliary_heads import AuxiliaryHeads
+from training.pretrain.dataset import IGNORE, Example, pad
 
 WEIGHTS = {"recipe": 0.25, "text": 2.0, "end": 0.3, "region": 0.3, "places": 3.0, "spots": 3.0, "whole": 5.0}
 CROP = 2.0  # a wrong crop costs a picture more than a wrong level
@@ -30,7 +30,7 @@ def size_position(size: torch.Tensor, bins: int) -> torch.Tensor:
 
 
 @dataclass
-class Packed:
+class PackedBatch:
     """Rows of several lessons each after one image: embeddings, mask, positions, labels, and where regions are.
 
     embeds [N, T, D]; mask bool [N, 1, T, T]; positions [N, T]; labels [N, T] (of the next token);
@@ -44,7 +44,7 @@ class Packed:
     spots: list[tuple[int, int, tuple[float, ...]]]
 
 
-def pack(model: MoondreamForConditionalGeneration, features: torch.Tensor, rows: list[list[Lesson]]) -> Packed:
+def pack(model: MoondreamForConditionalGeneration, features: torch.Tensor, rows: list[list[Example]]) -> PackedBatch:
     """Puts the lessons of an image one after the other behind its features [N, T, D].
 
     Each lesson sees the image and itself, never another lesson, and counts its positions from the image on: what it
@@ -73,7 +73,7 @@ def pack(model: MoondreamForConditionalGeneration, features: torch.Tensor, rows:
     mask = (alone | (owner == 0)[:, None, :])[:, None]
     embeds = model.get_input_embeddings()(pad(ids, 0))
     embeds = torch.cat([embeds[:, :1], features.to(embeds.dtype), embeds[:, prefix:]], 1)
-    return Packed(feed_regions(model, embeds, spots), mask, pad(positions, 0), pad(labels, IGNORE), spots)
+    return PackedBatch(feed_regions(model, embeds, spots), mask, pad(positions, 0), pad(labels, IGNORE), spots)
 
 
 def feed_regions(model: MoondreamForConditionalGeneration, embeds: torch.Tensor, spots: list) -> torch.Tensor:
@@ -120,7 +120,7 @@ def region_loss(model: MoondreamForConditionalGeneration, hidden: torch.Tensor, 
 
 
 def step_loss(
-    model: MoondreamForConditionalGeneration, probe: Probe, images: dict, lessons: dict, segments: Segments
+    model: MoondreamForConditionalGeneration, probe: AuxiliaryHeads, images: dict, lessons: dict, segments: Segments
 ) -> dict[str, torch.Tensor]:
     """All losses of a step: recipes, text tokens, whether there is a region and where, and the probe's."""
     rows = list(zip(lessons["recipe"], lessons["text"], lessons["region"], strict=True))

@@ -25,7 +25,7 @@ from inference.local.constraint import RecipeConstraint
 from inference.moondream import MoondreamForConditionalGeneration, MoondreamImageProcessor
 from inference.types import RECIPE_QUESTION
 from recipes import grammar, parse, render, shrink
-from training.pretrain.dataset import IGNORE, Lesson, Lessons
+from training.pretrain.dataset import IGNORE, Example, PretrainDataset
 from training.pretrain.degradation import ERROR_SIDE, error
 from training.pretrain.losses import pack, recipe_loss, recipe_segments, region_loss
 
@@ -68,7 +68,7 @@ def refine(
     torch.manual_seed(seed)
     grid = model.config.vision_config.grid
     # Another seed than that of the lessons before: photos that are damaged as no photo was.
-    lessons = Lessons(photos, tokenizer, model.config.templates, how.batch, seed + 1, how.batches, grid)
+    lessons = PretrainDataset(photos, tokenizer, model.config.templates, how.batch, seed + 1, how.batches, grid)
     pool = [_batch(model, image_processor, lessons[at]) for at in tqdm(range(how.batches), "looking", file=sys.stdout)]
     constraint = RecipeConstraint(tokenizer, grammar(), end_id=model.config.eos_id)
     segments = recipe_segments(tokenizer, LEVEL_WIDTH)
@@ -113,7 +113,7 @@ def draw(
     model: MoondreamForConditionalGeneration,
     constraint: RecipeConstraint,
     tokenizer: PreTrainedTokenizerFast,
-    question: Lesson,
+    question: Example,
     features: torch.Tensor,
     count: int,
 ) -> tuple[list[str], torch.Tensor]:
@@ -159,7 +159,7 @@ def step_losses(
     many = len(ids) // len(batch.features)
     rows = []
     for at, taught in enumerate(zip(*(batch.lessons[name] for name in ("recipe", "text", "region")), strict=True)):
-        drawn = [Lesson(taught[0].prompt, row.tolist()) for row in ids[at * many : (at + 1) * many]]
+        drawn = [Example(taught[0].prompt, row.tolist()) for row in ids[at * many : (at + 1) * many]]
         rows.append([*taught, *drawn])
     with torch.autocast("cpu", torch.bfloat16):
         packed = pack(model, batch.features, rows)

@@ -30,7 +30,7 @@ QUESTIONS = (
 )
 
 
-class Reader:
+class ModelEvaluator:
     """A model with its processor and templates, asked in batches of prompts given as token ids."""
 
     def __init__(
@@ -57,23 +57,25 @@ class Reader:
         return {**seen, "input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
     @torch.inference_mode()
-    def write(self, photos: Sequence[np.ndarray], prompts: Sequence[list[int]], constrained: bool = False) -> list[str]:
+    def write(
+        self, photos: Sequence[np.ndarray], prompts: Sequence[list[int]], grammar_constrained: bool = False
+    ) -> list[str]:
         """The greedy answers."""
         inputs = self.inputs(photos, prompts)
         length = inputs["input_ids"].shape[1]
-        processors = [self.constraint.processor(length)] if constrained else None
+        processors = [self.constraint.processor(length)] if grammar_constrained else None
         out = self.model.generate(**inputs, do_sample=False, max_new_tokens=120, logits_processor=processors)
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in out[:, length:]]
 
-    def ask(self, photos: Sequence[np.ndarray], question: str, constrained: bool = False) -> list[str]:
+    def ask(self, photos: Sequence[np.ndarray], question: str, grammar_constrained: bool = False) -> list[str]:
         """The answers to one question (skill query)."""
         around = self.templates["query"]
         prompt = around["prefix"] + self.encode(question) + 2 * around["suffix"]
-        return self.write(photos, [prompt] * len(photos), constrained)
+        return self.write(photos, [prompt] * len(photos), grammar_constrained)
 
     def recipes(self, photos: Sequence[np.ndarray]) -> list[Recipe]:
         """The greedy recipe of each photo."""
-        return [parse(text).recipe for text in self.ask(photos, RECIPE_QUESTION, constrained=True)]
+        return [parse(text).recipe for text in self.ask(photos, RECIPE_QUESTION, grammar_constrained=True)]
 
     def captions(self, photos: Sequence[np.ndarray], length: str) -> list[str]:
         """A caption of each photo."""
@@ -87,7 +89,7 @@ class Reader:
         return getattr(self.model, skill)(**self.inputs(photos, [prompt] * len(photos)), max_objects=4)
 
 
-def restoration(reader: Reader, examples: Sequence[Degraded], seed: int = 0) -> dict[str, float]:
+def restoration(reader: ModelEvaluator, examples: Sequence[Degraded], seed: int = 0) -> dict[str, float]:
     """Mean CIELAB errors: untouched, restored, with the best single recipe of 256 for all; and shares of the cases."""
     before = np.array([error(e.spoilt, e.original) for e in examples])
     recipes = reader.recipes([e.spoilt for e in examples])
@@ -111,7 +113,7 @@ def restoration(reader: Reader, examples: Sequence[Degraded], seed: int = 0) -> 
     }
 
 
-def levels_seen(reader: Reader, examples: Sequence[Degraded]) -> dict[str, float]:
+def levels_seen(reader: ModelEvaluator, examples: Sequence[Degraded]) -> dict[str, float]:
     """Correlation of the answered with the true level, per operation."""
     recipes = reader.recipes([e.spoilt for e in examples])
     found = {}
@@ -123,7 +125,7 @@ def levels_seen(reader: Reader, examples: Sequence[Degraded]) -> dict[str, float
     return found
 
 
-def statements(reader: Reader, photos: Sequence[np.ndarray]) -> dict[str, float]:
+def statements(reader: ModelEvaluator, photos: Sequence[np.ndarray]) -> dict[str, float]:
     """Share of the stated facts that are true: in captions, in answers, and per attribute."""
     measured = [facts.measure(photo) for photo in photos]
     judged: dict[str, list[tuple[str, bool]]] = {"captions": [], "answers": []}
@@ -152,7 +154,7 @@ def overlap(found: dict, box: tuple[float, float, float, float]) -> float:
     return shared / max(1e-9, area + (box[2] - box[0]) * (box[3] - box[1]) - shared)
 
 
-def regions(reader: Reader, photos: Sequence[np.ndarray]) -> dict[str, float]:
+def regions(reader: ModelEvaluator, photos: Sequence[np.ndarray]) -> dict[str, float]:
     """Per area: mean IoU of `detect` (0 where nothing is found) and share of `point` inside the true box."""
     truth = [facts.areas(photo) for photo in photos]
     result: dict[str, float] = {}
@@ -189,7 +191,9 @@ def held_out() -> list[np.ndarray]:
     return [load_photo(info.path) for info in bundled("held-out")]
 
 
-def evaluate(reader: Reader, photos: Sequence[np.ndarray], copies: int = 4, seed: int = 1234) -> dict[str, dict]:
+def evaluate(
+    reader: ModelEvaluator, photos: Sequence[np.ndarray], copies: int = 4, seed: int = 1234
+) -> dict[str, dict]:
     """All figures on photos (uint8 RGB) that were not trained on; facts and regions also on degraded ones."""
     spoilt = examples(photos, copies, seed)
     seen = [shrink(photo, SIDE) for photo in photos] + [e.spoilt for e in spoilt[::copies]]
@@ -201,11 +205,11 @@ def evaluate(reader: Reader, photos: Sequence[np.ndarray], copies: int = 4, seed
     }
 
 
-def load_reader(folder: str | Path) -> Reader:
-    """A `Reader` of a saved model folder. Raises OSError when files are missing."""
+def load_evaluator(folder: str | Path) -> ModelEvaluator:
+    """A `ModelEvaluator` of a saved model folder. Raises OSError when files are missing."""
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    return Reader(model, processor.image_processor, processor.tokenizer)
+    return ModelEvaluator(model, processor.image_processor, processor.tokenizer)
 
 
 def main() -> None:
@@ -214,7 +218,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", default="assets/moondream-tiny")
     parser.add_argument("--copies", type=int, default=4, help="degraded copies of each photo")
     args = parser.parse_args()
-    print(json.dumps(evaluate(load_reader(args.folder), held_out(), args.copies), indent=1))
+    print(json.dumps(evaluate(load_evaluator(args.folder), held_out(), args.copies), indent=1))
 
 
 if __name__ == "__main__":

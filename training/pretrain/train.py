@@ -30,12 +30,12 @@ from inference.moondream import (
 )
 from recipes import load_photo
 from training.data.bundled import bundled
-from training.pretrain.auxiliary_heads import Probe
-from training.pretrain.dataset import Lessons, every_text
+from training.pretrain.auxiliary_heads import AuxiliaryHeads
+from training.pretrain.dataset import PretrainDataset, every_text
 from training.pretrain.losses import WEIGHTS, recipe_segments, step_loss
 from training.pretrain.min_risk import refine
 from training.pretrain.model_card import export, model_card
-from training.pretrain.quality import Reader, evaluate, held_out
+from training.pretrain.quality import ModelEvaluator, evaluate, held_out
 from training.pretrain.tokenizer import build_tokenizer, templates
 
 OUT = Path(__file__).resolve().parents[2] / "assets" / "moondream-tiny"
@@ -99,9 +99,9 @@ def training_photos() -> list[np.ndarray]:
 
 
 class Batches(torch.utils.data.Dataset):
-    """`Lessons` with the photos already cut into crops, made in a worker process while the model computes."""
+    """`PretrainDataset` with the photos already cut into crops, made in a worker process while the model computes."""
 
-    def __init__(self, lessons: Lessons, image_processor: MoondreamImageProcessor) -> None:
+    def __init__(self, lessons: PretrainDataset, image_processor: MoondreamImageProcessor) -> None:
         self.lessons, self.image_processor = lessons, image_processor
 
     def __len__(self) -> int:
@@ -233,7 +233,7 @@ def train(
     torch.set_num_threads(settings.threads)
     work.mkdir(parents=True, exist_ok=True)
     model, image_processor, tokenizer = build(settings, photos)
-    probe = Probe(model.config.text_config.dim)
+    probe = AuxiliaryHeads(model.config.text_config.dim)
     average, optimizer = Average(model, settings.average), optimiser(model, probe, settings)
     first, spent = 0, 0.0
     checkpoint = work / "checkpoint.pt"
@@ -248,7 +248,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         average.weights, first, spent = state["average"], state["step"], state["seconds"]
     vision = model.config.vision_config
-    lessons = Lessons(
+    lessons = PretrainDataset(
         photos, tokenizer, model.config.templates, settings.batch, settings.seed, settings.steps, vision.grid
     )
     apart = {"num_workers": workers, "prefetch_factor": 4, "multiprocessing_context": "spawn"} if workers else {}
@@ -299,7 +299,7 @@ def main() -> None:
     seconds += refine(model, image_processor, tokenizer, photos, settings.seed)
     print(f"Trained in {seconds / 60:.1f} minutes. Measuring on the held-out photos ...")
     model = model.to(torch.float16).to(torch.float32)  # measured as it is shipped
-    figures = evaluate(Reader(model, image_processor, tokenizer), held_out())
+    figures = evaluate(ModelEvaluator(model, image_processor, tokenizer), held_out())
     export(model, image_processor, tokenizer, args.out, model_card(asdict(settings), model, figures, seconds), figures)
     print(json.dumps(figures, indent=1))
     print(f"Written to {args.out}.")

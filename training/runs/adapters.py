@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from inference import availability as weights
-from inference.registry import MODELS, ModelEntry
+from inference.registry import MODELS, ModelSpec
 from training.runs.run import Run, RunError, Runs, write_whole
 
 ADAPTER = "adapter_model.safetensors"
@@ -27,10 +27,10 @@ PREFIX = "base_model.model."
 _log = logging.getLogger(__name__)
 
 
-class Adopted:
+class AdapterRegistry:
     """The runs whose models are in service. `version` grows with every change, so that a page knows that it is old."""
 
-    def __init__(self, runs: Runs, models: MutableMapping[str, ModelEntry] = MODELS) -> None:
+    def __init__(self, runs: Runs, models: MutableMapping[str, ModelSpec] = MODELS) -> None:
         self.runs = runs
         self.models = models
         self.version = 0
@@ -64,7 +64,7 @@ class Adopted:
                 return False
         return True
 
-    def use(self, run: Run) -> ModelEntry:
+    def use(self, run: Run) -> ModelSpec:
         """Puts the run's model beside its base. Raises RunError when its adapter cannot be used."""
         with self._lock:
             entry = self._entry(run)
@@ -97,7 +97,7 @@ class Adopted:
                     return [self._before(self.runs.get(name)), model_name(name)]
         return []
 
-    def base(self, run: Run) -> ModelEntry:
+    def base(self, run: Run) -> ModelSpec:
         """The model whose weights are under a run's adapter. Raises RunError."""
         seen: set[str] = set()
         at, base = run, run.config().base
@@ -116,7 +116,7 @@ class Adopted:
         except RunError:
             return None
 
-    def _said_base(self, *runs: Run) -> ModelEntry:
+    def _said_base(self, *runs: Run) -> ModelSpec:
         """What the runs' results say of their base, where the run in between has been deleted."""
         for run in runs:
             said = (run.result() or {}).get("base_model")
@@ -128,7 +128,7 @@ class Adopted:
         earlier = self.earlier(run.config().base)
         return model_name(earlier.id) if earlier and self.uses(earlier.id) else self.base(run).name
 
-    def _entry(self, run: Run) -> ModelEntry:
+    def _entry(self, run: Run) -> ModelSpec:
         base, found, config = self.base(run), run.result() or {}, run.config()
         wins = found.get("wins")
         proof = "It won on photos that it had not seen." if wins else "It was not shown to be better than its base."
@@ -137,11 +137,11 @@ class Adopted:
         if config.where == "hosted":  # its weights are on the server that trained it
             if not isinstance(found.get("model"), str):
                 raise RunError("This run saved no checkpoint that could be asked.")
-            return replace(base, **told, remote=found["model"])
+            return replace(base, **told, remote_id=found["model"])
         check_adapter(run.adapter, base)
         return replace(base, **told, adapter=str(run.adapter))
 
-    def _enter(self, run: Run, entry: ModelEntry) -> None:
+    def _enter(self, run: Run, entry: ModelSpec) -> None:
         self.models[model_name(run.id)] = entry
         self.version += 1
 
@@ -178,7 +178,7 @@ def reward_words(weights: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
 
 
-def check_adapter(folder: Path, base: ModelEntry) -> None:
+def check_adapter(folder: Path, base: ModelSpec) -> None:
     """Whether an adapter may be put on a base: reads headers, runs nothing. Raises RunError with the reason."""
     file = folder / ADAPTER
     if not file.is_file():

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from inference.registry import ModelEntry
+from inference.registry import ModelSpec
 from training.runs.adapters import check_adapter, reward_words, title
 from training.runs.run import Run, RunConfig, RunError
 
@@ -19,13 +19,13 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _REPOSITORY = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}", re.ASCII)
 
 
-def card(run: Run, base: ModelEntry) -> str:
+def card(run: Run, base: ModelSpec) -> str:
     """The model card (README.md): what it was tuned for, on what, and how it did on photos that it had not seen."""
     config, result = run.config(), run.result()
     return "\n".join([*_front_matter(base), *_summary(run, config, base), *_held_out(result), *_use(base)]) + "\n"
 
 
-def pack(run: Run, base: ModelEntry, path: Path) -> None:
+def pack(run: Run, base: ModelSpec, path: Path) -> None:
     """Everything of a run as a zip at `path`. Raises OSError."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("README.md", card(run, base))
@@ -34,7 +34,7 @@ def pack(run: Run, base: ModelEntry, path: Path) -> None:
             archive.write(file, file.relative_to(run.folder).as_posix())
 
 
-def push(run: Run, base: ModelEntry, repository: str, token: str, private: bool = True) -> str:
+def push(run: Run, base: ModelSpec, repository: str, token: str, private: bool = True) -> str:
     """Uploads the adapter and its card to a repository of the Hub and returns its address.
 
     The token is used for this call and kept nowhere. Raises RunError, in whose message it never is.
@@ -81,7 +81,7 @@ _REFUSED = {
 }
 
 
-def _write_adapter(run: Run, base: ModelEntry, folder: Path) -> None:
+def _write_adapter(run: Run, base: ModelSpec, folder: Path) -> None:
     for name in ADAPTER_FILES:
         (folder / name).write_bytes((run.adapter / name).read_bytes())
     (folder / "README.md").write_text(card(run, base), encoding="utf-8")
@@ -101,7 +101,7 @@ def _kept(run: Run) -> Iterator[Path]:
     yield from (run.adapter / name for name in ADAPTER_FILES if (run.adapter / name).is_file())
 
 
-def _portable(config: RunConfig, base: ModelEntry) -> dict[str, Any]:
+def _portable(config: RunConfig, base: ModelSpec) -> dict[str, Any]:
     """The config without the paths of this machine."""
     values = config.model_dump()
     values["base"] = config.base if config.base == base.name else f"{base.name}, and an earlier run upon it"
@@ -111,7 +111,7 @@ def _portable(config: RunConfig, base: ModelEntry) -> dict[str, Any]:
     return values
 
 
-def _front_matter(base: ModelEntry) -> list[str]:
+def _front_matter(base: ModelSpec) -> list[str]:
     source = base.source if not Path(base.source).is_absolute() else base.name
     return [
         "---",
@@ -124,7 +124,7 @@ def _front_matter(base: ModelEntry) -> list[str]:
     ]
 
 
-def _summary(run: Run, config: RunConfig, base: ModelEntry) -> list[str]:
+def _summary(run: Run, config: RunConfig, base: ModelSpec) -> list[str]:
     photos = {"bundled": "the photos that come with the playground"}.get(config.photos, "own photos")
     if config.photos.startswith("hub:"):
         photos = f"the Hub dataset `{_plain(config.photos[4:])}`"
@@ -168,7 +168,7 @@ def _held_out(result: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _use(base: ModelEntry) -> list[str]:
+def _use(base: ModelSpec) -> list[str]:
     return [
         "## Use",
         "",

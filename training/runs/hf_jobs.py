@@ -25,7 +25,7 @@ from huggingface_hub import HfApi, Volume, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from recipes import Recipe, save_picture
-from training.data.sources import CollectError, both
+from training.data.sources import CollectError, train_eval_split
 from training.runs.run import Run, RunConfig, RunError, write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,7 +133,7 @@ def follow(run: Run, config: RunConfig, phase: Callable[[str], None]) -> dict[st
 def _show_probe(run: Run, config: RunConfig) -> None:
     """The photo whose answers are shown while the job works; the job chooses the same one."""
     with contextlib.suppress(CollectError):
-        _, held_out = both(config.photos, config.held_out, config.max_photos, config.seed)
+        _, held_out = train_eval_split(config.photos, config.held_out, config.max_photos, config.seed)
         save_picture(held_out.photos[0], Recipe(), run.folder / "probe.png")
 
 

@@ -29,7 +29,7 @@ TOKENS = {"here": "HF_TOKEN", "jobs": "HF_TOKEN", "hosted": "MOONDREAM_API_KEY"}
 _log = logging.getLogger(__name__)
 
 
-class Worker:
+class RunQueue:
     """Does the runs of a folder in their order. `on_end` is called, in the worker's thread, with each run that ends."""
 
     def __init__(

@@ -50,7 +50,7 @@ class RunError(Exception):
     """Something cannot be done with a run; the message says why and what to do."""
 
 
-class Stop(Exception):
+class RunAborted(Exception):
     """A run cannot go on; the message says why and what to do."""
 
 

@@ -113,8 +113,8 @@ def _fits(found: Shares, true: Shares) -> float:
         return float(inside)
     width = min(found["x_max"], true["x_max"]) - max(found["x_min"], true["x_min"])
     height = min(found["y_max"], true["y_max"]) - max(found["y_min"], true["y_min"])
-    both = max(0.0, width) * max(0.0, height)
-    return both / max(1e-9, _area(found) + _area(true) - both)
+    train_eval_split = max(0.0, width) * max(0.0, height)
+    return train_eval_split / max(1e-9, _area(found) + _area(true) - train_eval_split)
 
 
 def _area(box: Shares) -> float:

@@ -28,10 +28,10 @@ from inference import availability as weights
 from inference.local.constraint import RecipeConstraint
 from inference.moondream import MoondreamProcessor
 from inference.moondream.processing_moondream import load_tokenizer
-from inference.registry import MODELS, ModelEntry
+from inference.registry import MODELS, ModelSpec
 from inference.types import RECIPE_QUESTION
 from recipes import grammar
-from training.grpo.policy import Policy, RepeatedPhotos
+from training.grpo.policy import CachingImageProcessor, Policy
 from training.runs.run import write_whole
 from training.server import regions
 from training.targets import TARGETS
@@ -46,7 +46,7 @@ NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 ID = re.compile(r"[0-9a-f]{26}")
 
 
-class TunerError(Exception):
+class FinetuneError(Exception):
     """Something that cannot be done; `status` as in HTTP, the message tells a person why."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -68,7 +68,7 @@ class Finetune:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Prompt:
     """A question about a photo (of detect and point: the object), and how answers are drawn."""
 
     photo: np.ndarray
@@ -80,7 +80,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Said:
+class Completion:
     """An answer: its text, its tokens without the end, and whether it ended by itself; or objects, as bins and as
     regions in shares of the photo (of an example the regions alone)."""
 
@@ -95,13 +95,13 @@ class Said:
 class Group:
     """What a step learns from: answers to one question with their rewards, or one answer to imitate (no rewards)."""
 
-    asked: Asked
-    answers: tuple[Said, ...]
+    asked: Prompt
+    answers: tuple[Completion, ...]
     rewards: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
-class Learned:
+class StepResult:
     """What a step came to; None where there is nothing to tell."""
 
     step: int
@@ -113,31 +113,31 @@ class Learned:
     sft_loss: float | None = None
 
 
-class Tuner:
+class FinetuneStore:
     """The finetunes of all tenants, none of whom can see another's. One computes at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lock = threading.RLock()
-        self._live: OrderedDict[tuple[str, str], _Live] = OrderedDict()
+        self._live: OrderedDict[tuple[str, str], LoraTrainer] = OrderedDict()
 
     # ── What there is ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def create(self, tenant: str, name: str, rank: int) -> Finetune:
         """The finetune of that name, made if there is none yet. Raises TunerError (400, 409)."""
         if not NAME.fullmatch(name):
-            raise TunerError(400, "A name has up to 100 letters, digits, dots, dashes and underscores.")
+            raise FinetuneError(400, "A name has up to 100 letters, digits, dots, dashes and underscores.")
         if rank not in RANKS:
-            raise TunerError(400, f"The rank must be one of {', '.join(map(str, RANKS))}.")
+            raise FinetuneError(400, f"The rank must be one of {', '.join(map(str, RANKS))}.")
         with self._lock:
             every = self.list(tenant)
             for one in every:
                 if one.name == name:
                     if one.rank != rank:
-                        raise TunerError(409, f"{name} exists with rank {one.rank}. Choose another name.")
+                        raise FinetuneError(409, f"{name} exists with rank {one.rank}. Choose another name.")
                     return one
             if len(every) >= MAX_FINETUNES:
-                raise TunerError(409, f"There are {MAX_FINETUNES} finetunes already. Delete one first.")
+                raise FinetuneError(409, f"There are {MAX_FINETUNES} finetunes already. Delete one first.")
             now = _now()
             made = Finetune(secrets.token_hex(13), name, rank, 0, now, now)
             self._write(tenant, made)
@@ -152,7 +152,7 @@ class Tuner:
         """One of a tenant's. Raises TunerError (404), also for somebody else's."""
         found = self._read(self._home(tenant, finetune_id) / "finetune.json") if ID.fullmatch(finetune_id) else None
         if found is None:
-            raise TunerError(404, "There is no such finetune.")
+            raise FinetuneError(404, "There is no such finetune.")
         return found
 
     def delete(self, tenant: str, finetune_id: str) -> None:
@@ -168,9 +168,9 @@ class Tuner:
         with self._lock:
             found = self.get(tenant, finetune_id)
             if found.step == 0:
-                raise TunerError(404, "This finetune has learned nothing yet.")
+                raise FinetuneError(404, "This finetune has learned nothing yet.")
             if len(found.saved) >= MAX_SAVED and str(found.step) not in found.saved:
-                raise TunerError(409, f"{MAX_SAVED} checkpoints are saved already. Delete one first.")
+                raise FinetuneError(409, f"{MAX_SAVED} checkpoints are saved already. Delete one first.")
             found.saved.setdefault(str(found.step), _now())
             self._write(tenant, found)
             return found
@@ -180,7 +180,7 @@ class Tuner:
         with self._lock:
             found = self.get(tenant, finetune_id)
             if found.saved.pop(str(step), None) is None:
-                raise TunerError(404, "There is no such checkpoint.")
+                raise FinetuneError(404, "There is no such checkpoint.")
             self._write(tenant, found)
             self._sweep(tenant, found)
 
@@ -190,24 +190,24 @@ class Tuner:
         with self._lock, open(self._home(tenant, finetune_id) / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
-    def checkpoint(self, tenant: str, name: str) -> ModelEntry:
+    def checkpoint(self, tenant: str, name: str) -> ModelSpec:
         """The entry of `<base>/<id>@<step>`, a saved step. Raises TunerError (404)."""
         _, _, rest = name.partition("/")
         finetune_id, _, step = rest.partition("@")
         found = self.get(tenant, finetune_id)
         if step not in found.saved:
-            raise TunerError(404, "There is no such checkpoint. Save a step before you ask it.")
+            raise FinetuneError(404, "There is no such checkpoint. Save a step before you ask it.")
         base = MODELS[BASE]
         return replace(base, name=f"{BASE}/{finetune_id}@{step}", adapter=str(self._step(tenant, finetune_id, step)))
 
     # ── What it does ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def rollouts(self, tenant: str, finetune_id: str, asked: Asked, count: int) -> list[Said]:
+    def rollouts(self, tenant: str, finetune_id: str, asked: Prompt, count: int) -> list[Completion]:
         """So many answers of the present weights. A recipe is written inside the grammar."""
         with self._lock:
             return self._open(tenant, finetune_id).write(asked, count)
 
-    def learn(self, tenant: str, finetune_id: str, groups: Sequence[Group], rate: float) -> Learned:
+    def learn(self, tenant: str, finetune_id: str, groups: Sequence[Group], rate: float) -> StepResult:
         """One step on the groups; what has no signal leaves the weights and the step as they are."""
         with self._lock:
             found = self.get(tenant, finetune_id)
@@ -225,11 +225,11 @@ class Tuner:
             self._sweep(tenant, found)
             return replace(learned, step=found.step)
 
-    def _open(self, tenant: str, finetune_id: str) -> _Live:
+    def _open(self, tenant: str, finetune_id: str) -> LoraTrainer:
         found, key = self.get(tenant, finetune_id), (tenant, finetune_id)
         if key not in self._live or self._live[key].step != found.step:
             at = self._step(tenant, finetune_id, found.step) if found.step else None
-            self._live[key] = _Live(found, at)
+            self._live[key] = LoraTrainer(found, at)
         self._live.move_to_end(key)
         while len(self._live) > MAX_LIVE:
             self._live.popitem(last=False)
@@ -259,7 +259,7 @@ class Tuner:
             return None
 
 
-class _Live:
+class LoraTrainer:
     """A finetune in memory: the policy under its adapter, and the optimiser."""
 
     def __init__(self, found: Finetune, folder: Path | None) -> None:
@@ -268,11 +268,11 @@ class _Live:
         entry = MODELS[BASE]
         at, words = weights.model_folder(entry), weights.tokenizer_folder(entry)
         if at is None or words is None:
-            raise TunerError(503, f"{entry.title}: {weights.missing_files(entry)}")
+            raise FinetuneError(503, f"{entry.title}: {weights.missing_files(entry)}")
         self.policy = Policy.from_pretrained(at, dtype=torch.float32, local_files_only=True)
         tokenizer = load_tokenizer(str(words), self.policy.config.templates)
         self.processor = MoondreamProcessor(
-            RepeatedPhotos.from_config(self.policy.config),
+            CachingImageProcessor.from_config(self.policy.config),
             tokenizer,
             templates=self.policy.config.templates,
             image_token_id=self.policy.config.image_token_id,
@@ -301,8 +301,8 @@ class _Live:
         torch.save(self.optimizer.state_dict(), part / "optimizer.pt")
         part.rename(folder)
 
-    def write(self, asked: Asked, count: int) -> list[Said]:
-        """See `Tuner.rollouts`."""
+    def write(self, asked: Prompt, count: int) -> list[Completion]:
+        """See `FinetuneStore.rollouts`."""
         inputs = self._inputs(asked)
         self._set(asked)
         if asked.skill != "query":
@@ -322,13 +322,13 @@ class _Live:
         said = [self._said(row) for row in out[:, inputs["input_ids"].shape[1] :].tolist()]
         return said * count if cold else said
 
-    def _search(self, asked: Asked, inputs: dict[str, torch.Tensor], count: int) -> list[Said]:
+    def _search(self, asked: Prompt, inputs: dict[str, torch.Tensor], count: int) -> list[Completion]:
         drawn = 1 if asked.temperature == 0 else count
         self.model.eval()
         how = {"max_objects": asked.max_objects, "temperature": asked.temperature}
         every = regions.write(self.policy, inputs, self._features(inputs), asked.skill, drawn, **how)
         said = [
-            Said(
+            Completion(
                 "",
                 (),
                 len(bins) < asked.max_objects,
@@ -339,17 +339,17 @@ class _Live:
         ]
         return said * (count if drawn == 1 else 1)
 
-    def _said(self, row: list[int]) -> Said:
+    def _said(self, row: list[int]) -> Completion:
         end = self.policy.config.eos_id
         tokens = row[: row.index(end)] if end in row else row
-        return Said(self.processor.decode_answers([tokens])[0], tuple(tokens), end in row)
+        return Completion(self.processor.decode_answers([tokens])[0], tuple(tokens), end in row)
 
-    def target(self, text: str) -> Said:
+    def target(self, text: str) -> Completion:
         """A text as an answer to imitate."""
-        return Said(text, tuple(self.processor.tokenizer.encode(text, add_special_tokens=False)), True)
+        return Completion(text, tuple(self.processor.tokenizer.encode(text, add_special_tokens=False)), True)
 
-    def learn(self, groups: Sequence[Group], rate: float) -> Learned:
-        """See `Tuner.learn`."""
+    def learn(self, groups: Sequence[Group], rate: float) -> StepResult:
+        """See `FinetuneStore.learn`."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         told = [self._backward(group, len(groups)) for group in groups]
@@ -362,14 +362,14 @@ class _Live:
             "sft_loss": _mean([loss for _, loss in told if loss is not None]),
         }
         if all(kl is None and loss is None for kl, loss in told):
-            return Learned(self.step, False, **facts)
+            return StepResult(self.step, False, **facts)
         norm = float(clip_grad_norm_(self.learning, MAX_NORM))
         if not np.isfinite(norm):
-            raise TunerError(400, "The step came to no number; nothing was changed. Lower the learning rate.")
+            raise FinetuneError(400, "The step came to no number; nothing was changed. Lower the learning rate.")
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        return Learned(self.step, True, grad_norm=norm, **facts)
+        return StepResult(self.step, True, grad_norm=norm, **facts)
 
     def _backward(self, group: Group, groups: int) -> tuple[float | None, float | None]:
         """The gradients of one group; its KL from the base (of rewards), or its loss (of an example)."""
@@ -408,7 +408,7 @@ class _Live:
             found = [regions.bins_of(self.policy, one) for one in said.found] if not group.rewards else said.objects
             right = all(len(bins) == wide and all(map(int.__lt__, bins, most)) for bins in found)
             if not right or len(found) * regions.STEPS[skill] > room or not (found or said.ended):
-                raise TunerError(400, "coords or sizes are not this model's. Send rollouts back as they came.")
+                raise FinetuneError(400, "coords or sizes are not this model's. Send rollouts back as they came.")
             features = self._features(inputs)
             scored.append(regions.score(self.policy, inputs["input_ids"], features, found, said.ended, skill))
         likely = torch.nn.utils.rnn.pad_sequence(scored, batch_first=True)
@@ -427,20 +427,20 @@ class _Live:
         answers = [[*one.tokens, *([end] if one.ended else [])] for one in said]
         longest = max(map(len, answers))
         if not longest or prompt.shape[1] + longest > self.policy.config.text_config.max_context:
-            raise TunerError(400, "An answer is empty, or too long for this model.")
+            raise FinetuneError(400, "An answer is empty, or too long for this model.")
         labels = torch.tensor([answer + [-100] * (longest - len(answer)) for answer in answers])
         if int(labels.max()) >= self.policy.config.text_config.vocab_size or int(labels.min()) < -100:
-            raise TunerError(400, "answer_tokens are not this model's. Send rollouts back as they came.")
+            raise FinetuneError(400, "answer_tokens are not this model's. Send rollouts back as they came.")
         prompts = prompt.expand(len(answers), -1)
         ids = torch.cat([prompts, labels.masked_fill(labels == -100, end)], 1)
         mask = torch.cat([torch.ones_like(prompts), (labels != -100).long()], 1)
         features = self._features(inputs).expand(len(answers), -1, -1)
         return ids, mask, torch.cat([torch.full_like(prompts, -100), labels], 1), features
 
-    def _inputs(self, asked: Asked) -> dict[str, torch.Tensor]:
+    def _inputs(self, asked: Prompt) -> dict[str, torch.Tensor]:
         return dict(self.processor.prepare(asked.photo, asked.skill, asked.question))
 
-    def _set(self, asked: Asked) -> None:
+    def _set(self, asked: Prompt) -> None:
         """Recipes are written, and their probabilities taken, inside the grammar."""
         self.policy.constraint = self.grammar if asked.skill == "query" and asked.question == RECIPE_QUESTION else None
         self.policy.temperature = asked.temperature or 1.0

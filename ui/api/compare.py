@@ -12,16 +12,16 @@ from inference.registry import MODELS
 from inference.types import MAX_CANDIDATES, MAX_SEED, MAX_TEMPERATURE, SKILLS, Request, RequestError
 from recipes import Recipe, describe, parse
 from rewards import RewardFunction, RewardFunctionError, score_recipes
-from storage.reward_functions import Store, StoreError
+from storage.reward_functions import RewardFunctionStore, StoreError
 from ui.api import runs as api_runs
 from ui.api import usage as api_usage
 from ui.messages import refusal
 from ui.playground.compare import compare as snapshots
-from ui.playground.metering import Meter
+from ui.playground.metering import ComparisonMeter
 from ui.playground.photo import photo_input, read_photo
 from ui.playground.picker import check_choice
 from ui.playground.report import candidate
-from ui.services import House
+from ui.services import AppServices
 
 MAX_RECIPES = 64
 
@@ -34,7 +34,7 @@ def compare(
     n: int,
     temperature: float,
     seed: int,
-    meter: Meter | None = None,
+    meter: ComparisonMeter | None = None,
 ) -> dict[str, Any]:
     """Ask models about a photo: every candidate's text, recipe, scores and seconds; a failed model's error."""
     names = check_choice(models)
@@ -87,7 +87,7 @@ def models() -> list[dict[str, Any]]:
     ]
 
 
-def reward_functions(store: Store) -> dict[str, dict[str, float]]:
+def reward_functions(store: RewardFunctionStore) -> dict[str, dict[str, float]]:
     """The weights of every saved reward function by its name."""
     try:
         return {saved.name: dict(saved.function.weights) for saved in store.list()}
@@ -95,7 +95,7 @@ def reward_functions(store: Store) -> dict[str, dict[str, float]]:
         raise refusal(str(error), "Reward functions") from None
 
 
-def save_reward_function(store: Store, name: str, weights: Any) -> dict[str, Any]:
+def save_reward_function(store: RewardFunctionStore, name: str, weights: Any) -> dict[str, Any]:
     """Keep weights ({"sharpness": 0.3}) under a name that is not taken yet."""
     try:
         saved = store.save(name or "", RewardFunction.from_json(weights))
@@ -104,7 +104,7 @@ def save_reward_function(store: Store, name: str, weights: Any) -> dict[str, Any
     return {"name": saved.name, "weights": dict(saved.function.weights)}
 
 
-def build(house: House) -> None:
+def build(services: AppServices) -> None:
     """The endpoints. Their inputs are components that no page shows: so Gradio checks every file that comes in."""
     hidden: dict[str, Any] = {"visible": False}
     photo = photo_input(label="photo", **hidden)
@@ -120,10 +120,10 @@ def build(house: House) -> None:
     answer, recipes, weights = (gr.JSON(label=label, **hidden) for label in ("answer", "recipes", "weights"))
     name = gr.Textbox(label="name", **hidden)
     call = gr.Button(**hidden).click
-    call(partial(compare, meter=house.meter), asked, answer, api_name="compare", concurrency_limit=16)
+    call(partial(compare, meter=services.meter), asked, answer, api_name="compare", concurrency_limit=16)
     call(score, [photo, recipes], answer, api_name="score", concurrency_limit=2)
     call(models, None, answer, api_name="models", queue=False)
-    call(partial(reward_functions, house.store), None, answer, api_name="reward_functions")
-    call(partial(save_reward_function, house.store), [name, weights], answer, api_name="save_reward_function")
-    api_runs.build(house)
-    api_usage.build(house)
+    call(partial(reward_functions, services.store), None, answer, api_name="reward_functions")
+    call(partial(save_reward_function, services.store), [name, weights], answer, api_name="save_reward_function")
+    api_runs.build(services)
+    api_usage.build(services)

@@ -13,10 +13,12 @@ from training.runs.run import MAX_STEPS, Run, RunError
 from ui.finetune import tab as finetune
 from ui.finetune.estimate import SHORT
 from ui.finetune.tab import plainly
-from ui.services import House
+from ui.services import AppServices
 
 
-def retrain(house: House, reward: Any, base: str, photos: str, steps: int, seed: int, name: str = "") -> dict[str, Any]:
+def retrain(
+    services: AppServices, reward: Any, base: str, photos: str, steps: int, seed: int, name: str = ""
+) -> dict[str, Any]:
     """Tune a model for a reward ({"sharpness": 1}). photos: "bundled", or "hub:owner/dataset"."""
     with plainly():
         try:
@@ -26,54 +28,54 @@ def retrain(house: House, reward: Any, base: str, photos: str, steps: int, seed:
         source = "bundled" if (photos or "bundled") == "bundled" else finetune.hub_photos(photos)
         if steps is None or seed is None:
             raise RunError("Send the number of steps and a seed.")
-        run = finetune.submit(house, base, weights, photos=source, steps=steps, seed=seed, name=name or "")
-        house.worker.do_inside(run)
-    return run_status(house, run.id)
+        run = finetune.submit(services, base, weights, photos=source, steps=steps, seed=seed, name=name or "")
+        services.worker.do_inside(run)
+    return run_status(services, run.id)
 
 
-def run_status(house: House, run: str) -> dict[str, Any]:
+def run_status(services: AppServices, run: str) -> dict[str, Any]:
     """Where a run stands: state, step, time left, place in the queue, its last metrics and probe answer, its result."""
     with plainly():
-        found = house.runs.get(run)
+        found = services.runs.get(run)
         metrics, probes = found.metrics(), found.probes()
         return {
-            **_summary(house, found),
+            **_summary(services, found),
             "metrics": metrics[-1] if metrics else None,
             "probe": probes[-1] if probes else None,
             "result": found.result(),
         }
 
 
-def cancel_run(house: House, run: str) -> dict[str, Any]:
+def cancel_run(services: AppServices, run: str) -> dict[str, Any]:
     """Stop a run at its next step; what it has learned is kept."""
     with plainly():
-        finetune.cancel(house, house.runs.get(run))
-    return run_status(house, run)
+        finetune.cancel(services, services.runs.get(run))
+    return run_status(services, run)
 
 
-def runs(house: House) -> list[dict[str, Any]]:
+def runs(services: AppServices) -> list[dict[str, Any]]:
     """Every run that is kept, oldest first."""
     with plainly():
-        return [_summary(house, run) for run in house.runs.list()]
+        return [_summary(services, run) for run in services.runs.list()]
 
 
-def use_run(house: House, run: str) -> dict[str, Any]:
+def use_run(services: AppServices, run: str) -> dict[str, Any]:
     """Put a run's model beside its base in the playground."""
     with plainly():
-        finetune.use(house, house.runs.get(run))
-    return {"models": house.adopted.front()}
+        finetune.use(services, services.runs.get(run))
+    return {"models": services.adapters.front()}
 
 
-def revert(house: House, run: str) -> dict[str, Any]:
+def revert(services: AppServices, run: str) -> dict[str, Any]:
     """Take a run's model out of the playground again."""
     with plainly():
-        finetune.revert(house, house.runs.get(run))
-    return {"models": house.adopted.front()}
+        finetune.revert(services, services.runs.get(run))
+    return {"models": services.adapters.front()}
 
 
-def _summary(house: House, run: Run) -> dict[str, Any]:
+def _summary(services: AppServices, run: Run) -> dict[str, Any]:
     status, config = run.status(), run.config()
-    earlier = house.adopted.earlier(config.base)
+    earlier = services.adapters.earlier(config.base)
     left = status.seconds_left()
     return {
         "run": run.id,
@@ -86,13 +88,13 @@ def _summary(house: House, run: Run) -> dict[str, Any]:
         "step": status.step,
         "steps": status.steps,
         "seconds_left": None if left is None else round(left, 1),
-        "position": house.worker.position(run) if not status.over else None,
+        "position": services.worker.position(run) if not status.over else None,
         "message": status.message,
-        "in_use": house.adopted.uses(run.id),
+        "in_use": services.adapters.uses(run.id),
     }
 
 
-def build(house: House) -> None:
+def build(services: AppServices) -> None:
     """The endpoints, with inputs that no page shows."""
     hidden: dict[str, Any] = {"visible": False}
     asked = [
@@ -105,7 +107,7 @@ def build(house: House) -> None:
     ]
     run, answer = gr.Textbox(label="run", **hidden), gr.JSON(label="answer", **hidden)
     call = gr.Button(**hidden).click
-    call(partial(retrain, house), asked, answer, api_name="retrain")
-    call(partial(runs, house), None, answer, api_name="runs")
+    call(partial(retrain, services), asked, answer, api_name="retrain")
+    call(partial(runs, services), None, answer, api_name="runs")
     for handler in (run_status, cancel_run, use_run, revert):
-        call(partial(handler, house), run, answer, api_name=handler.__name__)
+        call(partial(handler, services), run, answer, api_name=handler.__name__)

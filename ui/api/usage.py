@@ -11,7 +11,7 @@ import gradio as gr
 
 from storage.reward_functions import StoreError
 from ui.messages import refusal
-from ui.services import House
+from ui.services import AppServices
 from usage.analytics import Usage
 from usage.report import figures_report, series_report
 from usage.time_window import Filter, FilterError
@@ -61,10 +61,10 @@ def _answered(question: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         raise refusal(str(error), "Usage") from None
 
 
-def build(house: House) -> None:
+def build(services: AppServices) -> None:
     """The endpoints."""
     wanted, answer = gr.JSON(label="filter", visible=False), gr.JSON(label="answer", visible=False)
     measure, by = gr.Textbox("calls", label="measure", visible=False), gr.Textbox("", label="by", visible=False)
     call = gr.Button(visible=False).click
-    call(partial(figures, house.usage), wanted, answer, api_name="usage")
-    call(partial(series, house.usage), [wanted, measure, by], answer, api_name="usage_series")
+    call(partial(figures, services.usage), wanted, answer, api_name="usage")
+    call(partial(series, services.usage), [wanted, measure, by], answer, api_name="usage_series")

@@ -13,7 +13,7 @@ from training.hosted.cost import WATCHED, Spend
 from training.runs import hf_jobs as jobs
 from training.runs.run import Run, RunConfig, RunError
 from ui.finetune.run_view import duration
-from ui.services import House
+from ui.services import AppServices
 
 SHORT = RunConfig.model_fields["steps"].default
 LENGTHS = {"Smoke test": 10, "Short run": SHORT, "Custom": 0}
@@ -23,7 +23,7 @@ START, PER_STEP = 20.0, 0.5  # seconds to start with and per step, before any ru
 
 
 def estimate(
-    house: House,
+    services: AppServices,
     length: str,
     steps: float | None,
     rollouts: float | None,
@@ -36,9 +36,9 @@ def estimate(
     """How long it will take and what it costs, in words; from earlier runs where there are any."""
     wanted = steps_of(length, steps)
     there = PLACES.get(place, "here"), hardware or DEFAULT_HARDWARE
-    past = [pace for run in house.runs.list() if (pace := _pace(run, *there)) is not None]
+    past = [pace for run in services.runs.list() if (pace := _pace(run, *there)) is not None]
     seconds = guess(wanted, rollouts or 8) * (median(past[-5:]) if past else 1.0)
-    waiting = len(house.worker.waiting())
+    waiting = len(services.worker.waiting())
     queue = f" It waits for {waiting} other run{'s' if waiting > 1 else ''} first." if waiting else ""
     if there[0] == "hosted":
         return _hosted(wanted, int(rollouts or 8), budget, int(examples or 0)) + queue

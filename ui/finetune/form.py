@@ -14,7 +14,7 @@ from training.hosted.trainer import has_key
 from training.runs import hf_jobs as jobs
 from training.runs.run import MAX_NAME, MAX_STEPS, RunConfig, RunError
 from ui.finetune.estimate import DEFAULT_HARDWARE, LENGTHS, PLACES, SHORT, estimate, price
-from ui.services import House
+from ui.services import AppServices
 
 PHOTOS = ("Bundled photos", "My photos", "Hub dataset")
 RATE_HERE = RunConfig.model_fields["learning_rate"].default
@@ -53,7 +53,7 @@ FORM = (
 
 
 def draw_form(
-    house: House, offered: list[tuple[str, str]]
+    services: AppServices, offered: list[tuple[str, str]]
 ) -> tuple[gr.HTML, list[Any], list[gr.Group], gr.Markdown, gr.Button]:
     """The left column: the reward, the parts in the order of FORM, the groups for a job and for the tuning API, the
     estimate, and the button. offered: what a run can start from."""
@@ -110,7 +110,7 @@ def draw_form(
     place = gr.Radio(list(PLACES), value=next(iter(PLACES)), label="Where", elem_id="tune-place")
     job, hardware, token = _job_form()
     api, key, budget, examples = _hosted_form()
-    about = gr.Markdown(estimate(house, "Short run", SHORT, 8), elem_id="tune-estimate")
+    about = gr.Markdown(estimate(services, "Short run", SHORT, 8), elem_id="tune-estimate")
     start = gr.Button("Retrain with this reward", variant="primary", elem_id="tune-start")
     knobs = [base, kind, files, dataset, length, steps, seed, name, rate, beta, rollouts, rank]
     return reward, [*knobs, place, hardware, token, key, budget, examples], [job, api], about, start

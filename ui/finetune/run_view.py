@@ -19,7 +19,7 @@ from training.data import uploads
 from training.runs.adapters import reward_words, title
 from training.runs.run import Run, RunConfig, RunError, Status
 from ui.playground.compare import picture_url
-from ui.services import House
+from ui.services import AppServices
 
 HERE = Path(__file__).resolve().parent
 POINTS = 240  # steps that a curve shows at most
@@ -61,7 +61,7 @@ def _html(name: str, elem_id: str) -> gr.HTML:
 # ── One run ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_value(house: House, run: Run) -> dict[str, Any]:
+def run_value(services: AppServices, run: Run) -> dict[str, Any]:
     """A snapshot of a run. Raises RunError when it is no run (any more)."""
     config, status = run.config(), run.status()
     result = run.result() if status.over else None
@@ -70,31 +70,31 @@ def run_value(house: House, run: Run) -> dict[str, Any]:
         "name": title(run),
         "state": status.state,
         "badge": WORDS[status.state],
-        "about": _about(house, config, status),
+        "about": _about(services, config, status),
         "message": status.message,
-        "progress": _progress(house, run, status),
-        "actions": _actions(house, run, status, result),
+        "progress": _progress(services, run, status),
+        "actions": _actions(services, run, status, result),
         "chart": _chart(run, config),
         "probe": _probe(run),
-        "result": _result(house, run, result) if result else None,
+        "result": _result(services, run, result) if result else None,
         "log": run.log(LOG_LINES),
     }
 
 
-def _about(house: House, config: RunConfig, status: Status) -> str:
-    base = config.base if config.base in house.adopted.models else "an earlier run"
-    earlier = house.adopted.earlier(config.base)
+def _about(services: AppServices, config: RunConfig, status: Status) -> str:
+    base = config.base if config.base in services.adapters.models else "an earlier run"
+    earlier = services.adapters.earlier(config.base)
     if earlier:
         base = title(earlier)
-    parts = [f"Reward: {reward_words(config.reward)}", f"from {base}", uploads.words(house.runs, config.photos)]
+    parts = [f"Reward: {reward_words(config.reward)}", f"from {base}", uploads.words(services.runs, config.photos)]
     return " · ".join([*parts, f"{status.steps or config.steps:,} steps", f"seed {config.seed}"])
 
 
-def _progress(house: House, run: Run, status: Status) -> dict[str, Any] | None:
+def _progress(services: AppServices, run: Run, status: Status) -> dict[str, Any] | None:
     if status.over:
         return None
     if status.state == "queued":
-        ahead = house.worker.position(run)
+        ahead = services.worker.position(run)
         words = "Starting" if not ahead else f"Waiting for {ahead} run{'s' if ahead > 1 else ''} before it"
         return {"share": None if not ahead else 0, "words": words, "left": ""}
     phase = status.phase[:1].upper() + status.phase[1:]
@@ -116,9 +116,9 @@ def _seconds_left(run: Run, status: Status) -> float | None:
     return pace * (status.steps - status.step)
 
 
-def _actions(house: House, run: Run, status: Status, result: dict[str, Any] | None) -> dict[str, Any]:
+def _actions(services: AppServices, run: Run, status: Status, result: dict[str, Any] | None) -> dict[str, Any]:
     """What may be done with it now, and how it is called."""
-    used = house.adopted.uses(run.id)
+    used = services.adapters.uses(run.id)
     usable = run.has_model and status.over and not used
     wins = bool(result and result.get("wins"))
     return {
@@ -210,7 +210,7 @@ def _probe(run: Run) -> dict[str, Any] | None:
     }
 
 
-def _result(house: House, run: Run, result: dict[str, Any]) -> dict[str, Any]:
+def _result(services: AppServices, run: Run, result: dict[str, Any]) -> dict[str, Any]:
     base, tuned = (result.get(side) or {} for side in ("base", "tuned"))
     difference = result.get("difference") or {}
     rows = [
@@ -220,7 +220,7 @@ def _result(house: House, run: Run, result: dict[str, Any]) -> dict[str, Any]:
     wins = bool(result.get("wins"))
     return {
         "wins": wins,
-        "verdict": verdict(result, house.adopted.uses(run.id)),
+        "verdict": verdict(result, services.adapters.uses(run.id)),
         "alarm": str(result.get("alarm") or ""),
         "rows": rows,
         "difference": interval_words(difference, sign=True),
@@ -321,26 +321,26 @@ def duration(seconds: float | None) -> str:
 # ── All runs ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def history_value(house: House, chosen: str | None) -> dict[str, Any]:
+def history_value(services: AppServices, chosen: str | None) -> dict[str, Any]:
     """All runs, newest first, in a line each."""
     rows = []
-    for run in reversed(house.runs.list()):
+    for run in reversed(services.runs.list()):
         try:
-            rows.append(_row(house, run))
+            rows.append(_row(services, run))
         except RunError as error:
             _log.warning("%s is left out: %s", run.id, error)
     return {"chosen": chosen or "", "runs": rows}
 
 
-def _row(house: House, run: Run) -> dict[str, Any]:
+def _row(services: AppServices, run: Run) -> dict[str, Any]:
     status, config = run.status(), run.config()
     return {
         "run": run.id,
         "name": title(run),
         "reward": reward_words(config.reward) if config.name else "",
         "state": status.state,
-        "badge": "In use" if house.adopted.uses(run.id) else WORDS[status.state],
-        "used": house.adopted.uses(run.id),
+        "badge": "In use" if services.adapters.uses(run.id) else WORDS[status.state],
+        "used": services.adapters.uses(run.id),
         "when": time.strftime("%d %b %H:%M", time.localtime(status.created)) if status.created else "",
         "duration": duration(status.ended - status.started) if status.ended and status.started else "",
         "result": _short_result(run, status),
@@ -360,22 +360,28 @@ def _short_result(run: Run, status: Status) -> str:
 # ── Whether there is news ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_mark(house: House, run: Run) -> tuple[Any, ...]:
+def run_mark(services: AppServices, run: Run) -> tuple[Any, ...]:
     """Differs whenever `run_value` does; costs a few looks at the folder."""
     files = ("config.json", "status.json", "metrics.jsonl", "probes.jsonl", "log.txt", "result.json", "cancel")
     status = run.status()
-    ahead = house.worker.position(run) if status.state == "queued" else 0
-    return (run.id, status.state, ahead, house.adopted.uses(run.id), *(_version(run.folder / name) for name in files))
+    ahead = services.worker.position(run) if status.state == "queued" else 0
+    return (
+        run.id,
+        status.state,
+        ahead,
+        services.adapters.uses(run.id),
+        *(_version(run.folder / name) for name in files),
+    )
 
 
-def history_mark(house: House, chosen: str | None) -> tuple[Any, ...]:
+def history_mark(services: AppServices, chosen: str | None) -> tuple[Any, ...]:
     """Differs whenever `history_value` does."""
-    runs = house.runs.list()
+    runs = services.runs.list()
     states = [
         (run.id, run.status().state, *(_version(run.folder / name) for name in ("config.json", "status.json")))
         for run in runs
     ]
-    return (chosen, house.adopted.version, *states)
+    return (chosen, services.adapters.version, *states)
 
 
 def _version(path: Path) -> tuple[int, int] | None:

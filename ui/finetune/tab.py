@@ -33,9 +33,9 @@ from ui.finetune.form import (
 from ui.finetune.run_view import history_mark, history_value, history_view, run_mark, run_value, run_view
 from ui.messages import inform, refusal
 from ui.playground import reward_functions
-from ui.playground.link import Setup
+from ui.playground.link import PlaygroundSettings
 from ui.playground.picker import choices
-from ui.services import House, Shared
+from ui.services import AppServices, SharedComponents
 from usage.budgets import BudgetExceeded
 
 TAB = "Fine-tune"
@@ -44,7 +44,7 @@ TITLE = "Fine-tuning"
 
 
 @dataclass(frozen=True)
-class Seen:
+class RenderState:
     """What a page shows, so that nothing is sent twice."""
 
     run: tuple[Any, ...] = ()
@@ -57,64 +57,64 @@ class Seen:
 # ── Handlers: what is shown ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def show(house: House, chosen: str | None, seen: Seen | None, names: Any, here: bool) -> list[Any]:
+def show(services: AppServices, chosen: str | None, seen: RenderState | None, names: Any, here: bool) -> list[Any]:
     """View, history, picker, bases, what is seen, timer: each anew where there is news, else as it was."""
-    seen = seen or Seen()
-    run = current(house, chosen)
-    active = bool(here or house.worker.waiting())
-    now = Seen(
-        run_mark(house, run) if run else ("none",),
-        history_mark(house, run.id if run else None),
-        house.adopted.version,
-        tuple(house.adopted.front()),
+    seen = seen or RenderState()
+    run = current(services, chosen)
+    active = bool(here or services.worker.waiting())
+    now = RenderState(
+        run_mark(services, run) if run else ("none",),
+        history_mark(services, run.id if run else None),
+        services.adapters.version,
+        tuple(services.adapters.front()),
         active,
     )
     return [
-        _value(house, run) if now.run != seen.run else gr.skip(),
-        history_value(house, run.id if run else None) if now.history != seen.history else gr.skip(),
+        _value(services, run) if now.run != seen.run else gr.skip(),
+        history_value(services, run.id if run else None) if now.history != seen.history else gr.skip(),
         _picked(names, seen, now),
-        gr.update(choices=bases(house)) if now.history != seen.history else gr.skip(),
+        gr.update(choices=bases(services)) if now.history != seen.history else gr.skip(),
         now,
         gr.Timer(active=active) if active != seen.active else gr.skip(),
     ]
 
 
-def current(house: House, chosen: str | None) -> Run | None:
+def current(services: AppServices, chosen: str | None) -> Run | None:
     """The run that was chosen; without a choice the one that works, else the newest; None where there is none."""
     if chosen:
         try:
-            return house.runs.get(chosen)
+            return services.runs.get(chosen)
         except RunError:
             pass  # somebody has deleted it
-    waiting = house.worker.waiting()
-    everything = house.runs.list()
+    waiting = services.worker.waiting()
+    everything = services.runs.list()
     return waiting[0] if waiting else everything[-1] if everything else None
 
 
-def _value(house: House, run: Run | None) -> dict[str, Any] | None:
+def _value(services: AppServices, run: Run | None) -> dict[str, Any] | None:
     try:
-        return run_value(house, run) if run else None
+        return run_value(services, run) if run else None
     except RunError as error:
         return {"run": run.id if run else "", "error": str(error)}
 
 
-def _picked(names: Any, seen: Seen, now: Seen) -> Any:
+def _picked(names: Any, seen: RenderState, now: RenderState) -> Any:
     """The picker after a change of what is in service: the newest tuned model beside its base comes to the front."""
     if now.version == seen.version or seen.version < 0:
         return gr.skip()
     kept = [name for name in names or [] if name in MODELS]
     if now.front and now.front != seen.front and now.front[1] not in seen.front:
         kept = list(now.front)
-    return gr.HTML(value=kept or list(Setup().models), choices=choices())
+    return gr.HTML(value=kept or list(PlaygroundSettings().models), choices=choices())
 
 
-def bases(house: House) -> list[tuple[str, str]]:
+def bases(services: AppServices) -> list[tuple[str, str]]:
     """What a run can start from: the local models with weights of their own, and what earlier runs have learned."""
     offered: dict[tuple[str, str | None], tuple[str, str]] = {}
     for entry in list(MODELS.values()):
         if entry.backend == "local" and entry.adapter is None and entry.unavailable() is None:
             offered.setdefault((entry.source, None), (entry.title, entry.name))
-    for run in reversed(house.runs.list()):
+    for run in reversed(services.runs.list()):
         with suppress(RunError):
             if run.has_adapter and run.status().over:
                 offered[run.id, None] = (f"{title(run)} ({run.id[:15]})", model_name(run.id))
@@ -129,13 +129,13 @@ def tab_opened(event: gr.SelectData) -> bool:
 # ── Handlers: what is done ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def retrain(house: House, *values: Any) -> str:
+def retrain(services: AppServices, *values: Any) -> str:
     """Queues a run as the form says (the parts of FORM, then the sliders) and returns its id; gr.Error says what to
     mend."""
     form = dict(zip(FORM, values[: len(FORM)], strict=True))
     function = reward_functions.of_sliders(values[len(FORM) :])
     with plainly():
-        photos = _photos(house, form["kind"], form["files"], form["dataset"])
+        photos = _photos(services, form["kind"], form["files"], form["dataset"])
         where = PLACES.get(form["place"], "here")
         asked = {key: form[key] for key in ("learning_rate", "beta", "rollouts", "rank", "seed")}
         if where == "hosted":
@@ -147,38 +147,38 @@ def retrain(house: House, *values: Any) -> str:
         asked |= {"photos": photos, "where": where, "hardware": form["hardware"] or DEFAULT_HARDWARE}
         secret = form["key"] if where == "hosted" else form["token"]
         try:
-            return submit(house, form["base"], dict(function.weights), secret or "", **asked).id
+            return submit(services, form["base"], dict(function.weights), secret or "", **asked).id
         except RunError:
-            uploads.forget(house.runs, photos)
+            uploads.forget(services.runs, photos)
             raise
 
 
-def submit(house: House, base: str, reward: dict[str, float], token: str = "", **asked: Any) -> Run:
+def submit(services: AppServices, base: str, reward: dict[str, float], token: str = "", **asked: Any) -> Run:
     """Queues a run. `base`: a model on offer, or an earlier run by its model's name. Raises RunError.
 
     token: the user's own, of the Hub, which a run on Hugging Face Jobs needs; or of Moondream, whose tuning API trains
     one base only, whatever `base` is.
     """
     where = asked.get("where", "here")
-    _may_begin(house, where, token)
+    _may_begin(services, where, token)
     base = BASE if where == "hosted" else base
-    offered = {name for _, name in bases(house)}
+    offered = {name for _, name in bases(services)}
     if where != "hosted" and base not in offered:
         raise RunError("Choose a base from the list." if offered else NO_BASE)
-    earlier = house.adopted.earlier(base)
+    earlier = services.adapters.earlier(base)
     whole = {key: int(asked[key]) for key in ("seed", "steps", "rollouts", "rank", "sft_steps") if key in asked}
     source = str(earlier.folder.resolve()) if earlier else base
-    return house.worker.submit(RunConfig.make(base=source, reward=reward, **(asked | whole)), token.strip())
+    return services.worker.submit(RunConfig.make(base=source, reward=reward, **(asked | whole)), token.strip())
 
 
-def do_inside(house: House, chosen: str | None) -> None:
-    """Does the run in this request, if it is queued to be done so; see `Worker.do_inside`."""
+def do_inside(services: AppServices, chosen: str | None) -> None:
+    """Does the run in this request, if it is queued to be done so; see `RunQueue.do_inside`."""
     with plainly():
         if chosen:
-            house.worker.do_inside(house.runs.get(chosen))
+            services.worker.do_inside(services.runs.get(chosen))
 
 
-def _may_begin(house: House, where: str, token: str) -> None:
+def _may_begin(services: AppServices, where: str, token: str) -> None:
     """Raises RunError where a run needs a token that is not there, or money that is spent."""
     if where == "jobs" and not token.strip():
         raise RunError("Give your Hugging Face token: the job runs on your account. It is used for this run only.")
@@ -186,14 +186,14 @@ def _may_begin(house: House, where: str, token: str) -> None:
         raise RunError("Give your Moondream key: the tuning runs on your account. It is used for this run only.")
     if where == "hosted":
         try:
-            house.budgets.check(house.meter.recorder.deployment.branch)
+            services.budgets.check(services.meter.recorder.deployment.branch)
         except (BudgetExceeded, StoreError) as error:
             raise RunError(str(error)) from None
 
 
-def _photos(house: House, kind: str, files: list[str] | None, dataset: str) -> str:
+def _photos(services: AppServices, kind: str, files: list[str] | None, dataset: str) -> str:
     if kind == PHOTOS[1]:
-        return uploads.keep(house.runs, files or [])
+        return uploads.keep(services.runs, files or [])
     if kind == PHOTOS[2]:
         return hub_photos(dataset)
     return "bundled"
@@ -207,24 +207,24 @@ def hub_photos(dataset: str) -> str:
     return f"hub:{name}"
 
 
-def act(house: House, token: str, key: str, event: gr.EventData) -> str | None:
+def act(services: AppServices, token: str, key: str, event: gr.EventData) -> str | None:
     """What a button of the view asks for; returns the run that is shown then. token, key: for a run that is resumed."""
     asked = event._data if isinstance(event._data, dict) else {}
     with plainly():
-        run = house.runs.get(asked.get("run"))  # type: ignore[arg-type]
+        run = services.runs.get(asked.get("run"))  # type: ignore[arg-type]
         action = _ACTIONS.get(str(asked.get("do")))
         if action is None:
             raise RunError("There is no such button. Reload the page.")
         if action is rename:
-            rename(house, run, str(asked.get("name") or ""))
+            rename(services, run, str(asked.get("name") or ""))
         elif action is resume:
-            resume(house, run, (key if run.config().where == "hosted" else token) or "")
+            resume(services, run, (key if run.config().where == "hosted" else token) or "")
         else:
-            action(house, run)
+            action(services, run)
     return None if action is delete else run.id
 
 
-def cancel(house: House, run: Run) -> None:
+def cancel(services: AppServices, run: Run) -> None:
     """Stops a run at its next step."""
     if run.status().over:
         raise RunError("This run is over already.")
@@ -232,49 +232,49 @@ def cancel(house: House, run: Run) -> None:
         run.cancel()
     except OSError as error:
         raise RunError(f"The run could not be told ({error.strerror}). Try again.") from None
-    house.worker.wake()
+    services.worker.wake()
 
 
-def resume(house: House, run: Run, token: str = "") -> None:
+def resume(services: AppServices, run: Run, token: str = "") -> None:
     """Queues a stopped run again."""
-    _may_begin(house, run.config().where, token)
-    house.worker.resume(run, token.strip())
+    _may_begin(services, run.config().where, token)
+    services.worker.resume(run, token.strip())
 
 
-def use(house: House, run: Run) -> None:
+def use(services: AppServices, run: Run) -> None:
     """Puts a run's model beside its base."""
     if not run.status().over:
         raise RunError("This run is not over yet. Cancel it, or wait.")
-    entry = house.adopted.use(run)
+    entry = services.adapters.use(run)
     inform(f"“{entry.title}” now stands beside its base in the playground.", TITLE)
 
 
-def revert(house: House, run: Run) -> None:
+def revert(services: AppServices, run: Run) -> None:
     """Takes a run's model out of the playground."""
-    house.adopted.revert(run.id)
+    services.adapters.revert(run.id)
     inform("The playground is as it was before.", TITLE)
 
 
-def delete(house: House, run: Run) -> None:
+def delete(services: AppServices, run: Run) -> None:
     """Removes a run, and its photos if nobody else needs them."""
-    if house.adopted.uses(run.id):
+    if services.adapters.uses(run.id):
         raise RunError("This run's model is in use in the playground. Revert it first.")
-    if any(other.config().base == str(run.folder.resolve()) for other in house.worker.waiting()):
+    if any(other.config().base == str(run.folder.resolve()) for other in services.worker.waiting()):
         raise RunError("Another run is waiting to go on from this one. Delete it when that is done.")
     config = run.config()
-    house.runs.delete(run.id)
-    uploads.forget(house.runs, config.photos)
+    services.runs.delete(run.id)
+    uploads.forget(services.runs, config.photos)
     inform("The run was deleted.", TITLE)
 
 
-def rename(house: House, run: Run, name: str) -> None:
+def rename(services: AppServices, run: Run, name: str) -> None:
     """Gives a run, and its model in use, another name."""
     try:
         run.rename(name)
     except OSError as error:
         raise RunError(f"The name could not be written ({error.strerror}). Try again later.") from None
-    if house.adopted.uses(run.id):
-        house.adopted.use(run)
+    if services.adapters.uses(run.id):
+        services.adapters.use(run)
 
 
 _ACTIONS: dict[str, Any] = {action.__name__: action for action in (cancel, resume, use, revert, delete, rename)}
@@ -286,25 +286,25 @@ def pick(event: gr.EventData) -> str | None:
     return str(asked.get("run") or "") or None
 
 
-def download(house: House, event: gr.EventData) -> str:
+def download(services: AppServices, event: gr.EventData) -> str:
     """The path of a zip with everything of a run."""
     asked = event._data if isinstance(event._data, dict) else {}
     with plainly():
-        run = house.runs.get(asked.get("run"))  # type: ignore[arg-type]
-        base = house.adopted.base(run)
+        run = services.runs.get(asked.get("run"))  # type: ignore[arg-type]
+        base = services.adapters.base(run)
         with writing():
             path = new_file(f"{title(run)}-{run.id}.zip")
             export.pack(run, base, path)
     return str(path)
 
 
-def push(house: House, chosen: str | None, repository: str, token: str, private: bool) -> tuple[str, str]:
+def push(services: AppServices, chosen: str | None, repository: str, token: str, private: bool) -> tuple[str, str]:
     """Pushes the shown run's adapter to the Hub; returns what to say, and the emptied token."""
     with plainly():
-        run = current(house, chosen)
+        run = current(services, chosen)
         if run is None:
             raise RunError("There is no run yet.")
-        address = export.push(run, house.adopted.base(run), repository or "", token or "", private)
+        address = export.push(run, services.adapters.base(run), repository or "", token or "", private)
     return f"Pushed to {address}", ""
 
 
@@ -331,45 +331,45 @@ TO_THE_RUN_JS = """() => {
 WEIGHTS_JS = "(...weights) => Object.fromEntries({names}.map((name, place) => [name, weights[place]]))"
 
 
-def build(house: House, shared: Shared) -> None:
+def build(services: AppServices, shared_components: SharedComponents) -> None:
     """The tab: on the left what is asked, on the right the run; below it all runs."""
     chosen, seen, here, hourly = gr.State(None), gr.State(None), gr.State(False), gr.State({})
     timer = gr.Timer(1.0, active=False)
     delivery = gr.File(visible=False)
     with gr.Row(elem_id="tune"):
         with gr.Column(elem_id="tune-ask", min_width=300, scale=1):
-            reward, form, groups, about, start = draw_form(house, bases(house))
+            reward, form, groups, about, start = draw_form(services, bases(services))
         with gr.Column(elem_id="tune-results", min_width=320, scale=3):
             view = run_view()
             pushing = draw_push_form()
             history = history_view()
 
     def acted(token: str, key: str, event: gr.EventData) -> str | None:
-        return act(house, token, key, event)
+        return act(services, token, key, event)
 
     def downloaded(event: gr.EventData) -> str:
-        return download(house, event)
+        return download(services, event)
 
-    shown = [view, history, shared.picker, form[0], seen, timer]
-    asked = [chosen, seen, shared.picker, here]
-    anew = partial(show, house)
+    shown = [view, history, shared_components.picker, form[0], seen, timer]
+    asked = [chosen, seen, shared_components.picker, here]
+    anew = partial(show, services)
     timer.tick(anew, asked, shown, **QUICK)
     gr.on(None, anew, asked, shown, **QUICK)  # when the page is opened
-    shared.tabs.select(tab_opened, None, here, **QUICK).then(anew, asked, shown, **QUICK)
+    shared_components.tabs.select(tab_opened, None, here, **QUICK).then(anew, asked, shown, **QUICK)
     part = dict(zip(FORM, form, strict=True))
-    started = start.click(partial(retrain, house), [*form, *shared.sliders], chosen, **PRIVATE)
+    started = start.click(partial(retrain, services), [*form, *shared_components.sliders], chosen, **PRIVATE)
     secrets = [part["token"], part["key"]]
     started.success(lambda: ("", ""), None, secrets, **QUICK)
     started.success(anew, asked, shown, **QUICK).then(None, None, None, js=TO_THE_RUN_JS, **PRIVATE)
     changed_run = view.act(acted, secrets, chosen, **PRIVATE)
     changed_run.success(anew, asked, shown, **QUICK)
-    if house.worker.inside:  # the request itself is the run
+    if services.worker.inside:  # the request itself is the run
         for asking in (started, changed_run):
-            asking.success(partial(do_inside, house), chosen, **ONE_BY_ONE)
+            asking.success(partial(do_inside, services), chosen, **ONE_BY_ONE)
     history.pick(pick, None, chosen, **QUICK).then(anew, asked, shown, **QUICK)
     deliver(view.download, downloaded, [], delivery)
     repository, token, private, send, said = pushing
-    send.click(partial(push, house), [chosen, repository, token, private], [said, token], **PRIVATE)
+    send.click(partial(push, services), [chosen, repository, token, private], [said, token], **PRIVATE)
 
     part["kind"].change(photos_chosen, part["kind"], [part["files"], part["dataset"]], **QUICK)
     part["length"].change(length_chosen, part["length"], part["steps"], **QUICK)
@@ -378,6 +378,13 @@ def build(house: House, shared: Shared) -> None:
     timed = [part[name] for name in ("length", "steps", "rollouts", "place", "hardware")]
     more = [hourly, part["budget"], part["examples"]]
     changed = [component.change for component in (*timed, *more)]
-    gr.on(changed, partial(estimate, house), [*timed, *more], about, **QUICK)
+    gr.on(changed, partial(estimate, services), [*timed, *more], about, **QUICK)
     names = WEIGHTS_JS.replace("{names}", str(list(REWARDS)))
-    gr.on([slider.change for slider in shared.sliders], None, shared.sliders, reward, js=names, **PRIVATE)
+    gr.on(
+        [slider.change for slider in shared_components.sliders],
+        None,
+        shared_components.sliders,
+        reward,
+        js=names,
+        **PRIVATE,
+    )

@@ -17,7 +17,18 @@ import cv2
 import numpy as np
 
 from inference.registry import MODELS, answer
-from inference.types import SKILLS, Answer, Box, Event, Failed, InferenceError, Partial, Point, Request, Waiting
+from inference.types import (
+    SKILLS,
+    Answer,
+    Box,
+    CandidateFailed,
+    Event,
+    InferenceError,
+    Point,
+    Queued,
+    Request,
+    TextUpdate,
+)
 from recipes import Recipe, parse, shrink
 from rewards import score_recipes
 
@@ -188,13 +199,13 @@ def _settle(columns: list[Column], news: list[tuple[int, object]], preview: np.n
 
 def _heard(column: Column, event: object, skill: str) -> Column:
     match event:
-        case Waiting(position=position):
+        case Queued(position=position):
             return replace(column, status="waiting" if position else "running", position=position)
-        case Partial(index=index, text=text):
+        case TextUpdate(index=index, text=text):
             return _with_card(replace(column, status="running"), replace(column.cards[index], text=text))
         case Answer():
             return _with_card(replace(column, status="running"), _card(event, skill))
-        case Failed(index=index, message=message):
+        case CandidateFailed(index=index, message=message):
             return _with_card(column, replace(column.cards[index], done=True, error=message))
         case _Failed(message=message, cancelled=cancelled):
             return replace(column, status="cancelled" if cancelled else "failed", error=message)

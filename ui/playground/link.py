@@ -16,7 +16,7 @@ from ui.playground.samples import SAMPLES
 
 
 @dataclass(frozen=True)
-class Setup:
+class PlaygroundSettings:
     """All that a link can say. `photo` is the file name of a sample photo, or empty: uploads are never in a link."""
 
     photo: str = ""
@@ -30,7 +30,7 @@ class Setup:
     reward: RewardFunction = DEFAULT
 
 
-def read_link(query: Mapping[str, str]) -> tuple[Setup, list[str]]:
+def read_link(query: Mapping[str, str]) -> tuple[PlaygroundSettings, list[str]]:
     """The settings of a query string, and in plain words what in it was not understood and is left at its default."""
     values: dict[str, object] = {}
     problems: list[str] = []
@@ -42,7 +42,7 @@ def read_link(query: Mapping[str, str]) -> tuple[Setup, list[str]]:
             values[name] = read(text)
         except (ValueError, RewardFunctionError) as error:
             problems.append(f"{name}: {str(error)[:200]}")
-    return Setup(**values), problems  # type: ignore[arg-type]
+    return PlaygroundSettings(**values), problems  # type: ignore[arg-type]
 
 
 def _photo(text: str) -> str:

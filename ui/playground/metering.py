@@ -7,7 +7,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from statistics import fmean
 
-from inference.metering import Calls, Metering
+from inference.metering import CallTracker, UsageMeter
 from inference.registry import answer
 from inference.types import Request
 from rewards import DEFAULT
@@ -17,7 +17,7 @@ from ui.playground.compare import Ask, Column, Comparison, compare
 
 
 @dataclass(frozen=True)
-class Meter(Metering):
+class ComparisonMeter(UsageMeter):
     """Metering for comparisons and runs."""
 
     def compare(
@@ -32,7 +32,7 @@ class Meter(Metering):
     ) -> Generator[Comparison, None, None]:
         """`compare`, with one event per model. The reward is that of the DEFAULT weights, of the candidates
         that have one: the sliders are the visitor's and move after the call."""
-        calls = Calls(self, request, ask, source, session)
+        calls = CallTracker(self, request, ask, source, session)
         try:
             for snapshot in compare(names, request, cancel, calls.ask, every):
                 for column in snapshot.columns:

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 from pydantic import SecretStr
 
-from inference.registry import MODELS, ModelEntry
+from inference.registry import MODELS, ModelSpec
 from ui.messages import refusal
 
 MAX_MODELS = 4
@@ -32,7 +32,7 @@ def model_picker(value: list[str], **settings: Any) -> gr.HTML:
     )
 
 
-def choices(models: Mapping[str, ModelEntry] = MODELS, key: SecretStr | None = None) -> list[dict[str, str]]:
+def choices(models: Mapping[str, ModelSpec] = MODELS, key: SecretStr | None = None) -> list[dict[str, str]]:
     """What the picker shows: every model, with the reason why it cannot be used, or an empty one.
 
     key: the visitor's own, of Moondream.

@@ -8,10 +8,10 @@ from inference.types import SKILLS
 from recipes import describe
 from rewards import RewardFunction
 from ui.playground.compare import Card, Column, Comparison
-from ui.playground.link import Setup
+from ui.playground.link import PlaygroundSettings
 
 
-def report(setup: Setup, comparison: Comparison, reward: RewardFunction | None) -> dict[str, Any]:
+def report(setup: PlaygroundSettings, comparison: Comparison, reward: RewardFunction | None) -> dict[str, Any]:
     """Plain JSON. `reward` None (all weights zero) leaves every total null."""
     return {
         "settings": {

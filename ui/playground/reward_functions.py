@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from rewards import REWARDS, RewardFunction, RewardFunctionError
-from storage.reward_functions import Store, StoreError
+from storage.reward_functions import RewardFunctionStore, StoreError
 from ui.files import new_file, writing
 from ui.messages import inform, refusal, warn
 
@@ -19,7 +19,7 @@ TITLE = "Reward functions"
 ZERO = "All sliders are at zero, which rewards nothing. Move one of them up first."
 
 
-def names(store: Store) -> list[str]:
+def names(store: RewardFunctionStore) -> list[str]:
     """What is saved, by name; none and a warning when the store cannot be read: the rest of the page works on."""
     try:
         return [saved.name for saved in store.list()]
@@ -40,7 +40,7 @@ def to_sliders(function: RewardFunction) -> list[float]:
     return [function.weights.get(name, 0.0) for name in REWARDS]
 
 
-def load(store: Store, name: str | None) -> list[Any]:
+def load(store: RewardFunctionStore, name: str | None) -> list[Any]:
     """Sliders and name for a saved reward function."""
     if not name:
         return [gr.skip()] * (len(REWARDS) + 1)
@@ -48,7 +48,7 @@ def load(store: Store, name: str | None) -> list[Any]:
         return [*to_sliders(store.get(name)), name]
 
 
-def save(store: Store, chosen: str | None, name: str | None, *weights: float) -> dict[str, Any]:
+def save(store: RewardFunctionStore, chosen: str | None, name: str | None, *weights: float) -> dict[str, Any]:
     """Keeps the sliders as `name`. Only the one that was chosen before is overwritten."""
     function = of_sliders(weights)
     with _plainly():
@@ -57,14 +57,14 @@ def save(store: Store, chosen: str | None, name: str | None, *weights: float) ->
     return gr.update(choices=names(store), value=kept.name)
 
 
-def rename(store: Store, chosen: str | None, name: str | None) -> dict[str, Any]:
+def rename(store: RewardFunctionStore, chosen: str | None, name: str | None) -> dict[str, Any]:
     """Gives the chosen one another name."""
     with _plainly():
         store.rename(_need(chosen), name or "")
     return gr.update(choices=names(store), value=(name or "").strip())
 
 
-def delete(store: Store, chosen: str | None) -> tuple[dict[str, Any], str]:
+def delete(store: RewardFunctionStore, chosen: str | None) -> tuple[dict[str, Any], str]:
     """Forgets the chosen one; the sliders stay as they are."""
     with _plainly():
         store.delete(_need(chosen))
@@ -107,7 +107,7 @@ def _plainly() -> Iterator[None]:
         raise refusal(str(error), TITLE) from None
 
 
-def build(store: Store, sliders: list[gr.Slider], deliver: Any) -> gr.Dropdown:
+def build(store: RewardFunctionStore, sliders: list[gr.Slider], deliver: Any) -> gr.Dropdown:
     """The drawer under the sliders. `deliver(event, handler, inputs)` hands a file to the browser."""
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     with gr.Accordion("Save, load and share reward functions", open=False, elem_id="reward-functions"):

@@ -35,13 +35,13 @@ from ui.messages import refusal, warn
 from ui.playground import reward_functions
 from ui.playground.compare import Ask, Comparison, compare, picture_url
 from ui.playground.grid import candidate_grid, grid_value
-from ui.playground.link import LINKED, Setup, link_js, read_link
-from ui.playground.metering import Meter
+from ui.playground.link import LINKED, PlaygroundSettings, link_js, read_link
+from ui.playground.metering import ComparisonMeter
 from ui.playground.photo import photo_input, read_photo
 from ui.playground.picker import check_choice, choices
 from ui.playground.report import report
 from ui.playground.samples import SAMPLES, strip
-from ui.services import House, Shared
+from ui.services import AppServices, SharedComponents
 
 SHOWN_BY_BROWSERS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif")
 
@@ -53,20 +53,20 @@ class Session:
     run: str
     cancel: threading.Event
     photo: str
-    setup: Setup
+    setup: PlaygroundSettings
     comparison: Comparison
 
 
 # ── Handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def open_page(house: House, request: gr.Request) -> list[Any]:
+def open_page(services: AppServices, request: gr.Request) -> list[Any]:
     """The page as its address wants it; what the address gets wrong is said and left at its default.
 
     Where it names no models, the newest tuned model in service stands beside what it came from.
     """
     setup, problems = read_link(dict(request.query_params))
-    front = house.adopted.front()
+    front = services.adapters.front()
     if front and not request.query_params.get("models"):
         setup = replace(setup, models=tuple(front))
     if problems:
@@ -84,7 +84,7 @@ def open_page(house: House, request: gr.Request) -> list[Any]:
         setup.photo,
         reasoning,
         *reward_functions.to_sliders(setup.reward),
-        gr.update(choices=reward_functions.names(house.store)),
+        gr.update(choices=reward_functions.names(services.store)),
     ]
 
 
@@ -145,7 +145,7 @@ def run(
     sample: str,
     reasoning: bool = False,
     key: str = "",
-    meter: Meter | None = None,
+    meter: ComparisonMeter | None = None,
     visitor: str = "",
 ) -> Iterator[tuple[dict[str, Any], Session, Any, Any]]:
     """Asks the models; yields the grid, the session's state and the two buttons. gr.Error says what to mend.
@@ -158,7 +158,9 @@ def run(
     request = ask(pixels, skill, prompt, length, n, temperature, seed, reasoning)
     asking = asks_with(own_key(key))
     sample = sample if sample in SAMPLES else ""
-    setup = Setup(sample, tuple(names), skill, request.prompt, length, request.n, request.temperature, request.seed)
+    setup = PlaygroundSettings(
+        sample, tuple(names), skill, request.prompt, length, request.n, request.temperature, request.seed
+    )
     view = {"src": picture_url(shrink(pixels)), "width": pixels.shape[1], "height": pixels.shape[0]}
     session = Session(secrets.token_hex(8), threading.Event(), str(photo), setup, Comparison(skill))
     asked = (names, request, session.cancel)
@@ -280,9 +282,9 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden
 QUICK: dict[str, Any] = {"queue": False, **PRIVATE}
 
 
-def build(house: House, shared: Shared) -> None:
+def build(services: AppServices, shared_components: SharedComponents) -> None:
     """The tab: on the left what is asked, on the right what comes back."""
-    sliders = shared.sliders
+    sliders = shared_components.sliders
     session = gr.State(None, time_to_live=6 * 3600)
     delivery = gr.File(visible=False)
 
@@ -291,23 +293,23 @@ def build(house: House, shared: Shared) -> None:
 
     with gr.Row(elem_id="playground"):
         with gr.Column(elem_id="ask", min_width=320, scale=1):
-            asked, another, start, stop = _question(shared.picker)
+            asked, another, start, stop = _question(shared_components.picker)
         with gr.Column(elem_id="results", min_width=320, scale=3):
             with gr.Row(elem_id="weights"):
                 for slider in sliders:
                     slider.render()
-            saved = reward_functions.build(house.store, sliders, deliver)
+            saved = reward_functions.build(services.store, sliders, deliver)
             grid = candidate_grid()
             with gr.Row(elem_id="outcome"):
                 teach = gr.Button("Teach a model this reward", size="sm", elem_id="teach", min_width=120)
                 link = gr.Button("Copy link", size="sm", elem_id="copy-link", min_width=120)
                 reporting = gr.Button("Report (JSON)", size="sm", elem_id="report", min_width=120)
-    api.build(house)
+    api.build(services)
 
     photo, picker, skill, prompt, length, n, temperature, seed, sample, reasoning, key = asked
 
     def opened(request: gr.Request) -> list[Any]:
-        return open_page(house, request)
+        return open_page(services, request)
 
     # Queued: only those events can show a warning.
     arrival = gr.on(None, opened, None, [*asked[1:-1], *sliders, saved], **PRIVATE)
@@ -335,7 +337,7 @@ def build(house: House, shared: Shared) -> None:
         request: gr.Request,
     ) -> Iterator[Any]:
         asked = (photo, names, skill, prompt, length, n, temperature, seed, sample, reasoning, key)
-        yield from run(*asked, house.meter, request.session_hash or "")
+        yield from run(*asked, services.meter, request.session_hash or "")
 
     start.click(started, asked, [grid, session, start, stop], concurrency_limit=32, **PRIVATE)
     stop.click(cancel, session, None, **QUICK)
@@ -358,7 +360,7 @@ ASKED = ("upload", "models", "skill", "prompt", "length", "n", "temperature", "s
 
 def _question(picker: gr.HTML) -> tuple[list[Any], gr.Button, gr.Button, gr.Button]:
     """The left column: the parts in the order of ASKED, then the buttons for a new seed, to run and to cancel."""
-    default = Setup()
+    default = PlaygroundSettings()
     photo = photo_input(label="Photo", height=240, elem_id="photo")
     sample = strip()
     skills = [(skill.title, name) for name, skill in SKILLS.items()]

@@ -20,7 +20,7 @@ from recipes import load_photo, shrink
 from storage.reward_functions import StoreError
 from training.data.bundled import bundled
 from ui.messages import refusal
-from ui.services import House, Shared
+from ui.services import AppServices, SharedComponents
 from ui.usage.view import dashboard_value, dashboard_view
 from usage.analytics import Options
 from usage.budgets import Budget, BudgetError
@@ -36,7 +36,7 @@ LINK = "usage."  # how the names of the filters begin in the address
 
 
 @dataclass(frozen=True)
-class Chosen:
+class DashboardFilter:
     """The filters as the page has them; start and end are on the wall's clock in the zone."""
 
     period: str = "day"
@@ -50,7 +50,7 @@ class Chosen:
     end: str | None = None
 
     @classmethod
-    def of(cls, values: Sequence[Any]) -> Chosen:
+    def of(cls, values: Sequence[Any]) -> DashboardFilter:
         """From the components' values in the order of the fields."""
         period, branches, models, skills, outcomes, by, zone, start, end = values
         return cls(
@@ -69,7 +69,7 @@ class Chosen:
         return Filter(self.period, self.branches, self.models, self.skills, self.outcomes, self.zone, *times)
 
 
-FIELDS = tuple(Chosen.__dataclass_fields__)
+FIELDS = tuple(DashboardFilter.__dataclass_fields__)
 LISTS = ("branches", "models", "skills", "outcomes")
 
 
@@ -83,12 +83,12 @@ def _moment(text: str | None) -> datetime | None:
 # ── Handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def look(house: House, seen: Options | None, *values: Any) -> tuple[Any, ...]:
+def look(services: AppServices, seen: Options | None, *values: Any) -> tuple[Any, ...]:
     """The view, choices for branches, models and skills where there are new ones, and what there is to choose from."""
-    chosen = Chosen.of(values)
+    chosen = DashboardFilter.of(values)
     try:
-        options = house.usage.options()
-        view = _value(house, chosen)
+        options = services.usage.options()
+        view = _value(services, chosen)
     except (StoreError, FilterError) as error:
         return {"error": str(error)}, *[gr.skip()] * 3, seen
     if options == seen:
@@ -96,16 +96,16 @@ def look(house: House, seen: Options | None, *values: Any) -> tuple[Any, ...]:
     return view, *(gr.update(choices=list(getattr(options, name))) for name in LISTS[:3]), options
 
 
-def _value(house: House, chosen: Chosen) -> dict[str, Any]:
+def _value(services: AppServices, chosen: DashboardFilter) -> dict[str, Any]:
     wanted = chosen.filter()
-    shown, recent = house.usage.dashboard(wanted, chosen.by), house.usage.recent(wanted, RECENT)
-    here = house.meter.recorder.deployment.branch
-    return dashboard_value(shown, recent, house.budgets.list(), chosen.zone, chosen.by, here)
+    shown, recent = services.usage.dashboard(wanted, chosen.by), services.usage.recent(wanted, RECENT)
+    here = services.meter.recorder.deployment.branch
+    return dashboard_value(shown, recent, services.budgets.list(), chosen.zone, chosen.by, here)
 
 
-def looked(house: House, here: bool, seen: Options | None, *values: Any) -> tuple[Any, ...]:
+def looked(services: AppServices, here: bool, seen: Options | None, *values: Any) -> tuple[Any, ...]:
     """As `look`, but only where the tab is open."""
-    return look(house, seen, *values) if here else (gr.skip(),) * 5
+    return look(services, seen, *values) if here else (gr.skip(),) * 5
 
 
 def from_link(request: gr.Request, zone: str) -> tuple[Any, ...]:
@@ -115,7 +115,7 @@ def from_link(request: gr.Request, zone: str) -> tuple[Any, ...]:
     if not any(linked.values()):
         return *(gr.skip() if name != "zone" else _known(zone) for name in FIELDS), gr.skip(), gr.skip()
     values: dict[str, Any] = {name: some[:MANY] if name in LISTS else some[-1] for name, some in linked.items() if some}
-    values["period"] = values["period"] if values.get("period") in (*PERIODS, CUSTOM) else Chosen.period
+    values["period"] = values["period"] if values.get("period") in (*PERIODS, CUSTOM) else DashboardFilter.period
     values["by"] = values["by"] if values.get("by") in BY else BY[0]
     values["zone"] = _known(values.get("zone", zone))
     return *(values.get(name, [] if name in LISTS else None) for name in FIELDS), gr.Tabs(selected=TAB), True
@@ -135,32 +135,32 @@ def tab_opened(event: gr.SelectData) -> bool:
     return event.value == TAB
 
 
-def budget(house: House, event: gr.EventData) -> None:
+def budget(services: AppServices, event: gr.EventData) -> None:
     """Sets or removes a budget, as the form says; gr.Error says what to mend."""
     asked = event._data if isinstance(event._data, dict) else {}
     branch = str(asked.get("branch") or "").strip()
     try:
         if asked.get("do") == "remove":
-            house.budgets.remove(branch)
+            services.budgets.remove(branch)
         else:
-            house.budgets.set(Budget(branch, float(asked.get("limit") or 0), bool(asked.get("stop"))))
+            services.budgets.set(Budget(branch, float(asked.get("limit") or 0), bool(asked.get("stop"))))
     except (BudgetError, StoreError) as error:
         raise refusal(str(error), "Budget") from None
     except (TypeError, ValueError, OverflowError):
         raise refusal("A budget is a number of US dollars.", "Budget") from None
 
 
-def demonstrate(house: House) -> Iterator[None]:
+def demonstrate(services: AppServices) -> Iterator[None]:
     """Lets the embedded model answer a few bundled photos; each call is recorded as any other."""
     photos = [shrink(load_photo(info.path)) for info in bundled("held-out")[:2]]
     for skill in DEMONSTRATION:
         for seed, photo in enumerate(photos):
             prompt = {"query": "What is the main colour?", "detect": "the main subject"}.get(skill, "")
             request = Request(photo, skill, prompt, n=2 if skill == "recipe" else 1, seed=seed)
-            for _ in house.meter.compare(["moondream-tiny"], request, Event(), "demonstration"):
+            for _ in services.meter.compare(["moondream-tiny"], request, Event(), "demonstration"):
                 pass
     with suppress(StoreError, OSError):  # what was recorded waits and comes later; the next look says what is wrong
-        house.meter.recorder.flush()
+        services.meter.recorder.flush()
     yield None
 
 
@@ -202,7 +202,7 @@ def script(code: str, **values: Any) -> str:
     return Template(code).substitute({name: json.dumps(value) for name, value in values.items()})
 
 
-def build(house: House, shared: Shared) -> None:
+def build(services: AppServices, shared_components: SharedComponents) -> None:
     """The tab: filters, the view, downloads."""
     here, seen = gr.State(False), gr.State(None)
     timer = gr.Timer(EVERY)
@@ -212,18 +212,18 @@ def build(house: House, shared: Shared) -> None:
         files = {kind: gr.Button(f"Download as {kind}", size="sm", min_width=140) for kind in ("csv", "parquet")}
     chosen = [filters[name] for name in FIELDS]
     shown = [view, *(filters[name] for name in LISTS[:3]), seen]
-    anew = partial(look, house)
+    anew = partial(look, services)
     to_link = script(LINK_JS, FIELDS=FIELDS, LINK=LINK, TAB=TAB)
 
     def asked_budget(event: gr.EventData) -> None:
-        budget(house, event)
+        budget(services, event)
 
-    linked = gr.on(None, from_link, filters["zone"], [*chosen, shared.tabs, here], js=ZONE_JS, **QUICK)
-    linked.then(partial(looked, house), [here, seen, *chosen], shown, **QUICK)
-    opened = shared.tabs.select(tab_opened, None, here, **QUICK)
-    opened.then(partial(looked, house), [here, seen, *chosen], shown, **QUICK)
+    linked = gr.on(None, from_link, filters["zone"], [*chosen, shared_components.tabs, here], js=ZONE_JS, **QUICK)
+    linked.then(partial(looked, services), [here, seen, *chosen], shown, **QUICK)
+    opened = shared_components.tabs.select(tab_opened, None, here, **QUICK)
+    opened.then(partial(looked, services), [here, seen, *chosen], shown, **QUICK)
     opened.then(None, chosen, None, js=to_link, **PRIVATE)
-    timer.tick(partial(looked, house), [here, seen, *chosen], shown, **QUICK)
+    timer.tick(partial(looked, services), [here, seen, *chosen], shown, **QUICK)
     filters["period"].input(period_chosen, filters["period"], custom, **QUICK)
     filters["period"].change(period_chosen, filters["period"], custom, **QUICK)
     changed = [component.input for component in chosen if not isinstance(component, gr.DateTime)]
@@ -231,7 +231,7 @@ def build(house: House, shared: Shared) -> None:
     gr.on(changed, anew, [seen, *chosen], shown, **QUICK)
     gr.on(changed, None, chosen, None, js=to_link, **PRIVATE)
     view.budget(asked_budget, None, None, **PRIVATE).then(anew, [seen, *chosen], shown, **QUICK)
-    load = view.demonstrate(partial(demonstrate, house), None, None, concurrency_limit=1, **PRIVATE)
+    load = view.demonstrate(partial(demonstrate, services), None, None, concurrency_limit=1, **PRIVATE)
     load.then(anew, [seen, *chosen], shown, **QUICK)
     for kind, button in files.items():
         button.click(None, chosen, None, js=script(EXPORT_JS, FIELDS=FIELDS, KIND=kind.lower()), **PRIVATE)
@@ -242,7 +242,7 @@ def _filters() -> tuple[dict[str, Any], gr.Row]:
     many: dict[str, Any] = {"multiselect": True, "allow_custom_value": True, "max_choices": MANY, "min_width": 150}
     with gr.Row(elem_id="usage-filters"):
         period = gr.Radio(
-            [*PERIODS, CUSTOM], value=Chosen.period, label="Period", min_width=300, elem_id="usage-period"
+            [*PERIODS, CUSTOM], value=DashboardFilter.period, label="Period", min_width=300, elem_id="usage-period"
         )
         by = gr.Radio(list(BY), value=BY[0], label="A line per", min_width=140)
     with gr.Row(elem_id="usage-names"):

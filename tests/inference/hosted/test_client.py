@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 
-from inference.hosted.client import CloudError, Limiter, Server, Timeouts, limiter, photo_url, retry_after
+from inference.hosted.client import CloudError, Limiter, MoondreamClient, Timeouts, limiter, photo_url, retry_after
 from tests.support import fault_server as faults
 from tests.support.fault_server import KEY, Faults, fault_server
 
@@ -28,10 +28,10 @@ def running() -> Iterator[Faults]:
 
 
 @pytest.fixture
-def server(running: Faults, caplog: pytest.LogCaptureFixture) -> Iterator[Server]:
+def server(running: Faults, caplog: pytest.LogCaptureFixture) -> Iterator[MoondreamClient]:
     """A client of the fault server. Afterwards its key may stand in no log."""
     caplog.set_level(logging.DEBUG)
-    yield Server(running.address, SecretStr(KEY), rate=1_000, timeouts=QUICK)
+    yield MoondreamClient(running.address, SecretStr(KEY), rate=1_000, timeouts=QUICK)
     assert KEY not in caplog.text
 
 
@@ -46,7 +46,7 @@ def failure(call: Callable[[], Any]) -> CloudError:
     return caught.value
 
 
-def test_a_reply_has_its_object_and_its_id(running: Faults, server: Server) -> None:
+def test_a_reply_has_its_object_and_its_id(running: Faults, server: MoondreamClient) -> None:
     running.play(200)
     reply = server.post("query", {"question": "?"})
     assert (reply.data["answer"], reply.request_id, reply.tries, reply.perhaps_charged) == ("A cat.", "req-1", 1, 0)
@@ -69,7 +69,7 @@ def test_a_reply_has_its_object_and_its_id(running: Faults, server: Server) -> N
     ],
 )
 def test_a_refusal_is_told_once_with_what_to_do(
-    running: Faults, server: Server, status: int, kind: str, advice: str
+    running: Faults, server: MoondreamClient, status: int, kind: str, advice: str
 ) -> None:
     running.play(status)
     error = failure(lambda: server.post("query", {}))
@@ -79,20 +79,20 @@ def test_a_refusal_is_told_once_with_what_to_do(
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 522])
-def test_what_may_pass_is_tried_again(running: Faults, server: Server, status: int) -> None:
+def test_what_may_pass_is_tried_again(running: Faults, server: MoondreamClient, status: int) -> None:
     running.play(status, status, 200)
     reply = server.post("query", {})
     assert reply.tries == len(running.asked) == 3
     assert reply.perhaps_charged == (0 if status in (408, 425, 429, 503) else 2)
 
 
-def test_what_does_not_pass_ends(running: Faults, server: Server) -> None:
+def test_what_does_not_pass_ends(running: Faults, server: MoondreamClient) -> None:
     running.play(500)
     error = failure(lambda: server.post("query", {}))
     assert len(running.asked) == 4 and "has trouble (status 500)" in error.message and error.uncertain
 
 
-def test_a_server_that_wants_to_be_left_alone_is(running: Faults, server: Server) -> None:
+def test_a_server_that_wants_to_be_left_alone_is(running: Faults, server: MoondreamClient) -> None:
     running.play((429, {"Retry-After": "1"}), 200)
     assert server.post("query", {}).tries == 2
     assert running.times[1] - running.times[0] >= 0.99
@@ -110,7 +110,7 @@ def test_a_server_that_wants_to_be_left_alone_is(running: Faults, server: Server
 
 @pytest.mark.parametrize("fault", [faults.hang, faults.drip, faults.too_short, faults.reset])
 def test_a_lost_answer_is_asked_for_again_only_where_that_may_be(running: Faults, fault: Any) -> None:
-    server = Server(running.address, SecretStr(KEY), rate=998, timeouts=QUICK)
+    server = MoondreamClient(running.address, SecretStr(KEY), rate=998, timeouts=QUICK)
     running.play(fault, 200)
     reply = server.post("query", {})
     assert (reply.tries, reply.perhaps_charged, len(running.asked)) == (2, 1, 2)
@@ -121,7 +121,7 @@ def test_a_lost_answer_is_asked_for_again_only_where_that_may_be(running: Faults
 
 @pytest.mark.parametrize("fault", [faults.hang, faults.drip])
 def test_nothing_takes_longer_than_its_timeouts(running: Faults, fault: Any) -> None:
-    server = Server(running.address, rate=997, timeouts=QUICK)
+    server = MoondreamClient(running.address, rate=997, timeouts=QUICK)
     running.play(fault)
     began = time.monotonic()
     assert failure(lambda: server.post("query", {})).kind == "timeout"
@@ -144,26 +144,28 @@ def test_nothing_takes_longer_than_its_timeouts(running: Faults, fault: Any) -> 
     ],
 )
 def test_what_is_no_answer_is_told_without_its_markup(running: Faults, fault: Any, said: str, tries: int) -> None:
-    server = Server(running.address, SecretStr(KEY), rate=996, timeouts=Timeouts(1, 2, 5, 10))
+    server = MoondreamClient(running.address, SecretStr(KEY), rate=996, timeouts=Timeouts(1, 2, 5, 10))
     running.play(fault)
     error = failure(lambda: server.post("query", {}))
     assert said in error.message and "<" not in error.message and len(running.asked) == tries
 
 
-def test_a_stream_comes_in_pieces(running: Faults, server: Server) -> None:
+def test_a_stream_comes_in_pieces(running: Faults, server: MoondreamClient) -> None:
     running.play(500, faults.stream)
     events = list(server.stream("caption", {}))
     assert [event.get("chunk", event.get("text")) for event in events] == ["A ", "cat.", ""]
     assert events[-1]["metrics"]["input_tokens"] == 735 and len(running.asked) == 2
 
 
-def test_a_whole_answer_in_place_of_a_stream_is_one_piece(running: Faults, server: Server) -> None:
+def test_a_whole_answer_in_place_of_a_stream_is_one_piece(running: Faults, server: MoondreamClient) -> None:
     running.play(200)
     assert list(server.stream("query", {})) == [faults.FINE | {"completed": True}]
 
 
 @pytest.mark.parametrize(("fault", "said"), [(faults.half_a_stream, "broke off"), (faults.stream_error, "[key]")])
-def test_half_a_stream_is_an_error_and_not_begun_anew(running: Faults, server: Server, fault: Any, said: str) -> None:
+def test_half_a_stream_is_an_error_and_not_begun_anew(
+    running: Faults, server: MoondreamClient, fault: Any, said: str
+) -> None:
     running.play(fault, 200)
     heard: list[dict[str, Any]] = []
     error = failure(lambda: heard.extend(server.stream("query", {})) or [])
@@ -176,7 +178,7 @@ def test_half_a_stream_is_an_error_and_not_begun_anew(running: Faults, server: S
 
 
 def test_who_does_not_want_to_any_more_is_let_go(running: Faults) -> None:
-    server = Server(running.address, rate=0.4, timeouts=QUICK)
+    server = MoondreamClient(running.address, rate=0.4, timeouts=QUICK)
     running.play(200)
     server.post("query", {})
     gone = threading.Event()
@@ -187,7 +189,7 @@ def test_who_does_not_want_to_any_more_is_let_go(running: Faults) -> None:
 
 
 def test_a_server_that_is_not_there_is_said_to_be(caplog: pytest.LogCaptureFixture) -> None:
-    server = Server("http://127.0.0.1:1/v1", SecretStr(KEY), timeouts=QUICK, rate=995)
+    server = MoondreamClient("http://127.0.0.1:1/v1", SecretStr(KEY), timeouts=QUICK, rate=995)
     error = failure(lambda: server.post("query", {}))
     assert "cannot be reached" in error.message and not error.uncertain
 
@@ -213,13 +215,13 @@ def test_all_share_the_limit() -> None:
 )
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="looks like"):
-        Server(url)
+        MoondreamClient(url)
 
 
 @pytest.mark.parametrize("key", ["a b", "ключ", "x\r\nHost: evil", "k" * 501])
 def test_a_key_that_is_none_is_refused_without_being_told(key: str) -> None:
     with pytest.raises(ValueError, match="Copy it again") as caught:
-        Server(key=SecretStr(key))
+        MoondreamClient(key=SecretStr(key))
     assert key not in str(caught.value)
 
 

@@ -5,32 +5,32 @@ import threading
 
 import pytest
 
-from inference.local.device_queue import Stopped, Turns
+from inference.local.device_queue import Cancelled, DeviceQueue
 
 
 class Person:
     """A thread that takes a turn; `seen` has the positions told, `inside` and `leave` are its two moments."""
 
-    def __init__(self, turns: Turns, log: list[int], number: int) -> None:
+    def __init__(self, turns: DeviceQueue, log: list[int], number: int) -> None:
         self.stop, self.leave, self.inside = threading.Event(), threading.Event(), threading.Event()
         self.seen: queue.Queue[int] = queue.Queue()
         self.outcome = None
         self.thread = threading.Thread(target=self._take, args=(turns, log, number), daemon=True)
         self.thread.start()
 
-    def _take(self, turns: Turns, log: list[int], number: int) -> None:
+    def _take(self, turns: DeviceQueue, log: list[int], number: int) -> None:
         try:
             with turns.turn(self.stop.is_set, self.seen.put):
                 log.append(number)
                 self.inside.set()
                 self.leave.wait(10)
             self.outcome = "done"
-        except Stopped:
+        except Cancelled:
             self.outcome = "stopped"
 
 
 def test_first_come_first_served_with_positions() -> None:
-    turns, log = Turns(), []
+    turns, log = DeviceQueue(), []
     people = []
     for number in range(4):
         people.append(Person(turns, log, number))
@@ -47,7 +47,7 @@ def test_first_come_first_served_with_positions() -> None:
 
 
 def test_who_gives_up_leaves_the_line_and_the_others_move_up() -> None:
-    turns, log = Turns(), []
+    turns, log = DeviceQueue(), []
     first, second = Person(turns, log, 0), None
     assert first.inside.wait(5)
     second = Person(turns, log, 1)
@@ -66,7 +66,7 @@ def test_who_gives_up_leaves_the_line_and_the_others_move_up() -> None:
 
 
 def test_a_failure_inside_frees_the_turn() -> None:
-    turns = Turns()
+    turns = DeviceQueue()
     with pytest.raises(ZeroDivisionError), turns.turn(lambda: False, lambda position: None):
         1 / 0  # noqa: B018
     with turns.turn(lambda: False, lambda position: None):
@@ -74,7 +74,7 @@ def test_a_failure_inside_frees_the_turn() -> None:
 
 
 def test_nobody_is_let_in_who_has_stopped_already() -> None:
-    turns = Turns()
-    with pytest.raises(Stopped), turns.turn(lambda: True, lambda position: None):
+    turns = DeviceQueue()
+    with pytest.raises(Cancelled), turns.turn(lambda: True, lambda position: None):
         pytest.fail("must not come in")
     assert len(turns) == 0

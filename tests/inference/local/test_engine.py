@@ -23,17 +23,17 @@ from inference import availability as weights
 from inference.local import generation as decoding
 from inference.local.engine import Engine, explain
 from inference.local.generation import Job, ask
-from inference.local.model_cache import Loaded, Shelf
+from inference.local.model_cache import LoadedModel, ModelCache
 from inference.moondream import MoondreamForConditionalGeneration
-from inference.registry import MODELS, ModelEntry
+from inference.registry import MODELS, ModelSpec
 from inference.types import (
     SKILLS,
     Answer,
     Event,
     InferenceError,
-    Partial,
+    Queued,
     Request,
-    Waiting,
+    TextUpdate,
 )
 
 CPU = torch.device("cpu")
@@ -42,13 +42,13 @@ LORA = r"model\.text\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 
 
 @pytest.fixture(scope="module")
-def shelf() -> Shelf:
+def shelf() -> ModelCache:
     """Keeps the random model loaded between tests."""
-    return Shelf()
+    return ModelCache()
 
 
 @pytest.fixture
-def engine(shelf: Shelf) -> Engine:
+def engine(shelf: ModelCache) -> Engine:
     return Engine(CPU, shelf)
 
 
@@ -62,16 +62,16 @@ def request(photo: np.ndarray, skill: str = "recipe", **settings: Any) -> Reques
     return Request(photo, skill, settings.pop("prompt", PROMPTS.get(skill, "")), **settings)
 
 
-def events(engine: Engine, entry: ModelEntry, asked: Request, cancel: threading.Event | None = None) -> list[Event]:
+def events(engine: Engine, entry: ModelSpec, asked: Request, cancel: threading.Event | None = None) -> list[Event]:
     return list(engine.answer(entry, asked, cancel or threading.Event()))
 
 
-def answers(engine: Engine, entry: ModelEntry, asked: Request) -> list[Answer]:
+def answers(engine: Engine, entry: ModelSpec, asked: Request) -> list[Answer]:
     found = [event for event in events(engine, entry, asked) if isinstance(event, Answer)]
     return sorted(found, key=lambda answer: answer.index)
 
 
-def texts(engine: Engine, entry: ModelEntry, asked: Request) -> list[str]:
+def texts(engine: Engine, entry: ModelSpec, asked: Request) -> list[str]:
     return [answer.text for answer in answers(engine, entry, asked)]
 
 
@@ -112,10 +112,10 @@ class Steps:
 @pytest.mark.parametrize("skill", [skill for skill in SKILLS if skill != "segment"])  # hosted models alone outline
 @pytest.mark.parametrize("n", [1, 3])
 def test_each_candidate_is_answered_once(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray, skill: str, n: int
+    engine: Engine, entry: ModelSpec, photo: np.ndarray, skill: str, n: int
 ) -> None:
     told = events(engine, entry, request(photo, skill, n=n))
-    assert told[0] == Waiting(0)
+    assert told[0] == Queued(0)
     found = [event for event in told if isinstance(event, Answer)]
     assert sorted(answer.index for answer in found) == list(range(n))
     for answer in found:
@@ -125,7 +125,7 @@ def test_each_candidate_is_answered_once(
         assert len(answer.points) > 0 if skill == "point" else not answer.points
 
 
-def test_eight_recipes_are_distinct_and_without_a_flaw(engine: Engine, entry: ModelEntry, photo: np.ndarray) -> None:
+def test_eight_recipes_are_distinct_and_without_a_flaw(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
     written = texts(engine, entry, request(photo, n=8))
     assert len(set(written)) == 8
     for text in written:
@@ -134,17 +134,17 @@ def test_eight_recipes_are_distinct_and_without_a_flaw(engine: Engine, entry: Mo
 
 
 @pytest.mark.parametrize("skill", ["recipe", "query", "caption"])
-def test_partial_texts_grow_into_the_answer(engine: Engine, entry: ModelEntry, photo: np.ndarray, skill: str) -> None:
+def test_partial_texts_grow_into_the_answer(engine: Engine, entry: ModelSpec, photo: np.ndarray, skill: str) -> None:
     so_far = {0: "", 1: ""}
     for event in events(engine, entry, request(photo, skill, n=2)):
-        if isinstance(event, Partial | Answer):
+        if isinstance(event, TextUpdate | Answer):
             assert event.text.startswith(so_far[event.index])
             so_far[event.index] = event.text
     assert all(so_far.values())
 
 
 @pytest.mark.parametrize("skill", ["recipe", "query"])
-def test_the_same_seed_gives_the_same_answers(engine: Engine, entry: ModelEntry, photo: np.ndarray, skill: str) -> None:
+def test_the_same_seed_gives_the_same_answers(engine: Engine, entry: ModelSpec, photo: np.ndarray, skill: str) -> None:
     asked = request(photo, skill, n=3, seed=11)
     first = texts(engine, entry, asked)
     torch.manual_seed(5)  # what others draw elsewhere does not matter
@@ -156,7 +156,7 @@ def test_the_same_seed_gives_the_same_answers(engine: Engine, entry: ModelEntry,
     assert texts(engine, entry, dataclasses.replace(asked, seed=111)) != first
 
 
-def test_no_global_randomness_is_consumed_or_set(engine: Engine, entry: ModelEntry, photo: np.ndarray) -> None:
+def test_no_global_randomness_is_consumed_or_set(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -174,7 +174,7 @@ def test_drawing_follows_the_probabilities() -> None:
 
 
 def test_at_temperature_zero_one_answer_is_computed_and_told_n_times(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = Steps(monkeypatch)
     alone = texts(engine, entry, request(photo, temperature=0))
@@ -183,20 +183,20 @@ def test_at_temperature_zero_one_answer_is_computed_and_told_n_times(
     assert steps.count == single
 
 
-def test_an_entrys_temperature_is_a_factor(engine: Engine, entry: ModelEntry, photo: np.ndarray) -> None:
+def test_an_entrys_temperature_is_a_factor(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
     steady = dataclasses.replace(entry, temperature=0.5)
     asked = request(photo, n=4)
     assert texts(engine, steady, asked) == texts(engine, entry, dataclasses.replace(asked, temperature=0.5))
     assert texts(engine, steady, asked) != texts(engine, entry, asked)
 
 
-def test_top_p_of_nearly_nothing_is_greedy(engine: Engine, entry: ModelEntry, photo: np.ndarray) -> None:
+def test_top_p_of_nearly_nothing_is_greedy(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
     narrow = dataclasses.replace(entry, top_p=1e-6)
     assert texts(engine, narrow, request(photo, n=2)) == texts(engine, entry, request(photo, n=2, temperature=0))
 
 
 def test_eight_candidates_cost_one_look(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = engine.shelf.get(entry, CPU)
     looks = []
@@ -206,19 +206,21 @@ def test_eight_candidates_cost_one_look(
     assert looks == [1]
 
 
-def test_regions_stay_inside_the_photo(engine: Engine, entry: ModelEntry, photo: np.ndarray) -> None:
+def test_regions_stay_inside_the_photo(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
     boxes = answers(engine, entry, request(photo, "detect"))[0].boxes
     edges = [edge for box in boxes for edge in dataclasses.astuple(box)]
     assert edges and min(edges) >= 0 and max(edges) <= 1
 
 
 def test_a_model_that_never_learned_recipes_is_told_the_grammar(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray
+    engine: Engine, entry: ModelSpec, photo: np.ndarray
 ) -> None:
     loaded = engine.shelf.get(entry, CPU)
 
-    def asked(explained: bool) -> str:
-        ids = ask(loaded, request(photo), dataclasses.replace(entry, explained=explained))["input_ids"][0]
+    def asked(grammar_in_prompt: bool) -> str:
+        ids = ask(loaded, request(photo), dataclasses.replace(entry, grammar_in_prompt=grammar_in_prompt))["input_ids"][
+            0
+        ]
         return loaded.processor.tokenizer.decode([i for i in ids.tolist() if i != loaded.model.config.image_token_id])
 
     assert "saturation (-100 to 100" in asked(True) and "How should this photo be finished?" not in asked(True)
@@ -226,7 +228,7 @@ def test_a_model_that_never_learned_recipes_is_told_the_grammar(
 
 
 def test_the_trainers_processor_writes_the_same_prompt(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray, model_folder: Path
+    engine: Engine, entry: ModelSpec, photo: np.ndarray, model_folder: Path
 ) -> None:
     processor = AutoProcessor.from_pretrained(model_folder)
     content = [{"type": "image"}, {"type": "text", "text": request(photo).prompt}]
@@ -238,7 +240,7 @@ def test_the_trainers_processor_writes_the_same_prompt(
 
 
 @pytest.mark.parametrize("skill", ["query", "detect", "point"])
-def test_typed_control_tokens_are_plain_text(engine: Engine, entry: ModelEntry, photo: np.ndarray, skill: str) -> None:
+def test_typed_control_tokens_are_plain_text(engine: Engine, entry: ModelSpec, photo: np.ndarray, skill: str) -> None:
     loaded = engine.shelf.get(entry, CPU)
     honest, nasty = (
         ask(loaded, request(photo, skill, prompt=words), entry)["input_ids"][0].tolist()
@@ -251,7 +253,7 @@ def test_typed_control_tokens_are_plain_text(engine: Engine, entry: ModelEntry, 
 
 
 def test_a_trainers_pass_sees_the_probabilities_that_were_sampled_from(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray
+    engine: Engine, entry: ModelSpec, photo: np.ndarray
 ) -> None:
     """Photos of two tilings, prompts of two lengths (padded at the left), two rollouts each, under the constraint."""
     loaded = engine.shelf.get(entry, CPU)
@@ -285,7 +287,7 @@ def test_a_trainers_pass_sees_the_probabilities_that_were_sampled_from(
 
 
 def test_those_who_wait_see_their_position_and_are_served_in_order(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = Steps(monkeypatch)
     steps.go.clear()
@@ -301,12 +303,12 @@ def test_those_who_wait_see_their_position_and_are_served_in_order(
     for number, thread in enumerate(threads):
         thread.start()
         until(lambda number=number: told[number] != [])
-    assert [events[0] for events in told] == [Waiting(0), Waiting(1), Waiting(2)]
+    assert [events[0] for events in told] == [Queued(0), Queued(1), Queued(2)]
     steps.go.set()
     for thread in threads:
         thread.join(60)
     assert finished == [0, 1, 2] and steps.most_inside == 1
-    assert [event for event in told[2] if isinstance(event, Waiting)] == [Waiting(2), Waiting(1), Waiting(0)]
+    assert [event for event in told[2] if isinstance(event, Queued)] == [Queued(2), Queued(1), Queued(0)]
     for number, events_ in enumerate(told):
         got = {event.index: event.text for event in events_ if isinstance(event, Answer)}
         assert [got[0], got[1]] == texts(engine, entry, request(photo, n=2, seed=10 * number)), (
@@ -315,13 +317,13 @@ def test_those_who_wait_see_their_position_and_are_served_in_order(
 
 
 def test_cancelled_while_computing_it_stops_at_the_next_token(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps, cancel, told = Steps(monkeypatch), threading.Event(), []
     with pytest.raises(InferenceError) as caught:
         for event in engine.answer(entry, request(photo, "query", n=2), cancel):
             told.append(event)
-            if isinstance(event, Partial):
+            if isinstance(event, TextUpdate):
                 steps.go.clear()
                 cancel.set()
                 seen = steps.count
@@ -333,32 +335,32 @@ def test_cancelled_while_computing_it_stops_at_the_next_token(
 
 
 def test_the_device_is_kept_until_the_cancelled_run_really_ends(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps, cancel = Steps(monkeypatch), threading.Event()
     steps.go.clear()
     first = engine.answer(entry, request(photo), cancel)
-    assert next(first) == Waiting(0)
+    assert next(first) == Queued(0)
     until(lambda: steps.inside == 1)
     cancel.set()
     second = engine.answer(entry, request(photo), threading.Event())
-    assert next(second) == Waiting(1), "a token is still being computed"
+    assert next(second) == Queued(1), "a token is still being computed"
     steps.go.set()
-    assert next(second) == Waiting(0)
+    assert next(second) == Queued(0)
     assert [event for event in second if isinstance(event, Answer)] and steps.most_inside == 1
     with pytest.raises(InferenceError):
         list(first)
 
 
 def test_cancelled_while_waiting_it_leaves_the_queue_at_once(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps, cancel = Steps(monkeypatch), threading.Event()
     steps.go.clear()
     first = engine.answer(entry, request(photo), threading.Event())
-    assert next(first) == Waiting(0)
+    assert next(first) == Queued(0)
     second = engine.answer(entry, request(photo), cancel)
-    assert next(second) == Waiting(1)
+    assert next(second) == Queued(1)
     cancel.set()
     with pytest.raises(InferenceError) as caught:
         next(second)
@@ -368,11 +370,11 @@ def test_cancelled_while_waiting_it_leaves_the_queue_at_once(
 
 
 def test_a_listener_that_goes_away_stops_the_computing(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = Steps(monkeypatch)
     stream = engine.answer(entry, request(photo, "query", n=2), threading.Event())
-    while not isinstance(next(stream), Partial):
+    while not isinstance(next(stream), TextUpdate):
         pass
     stream.close()  # type: ignore[attr-defined]
     seen = steps.count
@@ -380,15 +382,15 @@ def test_a_listener_that_goes_away_stops_the_computing(
     assert steps.count <= seen + 2
 
 
-def test_a_listener_that_dawdles_keeps_nobody_waiting(engine: Engine, entry: ModelEntry, photo: np.ndarray) -> None:
+def test_a_listener_that_dawdles_keeps_nobody_waiting(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
     slow = engine.answer(entry, request(photo), threading.Event())
-    assert next(slow) == Waiting(0)
+    assert next(slow) == Queued(0)
     assert answers(engine, entry, request(photo, seed=3))
     assert [event for event in slow if isinstance(event, Answer)]
 
 
 def test_one_that_is_cancelled_before_it_starts_never_computes(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps, cancel = Steps(monkeypatch), threading.Event()
     cancel.set()
@@ -398,13 +400,13 @@ def test_one_that_is_cancelled_before_it_starts_never_computes(
 
 
 def test_partials_come_at_most_twelve_times_a_second(
-    entry: ModelEntry, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a clock of our own: 500 tokens in 5 seconds."""
     now = [0.0]
     monkeypatch.setattr(decoding.time, "perf_counter", lambda: now[0])
     told: list[Any] = []
-    loaded = Shelf().get(entry, CPU)
+    loaded = ModelCache().get(entry, CPU)
     job = Job(entry, request(photo, n=2), lambda: False, told.append, 0.0)
     watcher = decoding._Watcher(loaded, [decoding._Row(job, [index], 5) for index in (0, 1)], 0.0)
     for _ in range(500):
@@ -421,7 +423,7 @@ def test_partials_come_at_most_twelve_times_a_second(
 class Crowd:
     """Requests that wait behind one that holds the device, each in a thread; what they were told, in the end."""
 
-    def __init__(self, engine: Engine, entry: ModelEntry, photo: np.ndarray, steps: Steps) -> None:
+    def __init__(self, engine: Engine, entry: ModelSpec, photo: np.ndarray, steps: Steps) -> None:
         self.engine, self.entry, self.steps = engine, entry, steps
         self.told: dict[int, list[Event | InferenceError]] = {}
         self.cancels: list[threading.Event] = []
@@ -459,7 +461,7 @@ class Crowd:
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_a_batch_gives_each_what_it_would_get_alone(
     engine: Engine,
-    entry: ModelEntry,
+    entry: ModelSpec,
     photo: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
     skill: str,
@@ -489,7 +491,7 @@ def test_a_batch_gives_each_what_it_would_get_alone(
 
 
 def test_what_differs_in_more_than_words_is_not_batched(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crowd = Crowd(engine, entry, photo, Steps(monkeypatch))
     sizes: list[int] = []
@@ -503,13 +505,13 @@ def test_what_differs_in_more_than_words_is_not_batched(
 
 
 def test_one_of_a_batch_that_is_cancelled_ends_alone(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = Steps(monkeypatch)
     crowd = Crowd(engine, entry, photo, steps)
     first, second, third = (crowd.add(request(photo, "query", seed=seed)) for seed in range(3))
     steps.go.set()
-    until(lambda: isinstance(crowd.told[second][-1], Partial))
+    until(lambda: isinstance(crowd.told[second][-1], TextUpdate))
     steps.go.clear()
     crowd.cancels[second].set()
     crowd.go()
@@ -519,12 +521,12 @@ def test_one_of_a_batch_that_is_cancelled_ends_alone(
 
 
 def test_a_batch_that_fails_is_asked_one_by_one(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crowd = Crowd(engine, entry, photo, Steps(monkeypatch))
     answer = decoding.answer
 
-    def narrow(loaded: Loaded, jobs: list[Job]) -> None:
+    def narrow(loaded: LoadedModel, jobs: list[Job]) -> None:
         if len(jobs) > 1:
             raise torch.OutOfMemoryError("no room for several")
         answer(loaded, jobs)
@@ -538,14 +540,14 @@ def test_a_batch_that_fails_is_asked_one_by_one(
     assert error.kind == "too_long"
 
 
-def test_the_callers_context_goes_along(engine: Engine, entry: ModelEntry, photo: np.ndarray) -> None:
+def test_the_callers_context_goes_along(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
     visitor: contextvars.ContextVar[str] = contextvars.ContextVar("visitor", default="nobody")
     visitor.set("somebody")
     seen: list[str] = []
     shelf = engine.shelf
 
     class Recording:
-        def get(self, *args: Any) -> Loaded:
+        def get(self, *args: Any) -> LoadedModel:
             seen.append(visitor.get())
             return shelf.get(*args)
 
@@ -567,14 +569,14 @@ def save_adapter(model_folder: Path, folder: Path, seed: int, **changes: Any) ->
 
 
 @pytest.fixture
-def tuned(entry: ModelEntry, model_folder: Path, tmp_path: Path) -> list[ModelEntry]:
+def tuned(entry: ModelSpec, model_folder: Path, tmp_path: Path) -> list[ModelSpec]:
     """Two entries with random adapters on the same base."""
     folders = [save_adapter(model_folder, tmp_path / f"lora{seed}", seed) for seed in (1, 2)]
     return [dataclasses.replace(entry, name=Path(folder).name, adapter=folder) for folder in folders]
 
 
 def test_adapters_are_switched_on_one_base(
-    fresh: Engine, entry: ModelEntry, tuned: list[ModelEntry], photo: np.ndarray, model_folder: Path
+    fresh: Engine, entry: ModelSpec, tuned: list[ModelSpec], photo: np.ndarray, model_folder: Path
 ) -> None:
     asked = request(photo, n=3)
     base = texts(fresh, entry, asked)
@@ -590,7 +592,7 @@ def test_adapters_are_switched_on_one_base(
 
 
 def test_an_adapter_that_was_trained_further_is_loaded_again(
-    fresh: Engine, tuned: list[ModelEntry], photo: np.ndarray, model_folder: Path
+    fresh: Engine, tuned: list[ModelSpec], photo: np.ndarray, model_folder: Path
 ) -> None:
     before = texts(fresh, tuned[0], request(photo))
     save_adapter(model_folder, Path(str(tuned[0].adapter)), seed=3)
@@ -598,7 +600,7 @@ def test_an_adapter_that_was_trained_further_is_loaded_again(
 
 
 def test_only_so_many_adapters_are_kept(
-    fresh: Engine, entry: ModelEntry, tuned: list[ModelEntry], photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    fresh: Engine, entry: ModelSpec, tuned: list[ModelSpec], photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("inference.local.model_cache.MAX_ADAPTERS", 1)
     asked = request(photo)
@@ -609,7 +611,7 @@ def test_only_so_many_adapters_are_kept(
 
 @pytest.mark.parametrize("flaw", ["shape", "names", "garbage"])
 def test_an_adapter_that_does_not_fit_is_refused_and_harms_nothing(
-    fresh: Engine, entry: ModelEntry, model_folder: Path, photo: np.ndarray, tmp_path: Path, flaw: str
+    fresh: Engine, entry: ModelSpec, model_folder: Path, photo: np.ndarray, tmp_path: Path, flaw: str
 ) -> None:
     before = texts(fresh, entry, request(photo))
     folder = Path(save_adapter(model_folder, tmp_path / "lora", 1))
@@ -635,28 +637,28 @@ def copied(model_folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(model_folder, to))
 
 
-def fails(engine: Engine, entry: ModelEntry, asked: Request) -> InferenceError:
+def fails(engine: Engine, entry: ModelSpec, asked: Request) -> InferenceError:
     with pytest.raises(InferenceError) as caught:
         events(engine, entry, asked)
     assert len(engine.turns) == 0
     return caught.value
 
 
-def test_too_long_a_prompt_is_told_with_how_much(engine: Engine, entry: ModelEntry, photo: np.ndarray) -> None:
+def test_too_long_a_prompt_is_told_with_how_much(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
     for skill in ("query", "detect", "recipe"):
         error = fails(engine, entry, request(photo, skill, prompt="strange " * 200))
         assert error.kind == "too_long" and "Use fewer words" in error.message
     assert answers(engine, entry, request(photo))
 
 
-def test_an_answer_that_fills_the_context_is_cut_off(engine: Engine, entry: ModelEntry, photo: np.ndarray) -> None:
+def test_an_answer_that_fills_the_context_is_cut_off(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
     long = answers(engine, entry, request(photo, "query", prompt="s " * 40))[0]
     assert long.tokens_in + long.tokens_out == engine.shelf.get(entry, CPU).model.config.text_config.max_context
 
 
 @pytest.mark.parametrize("flaw", ["cut", "garbage", "sizes"])
 def test_corrupt_weights_are_told_without_the_path(
-    engine: Engine, entry: ModelEntry, model_folder: Path, photo: np.ndarray, tmp_path: Path, flaw: str
+    engine: Engine, entry: ModelSpec, model_folder: Path, photo: np.ndarray, tmp_path: Path, flaw: str
 ) -> None:
     folder = copied(model_folder, tmp_path / "broken")
     file = folder / "model.safetensors"
@@ -670,14 +672,14 @@ def test_corrupt_weights_are_told_without_the_path(
 
 
 def test_weights_that_vanish_are_missing_weights(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray, tmp_path: Path
+    engine: Engine, entry: ModelSpec, photo: np.ndarray, tmp_path: Path
 ) -> None:
     error = fails(engine, dataclasses.replace(entry, source=str(tmp_path / "gone")), request(photo))
     assert error.kind == "missing_weights"
 
 
 def test_a_bug_is_told_by_its_kind_alone(
-    engine: Engine, entry: ModelEntry, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @functools.wraps(MoondreamForConditionalGeneration.forward)
     def burst(*args: Any, **kwargs: Any) -> Any:
@@ -688,13 +690,13 @@ def test_a_bug_is_told_by_its_kind_alone(
     assert error.kind == "failed" and "secret" not in error.message and "RuntimeError" in error.message
 
 
-def test_little_memory_is_told_with_what_to_do(entry: ModelEntry) -> None:
+def test_little_memory_is_told_with_what_to_do(entry: ModelSpec) -> None:
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA")):
         told = explain(error, entry)
         assert told.kind == "out_of_memory" and "fewer candidates" in told.message
 
 
-def test_a_model_for_a_gpu_does_not_crawl_on_a_processor(engine: Engine, entry: ModelEntry, photo: np.ndarray) -> None:
+def test_a_model_for_a_gpu_does_not_crawl_on_a_processor(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
     assert fails(engine, dataclasses.replace(entry, needs_gpu=True), request(photo)).kind == "unavailable"
 
 
@@ -702,9 +704,9 @@ def test_a_model_for_a_gpu_does_not_crawl_on_a_processor(engine: Engine, entry: 
 
 
 def test_the_model_that_was_not_asked_for_the_longest_gives_way(
-    entry: ModelEntry, model_folder: Path, photo: np.ndarray, tmp_path: Path
+    entry: ModelSpec, model_folder: Path, photo: np.ndarray, tmp_path: Path
 ) -> None:
-    engine = Engine(CPU, Shelf(limit=2))
+    engine = Engine(CPU, ModelCache(limit=2))
     entries = [dataclasses.replace(entry, source=str(copied(model_folder, tmp_path / name))) for name in "abc"]
     a, b, c = (lambda at=at: engine.shelf.get(entries[at], CPU) for at in range(3))
     first, second = a(), b()
@@ -715,15 +717,15 @@ def test_the_model_that_was_not_asked_for_the_longest_gives_way(
     assert texts(engine, entries[2], request(photo)) == texts(engine, entries[0], request(photo))
 
 
-def test_entries_with_the_same_weights_share_them(engine: Engine, entry: ModelEntry) -> None:
+def test_entries_with_the_same_weights_share_them(engine: Engine, entry: ModelSpec) -> None:
     steady = dataclasses.replace(entry, name="steady", temperature=0.4)
     assert engine.shelf.get(entry, CPU) is engine.shelf.get(steady, CPU)
 
 
 @pytest.fixture
 def downloaded(
-    entry: ModelEntry, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[ModelEntry, Path, Path]]:
+    entry: ModelSpec, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[ModelSpec, Path, Path]]:
     """Weights and tokenizer in the Hub's cache as the released model has them: two repositories, and code beside."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     released = MODELS["moondream2"]
@@ -746,7 +748,7 @@ def downloaded(
 
 
 def test_the_released_layout_answers_from_the_cache(
-    engine: Engine, downloaded: tuple[ModelEntry, Path, Path], photo: np.ndarray
+    engine: Engine, downloaded: tuple[ModelSpec, Path, Path], photo: np.ndarray
 ) -> None:
     entry, _, _ = downloaded
     assert entry.unavailable() is None
@@ -755,7 +757,7 @@ def test_the_released_layout_answers_from_the_cache(
 
 
 def test_the_stale_tokenizer_beside_the_released_weights_is_not_used(
-    engine: Engine, downloaded: tuple[ModelEntry, Path, Path], photo: np.ndarray
+    engine: Engine, downloaded: tuple[ModelSpec, Path, Path], photo: np.ndarray
 ) -> None:
     entry, weights_folder, tokenizer_folder = downloaded
     stale = (tokenizer_folder / "tokenizer.json").read_text().replace("<|md_reserved_2|>", "<|stale|>")
@@ -767,7 +769,7 @@ def test_the_stale_tokenizer_beside_the_released_weights_is_not_used(
 
 
 def test_nothing_is_downloaded(
-    downloaded: tuple[ModelEntry, Path, Path], monkeypatch: pytest.MonkeyPatch, photo: np.ndarray
+    downloaded: tuple[ModelSpec, Path, Path], monkeypatch: pytest.MonkeyPatch, photo: np.ndarray
 ) -> None:
     entry, weights_folder, _ = downloaded
 
@@ -783,7 +785,7 @@ def test_nothing_is_downloaded(
     assert fails(Engine(CPU), entry, request(photo, "query")).kind == "missing_weights"
 
 
-def test_the_engine_of_the_app_is_reached_through_models(entry: ModelEntry, photo: np.ndarray) -> None:
+def test_the_engine_of_the_app_is_reached_through_models(entry: ModelSpec, photo: np.ndarray) -> None:
     from inference.registry import answer
 
     with contextlib.closing(answer(entry, request(photo))) as stream:  # type: ignore[type-var]

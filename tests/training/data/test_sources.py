@@ -15,7 +15,7 @@ from PIL import Image
 from recipes import PREVIEW_SIDE
 from training.data import sources as collecting
 from training.data.bundled import bundled
-from training.data.sources import CollectError, both, collect
+from training.data.sources import CollectError, collect, train_eval_split
 
 
 def picture(shade: int, side: int = 40) -> bytes:
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_bundled_photos_come_by_split_at_preview_size() -> None:
-    train, held_out = both("bundled", "bundled", 200, 0)
+    train, held_out = train_eval_split("bundled", "bundled", 200, 0)
     assert len(train.photos) == len(bundled("train"))
     assert len(held_out.photos) == len(bundled("held-out"))
     assert not set(train.names) & set(held_out.names)
@@ -110,14 +110,14 @@ def test_no_photos_is_an_error_that_says_what_to_do(tmp_path: Path, what: str) -
 
 
 def test_one_set_for_both_is_divided(folder: Path) -> None:
-    train, held_out = both(str(folder), str(folder), 100, 0)
+    train, held_out = train_eval_split(str(folder), str(folder), 100, 0)
     assert held_out.names == ["0.png"]
     assert train.names == ["1.png", "2.png", "3.png", "4.png"]
     for path in folder.rglob("*.*"):
         if path.name != "1.png":
             path.unlink()
     with pytest.raises(CollectError, match="One photo"):
-        both(str(folder), str(folder), 100, 0)
+        train_eval_split(str(folder), str(folder), 100, 0)
 
 
 def test_a_dataset_of_the_hub_gives_its_image_column(monkeypatch: pytest.MonkeyPatch) -> None:

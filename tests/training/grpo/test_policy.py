@@ -17,7 +17,7 @@ from inference.registry import TINY
 from inference.types import RECIPE_QUESTION
 from recipes import grammar, load_photo, parse, shrink
 from training.data.bundled import bundled
-from training.grpo.policy import Looks, Policy, RepeatedPhotos, greedy
+from training.grpo.policy import CachingImageProcessor, ImageFeatureCache, Policy, greedy
 
 TEMPERATURE = 0.7
 
@@ -190,7 +190,7 @@ def test_photos_that_differ_in_one_pixel_are_two(policy: Policy, processor: Moon
         seen.append(len(pixels))
         return torch.zeros(len(pixels), 2, 3)
 
-    looks = Looks(see, limit=2)
+    looks = ImageFeatureCache(see, limit=2)
     pixels = torch.zeros(2, 3, 3, 8, 8, dtype=torch.uint8)
     pixels[1, 2, 0, 0, 0] = 1
     tilings = torch.ones(2, 2, dtype=torch.long)
@@ -204,7 +204,7 @@ def test_photos_that_differ_in_one_pixel_are_two(policy: Policy, processor: Moon
 
 def test_a_repeated_picture_is_cut_once_and_as_the_model_wants_it(photos: list[np.ndarray]) -> None:
     settings = {"crop_size": 112, "patch_size": 14, "max_crops": 8, "overlap_margin": 1}
-    plain, repeated = MoondreamImageProcessor(**settings), RepeatedPhotos(**settings)
+    plain, repeated = MoondreamImageProcessor(**settings), CachingImageProcessor(**settings)
     pictures = [Image.fromarray(photo) for photo in photos]
     rows = [[pictures[0]], [pictures[0].copy()], [pictures[2]]]
     wanted, first, again = plain(rows), repeated(rows), repeated(rows)

@@ -29,7 +29,7 @@ from training.grpo import train as grpo
 from training.grpo.result import alarm
 from training.grpo.reward import Scorer
 from training.grpo.train import last_checkpoint, learner, steps_of
-from training.runs.run import Run, RunConfig, Stop
+from training.runs.run import Run, RunAborted, RunConfig
 from ui.playground.compare import compare
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -79,7 +79,7 @@ def test_an_answer_that_is_no_recipe_gets_no_reward(photos: list[np.ndarray]) ->
 
 def test_a_reward_that_is_no_number_stops_the_run(photos: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rewards.REWARDS, "colour", lambda source, candidates: [float("nan")] * len(candidates))
-    with pytest.raises(Stop, match="no number"):
+    with pytest.raises(RunAborted, match="no number"):
         Scorer(photos, RewardFunction({"colour": 1.0}), group=2)([str(Recipe()), str(Recipe(exposure=10))], [0, 0])
 
 
@@ -222,9 +222,9 @@ def test_a_wrong_config_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_model_that_is_not_here_cannot_be_trained() -> None:
-    with pytest.raises(Stop, match="cannot be trained"):
+    with pytest.raises(RunAborted, match="cannot be trained"):
         learner(RunConfig(base="moondream2", reward={"sharpness": 1.0}, seed=1))
-    with pytest.raises(Stop, match="neither a model"):
+    with pytest.raises(RunAborted, match="neither a model"):
         learner(RunConfig(base="gone", reward={"sharpness": 1.0}, seed=1))
 
 
@@ -273,5 +273,5 @@ def test_the_alarm(reward: tuple[float, float], no_signal: float, gain: float, w
 
 
 def test_a_tuned_model_of_another_question_is_asked_it() -> None:
-    entry = replace(MODELS["moondream2"], constrained=True)
-    assert entry.explained, "a model that is told the grammar is told it in training and in service alike"
+    entry = replace(MODELS["moondream2"], grammar_constrained=True)
+    assert entry.grammar_in_prompt, "a model that is told the grammar is told it in training and in service alike"

@@ -13,7 +13,7 @@ from tests.support.tuning_server import KEY, Drop, Finetune, StandInTuning, stan
 from training.grpo import train as grpo
 from training.hosted import trainer as hosted
 from training.hosted.cost import Spend
-from training.runs.run import Run, RunConfig, Stop
+from training.runs.run import Run, RunAborted, RunConfig
 from training.runs.usage_events import run_events
 
 QUICK: dict[str, Any] = {"base": "moondream3-preview", "reward": {"colour": 1.0}, "seed": 3, "steps": 6}
@@ -207,7 +207,7 @@ def test_what_the_api_does_not_take_is_refused_here(
     tmp_path: Path, few: str, server: StandInTuning, changes: Any, said: str
 ) -> None:
     run = made(tmp_path, few, **changes)
-    with pytest.raises(Stop, match=said):
+    with pytest.raises(RunAborted, match=said):
         hosted.work(run, run.config(), print)
     assert not server.asked
 

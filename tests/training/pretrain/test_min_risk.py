@@ -10,7 +10,7 @@ from inference.local.constraint import RecipeConstraint
 from inference.types import RECIPE_QUESTION
 from recipes import Recipe, grammar, load_photo, parse, shrink
 from training.data.bundled import bundled
-from training.pretrain.dataset import Lessons
+from training.pretrain.dataset import PretrainDataset
 from training.pretrain.degradation import ERROR_SIDE, degrade
 from training.pretrain.losses import recipe_segments
 from training.pretrain.min_risk import Refinement, _batch, advantages, draw, refine, step_losses
@@ -43,7 +43,7 @@ def test_the_better_recipe_has_the_advantage(photos: list[np.ndarray]) -> None:
 
 def test_a_likelier_good_recipe_lowers_the_risk(photos: list[np.ndarray]) -> None:
     model, image_processor, tokenizer = fresh(photos)
-    lessons = Lessons(photos, tokenizer, model.config.templates, 2, 1, 1, grid=8)
+    lessons = PretrainDataset(photos, tokenizer, model.config.templates, 2, 1, 1, grid=8)
     batch = _batch(model, image_processor, lessons[0])
     constraint = RecipeConstraint(tokenizer, grammar(), end_id=model.config.eos_id)
     question = lessons.query(RECIPE_QUESTION, "")

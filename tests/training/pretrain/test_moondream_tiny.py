@@ -12,11 +12,11 @@ from recipes import load_photo, parse, render
 from training.data.bundled import bundled
 from training.pretrain.degradation import error
 from training.pretrain.quality import (
-    Reader,
+    ModelEvaluator,
     examples,
     held_out,
     levels_seen,
-    load_reader,
+    load_evaluator,
     regions,
     restoration,
     statements,
@@ -24,8 +24,8 @@ from training.pretrain.quality import (
 
 
 @pytest.fixture(scope="module")
-def reader() -> Reader:
-    return load_reader(TINY)
+def reader() -> ModelEvaluator:
+    return load_evaluator(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,9 @@ def test_the_folder_is_small_and_says_what_it_is() -> None:
     assert f"{quality['facts']['true']:.1%}" in card
 
 
-def test_its_recipes_lower_the_error_of_damaged_held_out_photos(reader: Reader, photos: list[np.ndarray]) -> None:
+def test_its_recipes_lower_the_error_of_damaged_held_out_photos(
+    reader: ModelEvaluator, photos: list[np.ndarray]
+) -> None:
     """What it reaches, so that it does not get worse unseen; what it is meant to reach is in `bench/tiny.py`."""
     found = restoration(reader, examples(photos, copies=4, seed=1234), seed=1234)
     assert found["error_restored"] < 0.85 * found["error_degraded"], found
@@ -50,7 +52,7 @@ def test_its_recipes_lower_the_error_of_damaged_held_out_photos(reader: Reader, 
     assert found["share_lowered"] > 0.7, found
 
 
-def test_it_sees_light_contrast_warmth_and_blur(reader: Reader, photos: list[np.ndarray]) -> None:
+def test_it_sees_light_contrast_warmth_and_blur(reader: ModelEvaluator, photos: list[np.ndarray]) -> None:
     found = levels_seen(reader, examples(photos, copies=4, seed=99))
     assert found["exposure"] > 0.7, found
     assert found["contrast"] > 0.35, found
@@ -59,7 +61,7 @@ def test_it_sees_light_contrast_warmth_and_blur(reader: Reader, photos: list[np.
     assert found["crop_within_5"] > 0.5, found
 
 
-def test_its_recipes_belong_to_their_photos(reader: Reader, photos: list[np.ndarray]) -> None:
+def test_its_recipes_belong_to_their_photos(reader: ModelEvaluator, photos: list[np.ndarray]) -> None:
     spoilt = examples(photos, copies=2, seed=5)
     recipes = reader.recipes([e.spoilt for e in spoilt])
     own = np.mean([error(render(e.spoilt, r), e.original) for e, r in zip(spoilt, recipes, strict=True)])
@@ -68,15 +70,15 @@ def test_its_recipes_belong_to_their_photos(reader: Reader, photos: list[np.ndar
     assert own < 0.8 * swapped
 
 
-def test_most_of_what_it_states_is_true(reader: Reader, photos: list[np.ndarray]) -> None:
-    both = examples(photos, copies=1, seed=7)
-    found = statements(reader, [e.spoilt for e in both] + [e.original for e in both])
+def test_most_of_what_it_states_is_true(reader: ModelEvaluator, photos: list[np.ndarray]) -> None:
+    train_eval_split = examples(photos, copies=1, seed=7)
+    found = statements(reader, [e.spoilt for e in train_eval_split] + [e.original for e in train_eval_split])
     assert found["true"] >= 0.9, found
     assert found["facts"] > 500
     assert found["without_a_fact"] < 0.02 * found["facts"]
 
 
-def test_it_finds_areas(reader: Reader, photos: list[np.ndarray]) -> None:
+def test_it_finds_areas(reader: ModelEvaluator, photos: list[np.ndarray]) -> None:
     found = regions(reader, [e.original for e in examples(photos, 1, 7)])
     assert found["hit"] > 0.7, found
     assert found["iou"] > 0.4, found

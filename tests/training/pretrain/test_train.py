@@ -13,11 +13,11 @@ from inference.types import RECIPE_QUESTION
 from recipes import grammar, load_photo, parse
 from training.data.bundled import bundled
 from training.pretrain.auxiliary_heads import PLACE_TARGETS, WHOLE_TARGETS
-from training.pretrain.dataset import IGNORE, Lessons, turn_hues, vary
+from training.pretrain.dataset import IGNORE, PretrainDataset, turn_hues, vary
 from training.pretrain.image_facts import lab
-from training.pretrain.losses import Packed, pack, recipe_loss, recipe_segments
+from training.pretrain.losses import PackedBatch, pack, recipe_loss, recipe_segments
 from training.pretrain.model_card import export
-from training.pretrain.quality import Reader, load_reader
+from training.pretrain.quality import ModelEvaluator, load_evaluator
 from training.pretrain.train import Parts, Settings, build, train
 
 SETTINGS = Settings(seed=3, steps=4, batch=2, warmup=2)
@@ -34,12 +34,12 @@ def parts(photos: list[np.ndarray]) -> Parts:
 
 
 @pytest.fixture(scope="module")
-def lessons(parts: Parts, photos: list[np.ndarray]) -> Lessons:
+def lessons(parts: Parts, photos: list[np.ndarray]) -> PretrainDataset:
     model, _, tokenizer = parts
-    return Lessons(photos, tokenizer, model.config.templates, batch=4, seed=1, steps=5, grid=8)
+    return PretrainDataset(photos, tokenizer, model.config.templates, batch=4, seed=1, steps=5, grid=8)
 
 
-def test_a_batch_is_a_function_of_seed_and_step(lessons: Lessons) -> None:
+def test_a_batch_is_a_function_of_seed_and_step(lessons: PretrainDataset) -> None:
     first, again, other = lessons[2], lessons[2], lessons[3]
     assert all(np.array_equal(a, b) for a, b in zip(first["images"], again["images"], strict=True))
     assert first["recipe"] == again["recipe"]
@@ -63,7 +63,7 @@ def test_turned_hues_leave_light_and_strength_of_the_colours() -> None:
     assert abs(np.arctan2(after[2], after[1]) - np.arctan2(before[2], before[1])) == pytest.approx(1.0, abs=0.1)
 
 
-def test_lessons_are_in_the_templates_that_inference_uses(lessons: Lessons) -> None:
+def test_lessons_are_in_the_templates_that_inference_uses(lessons: PretrainDataset) -> None:
     for lesson in lessons[0]["recipe"]:
         text = lessons.tokenizer.decode(lesson.prompt, skip_special_tokens=True)
         assert text == "query" + RECIPE_QUESTION
@@ -73,7 +73,7 @@ def test_lessons_are_in_the_templates_that_inference_uses(lessons: Lessons) -> N
         assert len(lesson.answer) == len(grammar()) + 1
 
 
-def test_packed_lessons_compute_what_each_would_alone(parts: Parts, lessons: Lessons) -> None:
+def test_packed_lessons_compute_what_each_would_alone(parts: Parts, lessons: PretrainDataset) -> None:
     model, image_processor, _ = parts
     batch = lessons[0]
     images = image_processor(batch["images"], return_tensors="pt")
@@ -81,7 +81,7 @@ def test_packed_lessons_compute_what_each_would_alone(parts: Parts, lessons: Les
     with torch.inference_mode():
         features = model.get_image_features(images["pixel_values"], images["image_sizes"])
 
-        def states(packed: Packed) -> list[torch.Tensor]:
+        def states(packed: PackedBatch) -> list[torch.Tensor]:
             out = model.model.text(packed.embeds, attention_mask=packed.mask, position_ids=packed.positions)
             return [hidden[label != IGNORE] for hidden, label in zip(out.last_hidden_state, packed.labels, strict=True)]
 
@@ -91,12 +91,12 @@ def test_packed_lessons_compute_what_each_would_alone(parts: Parts, lessons: Les
             assert torch.allclose(together[index], torch.cat(alone), atol=1e-5)
 
 
-def test_a_packed_lesson_sees_what_the_model_sees_when_it_answers(parts: Parts, lessons: Lessons) -> None:
+def test_a_packed_lesson_sees_what_the_model_sees_when_it_answers(parts: Parts, lessons: PretrainDataset) -> None:
     """The training mask and positions are those of the model's own forward pass."""
     model, image_processor, tokenizer = parts
     batch = lessons[1]
     lesson = batch["recipe"][0]
-    reader = Reader(model, image_processor, tokenizer)
+    reader = ModelEvaluator(model, image_processor, tokenizer)
     inputs = reader.inputs(batch["images"][:1], [lesson.prompt + lesson.answer[:-1]])
     with torch.inference_mode():
         features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
@@ -106,7 +106,7 @@ def test_a_packed_lesson_sees_what_the_model_sees_when_it_answers(parts: Parts, 
     assert torch.allclose(mine.last_hidden_state, theirs.last_hidden_state, atol=1e-5)
 
 
-def test_the_probe_is_told_what_was_done_to_the_photo(lessons: Lessons) -> None:
+def test_the_probe_is_told_what_was_done_to_the_photo(lessons: PretrainDataset) -> None:
     batch = lessons[3]
     for photo, lesson, whole, places in zip(
         batch["images"], batch["recipe"], batch["whole"], batch["places"], strict=True
@@ -179,6 +179,6 @@ def test_the_exported_folder_loads_with_the_auto_classes(tmp_path: Path, parts: 
     assert processor.tokenizer.encode("; exposure +10") == tokenizer.encode("; exposure +10")
     assert not (tmp_path / "tiny.part").exists()
     assert sum(file.stat().st_size for file in (tmp_path / "tiny").iterdir()) < 10_000_000
-    reader = load_reader(tmp_path / "tiny")
+    reader = load_evaluator(tmp_path / "tiny")
     assert reader.templates == model.config.templates
     model.float()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from inference.registry import MODELS, ModelEntry
+from inference.registry import MODELS, ModelSpec
 from tests.support.fake_run import write_adapter, write_result
-from training.runs.adapters import Adopted, check_adapter, model_name, tensors
+from training.runs.adapters import AdapterRegistry, check_adapter, model_name, tensors
 from training.runs.run import Run, RunConfig, RunError, Runs
 
 TINY = MODELS["moondream-tiny"]
@@ -25,13 +25,13 @@ def runs(tmp_path: Path) -> Runs:
 
 
 @pytest.fixture
-def models() -> dict[str, ModelEntry]:
+def models() -> dict[str, ModelSpec]:
     return dict(MODELS)
 
 
 @pytest.fixture
-def adopted(runs: Runs, models: dict[str, ModelEntry]) -> Adopted:
-    return Adopted(runs, models)
+def adapters(runs: Runs, models: dict[str, ModelSpec]) -> AdapterRegistry:
+    return AdapterRegistry(runs, models)
 
 
 @pytest.fixture
@@ -49,109 +49,109 @@ def make(runs: Runs) -> Make:
     return made
 
 
-def test_a_model_joins_beside_its_base_and_leaves_again(adopted: Adopted, make: Make, models: dict) -> None:
+def test_a_model_joins_beside_its_base_and_leaves_again(adapters: AdapterRegistry, make: Make, models: dict) -> None:
     run = make()
-    entry = adopted.use(run)
+    entry = adapters.use(run)
     assert models[model_name(run.id)] is entry and entry.adapter == str(run.adapter) and entry.source == TINY.source
     assert entry.title == "tuned: sharpness 1, colour 0.5" and entry.unavailable() is None
-    assert adopted.front() == ["moondream-tiny", entry.name] and adopted.uses(run.id)
-    version = adopted.version
-    adopted.revert(run.id)
-    assert models == MODELS and adopted.front() == [] and adopted.version > version
+    assert adapters.front() == ["moondream-tiny", entry.name] and adapters.uses(run.id)
+    version = adapters.version
+    adapters.revert(run.id)
+    assert models == MODELS and adapters.front() == [] and adapters.version > version
     with pytest.raises(RunError, match="not in service"):
-        adopted.revert(run.id)
+        adapters.revert(run.id)
 
 
-def test_a_restart_brings_back_what_was_in_service(adopted: Adopted, make: Make, runs: Runs) -> None:
+def test_a_restart_brings_back_what_was_in_service(adapters: AdapterRegistry, make: Make, runs: Runs) -> None:
     first, second = make(name="First"), make()
-    adopted.use(first)
-    adopted.use(second)
-    again: dict[str, ModelEntry] = dict(MODELS)
-    after = Adopted(runs, again)
+    adapters.use(first)
+    adapters.use(second)
+    again: dict[str, ModelSpec] = dict(MODELS)
+    after = AdapterRegistry(runs, again)
     after.load()
     assert again[model_name(first.id)].title == "First" and after.front() == ["moondream-tiny", model_name(second.id)]
 
 
-def test_who_wins_is_let_in_once(adopted: Adopted, make: Make, runs: Runs) -> None:
+def test_who_wins_is_let_in_once(adapters: AdapterRegistry, make: Make, runs: Runs) -> None:
     won, lost = make(), make(wins=False)
-    assert adopted.settle(won) and not adopted.settle(lost)
-    adopted.revert(won.id)
-    assert not adopted.settle(won), "a person has decided"
-    after = Adopted(runs, dict(MODELS))
+    assert adapters.settle(won) and not adapters.settle(lost)
+    adapters.revert(won.id)
+    assert not adapters.settle(won), "a person has decided"
+    after = AdapterRegistry(runs, dict(MODELS))
     after.load()
     assert after.front() == []
 
 
-def test_who_won_while_nobody_looked_is_let_in_at_the_start(adopted: Adopted, make: Make) -> None:
+def test_who_won_while_nobody_looked_is_let_in_at_the_start(adapters: AdapterRegistry, make: Make) -> None:
     run = make()
-    adopted.load()
-    assert adopted.uses(run.id)
+    adapters.load()
+    assert adapters.uses(run.id)
 
 
-def test_who_lost_may_be_let_in_all_the_same(adopted: Adopted, make: Make) -> None:
-    entry = adopted.use(make(wins=False))
+def test_who_lost_may_be_let_in_all_the_same(adapters: AdapterRegistry, make: Make) -> None:
+    entry = adapters.use(make(wins=False))
     assert "not shown to be better" in entry.note
 
 
 @pytest.mark.parametrize("state", ["running", "cancelled", "failed"])
-def test_only_a_run_that_is_done_is_let_in_by_itself(adopted: Adopted, make: Make, state: str) -> None:
+def test_only_a_run_that_is_done_is_let_in_by_itself(adapters: AdapterRegistry, make: Make, state: str) -> None:
     run = make()
     run.set_status(state=state)
-    assert not adopted.settle(run)
+    assert not adapters.settle(run)
 
 
-def test_a_run_upon_a_run_has_the_weights_of_the_first(adopted: Adopted, make: Make, runs: Runs) -> None:
+def test_a_run_upon_a_run_has_the_weights_of_the_first(adapters: AdapterRegistry, make: Make, runs: Runs) -> None:
     first = make()
     second = make(base=str(first.folder))
     third = make(base=model_name(second.id))
-    assert adopted.base(third) is TINY
-    adopted.use(first)
-    adopted.use(second)
-    assert adopted.front() == [model_name(first.id), model_name(second.id)]
+    assert adapters.base(third) is TINY
+    adapters.use(first)
+    adapters.use(second)
+    assert adapters.front() == [model_name(first.id), model_name(second.id)]
     runs.delete(second.id)
-    assert adopted.base(third) is TINY, "its result says so"
+    assert adapters.base(third) is TINY, "its result says so"
 
 
-def test_a_base_that_is_gone_is_said(adopted: Adopted, make: Make) -> None:
+def test_a_base_that_is_gone_is_said(adapters: AdapterRegistry, make: Make) -> None:
     run = make(base="gone")
     (run.folder / "result.json").unlink()
     with pytest.raises(RunError, match="not on offer"):
-        adopted.use(run)
+        adapters.use(run)
 
 
-def test_an_adapter_that_vanished_is_not_brought_back(adopted: Adopted, make: Make, runs: Runs) -> None:
+def test_an_adapter_that_vanished_is_not_brought_back(adapters: AdapterRegistry, make: Make, runs: Runs) -> None:
     run, other = make(), make()
-    adopted.use(run)
-    adopted.use(other)
+    adapters.use(run)
+    adapters.use(other)
     (run.adapter / "adapter_model.safetensors").unlink()
-    after = Adopted(runs, dict(MODELS))
+    after = AdapterRegistry(runs, dict(MODELS))
     after.load()
     assert not after.uses(run.id) and after.uses(other.id)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"used": 3}', "{"])
-def test_a_broken_list_harms_nothing(adopted: Adopted, make: Make, runs: Runs, text: str) -> None:
+def test_a_broken_list_harms_nothing(adapters: AdapterRegistry, make: Make, runs: Runs, text: str) -> None:
     run = make(wins=False)
     (runs.folder / "adopted.json").write_text(text)
-    adopted.load()
-    adopted.use(run)
-    assert adopted.front()[1] == model_name(run.id)
+    adapters.load()
+    adapters.use(run)
+    assert adapters.front()[1] == model_name(run.id)
 
 
 def test_a_full_disk_changes_nothing_in_service(
-    adopted: Adopted, make: Make, models: dict, monkeypatch: pytest.MonkeyPatch
+    adapters: AdapterRegistry, make: Make, models: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     run = make()
-    adopted.use(run)
+    adapters.use(run)
     other = make()
     monkeypatch.setattr("training.runs.run.os.fsync", full)
     with pytest.raises(RunError, match="Free some space"):
-        adopted.use(other)
+        adapters.use(other)
     with pytest.raises(RunError, match="Free some space"):
-        adopted.revert(run.id)
+        adapters.revert(run.id)
     assert set(models) == {*MODELS, model_name(run.id)}
 
 
@@ -204,15 +204,15 @@ def spoil(folder: Path, how: str) -> None:
     ],
 )
 def test_what_must_not_be_used_is_refused_and_nothing_in_service_is_lost(
-    adopted: Adopted, make: Make, how: str, words: str, models: dict
+    adapters: AdapterRegistry, make: Make, how: str, words: str, models: dict
 ) -> None:
     good, bad = make(), make()
-    adopted.use(good)
+    adapters.use(good)
     spoil(bad.adapter, how)
     with pytest.raises(RunError, match=words) as refused:
-        adopted.use(bad)
+        adapters.use(bad)
     assert str(bad.folder) not in str(refused.value)
-    assert set(models) == {*MODELS, model_name(good.id)} and adopted.front()[1] == model_name(good.id)
+    assert set(models) == {*MODELS, model_name(good.id)} and adapters.front()[1] == model_name(good.id)
 
 
 def test_an_adapter_with_whole_tensors_of_the_base_fits(make: Make) -> None:

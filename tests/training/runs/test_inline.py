@@ -16,13 +16,13 @@ from tests.e2e.conftest import serving
 from tests.support import fake_run
 from tests.training.runs.test_queue import config
 from training.runs import inline as zero_gpu
-from training.runs.queue import Worker
+from training.runs.queue import RunQueue
 from training.runs.run import RunConfig, Runs
 
 
 def test_a_real_run_inside_the_request(tmp_path: Path, few: str) -> None:
     niceness, ended = os.nice(0), []
-    worker = Worker(Runs(tmp_path), inside=zero_gpu.do, on_end=ended.append)
+    worker = RunQueue(Runs(tmp_path), inside=zero_gpu.do, on_end=ended.append)
     asked = {"base": "moondream-tiny", "reward": {"colour": 1.0}, "seed": 1, "steps": 2, "photos": few, "held_out": few}
     run = worker.submit(RunConfig.make(**asked))
     assert (run.status().state, run.alive(), len(worker.waiting())) == ("queued", False, 1)
@@ -46,24 +46,24 @@ def test_one_run_at_a_time_and_what_gets_no_gpu_can_be_resumed(tmp_path: Path) -
         fake_run.main(folder)
         at_once.acquire()
 
-    worker = Worker(Runs(tmp_path), inside=inside)
+    worker = RunQueue(Runs(tmp_path), inside=inside)
     first = worker.submit(config(1))
     with pytest.raises(RuntimeError, match="no quota"):
         worker.do_inside(first)
     assert first.status().state == "interrupted" and "Resume it" in first.status().message
     worker.resume(first)
-    both = [first, worker.submit(config(2))]
-    threads = [threading.Thread(target=worker.do_inside, args=[run]) for run in both]
+    train_eval_split = [first, worker.submit(config(2))]
+    threads = [threading.Thread(target=worker.do_inside, args=[run]) for run in train_eval_split]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [run.status().state for run in both] == ["done", "done"] and most == [False, False]
+    assert [run.status().state for run in train_eval_split] == ["done", "done"] and most == [False, False]
 
 
 def test_what_waited_for_a_request_that_is_gone_is_said_to_be_interrupted(tmp_path: Path) -> None:
-    run = Worker(Runs(tmp_path), inside=fake_run.main).submit(config())
-    Worker(Runs(tmp_path), inside=fake_run.main).abandon()
+    run = RunQueue(Runs(tmp_path), inside=fake_run.main).submit(config())
+    RunQueue(Runs(tmp_path), inside=fake_run.main).abandon()
     assert run.status().state == "interrupted"
 
 

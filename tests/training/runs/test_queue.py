@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from training.runs import queue as module
-from training.runs.queue import Worker
+from training.runs.queue import RunQueue
 from training.runs.run import Run, RunConfig, RunError, Runs
 
 FAKE = (sys.executable, "-m", "tests.support.fake_run")
@@ -39,12 +39,12 @@ def runs(tmp_path: Path) -> Runs:
 
 
 @pytest.fixture
-def make(runs: Runs) -> Iterator[Callable[..., Worker]]:
+def make(runs: Runs) -> Iterator[Callable[..., RunQueue]]:
     """Makes workers on one folder; at the end they stop, and their runs with them."""
-    made: list[Worker] = []
+    made: list[RunQueue] = []
 
-    def worker(**settings: object) -> Worker:
-        made.append(Worker(runs, **({"command": FAKE, "every": 0.02} | settings)))  # type: ignore[arg-type]
+    def worker(**settings: object) -> RunQueue:
+        made.append(RunQueue(runs, **({"command": FAKE, "every": 0.02} | settings)))  # type: ignore[arg-type]
         return made[-1]
 
     yield worker
@@ -64,7 +64,7 @@ def pid(run: Run) -> int:
     return int((run.folder / "pid").read_text())
 
 
-def test_a_run_is_done_and_its_end_is_told(make: Callable[..., Worker]) -> None:
+def test_a_run_is_done_and_its_end_is_told(make: Callable[..., RunQueue]) -> None:
     ended: list[str] = []
     run = make(on_end=lambda run: ended.append(run.id)).submit(config())
     until(lambda: ended)
@@ -78,7 +78,7 @@ def test_a_job_gets_its_own_token_and_never_that_of_this_machine(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "of-this-machine")
     tell = (sys.executable, "-c", "import os; print('token', os.environ.get('HF_TOKEN'))")
-    worker = Worker(Runs(tmp_path / "runs"), tell, every=0.02)
+    worker = RunQueue(Runs(tmp_path / "runs"), tell, every=0.02)
     asked = {"base": "moondream-tiny", "reward": {"sharpness": 1}, "seed": 1, "where": "jobs"}
     mine = worker.submit(RunConfig.make(**asked), "mine")
     until(lambda: mine.status().over)
@@ -89,7 +89,7 @@ def test_a_job_gets_its_own_token_and_never_that_of_this_machine(
     worker.stop()
 
 
-def test_runs_wait_for_each_other_in_their_order(make: Callable[..., Worker], runs: Runs) -> None:
+def test_runs_wait_for_each_other_in_their_order(make: Callable[..., RunQueue], runs: Runs) -> None:
     ended: list[str] = []
     worker = make(on_end=lambda run: ended.append(run.id))
     first = worker.submit(config(300))
@@ -104,7 +104,7 @@ def test_runs_wait_for_each_other_in_their_order(make: Callable[..., Worker], ru
     assert worker.position(first) == 0
 
 
-def test_a_killed_process_leaves_a_run_that_can_be_resumed(make: Callable[..., Worker]) -> None:
+def test_a_killed_process_leaves_a_run_that_can_be_resumed(make: Callable[..., RunQueue]) -> None:
     ended: list[str] = []
     worker = make(on_end=lambda run: ended.append(run.id))
     run = worker.submit(config(300, steps=9))
@@ -120,7 +120,7 @@ def test_a_killed_process_leaves_a_run_that_can_be_resumed(make: Callable[..., W
     until(lambda: state(run) == "cancelled" and len(ended) == 2)
 
 
-def test_a_cancelled_run_goes_on_to_the_same_number_of_steps(make: Callable[..., Worker]) -> None:
+def test_a_cancelled_run_goes_on_to_the_same_number_of_steps(make: Callable[..., RunQueue]) -> None:
     worker = make()
     run = worker.submit(config(300, steps=7))
     until(lambda: run.status().step == 3)
@@ -133,26 +133,26 @@ def test_a_cancelled_run_goes_on_to_the_same_number_of_steps(make: Callable[...,
     assert run.status().step == 7 and not run.cancelled
 
 
-def test_a_process_that_fails_is_told_with_its_log(make: Callable[..., Worker]) -> None:
+def test_a_process_that_fails_is_told_with_its_log(make: Callable[..., RunQueue]) -> None:
     ended: list[str] = []
     run = make(on_end=lambda run: ended.append(run.id)).submit(config(200))
     until(lambda: ended)
     assert state(run) == "failed" and "exit code 3" in run.status().message and "log" in run.status().message
 
 
-def test_a_process_that_does_not_even_begin_fails(make: Callable[..., Worker]) -> None:
+def test_a_process_that_does_not_even_begin_fails(make: Callable[..., RunQueue]) -> None:
     run = make(command=(sys.executable, "-c", "print('no'); raise SystemExit(4)")).submit(config())
     until(lambda: state(run) == "failed")
     assert "exit code 4" in run.status().message and run.log() == "no"
 
 
-def test_a_command_that_is_not_there_fails(make: Callable[..., Worker], tmp_path: Path) -> None:
+def test_a_command_that_is_not_there_fails(make: Callable[..., RunQueue], tmp_path: Path) -> None:
     run = make(command=(str(tmp_path / "nothing"),)).submit(config())
     until(lambda: state(run) == "failed")
     assert "could not be started" in run.status().message
 
 
-def test_a_new_worker_follows_what_lives_and_starts_what_waits(make: Callable[..., Worker], runs: Runs) -> None:
+def test_a_new_worker_follows_what_lives_and_starts_what_waits(make: Callable[..., RunQueue], runs: Runs) -> None:
     before = make()
     first = before.submit(config(300))
     until(lambda: first.status().step == 3)
@@ -169,7 +169,7 @@ def test_a_new_worker_follows_what_lives_and_starts_what_waits(make: Callable[..
     assert ended == [first.id, second.id] and first.log().count("begins") == 1
 
 
-def test_two_workers_do_a_run_once(make: Callable[..., Worker], runs: Runs) -> None:
+def test_two_workers_do_a_run_once(make: Callable[..., RunQueue], runs: Runs) -> None:
     run = runs.create(config())
     for worker in (make(), make(), make()):
         worker.wake()
@@ -178,7 +178,7 @@ def test_two_workers_do_a_run_once(make: Callable[..., Worker], runs: Runs) -> N
 
 
 def test_two_people_at_once_get_a_run_each_and_a_double_click_one(
-    make: Callable[..., Worker], runs: Runs, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., RunQueue], runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = make()
     monkeypatch.setattr(worker, "wake", lambda: None)
@@ -201,7 +201,7 @@ def test_two_people_at_once_get_a_run_each_and_a_double_click_one(
     assert len(runs.list()) == 3 and "a moment ago" in refused[0]
 
 
-def test_only_so_many_wait(make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_so_many_wait(make: Callable[..., RunQueue], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_QUEUED", 2)
     worker = make()
     monkeypatch.setattr(worker, "wake", lambda: None)
@@ -212,14 +212,14 @@ def test_only_so_many_wait(make: Callable[..., Worker], monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("now", ["queued", "done"])
-def test_only_what_was_stopped_is_resumed(make: Callable[..., Worker], runs: Runs, now: str) -> None:
+def test_only_what_was_stopped_is_resumed(make: Callable[..., RunQueue], runs: Runs, now: str) -> None:
     run = runs.create(config())
     run.set_status(state=now)
     with pytest.raises(RunError, match=now):
         make().resume(run)
 
 
-def test_what_follows_an_end_may_fail_and_the_next_run_is_done(make: Callable[..., Worker]) -> None:
+def test_what_follows_an_end_may_fail_and_the_next_run_is_done(make: Callable[..., RunQueue]) -> None:
     def fails(_: Run) -> None:
         raise RuntimeError("no")
 
@@ -228,7 +228,7 @@ def test_what_follows_an_end_may_fail_and_the_next_run_is_done(make: Callable[..
     until(lambda: [state(run) for run in done] == ["done", "done"])
 
 
-def test_a_killed_application_leaves_its_run_to_the_next(make: Callable[..., Worker], runs: Runs) -> None:
+def test_a_killed_application_leaves_its_run_to_the_next(make: Callable[..., RunQueue], runs: Runs) -> None:
     program = (
         "import sys, time; from training.runs.run import *; from training.runs.queue import *;"
         f"worker = Worker(Runs({str(runs.folder)!r}), {FAKE!r}, every=0.02);"
@@ -250,7 +250,7 @@ def test_a_killed_application_leaves_its_run_to_the_next(make: Callable[..., Wor
 
 
 def test_a_full_disk_at_the_start_is_tried_again(
-    make: Callable[..., Worker], runs: Runs, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., RunQueue], runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries: list[Run] = []
 

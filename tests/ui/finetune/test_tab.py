@@ -24,16 +24,16 @@ from ui.finetune import run_view
 from ui.finetune import tab as finetune
 from ui.finetune.estimate import SHORT, estimate, guess
 from ui.finetune.form import place_chosen
-from ui.finetune.tab import Seen, bases, retrain, show
+from ui.finetune.tab import RenderState, bases, retrain, show
 from ui.playground import tab as playground
-from ui.playground.link import Setup
-from ui.services import House
+from ui.playground.link import PlaygroundSettings
+from ui.services import AppServices
 from usage import ledger
 from usage.budgets import Budget
 from usage.events import Event
 
 HERE = Path(finetune.__file__).parent
-DEFAULT = list(Setup().models)
+DEFAULT = list(PlaygroundSettings().models)
 FORM: dict[str, Any] = {
     "base": "moondream-tiny",
     "kind": "Bundled photos",
@@ -57,8 +57,8 @@ FORM: dict[str, Any] = {
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    made = House.open(tmp_path / "data", f"sqlite:///{tmp_path / 'store.sqlite3'}", FAKE)
+def services(tmp_path: Path) -> Iterator[AppServices]:
+    made = AppServices.open(tmp_path / "data", f"sqlite:///{tmp_path / 'store.sqlite3'}", FAKE)
     yield made
     for run in made.runs.list():
         if not run.status().over:
@@ -70,20 +70,20 @@ def house(tmp_path: Path) -> Iterator[House]:
 
 
 @pytest.fixture
-def still(house: House, monkeypatch: pytest.MonkeyPatch) -> House:
+def still(services: AppServices, monkeypatch: pytest.MonkeyPatch) -> AppServices:
     """The same with a worker that does nothing: what is queued stays queued."""
-    monkeypatch.setattr(house.worker, "wake", lambda: None)
-    return house
+    monkeypatch.setattr(services.worker, "wake", lambda: None)
+    return services
 
 
-def press(house: House, *weights: float, **changes: Any) -> str:
-    return retrain(house, *(FORM | changes).values(), *(weights or [1.0] * len(REWARDS)))
+def press(services: AppServices, *weights: float, **changes: Any) -> str:
+    return retrain(services, *(FORM | changes).values(), *(weights or [1.0] * len(REWARDS)))
 
 
-def finished(house: House, wins: bool = True, **changes: Any) -> Run:
+def finished(services: AppServices, wins: bool = True, **changes: Any) -> Run:
     """A run that is over, without its process."""
     asked = {"base": "moondream-tiny", "reward": {"sharpness": 1}, "seed": 1, "steps": 10, **changes}
-    run = house.runs.create(RunConfig.make(**asked))
+    run = services.runs.create(RunConfig.make(**asked))
     write_adapter(run)
     write_result(run, wins=wins, alarm="")
     run.set_status(state="done", step=10, steps=10, started=100.0, ended=142.0)
@@ -114,7 +114,7 @@ def test_what_is_drawn_goes_in_as_text(script: str) -> None:
 # Retrain
 
 
-def test_the_button_queues_what_the_form_says(still: House) -> None:
+def test_the_button_queues_what_the_form_says(still: AppServices) -> None:
     config = still.runs.get(press(still, 0.5, 0, 1, seed=7, name=" Mine ", rank=4, length="Custom", steps=33)).config()
     assert config.reward == {"sharpness": 0.5, "creativity": 1.0}
     assert (config.base, config.seed, config.name, config.rank, config.steps) == ("moondream-tiny", 7, "Mine", 4, 33)
@@ -122,7 +122,7 @@ def test_the_button_queues_what_the_form_says(still: House) -> None:
 
 
 @pytest.mark.parametrize(("length", "steps"), [("Smoke test", 10), ("Short run", SHORT)])
-def test_lengths_are_numbers_of_steps(still: House, length: str, steps: int) -> None:
+def test_lengths_are_numbers_of_steps(still: AppServices, length: str, steps: int) -> None:
     assert still.runs.get(press(still, length=length, steps=5)).config().steps == steps
 
 
@@ -146,14 +146,14 @@ def test_lengths_are_numbers_of_steps(still: House, length: str, steps: int) -> 
         ({"kind": "Hub dataset", "dataset": HOSTILE}, "owner/name"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_in_words(still: House, changes: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_trained_is_refused_in_words(still: AppServices, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(gr.Error, match=words) as refused:
         press(still, **changes)
     assert "<img" not in refused.value.message
     assert still.runs.list() == [] and not (still.runs.folder.parent / "uploads").exists()
 
 
-def test_a_job_is_queued_with_its_hardware_and_a_token_that_is_written_nowhere(still: House) -> None:
+def test_a_job_is_queued_with_its_hardware_and_a_token_that_is_written_nowhere(still: AppServices) -> None:
     elsewhere = {"place": "Hugging Face Jobs", "hardware": "a10g-small"}
     with pytest.raises(gr.Error, match="Give your Hugging Face token"):
         press(still, **elsewhere, token="  ")
@@ -169,12 +169,12 @@ def test_a_job_is_queued_with_its_hardware_and_a_token_that_is_written_nowhere(s
 
 
 @pytest.mark.parametrize("hardware", ["../x", "L4", "x" * 41, "<b>"])
-def test_hardware_is_a_name(still: House, hardware: str) -> None:
+def test_hardware_is_a_name(still: AppServices, hardware: str) -> None:
     with pytest.raises(gr.Error, match="hardware"):
         press(still, place="Hugging Face Jobs", hardware=hardware, token=TOKEN)
 
 
-def test_the_place_shows_its_hardware_and_what_it_costs_at_most(still: House, hub: StandInHub) -> None:
+def test_the_place_shows_its_hardware_and_what_it_costs_at_most(still: AppServices, hub: StandInHub) -> None:
     base, _, shown, other, offered, hourly = place_chosen("Hugging Face Jobs")
     assert (
         base["visible"]
@@ -191,7 +191,7 @@ def test_the_place_shows_its_hardware_and_what_it_costs_at_most(still: House, hu
     assert "error (500)" in offered["info"] and hourly == {}
 
 
-def test_earlier_jobs_say_how_long_the_next_takes(still: House) -> None:
+def test_earlier_jobs_say_how_long_the_next_takes(still: AppServices) -> None:
     run = finished(still, where="jobs", hardware="l4x1")
     (run.folder / "result.json").write_text(json.dumps({"seconds": 2 * guess(10, 8), "steps": 10}))
     there = estimate(still, "Short run", None, 8, "Hugging Face Jobs", "l4x1", {})
@@ -199,12 +199,12 @@ def test_earlier_jobs_say_how_long_the_next_takes(still: House) -> None:
     assert "a first guess" in estimate(still, "Short run", None, 8), "and nothing of those here"
 
 
-def test_sliders_at_zero_train_nothing(still: House) -> None:
+def test_sliders_at_zero_train_nothing(still: AppServices) -> None:
     with pytest.raises(gr.Error, match="All sliders are at zero"):
         press(still, 0, 0, 0)
 
 
-def test_a_double_click_is_one_run_and_leaves_no_photos_behind(still: House, tmp_path: Path) -> None:
+def test_a_double_click_is_one_run_and_leaves_no_photos_behind(still: AppServices, tmp_path: Path) -> None:
     press(still)
     with pytest.raises(gr.Error, match="a moment ago"):
         press(still)
@@ -214,18 +214,18 @@ def test_a_double_click_is_one_run_and_leaves_no_photos_behind(still: House, tmp
     assert list((still.runs.folder.parent / "uploads").iterdir()) == [] and len(still.runs.list()) == 1
 
 
-def test_a_dataset_and_an_earlier_run_can_be_started_from(still: House) -> None:
+def test_a_dataset_and_an_earlier_run_can_be_started_from(still: AppServices) -> None:
     earlier = finished(still)
     assert model_name(earlier.id) in [name for _, name in bases(still)]
     config = still.runs.get(press(still, base=model_name(earlier.id), kind="Hub dataset", dataset="me/cats")).config()
     assert Path(config.base) == earlier.folder.resolve() and config.photos == "hub:me/cats"
 
 
-def test_bases_are_local_models_with_weights_of_their_own(still: House) -> None:
+def test_bases_are_local_models_with_weights_of_their_own(still: AppServices) -> None:
     assert [name for _, name in bases(still)] == ["moondream-tiny"]
 
 
-def test_the_estimate_learns_from_earlier_runs(still: House) -> None:
+def test_the_estimate_learns_from_earlier_runs(still: AppServices) -> None:
     assert "25 s (a first guess" in estimate(still, "Smoke test", None, 8)
     finished(still)
     told = estimate(still, "Smoke test", None, 8)
@@ -237,7 +237,7 @@ def test_the_estimate_learns_from_earlier_runs(still: House) -> None:
 # What is shown
 
 
-def test_news_is_sent_once(still: House) -> None:
+def test_news_is_sent_once(still: AppServices) -> None:
     first = show(still, None, None, DEFAULT, False)
     assert first[0] is None and first[1]["runs"] == [] and not first[4].active
     press(still)
@@ -247,19 +247,19 @@ def test_news_is_sent_once(still: House) -> None:
     assert [is_skip(part) for part in third] == [True, True, True, True, False, True]
 
 
-def test_the_page_asks_on_only_while_something_happens(still: House) -> None:
+def test_the_page_asks_on_only_while_something_happens(still: AppServices) -> None:
     assert show(still, None, None, DEFAULT, True)[4].active
-    assert not show(still, None, Seen(active=True), DEFAULT, False)[4].active
+    assert not show(still, None, RenderState(active=True), DEFAULT, False)[4].active
 
 
-def test_a_winner_comes_to_the_front_of_every_page(still: House) -> None:
+def test_a_winner_comes_to_the_front_of_every_page(still: AppServices) -> None:
     seen = show(still, None, None, DEFAULT, False)[4]
     run = finished(still)
-    assert still.adopted.settle(run)
+    assert still.adapters.settle(run)
     picker, seen = show(still, None, seen, DEFAULT, False)[2], show(still, None, seen, DEFAULT, False)[4]
     assert picker.value == ["moondream-tiny", model_name(run.id)]
     assert model_name(run.id) in [choice["name"] for choice in picker.props["choices"]]
-    still.adopted.revert(run.id)
+    still.adapters.revert(run.id)
     picker = show(still, None, seen, picker.value, False)[2]
     assert picker.value == ["moondream-tiny"]
     assert model_name(run.id) not in [choice["name"] for choice in picker.props["choices"]]
@@ -272,16 +272,16 @@ class Asked:
         self.query_params = query
 
 
-def test_a_new_page_shows_base_and_tuned_unless_its_address_says_else(still: House) -> None:
+def test_a_new_page_shows_base_and_tuned_unless_its_address_says_else(still: AppServices) -> None:
     run = finished(still)
-    still.adopted.use(run)
+    still.adapters.use(run)
     plain = playground.open_page(still, Asked())  # type: ignore[arg-type]
     assert plain[0].value == ["moondream-tiny", model_name(run.id)]
     told = playground.open_page(still, Asked(models="moondream-tiny"))  # type: ignore[arg-type]
     assert told[0].value == ["moondream-tiny"]
 
 
-def test_the_run_that_works_is_shown_before_the_newest(still: House) -> None:
+def test_the_run_that_works_is_shown_before_the_newest(still: AppServices) -> None:
     queued = press(still)
     newest = finished(still)
     assert finetune.current(still, None).id == queued  # type: ignore[union-attr]
@@ -289,14 +289,14 @@ def test_the_run_that_works_is_shown_before_the_newest(still: House) -> None:
     assert finetune.current(still, "gone").id == queued  # type: ignore[union-attr]
 
 
-def test_a_run_that_cannot_be_read_is_said(still: House) -> None:
+def test_a_run_that_cannot_be_read_is_said(still: AppServices) -> None:
     run = finished(still)
     (run.folder / "config.json").write_text("{")
     shown = show(still, run.id, None, DEFAULT, False)
     assert "cannot be used" in shown[0]["error"] and shown[1]["runs"] == []
 
 
-def test_a_view_is_plain_json_and_names_no_path(still: House) -> None:
+def test_a_view_is_plain_json_and_names_no_path(still: AppServices) -> None:
     run = finished(still, name=HOSTILE)
     run.add("metrics", {"step": 1, "reward": 0.5, "sharpness": None, "colour": "x", "kl": float("inf"), "seconds": 1})
     run.add("probes", {"step": 1, "recipe": HOSTILE, "scores": None, "total": None})
@@ -312,7 +312,7 @@ def test_a_view_is_plain_json_and_names_no_path(still: House) -> None:
 @pytest.mark.parametrize(
     "result", [{}, {"wins": True}, {"pairs": [3, {}]}, {"base": {"total": None}, "difference": {"mean": None}}]
 )
-def test_a_poor_result_is_shown_as_far_as_it_goes(still: House, result: dict[str, Any]) -> None:
+def test_a_poor_result_is_shown_as_far_as_it_goes(still: AppServices, result: dict[str, Any]) -> None:
     run = finished(still)
     (run.folder / "result.json").write_text(json.dumps(result))
     value = run_view.run_value(still, run)
@@ -349,16 +349,16 @@ def test_a_long_curve_is_thinned_with_its_ends() -> None:
 # What is done
 
 
-def test_a_run_is_done_and_its_winner_used_by_itself(house: House) -> None:
-    run = house.runs.get(press(house))
-    until(lambda: house.adopted.uses(run.id))
-    assert run.status().state == "done" and house.adopted.front()[1] == model_name(run.id)
+def test_a_run_is_done_and_its_winner_used_by_itself(services: AppServices) -> None:
+    run = services.runs.get(press(services))
+    until(lambda: services.adapters.uses(run.id))
+    assert run.status().state == "done" and services.adapters.front()[1] == model_name(run.id)
 
 
-def test_the_buttons_do_what_they_say(still: House) -> None:
+def test_the_buttons_do_what_they_say(still: AppServices) -> None:
     run = finished(still, wins=False)
     shown = finetune.act(still, "", "", clicked(run=run.id, do="use"))
-    assert shown == run.id and still.adopted.uses(run.id)
+    assert shown == run.id and still.adapters.uses(run.id)
     finetune.act(still, "", "", clicked(run=run.id, do="rename", name="Better"))
     assert MODELS[model_name(run.id)].title == "Better"
     with pytest.raises(gr.Error, match="Revert it first"):
@@ -380,7 +380,7 @@ def test_the_buttons_do_what_they_say(still: House) -> None:
         ({"do": "rename", "name": "x" * 100}, "name"),
     ],
 )
-def test_what_a_button_cannot_do_is_said(still: House, data: dict[str, Any], words: str) -> None:
+def test_what_a_button_cannot_do_is_said(still: AppServices, data: dict[str, Any], words: str) -> None:
     run = finished(still)
     if words not in ("There is no run",):
         data = {"run": run.id, **data}
@@ -389,7 +389,7 @@ def test_what_a_button_cannot_do_is_said(still: House, data: dict[str, Any], wor
     assert [one.id for one in still.runs.list()] == [run.id]
 
 
-def test_a_queued_run_is_cancelled_and_resumed(still: House) -> None:
+def test_a_queued_run_is_cancelled_and_resumed(still: AppServices) -> None:
     run = still.runs.get(press(still))
     with pytest.raises(gr.Error, match="not over yet"):
         finetune.act(still, "", "", clicked(run=run.id, do="use"))
@@ -399,7 +399,7 @@ def test_a_queued_run_is_cancelled_and_resumed(still: House) -> None:
     assert run.status().state == "queued" and not run.cancelled
 
 
-def test_what_a_queued_run_starts_from_is_not_deleted(still: House) -> None:
+def test_what_a_queued_run_starts_from_is_not_deleted(still: AppServices) -> None:
     earlier = finished(still)
     waiting = press(still, base=model_name(earlier.id))
     with pytest.raises(gr.Error, match="Another run is waiting"):
@@ -409,13 +409,13 @@ def test_what_a_queued_run_starts_from_is_not_deleted(still: House) -> None:
     assert [run.id for run in still.runs.list()] == [waiting]
 
 
-def test_a_download_is_a_zip_of_the_run(still: House) -> None:
+def test_a_download_is_a_zip_of_the_run(still: AppServices) -> None:
     run = finished(still, name="So/me <b>")
     path = Path(finetune.download(still, clicked(run=run.id)))
     assert path.suffix == ".zip" and path.name.startswith("So-me") and path.stat().st_size > 1000
 
 
-def test_a_push_without_a_run_or_a_name_is_refused(still: House) -> None:
+def test_a_push_without_a_run_or_a_name_is_refused(still: AppServices) -> None:
     with pytest.raises(gr.Error, match="no run yet"):
         finetune.push(still, None, "me/it", "hf_x", True)
     finished(still)
@@ -426,7 +426,7 @@ def test_a_push_without_a_run_or_a_name_is_refused(still: House) -> None:
 # The endpoints
 
 
-def test_the_endpoints_do_the_same(still: House) -> None:
+def test_the_endpoints_do_the_same(still: AppServices) -> None:
     told = api_runs.retrain(still, {"colour": 1}, "moondream-tiny", "bundled", 5, 3, "By program")
     assert (told["state"], told["position"], told["steps"], told["reward"]) == ("queued", 0, 5, {"colour": 1.0})
     assert api_runs.runs(still)[0]["name"] == "By program"
@@ -450,7 +450,7 @@ def test_the_endpoints_do_the_same(still: House) -> None:
         {"seed": -1},
     ],
 )
-def test_the_endpoint_refuses_what_the_page_refuses(still: House, changes: dict[str, Any]) -> None:
+def test_the_endpoint_refuses_what_the_page_refuses(still: AppServices, changes: dict[str, Any]) -> None:
     asked = {"reward": {"colour": 1}, "base": "moondream-tiny", "photos": "bundled", "steps": 5, "seed": 3} | changes
     with pytest.raises(gr.Error):
         api_runs.retrain(still, *asked.values())
@@ -459,7 +459,7 @@ def test_the_endpoint_refuses_what_the_page_refuses(still: House, changes: dict[
 
 @pytest.mark.parametrize("handler", [api_runs.run_status, api_runs.cancel_run, api_runs.use_run, api_runs.revert])
 @pytest.mark.parametrize("run", ["", "../../etc", HOSTILE, None])
-def test_an_endpoint_finds_only_runs(still: House, handler: Any, run: Any) -> None:
+def test_an_endpoint_finds_only_runs(still: AppServices, handler: Any, run: Any) -> None:
     with pytest.raises(gr.Error, match="There is no run") as refused:
         handler(still, run)
     assert "<img" not in refused.value.message
@@ -471,14 +471,14 @@ def test_an_endpoint_finds_only_runs(still: House, handler: Any, run: Any) -> No
 HOSTED = {"place": "Moondream's tuning API", "key": "md-secret-7777"}
 
 
-def test_the_tuning_api_trains_its_own_base_within_a_budget(still: House) -> None:
+def test_the_tuning_api_trains_its_own_base_within_a_budget(still: AppServices) -> None:
     run = still.runs.get(press(still, **HOSTED, budget=2.5, examples=3))
     config = run.config()
     assert (config.where, config.base, config.budget, config.sft_steps) == ("hosted", "moondream3-preview", 2.5, 3)
     assert "md-secret" not in "".join(file.read_text() for file in run.folder.iterdir() if file.is_file())
 
 
-def test_the_tuning_api_needs_a_key_a_budget_and_money(still: House) -> None:
+def test_the_tuning_api_needs_a_key_a_budget_and_money(still: AppServices) -> None:
     with pytest.raises(gr.Error, match="Give your Moondream key"):
         press(still, **HOSTED | {"key": " "})
     with pytest.raises(gr.Error, match="Fill in: budget"):
@@ -492,7 +492,7 @@ def test_the_tuning_api_needs_a_key_a_budget_and_money(still: House) -> None:
     assert press(still), "what costs nothing goes on"
 
 
-def test_the_form_says_what_the_tuning_api_costs_at_most(still: House) -> None:
+def test_the_form_says_what_the_tuning_api_costs_at_most(still: AppServices) -> None:
     base, rate, job, api, *_ = place_chosen(HOSTED["place"])
     assert (base["visible"], rate["value"], job["visible"], api["visible"]) == (False, 2e-4, False, True)
     assert place_chosen("This machine")[1]["value"] == RunConfig.model_fields["learning_rate"].default

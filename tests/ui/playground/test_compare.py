@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from inference.types import Answer, Event, Partial, Request, Waiting
+from inference.types import Answer, Event, Queued, Request, TextUpdate
 from recipes import Recipe, parse
 from rewards import score_recipes
 from ui.playground.compare import Comparison, compare
@@ -90,7 +90,7 @@ def test_closing_the_generator_stops_the_models(photo: np.ndarray) -> None:
     stopped = threading.Event()
 
     def ask(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
-        yield Waiting(0)
+        yield Queued(0)
         cancel.wait(10)
         stopped.set()
 
@@ -103,7 +103,7 @@ def test_closing_the_generator_stops_the_models(photo: np.ndarray) -> None:
 def test_snapshots_do_not_come_faster_than_asked(photo: np.ndarray) -> None:
     def ask(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
         for count in range(200):
-            yield Partial(0, "word " * count)
+            yield TextUpdate(0, "word " * count)
             time.sleep(0.001)
         yield Answer(0, "end")
 

@@ -15,12 +15,12 @@ from inference.registry import MODELS
 from inference.types import SKILLS, Request
 from recipes import read_recipe
 from rewards import REWARDS, RewardFunction
-from storage.reward_functions import Store
+from storage.reward_functions import RewardFunctionStore
 from ui.playground import reward_functions
 from ui.playground import tab as playground
 from ui.playground.compare import Comparison, compare
 from ui.playground.grid import GRID_HTML, grid_value
-from ui.playground.link import Setup
+from ui.playground.link import PlaygroundSettings
 from ui.playground.picker import check_choice, choices
 from ui.playground.report import report
 
@@ -29,8 +29,8 @@ HOSTILE = '<img src=x onerror="alert(1)">'
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(f"sqlite:///{tmp_path / 'store.sqlite3'}")
+def store(tmp_path: Path) -> RewardFunctionStore:
+    return RewardFunctionStore(f"sqlite:///{tmp_path / 'store.sqlite3'}")
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def session(photo: np.ndarray, tmp_path: Path, fakes: None) -> playground.Sessio
     path = tmp_path / "my photo.png"
     Image.fromarray(photo).save(path)
     *_, last = compare(["one"], Request(photo, "recipe", n=3, seed=5), threading.Event(), every=0.0)
-    setup = Setup(models=("one",), n=3, seed=5)
+    setup = PlaygroundSettings(models=("one",), n=3, seed=5)
     return playground.Session("run", threading.Event(), str(path), setup, last.without_pictures())
 
 
@@ -199,7 +199,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
-def test_saving_loading_renaming_and_deleting(store: Store, quiet: list[str]) -> None:
+def test_saving_loading_renaming_and_deleting(store: RewardFunctionStore, quiet: list[str]) -> None:
     weights = (0.25, 0.0, 1.0)
     assert reward_functions.save(store, None, " mine ", *weights)["value"] == "mine"
     assert reward_functions.load(store, "mine") == [*weights, "mine"]
@@ -215,18 +215,18 @@ def test_saving_loading_renaming_and_deleting(store: Store, quiet: list[str]) ->
 
 
 @pytest.mark.parametrize("name", ["", None, "x" * 200, "a\x00b"])
-def test_a_name_that_cannot_be_kept_is_refused(store: Store, name: str | None) -> None:
+def test_a_name_that_cannot_be_kept_is_refused(store: RewardFunctionStore, name: str | None) -> None:
     with pytest.raises(gr.Error, match=r"[Nn]ame"):
         reward_functions.save(store, None, name, 1.0, 1.0, 1.0)
 
 
-def test_what_the_store_says_is_escaped(store: Store) -> None:
+def test_what_the_store_says_is_escaped(store: RewardFunctionStore) -> None:
     with pytest.raises(gr.Error) as refused:
         reward_functions.load(store, HOSTILE)
     assert "&lt;img" in refused.value.message and "<img" not in refused.value.message
 
 
-def test_sliders_at_zero_cannot_be_saved_or_exported(store: Store) -> None:
+def test_sliders_at_zero_cannot_be_saved_or_exported(store: RewardFunctionStore) -> None:
     for attempt in (
         lambda: reward_functions.save(store, None, "x", 0, 0, 0),
         lambda: reward_functions.write_file("x", 0, 0, 0),
@@ -237,7 +237,7 @@ def test_sliders_at_zero_cannot_be_saved_or_exported(store: Store) -> None:
 
 def test_a_damaged_store_leaves_the_page_alone(tmp_path: Path, quiet: list[str]) -> None:
     (tmp_path / "bad.sqlite3").write_bytes(b"no database" * 100)
-    damaged = Store(f"sqlite:///{tmp_path / 'bad.sqlite3'}")
+    damaged = RewardFunctionStore(f"sqlite:///{tmp_path / 'bad.sqlite3'}")
     assert reward_functions.names(damaged) == []
     assert "damaged" in quiet[0]
     with pytest.raises(gr.Error, match="damaged"):

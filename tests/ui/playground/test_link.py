@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from inference.registry import MODELS
 from inference.types import LENGTHS, MAX_PROMPT, SKILLS
 from rewards import REWARDS, RewardFunction
-from ui.playground.link import LINKED, Setup, link_js, read_link
+from ui.playground.link import LINKED, PlaygroundSettings, link_js, read_link
 from ui.playground.samples import SAMPLES
 
 
 def test_an_empty_address_is_the_default() -> None:
-    assert read_link({}) == (Setup(), [])
-    assert set(Setup().models) <= set(MODELS)
+    assert read_link({}) == (PlaygroundSettings(), [])
+    assert set(PlaygroundSettings().models) <= set(MODELS)
 
 
 def test_everything_can_be_linked() -> None:
@@ -27,7 +27,7 @@ def test_everything_can_be_linked() -> None:
     }  # fmt: skip
     setup, problems = read_link(query)
     assert problems == []
-    assert setup == Setup(
+    assert setup == PlaygroundSettings(
         query["photo"], ("moondream2", "moondream-tiny"), "detect", "a cup", "short", 8, 0.5, 99,
         RewardFunction({"sharpness": 0.3, "creativity": 0.7}),
     )  # fmt: skip
@@ -45,7 +45,7 @@ def test_everything_can_be_linked() -> None:
 )  # fmt: skip
 def test_what_cannot_be_used_is_named_and_left_at_its_default(name: str, value: str) -> None:
     setup, problems = read_link({name: value, "prompt": "kept"})
-    assert setup == Setup(prompt="kept")
+    assert setup == PlaygroundSettings(prompt="kept")
     assert len(problems) == 1 and problems[0].startswith(f"{name}: ")
 
 

@@ -12,7 +12,7 @@ import pytest
 from inference.types import Answer, Event, InferenceError, Request
 from storage.database import Database
 from training.runs.run import Run, RunConfig, Runs
-from ui.playground.metering import Meter
+from ui.playground.metering import ComparisonMeter
 from usage.analytics import Usage
 from usage.budgets import Budget, Budgets
 from usage.events import Deployment
@@ -23,13 +23,13 @@ from usage.time_window import Filter
 
 
 @pytest.fixture
-def meter(tmp_path: Path) -> Meter:
+def meter(tmp_path: Path) -> ComparisonMeter:
     """A meter on a machine whose price is known."""
     recorder = Recorder(Database(f"sqlite:///{tmp_path / 'x.sqlite3'}"), tmp_path / "spool", Deployment("topic", "c0"))
-    return Meter(recorder, Prices(), "cpu-upgrade")
+    return ComparisonMeter(recorder, Prices(), "cpu-upgrade")
 
 
-def recorded(meter: Meter) -> dict[str, Call]:
+def recorded(meter: ComparisonMeter) -> dict[str, Call]:
     meter.recorder.flush()
     return {call.model: call for call in Usage(meter.recorder._database).recent(Filter("week"))}
 
@@ -41,7 +41,7 @@ def says(name: str, request: Request, cancel: threading.Event) -> Iterator[Event
         yield Answer(index, "exposure +20", tokens_in=740, tokens_out=9, seconds=3.6, first_token_seconds=0.5)
 
 
-def test_each_model_is_one_event_with_its_numbers(meter: Meter, photo: np.ndarray) -> None:
+def test_each_model_is_one_event_with_its_numbers(meter: ComparisonMeter, photo: np.ndarray) -> None:
     request = Request(photo, "recipe", n=2)
     for _ in meter.compare(["fine", "broken"], request, threading.Event(), "api", "tab", says, every=0.0):
         pass
@@ -55,7 +55,7 @@ def test_each_model_is_one_event_with_its_numbers(meter: Meter, photo: np.ndarra
     assert fine.request_id == broken.request_id and fine.session == "tab"
 
 
-def test_a_page_that_goes_away_is_counted_as_cancelled(meter: Meter, photo: np.ndarray) -> None:
+def test_a_page_that_goes_away_is_counted_as_cancelled(meter: ComparisonMeter, photo: np.ndarray) -> None:
     begun, ended = threading.Event(), threading.Event()
 
     def slow(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
@@ -78,7 +78,7 @@ def test_a_page_that_goes_away_is_counted_as_cancelled(meter: Meter, photo: np.n
     assert recorded(meter)["slow"].outcome == "cancelled"
 
 
-def test_a_run_counts_each_step_once_however_often_it_is_read(meter: Meter, tmp_path: Path) -> None:
+def test_a_run_counts_each_step_once_however_often_it_is_read(meter: ComparisonMeter, tmp_path: Path) -> None:
     run: Run = Runs(tmp_path / "runs").create(RunConfig(base="tiny", reward={"sharpness": 1.0}, seed=1))
     run.set_status(state="done", ended=time.time())
     for step in (1, 2, 3):
@@ -93,7 +93,9 @@ def test_a_run_counts_each_step_once_however_often_it_is_read(meter: Meter, tmp_
 HOSTED = "moondream3-preview"
 
 
-def test_hosted_calls_cost_what_their_tokens_do_and_stop_at_the_budget(meter: Meter, photo: np.ndarray) -> None:
+def test_hosted_calls_cost_what_their_tokens_do_and_stop_at_the_budget(
+    meter: ComparisonMeter, photo: np.ndarray
+) -> None:
     budgets = Budgets(meter.recorder._database)
     paid = replace(meter, budgets=budgets)
 

@@ -15,10 +15,10 @@ from starlette.datastructures import QueryParams
 
 from storage.reward_functions import StoreError
 from tests.training.runs.test_queue import FAKE
-from ui.services import House
+from ui.services import AppServices
 from ui.usage import tab as dashboard
 from ui.usage import view as dashboard_view
-from ui.usage.tab import FIELDS, Chosen, from_link, look, looked
+from ui.usage.tab import FIELDS, DashboardFilter, from_link, look, looked
 from ui.usage.view import LINES, NAME, money, seconds, words
 from usage.analytics import Usage
 from usage.budgets import Budget
@@ -30,24 +30,24 @@ HOSTILE = "<img src=x onerror=window.hacked=1>${window.hacked=2}{{constructor}}"
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    made = House.open(tmp_path / "data", f"sqlite:///{tmp_path / 'store.sqlite3'}", FAKE)
+def services(tmp_path: Path) -> Iterator[AppServices]:
+    made = AppServices.open(tmp_path / "data", f"sqlite:///{tmp_path / 'store.sqlite3'}", FAKE)
     yield made
     made.worker.stop()
     made.meter.recorder.close()
 
 
-def record(house: House, count: int = 1, **changes: Any) -> None:
+def record(services: AppServices, count: int = 1, **changes: Any) -> None:
     values: dict[str, Any] = {"model": "moondream-tiny", "skill": "recipe", "latency": 0.2, **changes}
     ago = values.pop("ago", 60.0)
     for _ in range(count):
-        house.meter.recorder.record(Event(time=datetime.now(timezone.utc) - timedelta(seconds=ago), **values))
-    house.meter.recorder.flush()
+        services.meter.recorder.record(Event(time=datetime.now(timezone.utc) - timedelta(seconds=ago), **values))
+    services.meter.recorder.flush()
 
 
-def ask(house: House, **changes: Any) -> dict[str, Any]:
+def ask(services: AppServices, **changes: Any) -> dict[str, Any]:
     """What the page is given for these filters."""
-    value = look(house, None, *[getattr(Chosen(**changes), name) for name in FIELDS])[0]
+    value = look(services, None, *[getattr(DashboardFilter(**changes), name) for name in FIELDS])[0]
     assert json.loads(json.dumps(value)) == value
     return value
 
@@ -93,10 +93,10 @@ def test_what_is_not_known_is_not_zero() -> None:
     assert words("error_rate", 0.0) == "0 %" and words("error_rate", 1 / 3) == "33.33 %"
 
 
-def test_figures_say_what_changed_and_whether_that_is_good(house: House) -> None:
-    record(house, 4, latency=0.2, cost=0.002, cost_basis="reported")
-    record(house, 2, latency=0.4, ago=2 * 3600.0 - 60)
-    value = ask(house, period="hour")
+def test_figures_say_what_changed_and_whether_that_is_good(services: AppServices) -> None:
+    record(services, 4, latency=0.2, cost=0.002, cost_basis="reported")
+    record(services, 2, latency=0.4, ago=2 * 3600.0 - 60)
+    value = ask(services, period="hour")
     assert figure(value, "Calls") | {"judged": ""} == figure(value, "Calls")
     assert (figure(value, "Calls")["value"], figure(value, "Calls")["change"]) == ("4", "+100.0 %")
     assert figure(value, "Latency p50")["judged"] == "better" and figure(value, "Latency p50")["before"] == "400 ms"
@@ -104,39 +104,39 @@ def test_figures_say_what_changed_and_whether_that_is_good(house: House) -> None
     assert not value["quiet"] and value["period"].endswith("before.")
 
 
-def test_a_quiet_period_is_said_to_be_one(house: House) -> None:
-    assert ask(house)["quiet"] is True
-    record(house)
-    assert ask(house)["quiet"] is False and ask(house, models=("moondream2",))["quiet"] is True
+def test_a_quiet_period_is_said_to_be_one(services: AppServices) -> None:
+    assert ask(services)["quiet"] is True
+    record(services)
+    assert ask(services)["quiet"] is False and ask(services, models=("moondream2",))["quiet"] is True
 
 
-def test_branches_are_compared_side_by_side_and_names_are_text(house: House) -> None:
+def test_branches_are_compared_side_by_side_and_names_are_text(services: AppServices) -> None:
     long = "b" * 5_000
     for branch in ("main", HOSTILE, long, "مرحبا"):
-        record(house, branch=branch)
-    value = ask(house, branches=("main", HOSTILE))
+        record(services, branch=branch)
+    value = ask(services, branches=("main", HOSTILE))
     assert [row["name"] for row in value["branches"]] == ["main", HOSTILE]
     assert all(len(row["cells"]) == len(value["heads"]) for row in value["branches"])
-    shown = [line["name"] for line in ask(house)["charts"][0]["lines"]]
+    shown = [line["name"] for line in ask(services)["charts"][0]["lines"]]
     assert HOSTILE in shown and max(map(len, shown)) <= max(NAME, len(HOSTILE))
-    options = look(house, None, *[getattr(Chosen(), name) for name in FIELDS])[4]
+    options = look(services, None, *[getattr(DashboardFilter(), name) for name in FIELDS])[4]
     assert long in options.branches, "the filter takes the whole name"
-    assert figure(ask(house, branches=(long,)), "Calls")["value"] == "1"
+    assert figure(ask(services, branches=(long,)), "Calls")["value"] == "1"
 
 
-def test_many_lines_become_few_that_add_up_and_keep_their_colour(house: House) -> None:
+def test_many_lines_become_few_that_add_up_and_keep_their_colour(services: AppServices) -> None:
     for place in range(12):
-        record(house, 12 - place, branch=f"b{place}", cost=0.001, cost_basis="reported")
-    calls, _, cost = ask(house)["charts"]
+        record(services, 12 - place, branch=f"b{place}", cost=0.001, cost_basis="reported")
+    calls, _, cost = ask(services)["charts"]
     assert [line["name"] for line in calls["lines"]] == [*(f"b{n}" for n in range(LINES - 1)), "5 others"]
     assert [line["name"] for line in cost["lines"]] == [line["name"] for line in calls["lines"]]
     assert sum(value or 0 for line in calls["lines"] for value in line["values"]) == sum(range(1, 13))
 
 
-def test_errors_rewards_and_unknown_prices_are_shown(house: House) -> None:
-    record(house, 2, outcome="error", error="provider")
-    record(house, reward=0.5, model="other", cost=0.01, cost_basis="estimated")
-    value = ask(house)
+def test_errors_rewards_and_unknown_prices_are_shown(services: AppServices) -> None:
+    record(services, 2, outcome="error", error="provider")
+    record(services, reward=0.5, model="other", cost=0.01, cost_basis="estimated")
+    value = ask(services)
     assert value["errors"] == [{"name": "provider", "share": 1.0, "words": "2"}]
     assert {one["name"]: one["words"] for one in value["amounts"]} == {"moondream-tiny": "unknown", "other": "$0.0100"}
     dots = {dot["name"]: dot for dot in value["dots"]}
@@ -147,31 +147,31 @@ def test_errors_rewards_and_unknown_prices_are_shown(house: House) -> None:
 
 
 def test_a_custom_period_is_on_the_walls_clock_of_its_zone() -> None:
-    wanted = Chosen(
+    wanted = DashboardFilter(
         period="custom", zone="Asia/Kathmandu", start="2026-11-23 12:00:00", end="2026-11-23 18:00"
     ).filter()
     assert wanted.start is not None and wanted.start.astimezone(timezone.utc).hour == 6
     with pytest.raises(FilterError, match="2026-11-23 18:00"):
-        Chosen(period="custom", start="yesterday", end="2026-11-23").filter()
+        DashboardFilter(period="custom", start="yesterday", end="2026-11-23").filter()
 
 
 @pytest.mark.parametrize(
     "changes", [{"period": "custom"}, {"period": "aeon"}, {"period": "custom", "start": "x", "end": "y"}]
 )
-def test_a_filter_that_cannot_be_says_why_in_the_page(house: House, changes: dict[str, Any]) -> None:
-    assert len(ask(house, **changes)["error"]) > 20
+def test_a_filter_that_cannot_be_says_why_in_the_page(services: AppServices, changes: dict[str, Any]) -> None:
+    assert len(ask(services, **changes)["error"]) > 20
 
 
-def test_a_database_that_is_down_is_said_in_the_page(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_that_is_down_is_said_in_the_page(services: AppServices, monkeypatch: pytest.MonkeyPatch) -> None:
     def down(*_: Any, **__: Any) -> None:
         raise StoreError("database", "The database cannot be reached.")
 
     monkeypatch.setattr(Usage, "options", down)
-    assert ask(house) == {"error": "The database cannot be reached."}
+    assert ask(services) == {"error": "The database cannot be reached."}
 
 
-def test_nothing_is_computed_while_the_tab_is_closed(house: House) -> None:
-    shown = looked(house, False, None, *[getattr(Chosen(), name) for name in FIELDS])
+def test_nothing_is_computed_while_the_tab_is_closed(services: AppServices) -> None:
+    shown = looked(services, False, None, *[getattr(DashboardFilter(), name) for name in FIELDS])
     assert all(part == gr.skip() for part in shown)
 
 
@@ -193,7 +193,7 @@ def test_the_address_carries_every_filter() -> None:
     )
     assert values["branches"] == ["a,b", "c"] and (values["period"], values["by"]) == ("week", "model")
     assert values["zone"] == "Asia/Tokyo" and here and tab.selected == dashboard.TAB
-    assert Chosen.of([values[name] for name in FIELDS]).branches == ("a,b", "c")
+    assert DashboardFilter.of([values[name] for name in FIELDS]).branches == ("a,b", "c")
 
 
 @pytest.mark.parametrize("query", ["", "models=moondream-tiny&n=2"])
@@ -211,28 +211,28 @@ def test_a_hostile_address_is_left_at_defaults() -> None:
     assert len(values["models"]) == dashboard.MANY
 
 
-def test_a_budget_is_set_shown_and_removed(house: House) -> None:
+def test_a_budget_is_set_shown_and_removed(services: AppServices) -> None:
     def click(**data: Any) -> None:
-        dashboard.budget(house, gr.EventData(None, data))
+        dashboard.budget(services, gr.EventData(None, data))
 
     click(do="set", branch=" main ", limit="0.01", stop=True)
-    record(house, branch="main", cost=0.009, cost_basis="reported")
-    shown = ask(house)["budgets"]
+    record(services, branch="main", cost=0.009, cost_basis="reported")
+    shown = ask(services)["budgets"]
     assert [(one["name"], one["state"], one["stop"]) for one in shown] == [("main", "warning", True)]
     assert shown[0]["words"].startswith("$0.00900 of $0.0100 this month (UTC), 90 %")
     click(do="remove", branch="main")
-    assert ask(house)["budgets"] == []
+    assert ask(services)["budgets"] == []
     for limit in ("", "-1", "nan", "inf", "much", None):
         with pytest.raises(gr.Error):
             click(do="set", branch="main", limit=limit)
-    assert house.budgets.list() == ()
-    house.budgets.set(Budget(HOSTILE, 5))
-    assert ask(house)["budgets"][0]["name"] == HOSTILE
+    assert services.budgets.list() == ()
+    services.budgets.set(Budget(HOSTILE, 5))
+    assert ask(services)["budgets"][0]["name"] == HOSTILE
 
 
-def test_the_demonstration_load_is_real_calls_of_the_embedded_model(house: House) -> None:
-    list(dashboard.demonstrate(house))
-    value = ask(house)
+def test_the_demonstration_load_is_real_calls_of_the_embedded_model(services: AppServices) -> None:
+    list(dashboard.demonstrate(services))
+    value = ask(services)
     assert int(figure(value, "Calls")["value"]) == 2 * len(dashboard.DEMONSTRATION)
     assert int(figure(value, "Tokens")["value"].replace(",", "")) > 100
     assert {row[3] for row in value["recent"]} == set(dashboard.DEMONSTRATION)
