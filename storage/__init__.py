@@ -1,1 +1,1 @@
-"""The database: connection, schema, migrations and saved reward functions."""
+"""The database (connection, schema, migrations, saved reward functions) and atomic file writes."""
