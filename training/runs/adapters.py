@@ -1,7 +1,7 @@
-"""Tuned models in service: a run's adapter joins MODELS beside its base and leaves it again. No torch here.
+"""Tuned models in the model registry: enable and disable a run's adapter, and check adapter files.
 
-What is in service is written to a file beside the runs, so that a restart brings it back. An adapter is looked at
-before it is let in: only safetensors, only for its own base, only shapes that fit.
+An adapter is checked before it is enabled: it must be a safetensors file for the run's base model with matching
+shapes. Enabled runs are stored beside the runs and restored at startup. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,28 +9,37 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import struct
 import threading
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from inference import availability as weights
-from inference.registry import MODELS, ModelSpec
-from training.runs.run import Run, RunError, Runs, write_whole
+from safetensors import SafetensorError, safe_open
 
-ADAPTER = "adapter_model.safetensors"
-PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-MAX_HEADER = 16 * 2**20  # bytes of a list of tensors
-PREFIX = "base_model.model."
+from inference import availability
+from inference.registry import MODELS, ModelSpec
+from storage.files import write_atomically
+from training.runs.run import Run, RunError, RunStore
+
+ADAPTER_FILE = "adapter_model.safetensors"
+PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+PEFT_PREFIX = "base_model.model."
 _log = logging.getLogger(__name__)
 
 
 class AdapterRegistry:
-    """The runs whose models are in service. `version` grows with every change, so that a page knows that it is old."""
+    """The runs whose tuned models are in a model registry.
 
-    def __init__(self, runs: Runs, models: MutableMapping[str, ModelSpec] = MODELS) -> None:
+    Args:
+        runs: The store of runs.
+        models: The registry, MODELS by default.
+
+    Attributes:
+        version: Grows with every change, so that pages can tell when their model lists are outdated.
+    """
+
+    def __init__(self, runs: RunStore, models: MutableMapping[str, ModelSpec] = MODELS) -> None:
         self.runs = runs
         self.models = models
         self.version = 0
@@ -38,19 +47,19 @@ class AdapterRegistry:
         self._lock = threading.RLock()
 
     def load(self) -> None:
-        """Brings back what was in service, and lets in what has won while nobody looked."""
+        """Restore the enabled models at startup, and auto-enable runs that won in the meantime."""
         with self._lock:
-            for name in self._read()["used"]:
+            for run_id in self._read()["used"]:
                 try:
-                    run = self.runs.get(name)
-                    self._enter(run, self._entry(run))
+                    run = self.runs.get(run_id)
+                    self._register(run, self._spec(run))
                 except RunError as error:
-                    _log.warning("%s is not in service: %s", name, error)
+                    _log.warning("The tuned model of %s was not restored: %s", run_id, error)
             for run in self.runs.list():
-                self.settle(run)
+                self.auto_enable(run)
 
-    def settle(self, run: Run) -> bool:
-        """Lets a run's model in if the run is done and has won, once: who sends it away later is not contradicted."""
+    def auto_enable(self, run: Run) -> bool:
+        """Enable a run's model if the run is done and won. Happens once per run; a manual `disable` is final."""
         result = run.result()
         if run.status().state != "done" or not result or not result.get("wins"):
             return False
@@ -58,194 +67,212 @@ class AdapterRegistry:
             if run.id in self._read()["settled"]:
                 return False
             try:
-                self.use(run)
+                self.enable(run)
             except (RunError, OSError) as error:
-                _log.warning("%s won and cannot be used: %s", run.id, error)
+                _log.warning("%s won but cannot be used: %s", run.id, error)
                 return False
         return True
 
-    def use(self, run: Run) -> ModelSpec:
-        """Puts the run's model beside its base. Raises RunError when its adapter cannot be used."""
+    def enable(self, run: Run) -> ModelSpec:
+        """Add the run's model to the registry. Raises RunError if its adapter cannot be used."""
         with self._lock:
-            entry = self._entry(run)
-            kept = self._read()
-            kept["used"] = [name for name in kept["used"] if name != run.id] + [run.id]
-            self._write(kept, run.id)
-            self._enter(run, entry)
-        return entry
+            spec = self._spec(run)
+            state = self._read()
+            state["used"] = [run_id for run_id in state["used"] if run_id != run.id] + [run.id]
+            self._write(state, run.id)
+            self._register(run, spec)
+        return spec
 
-    def revert(self, name: str) -> None:
-        """Takes a run's model out of service; its base is what it was. Raises RunError when it is not in service."""
+    def disable(self, run_id: str) -> None:
+        """Remove a run's model from the registry. Raises RunError if it is not enabled."""
         with self._lock:
-            kept = self._read()
-            if name not in kept["used"]:
-                raise RunError("This run's model is not in service.")
-            kept["used"].remove(name)
-            self._write(kept, name)
-            self.models.pop(model_name(name), None)
+            state = self._read()
+            if run_id not in state["used"]:
+                raise RunError("This run's model is not in use.")
+            state["used"].remove(run_id)
+            self._write(state, run_id)
+            self.models.pop(model_name(run_id), None)
             self.version += 1
 
-    def uses(self, name: str) -> bool:
-        """Whether the model of the run with this id is in service."""
-        return model_name(name) in self.models
+    def is_enabled(self, run_id: str) -> bool:
+        """Whether the run's model is in the registry."""
+        return model_name(run_id) in self.models
 
-    def front(self) -> list[str]:
-        """The names of the newest model in service and, before it, of what it came from; none when none is."""
-        for name in reversed(self._read()["used"]):
-            with contextlib.suppress(RunError):  # its folder may have been removed by hand
-                if self.uses(name):
-                    return [self._before(self.runs.get(name)), model_name(name)]
+    def newest_with_base(self) -> list[str]:
+        """Return the names of the newest enabled model and of its base, base first; empty if none is enabled."""
+        for run_id in reversed(self._read()["used"]):
+            with contextlib.suppress(RunError):  # the run's folder may have been removed by hand
+                if self.is_enabled(run_id):
+                    run = self.runs.get(run_id)
+                    parent = self.find_run(run.config().base)
+                    if parent and self.is_enabled(parent.id):
+                        return [model_name(parent.id), model_name(run_id)]
+                    return [self.base_model(run).name, model_name(run_id)]
         return []
 
-    def base(self, run: Run) -> ModelSpec:
-        """The model whose weights are under a run's adapter. Raises RunError."""
-        seen: set[str] = set()
-        at, base = run, run.config().base
-        while base not in self.models or base.startswith("run-"):
-            earlier = self.earlier(base)
-            if earlier is None or earlier.id in seen:
-                return self._said_base(run, at)
-            seen.add(earlier.id)
-            at, base = earlier, earlier.config().base
-        return self.models[base]
+    def base_model(self, run: Run) -> ModelSpec:
+        """Return the model whose weights are under a run's adapter. Raises RunError."""
+        chain, base = base_chain(run, self.models)
+        if base in self.models and not base.startswith("run-"):
+            return self.models[base]
+        for member in (run, chain[-1]):  # a run in between was deleted, but results name the base model as well
+            name = (member.result() or {}).get("base_model")
+            if isinstance(name, str) and name in self.models:
+                return self.models[name]
+        raise RunError("The base model of this run is not available.")
 
-    def earlier(self, base: str) -> Run | None:
-        """The run that a config's base names, by its model or its folder; None for a model that is no run's."""
+    def find_run(self, base: str) -> Run | None:
+        """Return the run in the store that a config's `base` names by model name or folder; None for other models."""
         try:
             return self.runs.get(Path(base).name.removeprefix("run-"))
         except RunError:
             return None
 
-    def _said_base(self, *runs: Run) -> ModelSpec:
-        """What the runs' results say of their base, where the run in between has been deleted."""
-        for run in runs:
-            said = (run.result() or {}).get("base_model")
-            if isinstance(said, str) and said in self.models:
-                return self.models[said]
-        raise RunError("The model that this run started from is not on offer (any more).")
-
-    def _before(self, run: Run) -> str:
-        earlier = self.earlier(run.config().base)
-        return model_name(earlier.id) if earlier and self.uses(earlier.id) else self.base(run).name
-
-    def _entry(self, run: Run) -> ModelSpec:
-        base, found, config = self.base(run), run.result() or {}, run.config()
-        wins = found.get("wins")
-        proof = "It won on photos that it had not seen." if wins else "It was not shown to be better than its base."
-        note = f"{base.title}, tuned here for {reward_words(config.reward)} in {config.steps:,} steps. {proof}"
-        told = {"name": model_name(run.id), "title": title(run), "note": note}
-        if config.where == "hosted":  # its weights are on the server that trained it
-            if not isinstance(found.get("model"), str):
-                raise RunError("This run saved no checkpoint that could be asked.")
-            return replace(base, **told, remote_id=found["model"])
+    def _spec(self, run: Run) -> ModelSpec:
+        """Build the registry entry of a run's model. Raises RunError if its adapter cannot be used."""
+        base, result, config = self.base_model(run), run.result() or {}, run.config()
+        verdict = "Better than its base" if result.get("wins") else "Not shown to be better than its base"
+        note = (
+            f"{base.title}, fine-tuned here for {format_weights(config.reward)} in {config.steps:,} steps. "
+            f"{verdict} on held-out photos."
+        )
+        name, title = model_name(run.id), run_title(run)
+        if config.backend == "hosted":  # the weights are on the server that trained it
+            if not isinstance(result.get("model"), str):
+                raise RunError("This run saved no checkpoint that can be used.")
+            return replace(base, name=name, title=title, note=note, remote_id=result["model"])
         check_adapter(run.adapter, base)
-        return replace(base, **told, adapter=str(run.adapter))
+        return replace(base, name=name, title=title, note=note, adapter=str(run.adapter))
 
-    def _enter(self, run: Run, entry: ModelSpec) -> None:
-        self.models[model_name(run.id)] = entry
+    def _register(self, run: Run, spec: ModelSpec) -> None:
+        self.models[model_name(run.id)] = spec
         self.version += 1
 
     def _read(self) -> dict[str, list[str]]:
+        """Read the ids of enabled runs ("used") and of runs that were enabled or disabled before ("settled")."""
         try:
-            kept = json.loads(self._file.read_text(encoding="utf-8"))
-            return {key: [str(name) for name in kept[key]] for key in ("used", "settled")}
+            state = json.loads(self._file.read_text(encoding="utf-8"))
+            return {key: [str(run_id) for run_id in state[key]] for key in ("used", "settled")}
         except (OSError, ValueError, TypeError, KeyError):
             return {"used": [], "settled": []}
 
-    def _write(self, kept: dict[str, list[str]], decided: str) -> None:
-        there = {run.id for run in self.runs.list()}
-        kept = {key: [name for name in names if name in there] for key, names in kept.items()}
-        kept["settled"] = list(dict.fromkeys([*kept["settled"], decided]))
+    def _write(self, state: dict[str, list[str]], settled: str) -> None:
+        existing = {run.id for run in self.runs.list()}
+        state = {key: [run_id for run_id in ids if run_id in existing] for key, ids in state.items()}
+        state["settled"] = list(dict.fromkeys([*state["settled"], settled]))
         try:
-            write_whole(self._file, json.dumps(kept))
+            write_atomically(self._file, json.dumps(state))
         except OSError as error:
-            raise RunError(f"This could not be written down ({error.strerror}). Free some space.") from None
+            raise RunError(f"Could not save the change ({error.strerror}). Free some disk space.") from None
+
+
+def base_chain(run: Run, models: Mapping[str, ModelSpec] = MODELS) -> tuple[list[Run], str]:
+    """Follow a run's `base` through the runs that it continues, down to the model that was first trained.
+
+    Args:
+        run: A run.
+        models: Registry in which the base model is looked up.
+
+    Returns:
+        The runs from `run` to the oldest one, and the oldest one's base: a name in `models`, or whatever its config
+        names if that is neither a model nor an existing run.
+
+    Raises:
+        RunError: If a config cannot be read, or the runs continue each other in a circle.
+    """
+    chain = [run]
+    while True:
+        base = chain[-1].config().base
+        if base in models and not base.startswith("run-"):
+            return chain, base
+        sibling = Run(run.folder.parent / Path(base).name.removeprefix("run-"))  # also after the store was moved
+        parent = next((other for other in (sibling, Run(base)) if (other.folder / "config.json").is_file()), None)
+        if parent is None:
+            return chain, base
+        if any(parent.folder.resolve() == other.folder.resolve() for other in chain):
+            raise RunError("The runs continue each other in a circle.")
+        chain.append(parent)
 
 
 def model_name(run_id: str) -> str:
-    """A run's name in MODELS."""
+    """Return the name of a run's model in MODELS."""
     return f"run-{run_id}"
 
 
-def title(run: Run) -> str:
-    """What a run is called: its own name, or what it was tuned for."""
+def run_title(run: Run) -> str:
+    """Return a run's display name, by default the rewards that it was tuned for."""
     config = run.config()
-    return config.name or f"tuned: {reward_words(config.reward)}"
+    return config.name or f"tuned: {format_weights(config.reward)}"
 
 
-def reward_words(weights: Mapping[str, float]) -> str:
-    """Weights as a person reads them: `sharpness 1, colour 0.5`."""
+def format_weights(weights: Mapping[str, float]) -> str:
+    """Format reward weights for display, as in `sharpness 1, colour 0.5`."""
     return ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
 
 
 def check_adapter(folder: Path, base: ModelSpec) -> None:
-    """Whether an adapter may be put on a base: reads headers, runs nothing. Raises RunError with the reason."""
-    file = folder / ADAPTER
+    """Check that an adapter can be loaded onto a base model, by reading headers only.
+
+    Args:
+        folder: The adapter's folder in PEFT's layout.
+        base: The base model.
+
+    Raises:
+        RunError: If the adapter is missing, a pickle, damaged, for another base, or of other shapes.
+    """
+    file = folder / ADAPTER_FILE
     if not file.is_file():
-        if any((folder / name).exists() for name in PICKLES):
-            raise RunError(
-                "This adapter is a pickle, which could run anything when it is read. Save it as safetensors."
-            )
-        raise RunError("This run has no adapter: it ended before anything was learned, or it was removed.")
-    config = _adapter_config(folder)
-    said = str(config.get("base_model_name_or_path") or "")
-    folder_of_base = weights.model_folder(base)
-    ours = {base.name, base.source, Path(base.source).name, str(folder_of_base)}
-    if said and said not in ours and Path(said).name not in ours:
-        raise RunError(f"This adapter is for another base ({Path(said).name[:60]!r}), not for {base.title}.")
-    if folder_of_base is None:
-        raise RunError(f"{base.title} cannot be used: {weights.missing_files(base)}")
-    _check_shapes(tensors(file), _model_tensors(folder_of_base), base.title)
-
-
-def tensors(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a safetensors file by their names. Raises RunError when it is none."""
-    try:
-        with open(file, "rb") as data:
-            (length,) = struct.unpack("<Q", data.read(8))
-            header = json.loads(data.read(length)) if length <= MAX_HEADER else None
-            size = file.stat().st_size - 8 - length
-        found = {name: part for name, part in header.items() if name != "__metadata__"}  # type: ignore[union-attr]
-        if any(part["data_offsets"][1] > size for part in found.values()):
-            raise ValueError("it is cut off")
-        return {name: tuple(part["shape"]) for name, part in found.items()}
-    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError, IndexError):
-        raise RunError(f"{file.name} is not a whole safetensors file.") from None
-
-
-def _adapter_config(folder: Path) -> dict[str, Any]:
+        if any((folder / name).exists() for name in PICKLE_FILES):
+            raise RunError("This adapter is a pickle, which can execute code when loaded. Save it as safetensors.")
+        raise RunError("This run has no adapter: it ended before saving one, or the adapter was removed.")
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if isinstance(config, dict):
-            return config
     except (OSError, ValueError):
-        pass
-    raise RunError("This adapter has no adapter_config.json that can be read.")
+        config = None
+    if not isinstance(config, dict):
+        raise RunError("This adapter's adapter_config.json is missing or unreadable.")
+    base_folder = availability.model_folder(base)
+    trained_on = str(config.get("base_model_name_or_path") or "")
+    names = {base.name, base.source, Path(base.source).name, str(base_folder)}
+    if trained_on and trained_on not in names and Path(trained_on).name not in names:
+        raise RunError(f"This adapter is for another base ({Path(trained_on).name[:60]!r}), not for {base.title}.")
+    if base_folder is None:
+        raise RunError(f"{base.title} cannot be used: {availability.missing_files(base)}")
+    shapes, base_shapes = tensor_shapes(file), _model_shapes(base_folder)
+    misfits = [name for name in shapes if not _fits(name.removeprefix(PEFT_PREFIX), shapes[name], base_shapes)]
+    if misfits or not shapes:
+        raise RunError(
+            f"This adapter does not fit {base.title}: {len(misfits)} of its {len(shapes)} tensors do not match."
+        )
 
 
-def _model_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
-    first = weights.weights_file(folder)
-    if first.suffix == ".safetensors":
-        return tensors(first)
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shape of each tensor in a safetensors file. Raises RunError if the file is damaged."""
     try:
-        parts = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
+        with safe_open(file, framework="np") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        raise RunError(f"{file.name} is not a complete safetensors file.") from None
+
+
+def _model_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shape of each tensor of a model, from one safetensors file or from a sharded index."""
+    file = availability.weights_file(folder)
+    if file.suffix == ".safetensors":
+        return tensor_shapes(file)
+    try:
+        shards: set[Any] = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise RunError("The list of the base's weights cannot be read.") from None
-    return {name: shape for part in parts for name, shape in tensors(folder / Path(part).name).items()}
-
-
-def _check_shapes(adapter: dict[str, tuple[int, ...]], base: dict[str, tuple[int, ...]], base_title: str) -> None:
-    """Every tensor belongs to a layer of the base and fits it: A is rank x in, B is out x rank."""
-    wrong = [name for name, shape in adapter.items() if not _fits(name.removeprefix(PREFIX), shape, base)]
-    if wrong or not adapter:
-        raise RunError(f"This adapter does not fit {base_title}: {len(wrong)} of its {len(adapter)} tensors do not.")
+        raise RunError("The index of the base model's weights cannot be read.") from None
+    return {name: shape for shard in shards for name, shape in tensor_shapes(folder / Path(shard).name).items()}
 
 
 def _fits(name: str, shape: tuple[int, ...], base: dict[str, tuple[int, ...]]) -> bool:
-    module, _, kind = name.partition(".lora_")
-    layer = base.get(f"{module}.weight", base.get(module))
-    if not kind:
+    """Whether an adapter's tensor matches its layer: A is [rank, in], B is [out, rank], other tensors are equal."""
+    module, _, factor = name.partition(".lora_")
+    if not factor:
         return base.get(name) == shape
-    if layer is None or len(layer) != 2 or len(shape) != 2:
+    layer = base.get(f"{module}.weight", base.get(module))
+    if layer is None or not len(layer) == len(shape) == 2:
         return False
-    return {"A.weight": shape[1] == layer[1], "B.weight": shape[0] == layer[0]}.get(kind, False)
+    return {"A.weight": shape[1] == layer[1], "B.weight": shape[0] == layer[0]}.get(factor, False)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.registry import ModelSpec
-from training.runs.adapters import check_adapter, reward_words, title
+from training.runs.adapters import check_adapter, format_weights, title
 from training.runs.run import Run, RunConfig, RunError
 
 FILES = ("log.txt", "metrics.jsonl", "probes.jsonl", "result.json", "reward.png", "probe.png")
@@ -40,7 +40,7 @@ def push(run: Run, base: ModelSpec, repository: str, token: str, private: bool =
     The token is used for this call and kept nowhere. Raises RunError, in whose message it never is.
     """
     repository, token = repository.strip(), token.strip()
-    if not is_repository(repository):
+    if not is_repo_id(repository):
         raise RunError("Name the repository like owner/name, with letters, digits, '-', '_' and '.' only.")
     if not token:
         raise RunError("A token with write access is needed: huggingface.co/settings/tokens makes one.")
@@ -50,7 +50,7 @@ def push(run: Run, base: ModelSpec, repository: str, token: str, private: bool =
         return _upload(Path(folder), repository, token, private)
 
 
-def is_repository(name: str) -> bool:
+def is_repo_id(name: str) -> bool:
     """Whether this may be the name of a repository of the Hub: owner/name."""
     return bool(_REPOSITORY.fullmatch(name))
 
@@ -133,7 +133,7 @@ def _summary(run: Run, config: RunConfig, base: ModelSpec) -> list[str]:
         f"# {_plain(title(run))}",
         "",
         f"A PEFT adapter for {_plain(base.title)}. It was tuned with GRPO to write photo-editing recipes whose "
-        f"pictures score high in: **{reward_words(config.reward)}**.",
+        f"pictures score high in: **{format_weights(config.reward)}**.",
         "",
         f"- Reward function: `{json.dumps(config.reward)}`",
         f"- Photos: {photos}, at most {config.max_photos:,}",

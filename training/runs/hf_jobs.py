@@ -25,8 +25,9 @@ from huggingface_hub import HfApi, Volume, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from recipes import Recipe, save_picture
-from training.data.sources import CollectError, train_eval_split
-from training.runs.run import Run, RunConfig, RunError, write_whole
+from storage.files import write_atomically
+from training.data.sources import PhotoSourceError, train_eval_split
+from training.runs.run import Run, RunConfig, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 REPOSITORY = "playground-runs"
@@ -38,7 +39,7 @@ EVERY = 5.0  # seconds between two looks whether it was cancelled
 MARK = "@run "
 FINAL = ("done", "cancelled", "failed")
 CODE = ("*.py", "*.json", "*.txt", "*.safetensors", "*.jinja", "*.jpg", "*.png", "*.md", "LICENSE")
-PARTS = ("training", "inference", "recipes", "rewards", "assets")
+PARTS = ("training", "inference", "storage", "recipes", "rewards", "assets")
 COMMAND = (
     f"pip install --quiet --disable-pip-version-check -r {MOUNT}/code/requirements.txt"
     f" && cd {MOUNT}/code && python -m training.runs.job_entrypoint {MOUNT}/runs/$RUN"
@@ -132,7 +133,7 @@ def follow(run: Run, config: RunConfig, phase: Callable[[str], None]) -> dict[st
 
 def _show_probe(run: Run, config: RunConfig) -> None:
     """The photo whose answers are shown while the job works; the job chooses the same one."""
-    with contextlib.suppress(CollectError):
+    with contextlib.suppress(PhotoSourceError):
         _, held_out = train_eval_split(config.photos, config.held_out, config.max_photos, config.seed)
         save_picture(held_out.photos[0], Recipe(), run.folder / "probe.png")
 
@@ -162,7 +163,7 @@ def submit(run: Run, config: RunConfig, api: HfApi) -> Job:
         namespace=owner,
     )
     job = Job(made.id, owner, made.url, config.hardware, repository)
-    write_whole(run.folder / "job.json", json.dumps(asdict(job)))
+    write_atomically(run.folder / "job.json", json.dumps(asdict(job)))
     return job
 
 
@@ -180,9 +181,9 @@ def _write_wish(config: RunConfig, folder: Path) -> None:
         below = before.config()
         while Path(below.base).is_absolute():  # an adapter that went on from another holds all that was learned
             below = Run(below.base).config()
-        write_whole(folder / "base" / "config.json", below.model_copy(update={"where": "here"}).model_dump_json())
+        write_atomically(folder / "base" / "config.json", below.model_copy(update={"where": "here"}).model_dump_json())
         changes["base"] = "base"
-    write_whole(folder / "config.json", config.model_copy(update=changes).model_dump_json())
+    write_atomically(folder / "config.json", config.model_copy(update=changes).model_dump_json())
 
 
 def _copy(source: Path, to: Path) -> None:
@@ -200,7 +201,7 @@ def _listen(run: Run, job: Job, api: HfApi) -> dict[str, Any]:
     """
     told: dict[str, Any] = {}
     read = 0
-    run.forget_after(-1)
+    run.truncate_after(-1)
     for following in (True, False):
         lines = api.fetch_job_logs(job_id=job.id, namespace=job.owner, follow=following)
         for place, line in enumerate(lines, 1):

@@ -1,7 +1,7 @@
-"""A run inside the request that asked for it: on ZeroGPU hardware nothing else has a GPU.
+"""Execute a run inside the request that submitted it, as ZeroGPU Spaces require.
 
-There `spaces` forks a process off for the call, with a GPU for so many seconds of the visitor's quota. Off that
-hardware the decorator gives the function back as it is, and the run works in the process of the page.
+On ZeroGPU hardware, `spaces.GPU` forks a process with a GPU for a limited time, charged to the visitor's quota.
+Elsewhere the decorator returns the function unchanged, and the run is executed in the application's process.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import spaces
 
 from training.runs.run import Run
 
-STARTING, MOST = 30, 300  # seconds: to start with, and what is asked for at most; a run that needs more is resumed
+STARTUP_SECONDS, MAX_SECONDS = 30, 300  # a longer run is resumed
 
 
-def seconds(folder: str) -> int:
-    """What a run asks of the quota: a guess, on the long side."""
-    return min(MOST, STARTING + Run(Path(folder)).config().steps)
+def gpu_seconds(folder: str) -> int:
+    """Estimate the GPU time that a run needs, in seconds, rather too long than too short."""
+    return min(MAX_SECONDS, STARTUP_SECONDS + Run(Path(folder)).config().steps)
 
 
-@spaces.GPU(duration=seconds)
-def do(folder: str) -> None:
-    """Does the run, to its end; its folder says how it ended. In a forked process only the folder comes back."""
-    from training.grpo import train as grpo
+@spaces.GPU(duration=gpu_seconds)
+def run_inline(folder: str) -> None:
+    """Execute a run to its end. Its folder holds the outcome; a forked process returns nothing else."""
+    from training.grpo.__main__ import run_in_process
 
-    grpo.inside(Run(Path(folder)))
+    run_in_process(Run(Path(folder)))

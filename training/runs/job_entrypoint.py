@@ -16,8 +16,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 
 from inference.registry import MODELS
+from storage.files import write_atomically
 from training.runs.hf_jobs import EVERY, MARK, OUT
-from training.runs.run import Run, RunConfig, write_whole
+from training.runs.run import Run, RunConfig
 
 
 def main() -> int:
@@ -57,7 +58,7 @@ def _settle_paths(run: Run) -> RunConfig:
     config = run.config()
     changes = {key: str(run.folder / key) for key in ("photos", "held_out", "base") if getattr(config, key) == key}
     config = config.model_copy(update=changes)
-    write_whole(run.folder / "config.json", config.model_dump_json())
+    write_atomically(run.folder / "config.json", config.model_dump_json())
     return config
 
 

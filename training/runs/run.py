@@ -1,19 +1,20 @@
-"""Runs: a training run is a folder. Its settings, its state, what it wrote, and whether it still works. No torch here.
+"""Training runs as folders: config, status, metrics, log and results of one run, and the store of all runs.
 
-A run's folder holds
-    config.json     RunConfig: what was asked
-    status.json     Status: where it stands, replaced as a whole at each change
-    metrics.jsonl   one line per logged step
-    probes.jsonl    what the model answers to the same few photos, every few steps
-    log.txt         what the training process printed
-    checkpoint-N/   to go on from
-    adapter/        what was learned, in PEFT's layout
-    result.json     base and tuned on held-out photos
-    job.json        the job that does it, when it works on Hugging Face Jobs
-    hosted.json     the finetune and its step, when it works on Moondream's tuning API
-    reward.png      the curve
-    cancel          asks the process to stop at its next step
-    lock            held by the process while it lives: a killed process leaves it free
+Imports no torch. A run's folder holds:
+
+    config.json     RunConfig
+    status.json     Status, replaced atomically at each change
+    metrics.jsonl   one row per logged step
+    probes.jsonl    the model's answers to a fixed set of held-out photos, every few steps
+    log.txt         output of the training process
+    checkpoint-N/   checkpoints to resume from
+    adapter/        the trained LoRA adapter in PEFT's layout
+    result.json     scores of the base and the tuned model on held-out photos
+    job.json        the job that executes the run on Hugging Face Jobs
+    hosted.json     the finetune and its step on Moondream's tuning API
+    reward.png      the reward curve
+    cancel          asks the training process to stop at its next step
+    lock            held by the training process while it lives; a killed process releases it
 """
 
 from __future__ import annotations
@@ -31,41 +32,60 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rewards import RewardFunction, RewardFunctionError
+from storage.files import write_atomically
 
 State = Literal["queued", "running", "done", "cancelled", "failed", "interrupted"]
-WHERE = ("here", "jobs", "hosted")
-OVER = ("done", "cancelled", "failed", "interrupted")
+BACKENDS = ("here", "jobs", "hosted")
+FINISHED_STATES = ("done", "cancelled", "failed", "interrupted")
 MAX_RUNS = 50
 MAX_STEPS = 2_000
 MAX_PHOTOS = 1_000
 MAX_NAME = 80
-LOG_TAIL = 64 * 1024  # bytes of a log that are read at most
+PROBE_PHOTOS = 8  # held-out photos that the model answers during training
+MAX_LOG_BYTES = 64 * 1024  # read from the end of a log
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 
 
 class RunError(Exception):
-    """Something cannot be done with a run; the message says why and what to do."""
+    """Raised when an operation on a run is refused. The message says why and what to do."""
 
 
-class RunAborted(Exception):
-    """A run cannot go on; the message says why and what to do."""
+class RunAborted(Exception):  # noqa: N818
+    """Raised when a run cannot continue. The message says why and what to do."""
 
 
 class RunConfig(BaseModel):
-    """What a run is asked to do. `base`, `reward` and `seed` are enough; keys that are not known are refused.
+    """Settings of a training run. `base`, `reward` and `seed` are required; unknown keys are refused.
 
-    base: a name in MODELS, or the folder of another run, whose adapter is trained further.
-    reward: weights 0..1 by reward. photos, held_out: "bundled", a folder, a zip file, or "hub:owner/dataset".
-    steps: updates, unless `epochs` (passes over the photos) is given. photos_per_step x rollouts answers are scored per
-    step. temperature: of the rollouts. beta: weight of the KL divergence to the base. rank: of the LoRA adapter.
-    where: on this machine; on Hugging Face Jobs, there on `hardware`; or "hosted" by Moondream's tuning API, there for
-    at most `budget` US dollars, after `sft_steps` supervised steps that show the form of a recipe.
+    Attributes:
+        base: A name in MODELS, or the folder of another run whose adapter is trained further.
+        reward: Weight of each reward by name, 0 to 1.
+        seed: Seed of the random number generators.
+        name: Display name.
+        photos: Training photos: "bundled", a folder, a zip file, or "hub:owner/dataset".
+        held_out: Held-out photos, given like `photos`.
+        max_photos: Maximum number of training photos.
+        steps: Number of updates. Ignored if `epochs` is set.
+        epochs: Passes over the training photos.
+        photos_per_step: Photos per update. Each step scores `photos_per_step * rollouts` answers.
+        rollouts: Answers sampled per photo.
+        learning_rate: Peak learning rate.
+        beta: Weight of the KL divergence from the base model.
+        temperature: Sampling temperature of the rollouts.
+        rank: Rank of the LoRA adapter.
+        save_every: Steps between checkpoints.
+        probe_every: Steps between evaluations on the probe photos.
+        backend: "here" (this machine), "jobs" (Hugging Face Jobs) or "hosted" (Moondream's tuning API). Its key in
+            config.json is `where`; both names are accepted as input.
+        hardware: Hardware flavor on Hugging Face Jobs.
+        budget: Maximum cost of a hosted run, in US dollars.
+        sft_steps: Supervised steps of a hosted run, before its first GRPO step, on example recipes.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True)
 
     base: str = Field(min_length=1, max_length=500)
     reward: dict[str, float]
@@ -84,14 +104,23 @@ class RunConfig(BaseModel):
     rank: int = Field(16, ge=1, le=256)
     save_every: int = Field(25, ge=1, le=MAX_STEPS)
     probe_every: int = Field(10, ge=1, le=MAX_STEPS)
-    where: Literal["here", "jobs", "hosted"] = "here"
+    backend: Literal["here", "jobs", "hosted"] = Field("here", serialization_alias="where")
     hardware: str = Field("l4x1", pattern="^[a-z0-9-]{1,40}$")
     budget: float | None = Field(None, gt=0, le=10_000)
     sft_steps: int = Field(0, ge=0, le=200)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_where(cls, values: Any) -> Any:
+        """Read `where` as `backend`; `backend` takes precedence if both are given."""
+        if isinstance(values, dict) and "where" in values:
+            values = dict(values)
+            values.setdefault("backend", values.pop("where"))
+        return values
+
     @field_validator("reward")
     @classmethod
-    def _known_rewards(cls, weights: dict[str, float]) -> dict[str, float]:
+    def _validate_reward(cls, weights: dict[str, float]) -> dict[str, float]:
         try:
             return {name: weight for name, weight in RewardFunction(weights).weights.items() if weight}
         except RewardFunctionError as error:
@@ -99,31 +128,39 @@ class RunConfig(BaseModel):
 
     @property
     def reward_function(self) -> RewardFunction:
-        """The weights as the function that scores."""
+        """The reward weights as a reward function."""
         return RewardFunction(self.reward)
 
     @classmethod
-    def read(cls, text: str | bytes) -> RunConfig:
-        """From JSON. Raises RunError, whose message names each key that is wrong."""
+    def from_json(cls, text: str | bytes) -> RunConfig:
+        """Parse a config. Raises RunError with a message that names each invalid key."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise RunError(f"The run's config cannot be used: {_complaints(error)}.") from None
+            raise RunError(f"The run's config cannot be used: {_format_errors(error)}.") from None
 
     @classmethod
-    def make(cls, **values: Any) -> RunConfig:
-        """From keywords. Raises RunError, whose message names each value that is wrong."""
+    def create(cls, **values: Any) -> RunConfig:
+        """Build a config from keyword arguments. Raises RunError with a message that names each invalid value."""
         try:
             return cls(**values)
         except ValidationError as error:
-            raise RunError(f"A run cannot be started like this: {_complaints(error)}.") from None
+            raise RunError(f"The run cannot be started: {_format_errors(error)}.") from None
 
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run stands. phase: in words, what is being done. step, steps: updates done, and asked for.
+    """State and progress of a run.
 
-    created, started, ended: seconds since 1970, 0 before it happens. message: why it failed, or what to know.
+    Attributes:
+        state: Where the run is in its life cycle.
+        phase: Description of the current activity.
+        step: Updates done.
+        steps: Updates planned.
+        created: Unix time at which the run was created, 0 if unknown.
+        started: Unix time at which the training process started, 0 before.
+        ended: Unix time at which the run ended, 0 before.
+        message: Reason for a failure, or a note for the user.
     """
 
     state: State = "queued"
@@ -136,66 +173,69 @@ class Status:
     message: str = ""
 
     @property
-    def over(self) -> bool:
-        return self.state in OVER
+    def finished(self) -> bool:
+        """Whether the run has ended, successfully or not."""
+        return self.state in FINISHED_STATES
 
     def seconds_left(self, now: float | None = None) -> float | None:
-        """A guess at the time left, from the steps so far; None where there is nothing to guess from."""
+        """Estimate the remaining time from the steps so far; None without a completed step."""
         if self.state != "running" or not self.step:
             return None
-        spent = (time.time() if now is None else now) - self.started
-        return max(0.0, spent / self.step * (self.steps - self.step))
+        elapsed = (time.time() if now is None else now) - self.started
+        return max(0.0, elapsed / self.step * (self.steps - self.step))
 
 
 class Run:
-    """One run's folder. Every write is whole or not there; every read takes what is there."""
+    """A run's folder. Writes are atomic; reads tolerate missing and incomplete files."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
 
     @property
     def id(self) -> str:
+        """The folder's name."""
         return self.folder.name
 
     @property
     def adapter(self) -> Path:
-        """Where what was learned is, once there is any."""
+        """The folder of the trained adapter, which may not exist yet."""
         return self.folder / "adapter"
 
     @property
     def has_adapter(self) -> bool:
+        """Whether the run has saved an adapter."""
         return (self.adapter / "adapter_model.safetensors").is_file()
 
     @property
     def has_model(self) -> bool:
-        """Whether there is something to ask: an adapter here, or a checkpoint on the server that trained it."""
+        """Whether the tuned model can be used: from a local adapter, or a checkpoint on the tuning server."""
         return self.has_adapter or bool((self.result() or {}).get("model"))
 
     def config(self) -> RunConfig:
-        """What was asked. Raises RunError."""
+        """Read the run's settings. Raises RunError."""
         try:
-            return RunConfig.read((self.folder / "config.json").read_bytes())
+            return RunConfig.from_json((self.folder / "config.json").read_bytes())
         except OSError:
-            raise RunError(f"{self.folder.name} is no run: it has no config.json.") from None
+            raise RunError(f"{self.folder.name} is not a run: it has no config.json.") from None
 
     def status(self) -> Status:
-        """Where it stands. A run that says that it works, but whose process has gone, is `interrupted`."""
-        status = self._written_status()
+        """Read the run's status. A run marked as running without a live process is `interrupted`."""
+        status = self._read_status()
         if status.state == "running" and not self.alive():
-            again = self._written_status()  # it may have ended between the two looks
-            if again.state == "running":
-                return replace(again, state="interrupted", message="Its process ended before it was done. Resume it.")
-            return again
+            status = self._read_status()  # the run may have ended between the two checks
+            if status.state == "running":
+                message = "The training process ended early. Resume the run."
+                return replace(status, state="interrupted", message=message)
         return status
 
-    def _written_status(self) -> Status:
+    def _read_status(self) -> Status:
         try:
             return Status(**json.loads((self.folder / "status.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return Status()
 
     def alive(self) -> bool:
-        """Whether a process works on it now."""
+        """Whether a training process holds the run's lock."""
         lock = FileLock(self.folder / "lock", timeout=0)
         try:
             lock.acquire()
@@ -207,94 +247,96 @@ class Run:
         return False
 
     def set_status(self, **changes: Any) -> Status:
-        """Changes what is written of its state. Raises OSError."""
-        status = replace(self._written_status(), **changes)
-        write_whole(self.folder / "status.json", json.dumps(asdict(status)))
+        """Update fields of the stored status. Raises OSError."""
+        status = replace(self._read_status(), **changes)
+        write_atomically(self.folder / "status.json", json.dumps(asdict(status)))
         return status
 
     def cancel(self) -> None:
-        """Asks it to stop at its next step; what it has learned is kept. A run that has not begun will not."""
+        """Ask the training process to stop at its next step, keeping what it learned. A queued run ends at once."""
         (self.folder / "cancel").touch()
-        if self._written_status().state == "queued":
-            self.set_status(state="cancelled", ended=time.time(), message="Cancelled before it began.")
+        if self._read_status().state == "queued":
+            self.set_status(state="cancelled", ended=time.time(), message="Cancelled before it started.")
 
     @property
     def cancelled(self) -> bool:
+        """Whether cancellation was requested."""
         return (self.folder / "cancel").exists()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The logged steps in their order."""
-        return list(_lines(self.folder / "metrics.jsonl"))
+        """Read the logged steps, oldest first."""
+        return list(_read_jsonl(self.folder / "metrics.jsonl"))
 
     def probes(self) -> list[dict[str, Any]]:
-        """The probe answers in their order: step, photo, recipe, scores, total."""
-        return list(_lines(self.folder / "probes.jsonl"))
+        """Read the probe answers, oldest first; each has step, photo, recipe, scores and total."""
+        return list(_read_jsonl(self.folder / "probes.jsonl"))
 
-    def add(self, kind: Literal["metrics", "probes"], line: dict[str, Any]) -> None:
-        """Adds a line to metrics or probes. Raises OSError."""
-        with open(self.folder / f"{kind}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Append the metrics of a step. Raises OSError."""
+        self._append("metrics.jsonl", row)
 
-    def forget_after(self, step: int) -> None:
-        """Drops the lines of later steps, which a resumed run writes again."""
-        for kind in ("metrics", "probes"):
-            file = self.folder / f"{kind}.jsonl"
-            kept = [line for line in _lines(file) if line.get("step", 0) <= step]
-            write_whole(file, "".join(json.dumps(line) + "\n" for line in kept))
+    def append_probe(self, row: dict[str, Any]) -> None:
+        """Append a probe answer. Raises OSError."""
+        self._append("probes.jsonl", row)
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def truncate_after(self, step: int) -> None:
+        """Remove metrics and probes of steps after `step`; a resumed run writes them again."""
+        for name in ("metrics.jsonl", "probes.jsonl"):
+            rows = [row for row in _read_jsonl(self.folder / name) if row.get("step", 0) <= step]
+            write_atomically(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def result(self) -> dict[str, Any] | None:
-        """What came out; None before."""
+        """Read the run's result; None until there is one."""
         try:
             return json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
     def log(self, lines: int = 200) -> str:
-        """The last lines of the log."""
+        """Read the last lines of the log."""
         try:
             with open(self.folder / "log.txt", "rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_TAIL))
+                file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_LOG_BYTES))
                 text = file.read().decode("utf-8", "replace")
         except OSError:
             return ""
         return "\n".join(text.replace("\r", "\n").splitlines()[-lines:])
 
     def rename(self, name: str) -> None:
-        """Gives it another name. Raises RunError."""
-        config = RunConfig.make(**{**self.config().model_dump(), "name": name.strip()})
-        write_whole(self.folder / "config.json", config.model_dump_json(indent=1))
+        """Change the display name. Raises RunError."""
+        config = RunConfig.create(**{**self.config().model_dump(), "name": name.strip()})
+        write_atomically(self.folder / "config.json", config.model_dump_json(indent=1))
 
 
-def _new_id() -> str:
-    """A name whose order is that of time, to the microsecond, in UTC: no clock is put back in it."""
-    now = datetime.now(timezone.utc)
-    return f"{now:%Y%m%d-%H%M%S}-{now.microsecond:05x}{secrets.token_hex(1)[0]}"
-
-
-class Runs:
-    """All runs in a folder, oldest first."""
+class RunStore:
+    """The runs in a folder."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
 
     def create(self, config: RunConfig) -> Run:
-        """A new run, queued. Raises RunError when too many are kept, or the disk does not take it."""
+        """Create a queued run. Raises RunError if the limit is reached or the folder cannot be written."""
         if len(self.list()) >= MAX_RUNS:
-            raise RunError(f"{MAX_RUNS} runs are kept, which is the limit. Delete one first.")
-        run = Run(self.folder / _new_id())
+            raise RunError(f"The limit of {MAX_RUNS} runs is reached. Delete one first.")
+        now = datetime.now(timezone.utc)  # ids sort by creation time, to the microsecond
+        run = Run(self.folder / f"{now:%Y%m%d-%H%M%S}-{now.microsecond:05x}{secrets.token_hex(1)[0]}")
         part = run.folder.with_name(f".{run.id}")
         try:
             part.mkdir(parents=True)
-            write_whole(part / "config.json", config.model_dump_json(indent=1))
+            write_atomically(part / "config.json", config.model_dump_json(indent=1))
             Run(part).set_status(steps=config.steps, created=time.time())
             os.replace(part, run.folder)
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
-            raise RunError(f"The run's folder could not be written ({error.strerror}). Free some space.") from None
+            raise RunError(f"Could not write the run's folder ({error.strerror}). Free some disk space.") from None
         return run
 
     def list(self) -> list[Run]:
-        """The runs, oldest first."""
+        """List the runs, oldest first."""
         try:
             names = sorted(entry.name for entry in os.scandir(self.folder) if _ID.fullmatch(entry.name))
         except OSError:
@@ -302,57 +344,42 @@ class Runs:
         return [Run(self.folder / name) for name in names]
 
     def get(self, name: str) -> Run:
-        """The run with this id. Raises RunError."""
+        """Return the run with this id. Raises RunError."""
         if not isinstance(name, str) or not _ID.fullmatch(name) or not (self.folder / name).is_dir():
-            raise RunError(f"There is no run {str(name)[:40]!r} (any more).")
+            raise RunError(f"There is no run {str(name)[:40]!r}. It may have been deleted.")
         return Run(self.folder / name)
 
     def delete(self, name: str) -> None:
-        """Removes a run with all that it learned. Raises RunError while it works."""
+        """Delete a run with everything it learned. Raises RunError if its process is alive."""
         run = self.get(name)
         if run.alive():
             raise RunError("This run is still working. Cancel it first.")
-        gone = run.folder.with_name(f".{run.id}.gone")  # one step, so that nobody meets half a run
-        os.replace(run.folder, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        trash = run.folder.with_name(f".{run.id}.gone")  # renamed first: readers never see half a folder
+        os.replace(run.folder, trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one. Raises OSError and leaves the old one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of JSON in a file; half a line at the end of a killed process is left out."""
+def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects in a file; skips invalid lines, such as the last one of a killed process."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
     for line in text.splitlines():
         try:
-            value = json.loads(line)
+            row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(value, dict):
-            yield value
+        if isinstance(row, dict):
+            yield row
 
 
-def _complaints(error: ValidationError) -> str:
-    """What pydantic found, in a line without the values: they may be long, or no text at all."""
-    found = []
+def _format_errors(error: ValidationError) -> str:
+    """Format validation errors in one line, without the invalid values, which may be long or not text."""
+    messages = []
     for problem in error.errors(include_url=False, include_input=False)[:6]:
-        where = ".".join(str(part) for part in problem["loc"]) or "it"
+        key = ".".join(str(part) for part in problem["loc"]) or "config"
         unknown = problem["type"] == "extra_forbidden"
-        found.append(
-            f"{where[:80]}: {'there is no such key' if unknown else problem['msg'].removeprefix('Value error, ')}"
-        )
-    return "; ".join(found)
+        message = "unknown key" if unknown else problem["msg"].removeprefix("Value error, ")
+        messages.append(f"{key[:80]}: {message}")
+    return "; ".join(messages)

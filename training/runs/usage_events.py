@@ -36,12 +36,12 @@ def run_events(run: Run, price: Callable[[float], float | None]) -> list[Event]:
         line, before = lines[place], lines[place - 1]["seconds"] if place else 0.0
         seconds = line["seconds"] - before if line["seconds"] > before else line["seconds"]
         reward = line.get("reward")
-        cost = _paid(lines, place) if config.where == "hosted" else price(seconds)
+        cost = _paid(lines, place) if config.backend == "hosted" else price(seconds)
         events.append(
             Event(
                 id=uuid.uuid5(_SPACE, f"{run.id}/{line.get('step')}").hex,
                 time=after,
-                source="hosted-rl" if config.where == "hosted" else "fine-tune",
+                source="hosted-rl" if config.backend == "hosted" else "fine-tune",
                 model=config.base,
                 adapter=run.id,
                 skill="recipe",

@@ -18,7 +18,7 @@ from inference.registry import MODELS
 from tests.support.fake_run import write_adapter, write_result
 from training.runs.adapters import check_adapter
 from training.runs.export import card, pack, push
-from training.runs.run import Run, RunConfig, RunError, Runs
+from training.runs.run import Run, RunConfig, RunError, RunStore
 
 TINY = MODELS["moondream-tiny"]
 TOKEN = "hf_secretsecretsecretsecretsecret12"
@@ -28,7 +28,7 @@ HOSTILE = "<img src=x> | [x](javascript:1) ``` # ${x}"
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     asked = {"base": "moondream-tiny", "reward": {"sharpness": 1, "colour": 0.5}, "seed": 7, "steps": 10}
-    made = Runs(tmp_path / "runs").create(RunConfig.make(**asked, photos=str(tmp_path / "uploads" / "mine")))
+    made = RunStore(tmp_path / "runs").create(RunConfig.create(**asked, photos=str(tmp_path / "uploads" / "mine")))
     write_adapter(made)
     write_result(made, wins=True, alarm="")
     made.add("metrics", {"step": 1, "reward": 0.5})

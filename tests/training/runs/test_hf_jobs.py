@@ -16,10 +16,10 @@ import huggingface_hub.constants
 import pytest
 
 from tests.support.fake_run import write_adapter
-from tests.support.hub_server import TOKEN, StandInHub
+from tests.support.hub_server import TOKEN, HubServer
 from training.runs import hf_jobs as jobs
 from training.runs.hf_jobs import MARK, Job, follow, hardware, submit
-from training.runs.run import Run, RunConfig, RunError, Runs
+from training.runs.run import Run, RunConfig, RunError, RunStore
 
 ROOT = Path(__file__).resolve().parents[3]
 ASKED: dict[str, Any] = {"base": "moondream-tiny", "reward": {"sharpness": 1}, "seed": 7, "where": "jobs"}
@@ -27,14 +27,14 @@ ASKED: dict[str, Any] = {"base": "moondream-tiny", "reward": {"sharpness": 1}, "
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return Runs(tmp_path / "runs").create(RunConfig.make(**ASKED))
+    return RunStore(tmp_path / "runs").create(RunConfig.create(**ASKED))
 
 
 def marked(kind: str, **line: Any) -> str:
     return MARK + json.dumps([kind, line])
 
 
-def start(run: Run, hub: StandInHub) -> subprocess.Popen[str]:
+def start(run: Run, hub: HubServer) -> subprocess.Popen[str]:
     """The command as a user gives it."""
     env = os.environ | {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "training.grpo", str(run.folder), "--where", "jobs"]
@@ -48,7 +48,7 @@ def wait_for(what: Any, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-def test_a_run_on_jobs_comes_back_whole_though_its_follower_was_killed(hub: StandInHub, tmp_path: Path) -> None:
+def test_a_run_on_jobs_comes_back_whole_though_its_follower_was_killed(hub: HubServer, tmp_path: Path) -> None:
     """A real fine-tune: sent, followed, the follower killed, found again, and brought home."""
     config = {key: value for key, value in ASKED.items() if key != "where"}
     few = {"steps": 2, "photos_per_step": 1, "rollouts": 2, "max_photos": 3, "probe_every": 1}
@@ -76,7 +76,7 @@ def test_a_run_on_jobs_comes_back_whole_though_its_follower_was_killed(hub: Stan
 
 
 def test_what_a_job_tells_is_in_the_folder_as_if_it_were_here(
-    hub: StandInHub, run: Run, capsys: pytest.CaptureFixture[str]
+    hub: HubServer, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.lines = [
         "loading",
@@ -110,7 +110,7 @@ def test_what_a_job_tells_is_in_the_folder_as_if_it_were_here(
     ],
 )
 def test_a_refusal_says_what_to_do_and_not_the_token(
-    hub: StandInHub, run: Run, path: str, code: int, words: str
+    hub: HubServer, run: Run, path: str, code: int, words: str
 ) -> None:
     hub.refuse[path] = code
     with pytest.raises(RunError, match=words) as refused:
@@ -118,7 +118,7 @@ def test_a_refusal_says_what_to_do_and_not_the_token(
     assert TOKEN not in str(refused.value) and Job.of(run) is None
 
 
-def test_a_job_that_ends_without_a_word_is_a_failed_run(hub: StandInHub, run: Run) -> None:
+def test_a_job_that_ends_without_a_word_is_a_failed_run(hub: HubServer, run: Run) -> None:
     hub.lines, hub.stage = ["Killed"], "ERROR"
     with pytest.raises(RunError, match=r"ended as ERROR \(Out of memory\)"):
         follow(run, run.config(), lambda words: None)
@@ -130,14 +130,14 @@ def test_without_a_token_nothing_is_sent(run: Run, monkeypatch: pytest.MonkeyPat
         follow(run, run.config(), lambda words: None)
 
 
-def test_a_hub_that_is_not_there_is_said(run: Run, hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_is_not_there_is_said(run: Run, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(RunError, match="could not be reached"):
         follow(run, run.config(), lambda words: None)
 
 
 def test_a_cancelled_run_is_told_to_its_job_and_ended_when_that_does_not_listen(
-    hub: StandInHub, run: Run, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "GRACE", 0.3)
     monkeypatch.setattr(jobs, "COMMAND", "echo deaf; sleep 600")
@@ -151,27 +151,27 @@ def test_a_cancelled_run_is_told_to_its_job_and_ended_when_that_does_not_listen(
     assert (hub.files / "runs" / run.id / "cancel").is_file()
 
 
-def test_own_photos_and_the_base_go_along(hub: StandInHub, tmp_path: Path) -> None:
-    before = Runs(tmp_path / "runs").create(RunConfig.make(base="moondream-tiny", reward={"colour": 1}, seed=1))
+def test_own_photos_and_the_base_go_along(hub: HubServer, tmp_path: Path) -> None:
+    before = RunStore(tmp_path / "runs").create(RunConfig.create(base="moondream-tiny", reward={"colour": 1}, seed=1))
     write_adapter(before)
     photos = tmp_path / "mine"
     photos.mkdir()
     (photos / "a.jpg").write_bytes(b"photo")
     asked = ASKED | {"base": str(before.folder), "photos": str(photos), "held_out": "hub:me/photos"}
-    run = Runs(tmp_path / "runs").create(RunConfig.make(**asked))
+    run = RunStore(tmp_path / "runs").create(RunConfig.create(**asked))
     hub.lines = []
     submit(run, run.config(), huggingface_hub.HfApi(token=TOKEN))
     sent = hub.files / "runs" / run.id
-    config = RunConfig.read((sent / "config.json").read_bytes())
-    assert (config.where, config.base, config.photos, config.held_out) == ("here", "base", "photos", "hub:me/photos")
+    config = RunConfig.from_json((sent / "config.json").read_bytes())
+    assert (config.backend, config.base, config.photos, config.held_out) == ("here", "base", "photos", "hub:me/photos")
     assert (sent / "photos" / "a.jpg").read_bytes() == b"photo"
     assert (sent / "base" / "adapter" / "adapter_model.safetensors").is_file()
-    assert RunConfig.read((sent / "base" / "config.json").read_bytes()).base == "moondream-tiny"
+    assert RunConfig.from_json((sent / "base" / "config.json").read_bytes()).base == "moondream-tiny"
     assert str(tmp_path) not in (sent / "config.json").read_text() + (sent / "base" / "config.json").read_text()
     assert (hub.files / "code" / "training" / "in_job.py").is_file()
 
 
-def test_the_prices_are_those_of_today(hub: StandInHub) -> None:
+def test_the_prices_are_those_of_today(hub: HubServer) -> None:
     large, small = hardware()
     assert (large.name, large.words) == ("l4x1", "1 x L4 24 GB, 8 vCPU, 30 GB")
     assert large.hourly == pytest.approx(0.8, abs=0.001) and small.hourly == pytest.approx(0.01, abs=0.0005)
