@@ -12,11 +12,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("bench", "inference", "previews", "recipes", "rewards", "serving", "storage", "training", "ui", "usage")
+PACKAGES = (
+    "bench",
+    "docs",
+    "inference",
+    "previews",
+    "recipes",
+    "rewards",
+    "serving",
+    "storage",
+    "training",
+    "ui",
+    "usage",
+)
 # Package -> the other packages of this project that it may import. A package that is not listed may import none.
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "app": {"settings", "ui", "serving", "training", "inference", "usage", "storage", "rewards", "recipes"},
     "bench": {"app", "settings", "ui", "serving", "training", "inference", "usage", "storage", "rewards", "recipes"},
+    "docs": set(),
     "ui": {"training", "inference", "usage", "storage", "rewards", "recipes"},
     "serving": {"training", "inference", "usage", "storage", "rewards", "recipes"},
     "training": {"inference", "usage", "storage", "rewards", "recipes"},
@@ -126,6 +139,18 @@ def test_packages_import_only_lower_packages() -> None:
         if upward:
             violations[name_of(file)] = upward
     assert violations == {}
+
+
+def test_documented_import_directions_are_the_checked_ones() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    block = re.search(r"```imports\n(.*?)```", text, re.DOTALL)
+    assert block
+    documented = {}
+    for line in block[1].splitlines():
+        package, _, imports = line.partition("→")
+        documented[package.strip()] = set(imports.strip().split(", "))
+    checked = {package: imports for package, imports in ALLOWED_IMPORTS.items() if imports and package != "bench"}
+    assert documented == checked
 
 
 def test_modules_import_each_other_without_cycles() -> None:

@@ -1,0 +1,224 @@
+"""Every code block in the README and in docs/ is executed or compared with the code; links lead somewhere."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+
+import recipes
+import rewards
+from recipes import parse
+from rewards import RewardFunction
+from tests.support.app_server import serving
+from training.runs.run import RunConfig
+from ui.playground.link import read_link
+from usage.prices import Prices
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+LOCAL = "http://localhost:7860"
+PHOTO = ROOT / "assets" / "photos" / "coffee.jpg"
+MAX_README_LINES = 150
+
+
+class Block(NamedTuple):
+    """A fenced code block: its page, line, language and text."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+
+def blocks() -> Iterator[Block]:
+    """Yield the fenced code blocks of all pages."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in re.finditer(r"^```([\w-]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            yield Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2])
+
+
+BLOCKS = list(blocks())
+
+
+def of(*languages: str) -> pytest.MarkDecorator:
+    """Parametrize a test with the blocks in these languages."""
+    chosen = [block for block in BLOCKS if block.language in languages]
+    assert chosen, languages
+    return pytest.mark.parametrize("block", chosen, ids=[f"{block.page.name}:{block.line}" for block in chosen])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Serve the app and yield its address."""
+    with serving(tmp_path_factory.mktemp("data")) as address:
+        yield address
+
+
+def test_every_block_is_checked() -> None:
+    """A block in a language that no test below handles is an error."""
+    checked = {"python", "sh", "json", "text", "map", "link", "signature", "tuning-client", "imports"}
+    assert {block.language for block in BLOCKS} <= checked
+
+
+@of("python")
+def test_python_blocks_run(block: Block, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    code = block.text.replace(LOCAL, server).replace('"photo.jpg"', repr(str(PHOTO)))
+    with Image.open(PHOTO) as photo, contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(code, f"{block.page.name}:{block.line}", "exec"), {"photo": photo})
+
+
+@cache
+def help_text(module: str) -> str:
+    """Return the help text of `python -m module`."""
+    command = [sys.executable, "-m", module, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+
+
+def check_module(arguments: list[str]) -> None:
+    """Check the options after `-m` against the module's help text."""
+    module, *rest = arguments
+    text = help_text(module)
+    for option in (argument for argument in rest if argument.startswith("--")):
+        assert re.search(rf"{re.escape(option)}\b", text), f"python -m {module} has no {option}"
+
+
+def check_make(arguments: list[str]) -> None:
+    """Check that make knows the target and its variables."""
+    target, *variables = arguments
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(rf"^(?:[\w ]* )?{target}\b[\w ]*:", makefile, re.MULTILINE), f"make has no target {target}"
+    for variable in variables:
+        assert re.search(rf"^{variable.partition('=')[0]} \?=", makefile, re.MULTILINE), variable
+
+
+@of("sh")
+def test_shell_blocks_match_the_commands(block: Block, server: str, tmp_path: Path) -> None:
+    for line in block.text.splitlines():
+        command = re.sub(r"\s+# .*", "", line)
+        words = shlex.split(command)
+        match words:
+            case ["make", *arguments]:
+                check_make(arguments)
+            case ["python", "-m", *arguments]:
+                check_module(arguments)
+            case ["accelerate", "launch", *options, "-m", "training.grpo", "runs/first"]:
+                assert options == ["--num_processes", "2"]  # executed by tests/training/grpo/test_distributed.py
+            case ["mkdir", "-p", "runs/first", "&&", "echo", *_]:
+                subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+                assert RunConfig.read((tmp_path / "runs/first/config.json").read_text()).base == "moondream-tiny"
+            case ["curl", address]:
+                with urllib.request.urlopen(address.replace(LOCAL, server)) as response:
+                    assert response.status == 200
+            case _:
+                pytest.fail(f"no check for: {line}")
+
+
+@of("json")
+def test_json_blocks_are_accepted(block: Block, tmp_path: Path) -> None:
+    readers: dict[str, Callable[[Path], object]] = {
+        "rewards.md": lambda file: RewardFunction.from_json(file.read_text()),
+        "usage.md": Prices.read,
+    }
+    file = tmp_path / "block.json"
+    file.write_text(block.text)
+    readers[block.page.name](file)
+    assert json.loads(block.text)
+
+
+@of("text")
+def test_text_blocks_match_the_code(block: Block) -> None:
+    if block.page.name == "README.md":  # a recipe in canonical form
+        parsed = parse(block.text)
+        assert parsed.ok and str(parsed.recipe) == block.text.strip()
+    else:  # the flow of data names functions
+        names = re.findall(r"recipes\.(\w+)", block.text)
+        assert names and all(hasattr(recipes, name) for name in names)
+
+
+@of("map")
+def test_map_names_existing_files_and_every_package(block: Block) -> None:
+    listed: set[str] = set()
+    folder = ROOT
+    for line in block.text.splitlines():
+        entry = re.match(r"(\S+)\s{2,}(.*)|\s+(.*)", line)
+        assert entry, line
+        if entry[1]:
+            assert (ROOT / entry[1]).exists(), entry[1]
+            listed.add(entry[1].rstrip("/"))
+            folder = ROOT / entry[1]
+        for name in re.findall(r"(?<![\w/`.])([\w/]+(?:\.py|\.js|/)(?=[\s:,()·]|$))", entry[2] or entry[3]):
+            places = [folder, *(path for path in folder.iterdir() if path.is_dir())] if folder.is_dir() else [ROOT]
+            assert any((place / name).exists() for place in [*places, ROOT]), f"{folder.name}: {name}"
+    packages = {file.parent.name for file in ROOT.glob("*/__init__.py")}
+    assert packages <= listed
+
+
+@of("link")
+def test_links_are_understood(block: Block) -> None:
+    query = dict(pair.split("=", 1) for pair in block.text.strip().lstrip("?").split("&"))
+    settings, problems = read_link(query)
+    assert problems == [] and settings.photo == query["photo"] and settings.seed == int(query["seed"])
+
+
+@of("signature")
+def test_reward_signature_matches(block: Block) -> None:
+    assert block.text.strip() == f"def colour{inspect.signature(rewards.REWARDS['colour'])}".replace("'", "").replace(
+        "numpy.", "np."
+    )
+
+
+@of("tuning-client")
+def test_tuning_client_matches_the_sdk(block: Block) -> None:
+    moondream = pytest.importorskip("moondream")
+    call = next(node for node in ast.walk(ast.parse(block.text)) if isinstance(node, ast.Call))
+    assert ast.unparse(call.func) == "moondream.ft"
+    bound = {keyword.arg: None for keyword in call.keywords}
+    inspect.signature(moondream.ft).bind(*call.args, **bound)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_existing_files_and_headings(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        path, _, heading = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < MAX_README_LINES
+
+
+def test_documented_variables_are_read() -> None:
+    """Each environment variable in the README's table occurs in the code, and each one that settings.py reads in the table."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = {
+        name for row in re.findall(r"^\| (`[A-Z].*?) \|", readme, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    sources = [ROOT / "settings.py", ROOT / "inference" / "registry.py"]
+    used = {
+        name
+        for file in sources
+        for name in re.findall(r'"([A-Z][A-Z0-9]*_[A-Z0-9_]+|PORT|HARDWARE)"', file.read_text())
+    }
+    assert table <= used
