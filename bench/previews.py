@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.previews.test_branches import BUTTON, Repository
-from tests.support.spaces_server import StandInHub, stand_in_hub
+from bench.preview_repository import BUTTON, PreviewRepository
+from bench.spaces_server import SpacesServer, spaces_server
 
 ROOT = Path(__file__).resolve().parent.parent
 # Nobody has published the Hub's times. Three calls of its API are said to take 1 to 2 seconds, a restart 30 to 90, a
@@ -32,8 +32,8 @@ def rows() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "repository").mkdir()
         delays = {"latency": LATENCY, "restart": RESTART, "build": BUILD}
-        with stand_in_hub(Path(folder) / "hub", **delays) as hub:
-            at = Repository(Path(folder) / "repository", hub, f"sqlite:///{folder}/usage.sqlite3")
+        with spaces_server(Path(folder) / "hub", **delays) as hub:
+            at = PreviewRepository(Path(folder) / "repository", hub, f"sqlite:///{folder}/usage.sqlite3")
             at.git("checkout", "-q", "-b", "feature")
             first = deployed(at, hub, "build", lambda _: at.commit("a branch"), 1)
             hot = deployed(at, hub, "hot reload", lambda n: relabelled(at, n), HOT)
@@ -82,7 +82,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def deployed(
-    at: Repository, hub: StandInHub, path: str, change: Callable[[int], object], times: int
+    at: PreviewRepository, hub: SpacesServer, path: str, change: Callable[[int], object], times: int
 ) -> list[tuple[float, float]]:
     """For each of some changes: seconds of the command from its start to its end, and its own share of them."""
     found = []
@@ -111,13 +111,13 @@ def covered(spans: list[list[float]], began: float, ended: float) -> float:
     return total
 
 
-def relabelled(at: Repository, n: int) -> None:
+def relabelled(at: PreviewRepository, n: int) -> None:
     """A change that hot reload can show."""
     old = BUTTON if n == 0 else f'gr.Button("Reward {n - 1}"'
     at.edit("ui/playground/tab.py", old, f'gr.Button("Reward {n}"')
 
 
-def restyled(at: Repository, n: int) -> None:
+def restyled(at: PreviewRepository, n: int) -> None:
     """A change that it cannot show."""
     with (at.folder / "ui" / "style.css").open("a") as file:
         file.write(f"#nothing-{n} {{ color: red }}\n")

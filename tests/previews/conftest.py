@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from bench.spaces_server import spaces_server
 from previews import deploy as deploying
 from tests.support.preview_world import World
-from tests.support.spaces_server import stand_in_hub
 
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     import huggingface_hub.constants
 
-    with stand_in_hub(tmp_path / "hub") as hub:
+    with spaces_server(tmp_path / "hub") as hub:
         (hub.folder / "site" / "sitecustomize.py").write_text("")  # nothing of Gradio's to change here
         hub.stale = 0.1
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)

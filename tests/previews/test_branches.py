@@ -4,75 +4,26 @@ from __future__ import annotations
 
 import base64
 import csv
-import json
-import os
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
+from bench.preview_repository import BUTTON, OWNER, PreviewRepository
+from bench.spaces_server import SpacesServer, spaces_server
 from previews.names import space_name
-from tests.support.spaces_server import TOKEN, StandInHub, stand_in_hub
 
 ROOT = Path(__file__).resolve().parents[2]
-OWNER, APP = "team", "moondream-playground"
-BUTTON = 'gr.Button("Teach a model this reward"'
+APP = "moondream-playground"
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandInHub]:
-    with stand_in_hub(tmp_path_factory.mktemp("hub") / "hub") as running:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SpacesServer]:
+    with spaces_server(tmp_path_factory.mktemp("hub") / "hub") as running:
         yield running
-
-
-class Repository:
-    """A git repository with this application, and the deployer run in it as a command."""
-
-    def __init__(self, folder: Path, hub: StandInHub, database: str) -> None:
-        self.folder, self.hub, self.database, self.said = folder, hub, database, ""
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for name in filter(None, listed.split("\0")):
-            if not name.startswith(("tests/", "bench/", "docs/")) and (ROOT / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, folder / name)
-        self.git("init", "-q", "-b", "main")
-        self.commit("the application")
-
-    def git(self, *arguments: str) -> str:
-        identity = ["-c", "user.name=T", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
-        command = ["git", *identity, *arguments]
-        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=True).stdout.strip()
-
-    def commit(self, message: str) -> str:
-        self.git("add", "-A")
-        self.git("commit", "-q", "--allow-empty", "-m", message)
-        return self.git("rev-parse", "HEAD")
-
-    def edit(self, name: str, old: str, new: str) -> str:
-        file = self.folder / name
-        text = file.read_text()
-        assert old in text
-        file.write_text(text.replace(old, new))
-        return self.commit(f"{name} changes")
-
-    def previews(self, *arguments: str, code: int = 0) -> Any:
-        """The command's JSON; what it said for a person is in `said`."""
-        env = {"PATH": os.environ["PATH"], "HOME": str(self.folder.parent), "HF_TOKEN": TOKEN}
-        env |= {"HF_ENDPOINT": self.hub.address, "HF_HUB_DISABLE_XET": "1", "PREVIEW_OWNER": OWNER}
-        env |= {"PYTHONPATH": str(ROOT), "DATABASE_URL": self.database}
-        command = [sys.executable, "-m", "previews", *arguments, "--json"]
-        run = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=240)
-        self.said = run.stderr
-        assert run.returncode == code, f"{run.returncode}: {run.stdout}\n{run.stderr}"
-        assert TOKEN not in run.stdout + run.stderr
-        return json.loads(run.stdout)
 
 
 @pytest.fixture
@@ -85,9 +36,9 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def repository(tmp_path: Path, hub: StandInHub, database: str) -> Repository:
+def repository(tmp_path: Path, hub: SpacesServer, database: str) -> PreviewRepository:
     (tmp_path / "repository").mkdir()
-    return Repository(tmp_path / "repository", hub, database)
+    return PreviewRepository(tmp_path / "repository", hub, database)
 
 
 def shown(url: str) -> tuple[str, str]:
@@ -110,7 +61,7 @@ def counted(url: str) -> set[tuple[str, str, str]]:
 
 
 @pytest.mark.timeout(280)
-def test_branches_live_side_by_side_until_they_are_swept(repository: Repository, hub: StandInHub) -> None:
+def test_branches_live_side_by_side_until_they_are_swept(repository: PreviewRepository, hub: SpacesServer) -> None:
     at, main = repository, repository.git("rev-parse", "HEAD")
 
     # A deploys, by a build
@@ -133,7 +84,7 @@ def test_branches_live_side_by_side_until_they_are_swept(repository: Repository,
     # the same again does nothing
     uploads = len(hub.uploads)
     done = at.previews("deploy", "--branch", "feature/A")
-    assert done["path"] == "nothing" and len(hub.uploads) == uploads and "already" in at.said
+    assert done["path"] == "nothing" and len(hub.uploads) == uploads and "already" in at.stderr
 
     # B deploys; both answer, each with its own commit
     at.git("checkout", "-q", "-b", "b_ütf", "main")

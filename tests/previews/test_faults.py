@@ -19,6 +19,7 @@ import pytest
 from huggingface_hub import set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
+from bench.spaces_server import TOKEN
 from previews import hub as hubs
 from previews.__main__ import Progress
 from previews.deploy import Result
@@ -28,7 +29,6 @@ from previews.hub import Hub, patient
 from previews.plan import Plan, plan
 from previews.source import branches, read
 from tests.support.preview_world import APP, PROOF, README, World
-from tests.support.spaces_server import TOKEN
 
 
 def refusal(do: Callable[[], object], code: Exit, *words: str) -> PreviewError:

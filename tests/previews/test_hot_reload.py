@@ -14,9 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from bench.spaces_server import SITE, free_port
 from previews.hot_reload import Program, obstacle
 from previews.source import read
-from tests.support.spaces_server import SITE, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 APP = '''"""An application."""

@@ -17,10 +17,10 @@ import httpx
 import pytest
 import yaml
 
+from bench.spaces_server import TOKEN as HUB_TOKEN
 from previews.github import MARK
 from tests.support.github_server import IDENTITY, TOKEN, Done, StandInGitHub, fill, run_job, stand_in_github
 from tests.support.preview_world import World
-from tests.support.spaces_server import TOKEN as HUB_TOKEN
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = ROOT / ".github" / "workflows"

@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx
 
+from bench.spaces_server import TOKEN, Space, SpacesServer
 from previews.deploy import Deployer, Options, Result, preview
 from previews.hub import Hub
-from tests.support.spaces_server import TOKEN, Space, StandInHub
 
 APP = '''"""A small application."""
 import json, os, re, threading
@@ -64,7 +64,7 @@ README = "---\ntitle: Small\nsdk: gradio\n---\n# Small\n"
 class World:
     """A repository, a stand-in for the Hub, and a deployer between them."""
 
-    def __init__(self, folder: Path, hub: StandInHub) -> None:
+    def __init__(self, folder: Path, hub: SpacesServer) -> None:
         self.folder, self.hub, self.lines = folder, hub, []
         folder.mkdir()
         for name, text in (("app.py", APP), ("part.py", '"""A part."""\n'), ("README.md", README)):

@@ -94,7 +94,7 @@ class Space:
         return self.id.replace("/", "-").replace("_", "-").replace(".", "-").lower()
 
 
-class StandInHub(ThreadingHTTPServer):
+class SpacesServer(ThreadingHTTPServer):
     """What it shall do wrong:
 
     answers: for a method and a path's end, a list of (status, body, headers) given instead, one each time.
@@ -284,7 +284,7 @@ class StandInHub(ThreadingHTTPServer):
 class Answers(BaseHTTPRequestHandler):
     """One request to the stand-in."""
 
-    server: StandInHub
+    server: SpacesServer
     protocol_version = "HTTP/1.1"
 
     def setup(self) -> None:
@@ -531,9 +531,9 @@ def entry(path: str, content: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def stand_in_hub(folder: Path, **delays: float) -> Iterator[StandInHub]:
+def spaces_server(folder: Path, **delays: float) -> Iterator[SpacesServer]:
     """Runs a stand-in, and ends its Spaces with it."""
-    hub = StandInHub(folder, **delays)
+    hub = SpacesServer(folder, **delays)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     try:
         yield hub
