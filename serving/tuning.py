@@ -17,11 +17,13 @@ from inference.registry import ModelSpec
 from inference.types import MAX_OBJECTS, MAX_TEMPERATURE, clean
 from serving.errors import ApiError
 from serving.schemas import PointModel, Region, Words, photo_of
+from training.hosted.client import MAX_ROLLOUTS
 
 if TYPE_CHECKING:
-    from training.server import trainer as tuner
+    from training.server import trainer
+    from training.server.finetunes import Finetune, FinetuneStore
 
-MAX_ROLLOUTS, MAX_GROUPS = 16, 64
+MAX_GROUPS = 64
 Id = Annotated[str, Path(pattern=r"^[0-9A-Za-z]{1,64}$")]
 Bin = Annotated[int, Field(ge=0, lt=2**31)]
 RATE = 2e-4  # learning rate where none is sent, as on Moondream's server
@@ -147,20 +149,20 @@ class TuningService:
         self._limiter = CapacityLimiter(AT_ONCE)
 
     @cached_property
-    def tuner(self) -> tuner.FinetuneStore:
+    def tuner(self) -> FinetuneStore:
         """The learner; the first call imports torch."""
-        from training.server.trainer import FinetuneStore
+        from training.server.finetunes import FinetuneStore
 
         return FinetuneStore(self.folder)
 
-    async def do(self, work: Callable[[tuner.FinetuneStore], Any]) -> Any:
+    async def do(self, work: Callable[[FinetuneStore], Any]) -> Any:
         """Something in a thread, its refusals as answers. Raises ApiError."""
         if self._limiter.available_tokens < 1:
             raise ApiError(503, "Too many requests wait here. Try again in a few seconds.", {"Retry-After": "2"})
         return await to_thread.run_sync(partial(self._done, work), limiter=self._limiter)
 
-    def _done(self, work: Callable[[tuner.FinetuneStore], Any]) -> Any:
-        from training.server.trainer import FinetuneError
+    def _done(self, work: Callable[[FinetuneStore], Any]) -> Any:
+        from training.server.finetunes import FinetuneError
 
         try:
             return work(self.tuner)
@@ -171,7 +173,7 @@ class TuningService:
 
     def checkpoint(self, tenant: str, name: str) -> ModelSpec:
         """The model of a saved step. Raises ApiError (404)."""
-        return self._done(lambda work: work.checkpoint(tenant, name))
+        return self._done(lambda work: work.checkpoint_spec(tenant, name))
 
 
 def router(bench: TuningService) -> APIRouter:
@@ -202,7 +204,7 @@ def router(bench: TuningService) -> APIRouter:
     async def rollouts(asked: Rollouts, http: Http) -> dict[str, Any]:
         question = _question(asked.request)
 
-        def write(work: tuner.FinetuneStore) -> Any:
+        def write(work: FinetuneStore) -> Any:
             return work.rollouts(http.state.tenant, asked.finetune_id, _asked(question), asked.num_rollouts)
 
         if asked.ground_truth and question.skill == "query":
@@ -215,13 +217,13 @@ def router(bench: TuningService) -> APIRouter:
     @routes.post("/train_step")
     async def train_step(asked: Train, http: Http) -> dict[str, Any]:
         learned = await do(
-            lambda work: work.learn(http.state.tenant, asked.finetune_id, [_group(g) for g in asked.groups], asked.lr)
+            lambda work: work.train_step(http.state.tenant, asked.finetune_id, [_group(g) for g in asked.groups], asked.lr)
         )
         return {**vars(learned), "router_kl": None}
 
     @routes.post("/finetunes/{finetune_id}/metrics")
     async def metrics(finetune_id: Id, asked: Metrics, http: Http) -> dict[str, Any]:
-        await do(lambda work: work.log(http.state.tenant, finetune_id, asked.step, asked.metrics))
+        await do(lambda work: work.log_metrics(http.state.tenant, finetune_id, asked.step, asked.metrics))
         return {"ok": True, "step": asked.step, "logged_count": len(asked.metrics)}
 
     @routes.get("/finetunes/{finetune_id}/checkpoints")
@@ -232,12 +234,12 @@ def router(bench: TuningService) -> APIRouter:
 
     @routes.post("/finetunes/{finetune_id}/checkpoints/save")
     async def save(finetune_id: Id, http: Http) -> dict[str, Any]:
-        found = await do(lambda work: work.save(http.state.tenant, finetune_id))
+        found = await do(lambda work: work.save_checkpoint(http.state.tenant, finetune_id))
         return {"ok": True, "checkpoint": _checkpoint(found, str(found.step))}
 
     @routes.delete("/finetunes/{finetune_id}/checkpoints/{step}")
     async def forget(finetune_id: Id, step: int, http: Http) -> dict[str, Any]:
-        await do(lambda work: work.forget(http.state.tenant, finetune_id, step))
+        await do(lambda work: work.delete_checkpoint(http.state.tenant, finetune_id, step))
         return {"ok": True}
 
     return routes
@@ -253,7 +255,7 @@ def _question(request: dict[str, Any]) -> Question:
         raise ApiError(400, f"{said or 'The request cannot be read'}.") from None
 
 
-def _asked(question: Question) -> tuner.Prompt:
+def _asked(question: Question) -> trainer.Prompt:
     from training.server.trainer import Prompt
 
     drawing = question.settings or Drawing()
@@ -262,36 +264,36 @@ def _asked(question: Question) -> tuner.Prompt:
     return Prompt(photo, question.words, *how)
 
 
-def _rewards(said: list[tuner.Completion], truth: GroundTruth) -> list[float]:
-    from training.server.regions import reward
+def _rewards(said: list[trainer.Completion], truth: GroundTruth) -> list[float]:
+    from training.server.regions import region_reward
 
-    return [reward(one.found, truth.regions()) for one in said]
+    return [region_reward(one.regions, truth.regions()) for one in said]
 
 
-def _group(group: Group) -> tuner.Group:
-    from training.server import trainer as tuner
+def _group(group: Group) -> trainer.Group:
+    from training.server import trainer
 
     asked = _asked(_question(group.request))
     if group.mode == "sft":
-        return tuner.Group(asked, (_target(group.target, asked.skill),))
+        return trainer.Group(asked, (_target(group.target, asked.skill),))
     if not group.rollouts or len(group.rollouts) != len(group.rewards):
         raise ApiError(400, "A group of mode rl needs as many rewards as rollouts, at least one.")
     if any(one.skill not in (None, asked.skill) for one in group.rollouts):
         raise ApiError(400, f"These rollouts are of another skill than their request, which is {asked.skill}.")
-    return tuner.Group(asked, tuple(map(_said, group.rollouts)), tuple(group.rewards))
+    return trainer.Group(asked, tuple(map(_said, group.rollouts)), tuple(group.rewards))
 
 
-def _target(target: Target | None, skill: str) -> tuner.Completion:
+def _target(target: Target | None, skill: str) -> trainer.Completion:
     from training.server.trainer import Completion
 
     name = {"query": "answer", "point": "points", "detect": "boxes"}[skill]
     if target is None or getattr(target, name) is None:
         raise ApiError(400, f"target.{name}: a group of mode sft needs it for the skill {skill}.")
     truth = GroundTruth(points=target.points, boxes=target.boxes) if skill != "query" else GroundTruth()
-    return Completion(target.answer or "", (), True, found=truth.regions())
+    return Completion(target.answer or "", (), True, regions=truth.regions())
 
 
-def _said(rollout: Rollout) -> tuner.Completion:
+def _said(rollout: Rollout) -> trainer.Completion:
     from training.server.trainer import Completion
 
     pairs = list(zip(rollout.coords[::2], rollout.coords[1::2]))
@@ -302,13 +304,13 @@ def _said(rollout: Rollout) -> tuner.Completion:
     return Completion(rollout.output.answer, tuple(rollout.answer_tokens), rollout.finish_reason == "stop", objects)
 
 
-def _rollout(said: tuner.Completion, skill: str) -> dict[str, Any]:
+def _rollout(said: trainer.Completion, skill: str) -> dict[str, Any]:
     outputs: dict[str, Any] = {"query": {"answer": said.text, "reasoning": None}}
-    outputs |= {"point": {"points": said.found}, "detect": {"objects": said.found}}
+    outputs |= {"point": {"points": said.regions}, "detect": {"objects": said.regions}}
     each = [COORDINATE, COORDINATE, *([SIZE] if skill == "detect" else [])]
     return {
         "skill": skill,
-        "finish_reason": "stop" if said.ended else "length",
+        "finish_reason": "stop" if said.finished else "length",
         "output": outputs[skill],
         "answer_tokens": list(said.tokens) if skill == "query" else each * len(said.objects),
         "thinking_tokens": [],
@@ -318,11 +320,11 @@ def _rollout(said: tuner.Completion, skill: str) -> dict[str, Any]:
     }
 
 
-def _shown(found: tuner.Finetune) -> dict[str, Any]:
+def _shown(found: Finetune) -> dict[str, Any]:
     return {name: value for name, value in vars(found).items() if name != "saved"}
 
 
-def _checkpoint(found: tuner.Finetune, step: str) -> dict[str, Any]:
+def _checkpoint(found: Finetune, step: str) -> dict[str, Any]:
     when = found.saved[step]
     return {
         "checkpoint_id": f"{found.finetune_id}-{int(step):06d}",
