@@ -50,13 +50,13 @@ def measure(geometry: str, cached: bool) -> dict[str, float]:
     import torch
     from transformers import TrainerCallback
 
-    from training.grpo.reward import Scorer
-    from training.grpo.train import trainer
+    from training.grpo.reward import RecipeReward
+    from training.grpo.train import build_trainer
     from training.runs.run import Run, RunConfig
 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    config = RunConfig.make(base="moondream-tiny", reward={"colour": 1.0}, seed=1, save_every=2_000)
+    config = RunConfig.create(base="moondream-tiny", reward={"colour": 1.0}, seed=1, save_every=2_000)
     learns, photos = _learner(geometry, cached, config), _photos()
     times: list[float] = []
 
@@ -67,8 +67,8 @@ def measure(geometry: str, cached: bool) -> dict[str, float]:
             times.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
-        scorer = Scorer(photos, config.reward_function, ROLLOUTS)
-        teaches = trainer(Run(folder), config, learns, scorer, STEPS[geometry] + 1)
+        scorer = RecipeReward(photos, config.reward_function, ROLLOUTS)
+        teaches = build_trainer(Run(folder), config, learns, scorer, STEPS[geometry] + 1)
         teaches.args.save_strategy = "no"  # type: ignore[assignment]
         teaches.add_callback(Clock())
         teaches.train()
@@ -82,19 +82,19 @@ def _learner(geometry: str, cached: bool, config: Any) -> Any:
 
     from inference.local.constraint import RecipeConstraint
     from inference.moondream import MoondreamConfig, MoondreamImageProcessor, MoondreamProcessor
-    from recipes import grammar
+    from recipes import grammar_segments
     from training.grpo import train as grpo
     from training.grpo.policy import Policy
 
-    learns = grpo.learner(config)
+    learns = grpo.load_policy(config)
     if geometry != "tiny":
         given, tokenizer = json.loads(WIDE.read_text()), learns.processor.tokenizer
         sections = given["config"] | {"tokenizer": {"templates": learns.policy.config.templates}}
         sections["text"] = sections["text"] | {"vocab_size": len(tokenizer)}
         torch.manual_seed(0)
         policy = Policy(MoondreamConfig(config=sections))  # type: ignore[call-arg]
-        policy.prepare(RecipeConstraint(tokenizer, grammar(), end_id=policy.config.eos_id))
-        learns.policy, learns.model = policy, grpo._adapted(policy, learns.entry, config)
+        policy.prepare(RecipeConstraint(tokenizer, grammar_segments(), end_id=policy.config.eos_id))
+        learns.policy, learns.model = policy, grpo.add_lora(policy, learns.entry, config)
         learns.processor = MoondreamProcessor(
             type(learns.processor.image_processor).from_config(policy.config),
             tokenizer,
@@ -102,16 +102,16 @@ def _learner(geometry: str, cached: bool, config: Any) -> Any:
             image_token_id=policy.config.image_token_id,
         )
     if not cached:
-        learns.policy.looks, learns.policy.share = None, False
+        learns.policy.image_cache, learns.policy.share_prompts = None, False
         learns.processor.image_processor = MoondreamImageProcessor.from_config(learns.policy.config)
     return learns
 
 
 def _photos() -> list[Any]:
     from recipes import load_photo, shrink
-    from training.data.bundled import bundled
+    from training.data.bundled import bundled_photos
 
-    return [shrink(load_photo(info.path)) for info in bundled("train")[:PHOTOS]]
+    return [shrink(load_photo(info.path)) for info in bundled_photos("train")[:PHOTOS]]
 
 
 def main() -> None:

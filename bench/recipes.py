@@ -66,7 +66,7 @@ def median_ms(action: Callable[[], Any], repeats: int) -> float:
 def _recipes(count: int) -> list[Recipe]:
     """Random recipes in which everything is touched, over the whole frame: the costly case."""
     rng = np.random.default_rng(0)
-    return [random_recipe(rng, touch=1).replace(crop=(0, 0, 100, 100)) for _ in range(count)]
+    return [random_recipe(rng, change_probability=1).replace(crop=(0, 0, 100, 100)) for _ in range(count)]
 
 
 def plainly(photo: np.ndarray, recipe: Recipe) -> np.ndarray:

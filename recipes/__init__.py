@@ -1,8 +1,9 @@
-"""Recipes: what an edit is, how a text becomes one, how one becomes a picture, and photos in and out."""
+"""Recipes: photo edits as text. Parse them, render them with OpenCV, load and save photos."""
 
+from recipes.grammar import LOOKS, OPERATIONS, Operation, Slot, grammar_segments
 from recipes.parsing import Parsed, parse
 from recipes.photo_io import MAX_BYTES, MAX_PIXELS, MIN_SIDE, PhotoError, load_photo, read_recipe, save_picture
-from recipes.recipe import LOOKS, OPERATIONS, Operation, Recipe, Slot, describe, grammar, random_recipe
+from recipes.recipe import Recipe, describe, random_recipe
 from recipes.render import PREVIEW_SIDE, crop_box, render, render_all, shrink
 
 __all__ = [
@@ -19,7 +20,7 @@ __all__ = [
     "Slot",
     "crop_box",
     "describe",
-    "grammar",
+    "grammar_segments",
     "load_photo",
     "parse",
     "random_recipe",

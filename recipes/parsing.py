@@ -1,6 +1,6 @@
-"""Reading a recipe out of what a model or a person wrote: canonical text, JSON, or prose ('a bit warmer, crop 5 %').
+"""Parse recipes from canonical text, JSON, or prose such as 'a bit warmer, crop 5 %'.
 
-One pass over the words, so the time is linear in the length; nothing is ever raised.
+The parser makes one pass over the tokens, so its time is linear in the length of the text. It never raises.
 """
 
 from __future__ import annotations
@@ -9,59 +9,64 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from recipes.recipe import LOOKS, OPERATIONS, Recipe
+from recipes.grammar import LOOKS, OPERATIONS
+from recipes.recipe import Recipe
 
-MAX_TEXT = 200_000
-_PROBLEMS = 12  # more would not help anybody
+MAX_TEXT = 200_000  # characters
+_MAX_PROBLEMS = 12
 
-
-_Items = list[str | float]  # words and numbers in order
+_Tokens = list[str | float]  # lower-case words and numbers, in order
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """The recipe that was read, the operations that were found, and in words what could not be read or was clamped."""
+    """The result of `parse`.
+
+    Attributes:
+        recipe: The parsed recipe; operations that were not mentioned are neutral.
+        operations: Names of the operations that were found.
+        problems: Messages about everything that was clamped or could not be parsed.
+    """
 
     recipe: Recipe
-    found: tuple[str, ...] = ()
+    operations: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """True when at least one operation was read."""
-        return bool(self.found)
+        """Whether at least one operation was found."""
+        return bool(self.operations)
 
 
-def parse(text: object) -> Parsed:
-    """The recipe in a text, or in a dict as from `Recipe.to_json`. Never raises; numbers are clamped to their range.
+def parse(source: object) -> Parsed:
+    """Parse a recipe from text, or from a mapping as `Recipe.to_json` returns it. Never raises.
 
-    Later mentions of an operation replace earlier ones; what is not mentioned stays neutral.
+    Numbers are clamped to their range. A later mention of an operation replaces an earlier one.
     """
-    reading = _Reading()
-    if isinstance(text, Mapping):
-        reading.take_json(text)
-    elif not isinstance(text, str):
-        reading.problem("a recipe is a text")
+    parser = _Parser()
+    if isinstance(source, Mapping):
+        parser.read_json(source)
+    elif not isinstance(source, str):
+        parser.add_problem("a recipe must be text or a JSON object")
     else:
-        if len(text) > MAX_TEXT:
-            reading.problem(f"only the first {MAX_TEXT:,} characters were read")
-            text = text[:MAX_TEXT]
-        text = _plain(text)
-        values = _json_in(text)
+        if len(source) > MAX_TEXT:
+            parser.add_problem(f"only the first {MAX_TEXT:,} characters were read")
+        text = _normalize(source[:MAX_TEXT])
+        values = _find_json(text)
         if values is not None:
-            reading.take_json(values)
+            parser.read_json(values)
         else:
-            for clause in _clauses(text):
-                reading.take_clause(clause)
-    if not reading.values:
-        reading.problem("no operation was found")
-    found = tuple(name for name in OPERATIONS if name in reading.values)
-    return Parsed(Recipe(**reading.values), found, tuple(dict.fromkeys(reading.problems)))  # type: ignore[arg-type]
+            for clause in _split_clauses(text):
+                parser.read_clause(clause)
+    if not parser.values:
+        parser.add_problem("no operation was found")
+    operations = tuple(name for name in OPERATIONS if name in parser.values)
+    return Parsed(Recipe(**parser.values), operations, tuple(dict.fromkeys(parser.problems)))  # type: ignore[arg-type]
 
 
-# ── Words ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Vocabulary ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _OPERATION_WORDS = {
     "crop": ("crop", "cropping", "cropped", "recrop", "trim"),
@@ -72,8 +77,8 @@ _OPERATION_WORDS = {
     "sharpening": ("sharpening", "sharpness", "clarity", "sharp"),
     "look": ("look", "filter", "style", "effect"),
 }
-# Words that say an operation and its direction at once.
-_MOVES = {
+# Words that name an operation and its direction.
+_DIRECTED_WORDS = {
     "brighten": ("exposure", 1), "brighter": ("exposure", 1), "brightening": ("exposure", 1),
     "lighten": ("exposure", 1), "lighter": ("exposure", 1),
     "darken": ("exposure", -1), "darker": ("exposure", -1), "darkening": ("exposure", -1),
@@ -111,8 +116,8 @@ _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
-def _plain(text: str) -> str:
-    """Without invisible and control characters, with the typographic minus as '-', decimal comma left alone."""
+def _normalize(text: str) -> str:
+    """Remove invisible and control characters, and turn the typographic minus into '-'."""
     text = _CONTROL.sub(" ", _INVISIBLE.sub("", text)).replace("\u2212", "-")
     return _BLACK_AND_WHITE.sub("monochrome", text)
 
@@ -120,44 +125,32 @@ def _plain(text: str) -> str:
 # ── Prose and canonical text ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass
-class _Clause:
-    """A stretch of text about one thing: its words and numbers in order."""
+def _split_clauses(text: str) -> Iterator[_Tokens]:
+    """Split text into clauses about one thing each.
 
-    items: _Items = field(default_factory=list)
-
-    def has_operation(self) -> bool:
-        return any(isinstance(item, str) and (item in _OPERATION_OF or item in _MOVES) for item in self.items)
-
-    def numbers(self) -> list[float]:
-        return [item for item in self.items if isinstance(item, float)]
-
-
-def _clauses(text: str) -> Iterator[_Clause]:
-    """Splits at punctuation, 'and', 'then', 'but'; what follows a crop and only names sides stays with it."""
-    last: _Clause | None = None
-    for clause in _pieces(text):
-        continues = last is not None and not clause.has_operation() and _is_more_of_a_crop(last, clause)
-        if continues and last is not None:
-            last.items += clause.items
+    A clause that names only sides belongs to a preceding crop: 'crop 10 % from the left, and 5 % from the top'.
+    """
+    previous: _Tokens | None = None
+    for clause in _split_at_punctuation(text):
+        names_operation = any(isinstance(t, str) and (t in _OPERATION_OF or t in _DIRECTED_WORDS) for t in clause)
+        names_side = any(token in _SIDES for token in clause)
+        after_crop = any(isinstance(token, str) and _OPERATION_OF.get(token) == "crop" for token in previous or ())
+        if previous is not None and after_crop and names_side and not names_operation:
+            previous += clause
             continue
-        if last is not None:
-            yield last
-        last = clause
-    if last is not None:
-        yield last
+        if previous is not None:
+            yield previous
+        previous = clause
+    if previous is not None:
+        yield previous
 
 
-def _is_more_of_a_crop(last: _Clause, clause: _Clause) -> bool:
-    return "crop" in map(_operation, last.items) and any(item in _SIDES for item in clause.items)
+def _split_at_punctuation(text: str) -> Iterator[_Tokens]:
+    """Split text into tokens, and these at punctuation and at 'and', 'then', 'but', 'while'.
 
-
-def _operation(item: str | float) -> str | None:
-    return _OPERATION_OF.get(item) if isinstance(item, str) else None
-
-
-def _pieces(text: str) -> Iterator[_Clause]:
-    clause = _Clause()
+    A comma between two numbers does not split.
+    """
+    clause: _Tokens = []
     comma = False
     for match in _TOKEN.finditer(text):
         if match["comma"]:
@@ -167,17 +160,17 @@ def _pieces(text: str) -> Iterator[_Clause]:
         number = _number(match["number"], match["unit"]) if match["number"] else _NOT_NUMBERS.get(word.lstrip("+-"))
         if match["word"] and number is not None and word.startswith("-"):
             number = -number
-        run_on = comma and number is not None and bool(clause.items) and isinstance(clause.items[-1], float)
-        if match["stop"] or word in ("and", "then", "but", "while") or (comma and not run_on):
-            if clause.items:
+        continues_numbers = comma and number is not None and bool(clause) and isinstance(clause[-1], float)
+        if match["stop"] or word in ("and", "then", "but", "while") or (comma and not continues_numbers):
+            if clause:
                 yield clause
-            clause = _Clause()
+            clause = []
         comma = False
         if number is not None:
-            clause.items.append(number)
+            clause.append(number)
         elif word:
-            clause.items.append(word.lstrip("+-"))
-    if clause.items:
+            clause.append(word.lstrip("+-"))
+    if clause:
         yield clause
 
 
@@ -187,150 +180,145 @@ def _number(text: str, unit: str | None) -> float:
         value = float(base) ** int(power or 1)
     except OverflowError:
         value = math.inf
-    return value * (100 / 1.5 if unit and unit != "%" else 1.0)  # EV: +100 is one and a half stops
+    return value * (100 / 1.5 if unit and unit != "%" else 1.0)  # stops (EV): +100 is 1.5 stops
 
 
-class _Reading:
-    """Collects values and problems while a text is read."""
+class _Parser:
+    """Collects operation values and problems while text or JSON is read."""
 
     def __init__(self) -> None:
         self.values: dict[str, object] = {}
         self.problems: list[str] = []
 
-    def problem(self, words: str) -> None:
-        if len(self.problems) < _PROBLEMS:
-            self.problems.append(words)
+    def add_problem(self, message: str) -> None:
+        if len(self.problems) < _MAX_PROBLEMS:
+            self.problems.append(message)
 
-    def take_clause(self, clause: _Clause) -> None:
-        items = clause.items
-        places = _places(items)
-        if not places:
-            return self._without_operation(clause)
-        number_first = isinstance(items[0], float) and not isinstance(items[-1], float)
-        edges = [-1, *(at for at, _, _ in places), len(items)]
-        for (at, name, way), before, after in zip(places, edges, edges[2:], strict=False):
-            self._take(name, way, items[before + 1 : at], items[at + 1 : after], number_first)
+    def read_clause(self, tokens: _Tokens) -> None:
+        mentions = _find_operations(tokens)
+        if not mentions:
+            return self._read_look_only(tokens)
+        number_first = isinstance(tokens[0], float) and not isinstance(tokens[-1], float)
+        edges = [-1, *(index for index, _, _ in mentions), len(tokens)]
+        for (index, name, direction), start, end in zip(mentions, edges, edges[2:], strict=False):
+            self._read_operation(name, direction, tokens[start + 1 : index], tokens[index + 1 : end], number_first)
         return None
 
-    def _without_operation(self, clause: _Clause) -> None:
-        items = clause.items
-        look = next((_LOOK_WORDS[item] for item in items if isinstance(item, str) and item in _LOOK_WORDS), None)
-        if look and (len(items) == 1 or any(item in _LOOK_CUES for item in items)):
+    def _read_look_only(self, tokens: _Tokens) -> None:
+        """Read a clause that names no operation, such as 'in black and white'."""
+        look = next((_LOOK_WORDS[token] for token in tokens if isinstance(token, str) and token in _LOOK_WORDS), None)
+        if look and (len(tokens) == 1 or any(token in _LOOK_CUES for token in tokens)):
             self.values["look"] = look
-        elif len(items) == 2 and isinstance(items[0], str) and isinstance(items[1], float):
-            self.problem(f"{items[0][:40]} is not an operation")
+        elif len(tokens) == 2 and isinstance(tokens[0], str) and isinstance(tokens[1], float):
+            self.add_problem(f"{tokens[0][:40]} is not an operation")
 
-    def _take(self, name: str, way: int, behind: _Items, ahead: _Items, number_first: bool) -> None:
+    def _read_operation(self, name: str, direction: int, before: _Tokens, after: _Tokens, number_first: bool) -> None:
+        """Read one mentioned operation from the tokens before and after its name."""
         if name == "look":
-            return self._take_look(behind, ahead)
-        order = (behind[::-1], ahead) if number_first else (ahead, behind[::-1])
-        numbers = next((found for part in order if (found := [item for item in part if isinstance(item, float)])), [])
-        words = [item for item in behind + ahead if isinstance(item, str)]
+            return self._read_look(before, after)
+        search_order = (before[::-1], after) if number_first else (after, before[::-1])
+        numbers = next(
+            (numbers for part in search_order if (numbers := [token for token in part if isinstance(token, float)])), []
+        )
+        words = [token for token in before + after if isinstance(token, str)]
         if name == "crop":
-            return self._take_crop(words, behind + ahead, numbers)
-        direction = way or _direction(words)
+            return self._read_crop(words, before + after, numbers)
+        if not direction:
+            direction = next((1 if word in _UP else -1 for word in words if word in _UP or word in _DOWN), 0)
         if not numbers and not direction:
-            if not behind and ahead:
-                self.problem(f"{name}: no number was found")
+            if not before and after:
+                self.add_problem(f"{name}: no number was found")
             return None
         value = numbers[0] if numbers else 10.0 if _SMALL & set(words) else 40.0 if _LARGE & set(words) else 20.0
         if direction < 0 and value > 0:
             value = -value
-        return self.put(name, (value,))
+        return self.store(name, (value,))
 
-    def _take_look(self, behind: _Items, ahead: _Items) -> None:
-        known = [item for item in ahead + behind[::-1] if isinstance(item, str) and item in _LOOK_WORDS]
-        if known:
-            self.values["look"] = _LOOK_WORDS[known[0]]
-        elif not behind and len(ahead) == 1:
-            self.problem(f"look: {str(ahead[0])[:40]} is not one of {', '.join(LOOKS)}")
+    def _read_look(self, before: _Tokens, after: _Tokens) -> None:
+        looks = [token for token in after + before[::-1] if isinstance(token, str) and token in _LOOK_WORDS]
+        if looks:
+            self.values["look"] = _LOOK_WORDS[looks[0]]
+        elif not before and len(after) == 1:
+            self.add_problem(f"look: {str(after[0])[:40]} is not one of {', '.join(LOOKS)}")
 
-    def _take_crop(self, words: list[str], items: _Items, numbers: list[float]) -> None:
+    def _read_crop(self, words: list[str], tokens: _Tokens, numbers: list[float]) -> None:
         if _SIDES.keys() & set(words) and numbers:
-            self.put("crop", _margins(items))
+            self.store("crop", _crop_from_sides(tokens))
         elif len(numbers) >= 4:
-            self.put("crop", tuple(numbers[:4]))
+            self.store("crop", tuple(numbers[:4]))
         elif len(numbers) == 1:
             margin = (100 - numbers[0] if "to" in words else numbers[0]) / 2
-            self.put("crop", (margin, margin, 100 - margin, 100 - margin))
+            self.store("crop", (margin, margin, 100 - margin, 100 - margin))
         else:
-            self.problem("crop needs four numbers: left top right bottom")
+            self.add_problem("crop needs four numbers: left top right bottom")
 
-    def put(self, name: str, values: tuple[float, ...]) -> None:
-        """Stores an operation's numbers, clamped; a NaN leaves the operation as it was."""
+    def store(self, name: str, values: tuple[float, ...]) -> None:
+        """Store an operation's numbers, clamped. NaN leaves the operation unchanged."""
         slots = OPERATIONS[name].slots
         if any(math.isnan(value) for value in values):
-            return self.problem(f"{name}: not a number")
+            return self.add_problem(f"{name}: not a number")
         numbers = tuple(slot.clamp(value) for slot, value in zip(slots, values, strict=True))
         for slot, value, number in zip(slots, values, numbers, strict=True):
             if abs(value - number) > 0.5:
-                self.problem(f"{name} {value:.6g} was brought into {slot.low}..{slot.high}")
+                self.add_problem(f"{name} {value:.6g} was clamped to {slot.low}..{slot.high}")
         self.values[name] = numbers[0] if len(numbers) == 1 else numbers
         return None
 
     # ── JSON ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def take_json(self, values: Mapping[object, object]) -> None:
+    def read_json(self, values: Mapping[object, object]) -> None:
         nested = values.get("recipe")
         for key, value in (nested if isinstance(nested, Mapping) else values).items():
             name = _OPERATION_OF.get(str(key).strip().lower())
             if name is None:
-                self.problem(f"{str(key)[:40]} is not an operation")
+                self.add_problem(f"{str(key)[:40]} is not an operation")
             elif OPERATIONS[name].choices:
-                self._json_choice(name, value)
+                word = "none" if value is None else _LOOK_WORDS.get(str(value).strip().lower()[:40])
+                if word is None:
+                    self.add_problem(f"{name}: {str(value)[:40]} is not one of {', '.join(LOOKS)}")
+                else:
+                    self.values[name] = word
             else:
-                self._json_numbers(name, value)
+                self._read_json_numbers(name, value)
 
-    def _json_choice(self, name: str, value: object) -> None:
-        word = "none" if value is None else _LOOK_WORDS.get(str(value).strip().lower()[:40])
-        if word is None:
-            self.problem(f"{name}: {str(value)[:40]} is not one of {', '.join(LOOKS)}")
-        else:
-            self.values[name] = word
-
-    def _json_numbers(self, name: str, value: object) -> None:
+    def _read_json_numbers(self, name: str, value: object) -> None:
         if isinstance(value, Mapping):
-            value = [value[side] if side in value else (0, 0, 100, 100)[at] for side, at in _SIDES.items()]
+            value = [value[side] if side in value else (0, 0, 100, 100)[index] for side, index in _SIDES.items()]
         parts = value if isinstance(value, (list, tuple)) else [value]
-        numbers = [_as_float(part) for part in parts[:8]]
-        if any(number is None for number in numbers) or len(numbers) != len(OPERATIONS[name].slots):
-            self.problem(f"{name}: {str(value)[:40]} is not {len(OPERATIONS[name].slots)} number(s)")
+        numbers = tuple(number for part in parts[:8] if (number := _as_float(part)) is not None)
+        if not len(numbers) == len(parts[:8]) == len(OPERATIONS[name].slots):
+            self.add_problem(f"{name}: {str(value)[:40]} is not {len(OPERATIONS[name].slots)} number(s)")
             return
-        known = tuple(number for number in numbers if number is not None)
-        if name == "crop" and all(0 <= number <= 1 for number in known) and known[2] > known[0]:
-            known = tuple(100 * number for number in known)
-        self.put(name, known)
+        if name == "crop" and all(0 <= number <= 1 for number in numbers) and numbers[2] > numbers[0]:
+            numbers = tuple(100 * number for number in numbers)
+        self.store(name, numbers)
 
 
-def _places(items: _Items) -> list[tuple[int, str, int]]:
-    """Where operations are named: position, operation, direction (0 when the word has none).
+def _find_operations(tokens: _Tokens) -> list[tuple[int, str, int]]:
+    """Find the tokens that name an operation: index, operation, direction (0 if the word has none).
 
-    'a warmer temperature' names warmth twice: the plain noun right after a directed word adds nothing.
+    'a warmer temperature' names warmth twice: a plain noun right after a directed word is skipped.
     """
-    places: list[tuple[int, str, int]] = []
-    for at, item in enumerate(items):
-        if not isinstance(item, str):
+    mentions: list[tuple[int, str, int]] = []
+    for index, token in enumerate(tokens):
+        if not isinstance(token, str):
             continue
-        name, way = _MOVES.get(item, (_OPERATION_OF.get(item, ""), 0))
-        repeated = bool(places) and way == 0 and places[-1][:2] == (at - 1, name)
+        name, direction = _DIRECTED_WORDS.get(token, (_OPERATION_OF.get(token, ""), 0))
+        repeated = bool(mentions) and direction == 0 and mentions[-1][:2] == (index - 1, name)
         if name and not repeated:
-            places.append((at, name, way))
-    return places
+            mentions.append((index, name, direction))
+    return mentions
 
 
-def _direction(words: list[str]) -> int:
-    return next((1 if word in _UP else -1 for word in words if word in _UP or word in _DOWN), 0)
-
-
-def _margins(items: _Items) -> tuple[float, ...]:
-    """'10 % from the left and the right': each side takes the number nearest before it, else the first one after."""
-    first = next(item for item in items if isinstance(item, float))
-    box, current = [0.0, 0.0, 100.0, 100.0], first
-    for item in items:
-        if isinstance(item, float):
-            current = item
-        elif isinstance(item, str) and item in _SIDES:
-            side = _SIDES[item]
+def _crop_from_sides(tokens: _Tokens) -> tuple[float, ...]:
+    """Return the crop of '10 % from the left and the right': each side takes the number before it, else the first."""
+    current = next(token for token in tokens if isinstance(token, float))
+    box = [0.0, 0.0, 100.0, 100.0]
+    for token in tokens:
+        if isinstance(token, float):
+            current = token
+        elif token in _SIDES:
+            side = _SIDES[token]
             box[side] = current if side < 2 else 100 - current
     return tuple(box)
 
@@ -346,15 +334,15 @@ def _as_float(value: object) -> float | None:
         return None
 
 
-def _json_in(text: str) -> Mapping[object, object] | None:
-    """The first JSON object in a text that names an operation; looks at no more than three opening braces."""
-    at = -1
+def _find_json(text: str) -> Mapping[object, object] | None:
+    """Return the first JSON object that names an operation, trying at most three opening braces."""
+    start = -1
     for _ in range(3):
-        at = text.find("{", at + 1)
-        if at < 0:
+        start = text.find("{", start + 1)
+        if start < 0:
             return None
         try:
-            value, _end = json.JSONDecoder().raw_decode(text, at)
+            value, _end = json.JSONDecoder().raw_decode(text, start)
         except (ValueError, RecursionError):
             continue
         nested = value.get("recipe", value)

@@ -1,8 +1,8 @@
-"""Photos in and out: any file a user has becomes an RGB array or a PhotoError that says what to do; pictures are saved
-with their recipe inside."""
+"""Load photos of any common format as RGB arrays, and save pictures with their recipe in the metadata."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import tempfile
@@ -21,17 +21,26 @@ MIN_SIDE = 16
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM")
 _IMAGE_DESCRIPTION = 0x010E  # the EXIF tag
 _SOFTWARE = 0x0131
+_DAMAGED = "This file is damaged or incomplete ({reason}). Copy or export the photo again and choose the new file."
+_TOO_LARGE = "This photo has {size} megapixels; the limit is {limit}. Save a smaller version."
 
 
 class PhotoError(ValueError):
-    """A photo that cannot be read or written; the message says what to do."""
+    """Raised when a photo cannot be read or written. The message tells the user what to do."""
 
 
 def load_photo(source: str | os.PathLike[str] | bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A photo as uint8 [H, W, 3] sRGB from a path, the bytes of a file, or an opened picture.
+    """Load a photo as uint8 [H, W, 3] sRGB.
 
-    EXIF orientation is applied, transparency laid over white, embedded profiles converted, 16 bits reduced to 8; of an
-    animation the first frame counts. Raises PhotoError for anything else.
+    Applies the EXIF orientation, composites transparency over white, converts embedded colour profiles and reduces 16
+    bits to 8. Of an animation, the first frame is loaded.
+
+    Args:
+        source: A path, the bytes of a file, or an opened image.
+        max_pixels: Largest width times height that is decoded.
+
+    Raises:
+        PhotoError: If the source is too large, too small, damaged, or not a photo.
     """
     picture = source if isinstance(source, Image.Image) else _open(_read(source))
     _check_size(*picture.size, max_pixels)
@@ -41,9 +50,6 @@ def load_photo(source: str | os.PathLike[str] | bytes | Image.Image, max_pixels:
         raise
     except (Exception, MemoryError) as error:  # Pillow's decoders raise nearly anything on a damaged file
         raise PhotoError(_DAMAGED.format(reason=error or type(error).__name__)) from error
-
-
-_DAMAGED = "This file is damaged or incomplete ({reason}). Copy or export the photo again and choose the new file."
 
 
 def _read(source: str | os.PathLike[str] | bytes) -> bytes:
@@ -59,7 +65,7 @@ def _read(source: str | os.PathLike[str] | bytes) -> bytes:
                 f"The photo could not be opened ({reason}). Check the file and choose it again."
             ) from error
     if len(data) > MAX_BYTES:
-        raise PhotoError(f"This file is over {MAX_BYTES // 1_000_000} MB. Save a smaller version and choose that.")
+        raise PhotoError(f"This file is over {MAX_BYTES // 1_000_000} MB. Save a smaller version and choose that file.")
     if not data:
         raise PhotoError("This file is empty. Choose the photo again.")
     return data
@@ -69,33 +75,30 @@ def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise PhotoError(_TOO_LARGE.format(size="far too many", most=MAX_PIXELS // 1_000_000)) from None
+        raise PhotoError(_TOO_LARGE.format(size="too many", limit=MAX_PIXELS // 1_000_000)) from None
     except Exception as error:
         raise PhotoError(_not_a_photo(data)) from error
 
 
 def _not_a_photo(data: bytes) -> str:
-    """Why Pillow found no photo in these bytes, in words."""
+    """Return a message for bytes that Pillow does not recognise as a photo."""
     head = data[:2048].lower()
     if data[4:8] == b"ftyp":
-        return "HEIC photos and videos cannot be read here. Export the photo as JPEG (or PNG) and choose that."
+        return "HEIC photos and videos are not supported. Export the photo as JPEG or PNG and choose that file."
     if b"<svg" in head:
-        return "SVG is a drawing, not a photo. Export it as PNG and choose that."
+        return "SVG is a drawing, not a photo. Export it as PNG and choose that file."
     if head.startswith((b"%pdf", b"%!ps")):
-        return "This is a document, not a photo. Export the page as JPEG or PNG and choose that."
+        return "This is a document, not a photo. Export the page as JPEG or PNG and choose that file."
     if head.startswith((b"\xff\xd8\xff", b"\x89png", b"gif8", b"riff", b"ii*\0", b"mm\0*", b"bm")):
         return _DAMAGED.format(reason="its header cannot be read")
     if not any(byte < 9 for byte in head):
-        return "This file holds text, whatever its name says. Choose a JPEG, PNG or WebP photo."
-    return "This is not a photo format that can be read here. Choose a JPEG, PNG or WebP photo."
-
-
-_TOO_LARGE = "This photo has {size} megapixels; up to {most} can be read. Save a smaller version."
+        return "This file contains text, not a photo. Choose a JPEG, PNG or WebP photo."
+    return "This is not a photo format that is supported. Choose a JPEG, PNG or WebP photo."
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise PhotoError(_TOO_LARGE.format(size=round(width * height / 1e6), most=max_pixels // 1_000_000))
+        raise PhotoError(_TOO_LARGE.format(size=round(width * height / 1e6), limit=max_pixels // 1_000_000))
     if min(width, height) < MIN_SIDE:
         raise PhotoError(f"This photo is {width} x {height} pixels. Choose one of at least {MIN_SIDE} x {MIN_SIDE}.")
 
@@ -103,35 +106,32 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 def _to_rgb(picture: Image.Image) -> np.ndarray:
     picture.seek(0)
     picture.load()
-    picture = _upright(picture)
+    with contextlib.suppress(Exception):  # the pixels may be intact although the EXIF block is damaged
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
-        return _from_deep(np.asarray(picture))
-    picture = _flatten(_to_srgb(picture))
+        return _high_bit_depth_to_rgb(np.asarray(picture))
+    picture = _to_srgb(picture)
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return np.array(picture.convert("RGB"), dtype=np.uint8)
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # a damaged EXIF block says nothing about the pixels
-        return picture
-
-
-def _from_deep(values: np.ndarray) -> np.ndarray:
-    """Grey of 16 or 32 bits or float [H, W] to uint8 [H, W, 3]; the white level follows from the type or the values."""
+def _high_bit_depth_to_rgb(values: np.ndarray) -> np.ndarray:
+    """Convert 16-bit, 32-bit or float grey [H, W] to uint8 [H, W, 3]; the white level depends on type and values."""
     if values.dtype.itemsize == 2:
         white = 65535.0
     else:
         values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-        top = max(float(values.max()), 1e-6)
+        maximum = max(float(values.max()), 1e-6)
         whites = (255.0, 65535.0) if np.array_equal(values, np.rint(values)) else (1.0, 255.0, 65535.0)
-        white = next((limit for limit in whites if top <= limit), top)
+        white = next((level for level in whites if maximum <= level), maximum)
     grey = np.clip(values * (255 / white) + 0.5, 0, 255).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 
 def _to_srgb(picture: Image.Image) -> Image.Image:
-    """Converts an embedded profile other than sRGB; a profile that cannot be used is ignored."""
+    """Convert from an embedded colour profile to sRGB. An unusable profile is ignored."""
     profile = picture.info.get("icc_profile")
     if not profile or picture.mode not in ("RGB", "RGBA", "CMYK", "L"):
         return picture
@@ -146,20 +146,19 @@ def _to_srgb(picture: Image.Image) -> Image.Image:
         return picture
 
 
-def _flatten(picture: Image.Image) -> Image.Image:
-    """Transparency over white."""
-    if not picture.has_transparency_data:
-        return picture
-    layer = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-
-
 def save_picture(picture: np.ndarray, recipe: Recipe, path: str | os.PathLike[str]) -> None:
-    """Writes uint8 [H, W, 3] RGB as JPEG (quality 95) or PNG by the path's suffix, with the recipe's text inside.
+    """Save a picture as JPEG (quality 95) or PNG with its recipe in the metadata.
 
-    The text is in EXIF ImageDescription (JPEG) or in the text chunk `Description` (PNG), where `read_recipe` finds it.
-    Atomic: the path holds what it held before or the whole new file. Raises PhotoError for another suffix or a failed
-    write.
+    The recipe's text is stored in EXIF ImageDescription (JPEG) or in the text chunk `Description` (PNG), where
+    `read_recipe` finds it. The write is atomic.
+
+    Args:
+        picture: uint8 [H, W, 3] RGB.
+        recipe: The recipe that produced the picture.
+        path: Destination; the suffix selects the format.
+
+    Raises:
+        PhotoError: If the suffix is not supported or the file cannot be written.
     """
     path = Path(path)
     options = _save_options(path.suffix.lower(), str(recipe))
@@ -193,11 +192,11 @@ def _save_options(suffix: str, text: str) -> dict[str, Any]:
         chunks.add_text("Description", text)
         chunks.add_text("Software", "moondream-playground")
         return {"format": "PNG", "pnginfo": chunks}
-    raise PhotoError(f"Pictures are saved as .jpg or .png, not as {suffix or 'a file without an ending'}.")
+    raise PhotoError(f"Pictures are saved as .jpg or .png, not as {suffix or 'a file without a suffix'}.")
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe | None:
-    """The recipe that `save_picture` left in a file, or None when there is none. Raises PhotoError for no picture."""
+    """Return the recipe that `save_picture` stored in a file, or None. Raises PhotoError if the file is not a photo."""
     picture = _open(_read(path))
     text = picture.getexif().get(_IMAGE_DESCRIPTION) or picture.info.get("Description") or ""
     parsed = parse(text)

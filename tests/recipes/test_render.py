@@ -1,6 +1,8 @@
-"""The renderer: identity, what each operation does, crops, inverses, extremes."""
+"""The renderer: identity, the effect of each operation, crops, inverses, extreme values."""
 
 from __future__ import annotations
+
+import itertools
 
 import cv2
 import numpy as np
@@ -10,13 +12,13 @@ from hypothesis import strategies as st
 
 from recipes import LOOKS, Recipe, crop_box, random_recipe, render, render_all, shrink
 
-# A busy machine must not fail a property.
-CALM = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+# No deadline: these properties must hold on a loaded machine too.
+NO_DEADLINE = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")
 def photo() -> np.ndarray:
-    """A drawn scene, 120 x 160: smooth colours with edges and some texture."""
+    """Synthesize a scene, 120 x 160: smooth colours with edges and some texture."""
     y, x = np.mgrid[0:120, 0:160] / 160
     scene = np.stack([0.2 + 0.6 * x, 0.3 + 0.4 * y, 0.6 - 0.4 * x * y], axis=-1)
     scene[30:70, 40:90] = (0.7, 0.4, 0.3)
@@ -33,25 +35,25 @@ def chroma(picture: np.ndarray) -> float:
     return float(np.hypot(lab[..., 1], lab[..., 2]).mean())
 
 
-def test_the_identity_changes_no_pixel(photo: np.ndarray) -> None:
+def test_the_identity_leaves_every_pixel(photo: np.ndarray) -> None:
     assert np.array_equal(render(photo, Recipe()), photo)
 
 
-def test_every_value_survives_the_pipeline() -> None:
-    """A nearly neutral recipe moves no value by more than its own small step: tables and rounding are exact enough."""
+def test_a_nearly_neutral_recipe_is_exact_to_one_level() -> None:
+    """Lookup tables and rounding move no grey value by more than one."""
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2).repeat(4, axis=1)
     assert np.abs(render(ramp, Recipe(saturation=40)).astype(int) - ramp).max() <= 1  # grey has no saturation
     assert np.abs(render(ramp, Recipe(look="mono")).astype(int) - ramp).max() <= 1
 
 
-def test_a_crop_only_cuts(photo: np.ndarray) -> None:
+def test_a_crop_copies_pixels(photo: np.ndarray) -> None:
     recipe = Recipe(crop=(10, 20, 90, 60))
     left, top, right, bottom = crop_box(photo, recipe)
     assert (left, top, right, bottom) == (16, 24, 144, 72)
     assert np.array_equal(render(photo, recipe), photo[24:72, 16:144])
 
 
-@CALM
+@NO_DEADLINE
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 40), st.integers(60, 100))
 def test_a_crop_is_never_empty(height: int, width: int, low: int, high: int) -> None:
     picture = render(np.zeros((height, width, 3), np.uint8), Recipe(crop=(low, low, high, high), contrast=10))
@@ -69,15 +71,15 @@ def test_exposure_is_a_gain_in_linear_light(photo: np.ndarray, level: int) -> No
 
 
 @pytest.mark.parametrize("name", ["exposure", "contrast", "saturation", "warmth"])
-def test_an_operation_undoes_its_negation(photo: np.ndarray, name: str) -> None:
-    soft = (64 + photo / 2).astype(np.uint8)  # away from the ends, so that nothing is clipped
-    there = render(soft, Recipe(**{name: -20}))
-    back = render(there, Recipe(**{name: 20}))
-    assert np.abs(there.astype(int) - soft).mean() > 1
-    assert np.abs(back.astype(int) - soft).max() <= 4
+def test_a_negated_level_inverts_the_operation(photo: np.ndarray, name: str) -> None:
+    soft = (64 + photo / 2).astype(np.uint8)  # mid-tones, so that nothing is clipped
+    edited = render(soft, Recipe(**{name: -20}))
+    restored = render(edited, Recipe(**{name: 20}))
+    assert np.abs(edited.astype(int) - soft).mean() > 1
+    assert np.abs(restored.astype(int) - soft).max() <= 4
 
 
-def test_directions(photo: np.ndarray) -> None:
+def test_positive_levels_brighten_saturate_and_warm(photo: np.ndarray) -> None:
     assert luminance(render(photo, Recipe(exposure=30))).mean() > luminance(photo).mean() + 5
     assert luminance(render(photo, Recipe(contrast=40))).std() > luminance(photo).std() * 1.2
     assert chroma(render(photo, Recipe(saturation=40))) > chroma(photo) * 1.2
@@ -93,14 +95,14 @@ def test_warmth_keeps_the_luminance_of_grey() -> None:
         assert abs(float(luminance(linear).mean()) - ((128 / 255 + 0.055) / 1.055) ** 2.4) < 0.003
 
 
-def test_sharpening_raises_detail_and_not_colour(photo: np.ndarray) -> None:
+def test_sharpening_raises_detail_and_keeps_colour(photo: np.ndarray) -> None:
     sharp = render(photo, Recipe(sharpening=80))
     assert cv2.Laplacian(luminance(sharp), cv2.CV_64F).std() > 1.3 * cv2.Laplacian(luminance(photo), cv2.CV_64F).std()
     moved = sharp.astype(int) - photo
     assert np.abs(moved[..., 0] - moved[..., 1]).max() <= 2
 
 
-def test_a_preview_looks_like_the_full_picture(photo: np.ndarray) -> None:
+def test_a_preview_matches_the_full_size_rendering(photo: np.ndarray) -> None:
     large = cv2.resize(photo, (1600, 1200), interpolation=cv2.INTER_CUBIC)
     recipe = Recipe((5, 0, 95, 90), exposure=20, contrast=10, sharpening=60, look="fade")
     preview, full = render(shrink(large, 512), recipe), render(large, recipe)
@@ -110,23 +112,22 @@ def test_a_preview_looks_like_the_full_picture(photo: np.ndarray) -> None:
 
 def test_looks_differ_and_mono_is_grey(photo: np.ndarray) -> None:
     pictures = [render(photo, Recipe(look=look)) for look in LOOKS]
-    for one in range(len(LOOKS)):
-        for other in range(one):
-            assert np.abs(pictures[one].astype(int) - pictures[other]).mean() > 2
+    for first, second in itertools.combinations(pictures, 2):
+        assert np.abs(first.astype(int) - second).mean() > 2
     for look in ("mono", "noir"):
         picture = pictures[LOOKS.index(look)]
         assert np.array_equal(picture[..., 0], picture[..., 2])
 
 
-@CALM
+@NO_DEADLINE
 @given(st.integers(0, 2**32 - 1), st.tuples(st.integers(1, 50), st.integers(1, 50)))
 def test_any_recipe_on_any_size_renders(seed: int, size: tuple[int, int]) -> None:
     rng = np.random.default_rng(seed)
-    picture = render(rng.integers(0, 256, (*size, 3), dtype=np.uint8), random_recipe(rng, touch=1))
+    picture = render(rng.integers(0, 256, (*size, 3), dtype=np.uint8), random_recipe(rng, change_probability=1))
     assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3 and picture.size > 0
 
 
-def test_a_group_renders_as_its_members_do(photo: np.ndarray) -> None:
+def test_render_all_equals_single_renders(photo: np.ndarray) -> None:
     rng = np.random.default_rng(3)
     recipes = [random_recipe(rng) for _ in range(9)] + [Recipe()]
     for recipe, picture in zip(recipes, render_all(photo, recipes)):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from inference.moondream import MoondreamForConditionalGeneration
-from recipes import grammar
+from recipes import grammar_segments
 from training.pretrain.auxiliary_heads import AuxiliaryHeads
 from training.pretrain.dataset import IGNORE, Example, pad
 
@@ -154,7 +154,7 @@ def recipe_segments(tokenizer: PreTrainedTokenizerFast, width: float) -> Segment
     """
     segments = []
     crop = True
-    for alternatives in grammar():
+    for alternatives in grammar_segments():
         crop = crop and alternatives[0] != "; exposure"
         ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)[0] for text in alternatives])
         order = torch.arange(len(ids)).float()

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from inference.local.constraint import RecipeConstraint
 from inference.moondream import MoondreamForConditionalGeneration, MoondreamImageProcessor
 from inference.types import RECIPE_QUESTION
-from recipes import grammar, parse, render, shrink
+from recipes import grammar_segments, parse, render, shrink
 from training.pretrain.dataset import IGNORE, Example, PretrainDataset
 from training.pretrain.degradation import ERROR_SIDE, error
 from training.pretrain.losses import pack, recipe_loss, recipe_segments, region_loss
@@ -70,7 +70,7 @@ def refine(
     # Another seed than that of the lessons before: photos that are damaged as no photo was.
     lessons = PretrainDataset(photos, tokenizer, model.config.templates, how.batch, seed + 1, how.batches, grid)
     pool = [_batch(model, image_processor, lessons[at]) for at in tqdm(range(how.batches), "looking", file=sys.stdout)]
-    constraint = RecipeConstraint(tokenizer, grammar(), end_id=model.config.eos_id)
+    constraint = RecipeConstraint(tokenizer, grammar_segments(), end_id=model.config.eos_id)
     segments = recipe_segments(tokenizer, LEVEL_WIDTH)
     learning = [p for name, p in model.named_parameters() if ".vision." not in name and p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=how.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)

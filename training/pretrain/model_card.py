@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from inference.moondream import MoondreamForConditionalGeneration, MoondreamImageProcessor, MoondreamProcessor
-from training.data.bundled import bundled
+from training.data.bundled import bundled_photos
 
 CARD = """---
 license: apache-2.0
@@ -83,8 +83,8 @@ def model_card(settings: dict, model: MoondreamForConditionalGeneration, figures
     return CARD.format(
         **settings,
         millions=model.num_parameters() / 1e6,
-        train=len(bundled("train")),
-        held_out=len(bundled("held-out")),
+        train=len(bundled_photos("train")),
+        held_out=len(bundled_photos("held-out")),
         minutes=seconds / 60,
         crop=vision.crop_size,
         tiles=vision.max_crops,

@@ -17,8 +17,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedT
 from inference.local.constraint import RecipeConstraint
 from inference.moondream import MoondreamForConditionalGeneration, MoondreamImageProcessor
 from inference.types import LENGTHS, RECIPE_QUESTION
-from recipes import Recipe, grammar, load_photo, parse, render, shrink
-from training.data.bundled import bundled
+from recipes import Recipe, grammar_segments, load_photo, parse, render, shrink
+from training.data.bundled import bundled_photos
 from training.pretrain import image_facts as facts
 from training.pretrain.degradation import ERROR_SIDE, Degraded, error, random_undo, spoil
 
@@ -41,7 +41,7 @@ class ModelEvaluator:
     ) -> None:
         self.model, self.image_processor, self.tokenizer = model.eval(), image_processor, tokenizer
         self.templates = model.config.templates
-        self.constraint = RecipeConstraint(tokenizer, grammar())
+        self.constraint = RecipeConstraint(tokenizer, grammar_segments())
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text."""
@@ -188,7 +188,7 @@ def examples(photos: Sequence[np.ndarray], copies: int, seed: int) -> list[Degra
 
 def held_out() -> list[np.ndarray]:
     """The held-out photos."""
-    return [load_photo(info.path) for info in bundled("held-out")]
+    return [load_photo(info.path) for info in bundled_photos("held-out")]
 
 
 def evaluate(

@@ -35,12 +35,12 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Trains a tokenizer on the texts the model is to read and write.
 
-    Ids: 15 specials, the alternatives of the grammar (default: `recipes.grammar()`) in order of appearance, the
+    Ids: 15 specials, the alternatives of the grammar (default: `recipes.grammar_segments()`) in order of appearance, the
     template words, the 256 bytes, then what BPE learns, up to `vocab_size` in all. A canonical recipe has one token
     per segment of the grammar; any text comes back unchanged from encode and decode.
     Raises ValueError when the vocabulary is too small for the fixed part.
     """
-    alternatives = _alternatives(recipes.grammar() if grammar is None else grammar)
+    alternatives = _alternatives(recipes.grammar_segments() if grammar is None else grammar)
     fixed = [*SPECIALS, *dict.fromkeys([*(_as_bytes(text) for text in alternatives), *TEMPLATE_WORDS])]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     room = vocab_size - len(fixed) - len(alphabet)

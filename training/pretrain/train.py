@@ -29,7 +29,7 @@ from inference.moondream import (
     MoondreamImageProcessor,
 )
 from recipes import load_photo
-from training.data.bundled import bundled
+from training.data.bundled import bundled_photos
 from training.pretrain.auxiliary_heads import AuxiliaryHeads
 from training.pretrain.dataset import PretrainDataset, every_text
 from training.pretrain.losses import WEIGHTS, recipe_segments, step_loss
@@ -92,7 +92,7 @@ def rate(step: int, settings: Settings) -> float:
 
 def training_photos() -> list[np.ndarray]:
     """The train split; photos of the smaller sources three times, so that no one source is nearly all there is."""
-    infos = bundled("train")
+    infos = bundled_photos("train")
     largest = Counter(info.source for info in infos).most_common(1)[0][0]
     photos = [(load_photo(info.path), 1 if info.source == largest else 3) for info in infos]
     return [photo for photo, times in photos for _ in range(times)]

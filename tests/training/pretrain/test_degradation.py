@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from recipes import Recipe, load_photo, render, shrink
-from training.data.bundled import bundled
+from training.data.bundled import bundled_photos
 from training.pretrain.degradation import degrade, error, frame, random_undo, spoil
 
 
 def photos(count: int = 8) -> list[np.ndarray]:
-    return [shrink(load_photo(info.path), 320) for info in bundled("held-out")[:count]]
+    return [shrink(load_photo(info.path), 320) for info in bundled_photos("held-out")[:count]]
 
 
 def test_the_known_recipe_undoes_most_of_the_damage() -> None:

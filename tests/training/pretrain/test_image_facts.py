@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from recipes import Recipe, load_photo, render
-from training.data.bundled import bundled
+from training.data.bundled import bundled_photos
 from training.pretrain import image_facts as facts
 
 
@@ -41,7 +41,7 @@ def test_colours_have_their_usual_names(colour: tuple[int, int, int], name: str)
 def test_blur_is_measured_on_every_photo() -> None:
     import cv2
 
-    for info in bundled("held-out"):
+    for info in bundled_photos("held-out"):
         photo = load_photo(info.path)
         soft = cv2.GaussianBlur(photo, (0, 0), 3)
         assert facts.measure(soft).values["sharpness"] < facts.measure(photo).values["sharpness"]
@@ -85,7 +85,7 @@ def test_best_rectangle_beats_all_others() -> None:
 
 def test_captions_say_only_what_is_true_and_the_judge_finds_each_fact() -> None:
     expected = {"short": 3, "normal": 4, "long": 8}
-    for info in bundled()[::7]:
+    for info in bundled_photos()[::7]:
         measured = facts.measure(load_photo(info.path))
         for length, least in expected.items():
             judged = facts.judge(facts.caption(measured, length), measured)
@@ -94,7 +94,7 @@ def test_captions_say_only_what_is_true_and_the_judge_finds_each_fact() -> None:
 
 
 def test_the_judge_finds_lies() -> None:
-    photo = load_photo(bundled("held-out")[0].path)
+    photo = load_photo(bundled_photos("held-out")[0].path)
     measured = facts.measure(render(photo, Recipe(exposure=-100)))
     assert ("brightness: bright", False) in facts.judge("The brightness is bright.", measured)
     wrong = {"left": "right", "right": "left", "centre": "left"}[measured.place()[1]]
@@ -105,7 +105,7 @@ def test_the_judge_finds_lies() -> None:
 
 
 def test_questions_have_true_answers() -> None:
-    measured = facts.measure(load_photo(bundled("train")[3].path))
+    measured = facts.measure(load_photo(bundled_photos("train")[3].path))
     rng = np.random.default_rng(0)
     for _ in range(100):
         question, answer = facts.question_and_answer(measured, rng)

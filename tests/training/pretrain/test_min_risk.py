@@ -8,8 +8,8 @@ import torch
 
 from inference.local.constraint import RecipeConstraint
 from inference.types import RECIPE_QUESTION
-from recipes import Recipe, grammar, load_photo, parse, shrink
-from training.data.bundled import bundled
+from recipes import Recipe, grammar_segments, load_photo, parse, shrink
+from training.data.bundled import bundled_photos
 from training.pretrain.dataset import PretrainDataset
 from training.pretrain.degradation import ERROR_SIDE, degrade
 from training.pretrain.losses import recipe_segments
@@ -19,7 +19,7 @@ from training.pretrain.train import Parts, Settings, build
 
 @pytest.fixture(scope="module")
 def photos() -> list[np.ndarray]:
-    return [load_photo(info.path) for info in bundled("train")[:3]]
+    return [load_photo(info.path) for info in bundled_photos("train")[:3]]
 
 
 def fresh(photos: list[np.ndarray]) -> Parts:
@@ -45,7 +45,7 @@ def test_a_likelier_good_recipe_lowers_the_risk(photos: list[np.ndarray]) -> Non
     model, image_processor, tokenizer = fresh(photos)
     lessons = PretrainDataset(photos, tokenizer, model.config.templates, 2, 1, 1, grid=8)
     batch = _batch(model, image_processor, lessons[0])
-    constraint = RecipeConstraint(tokenizer, grammar(), end_id=model.config.eos_id)
+    constraint = RecipeConstraint(tokenizer, grammar_segments(), end_id=model.config.eos_id)
     question = lessons.query(RECIPE_QUESTION, "")
     assert batch.lessons["recipe"][0].prompt == question.prompt
     texts, ids = draw(model, constraint, tokenizer, question, batch.features, 3)

@@ -9,7 +9,7 @@ import pytest
 from inference.registry import TINY, answer
 from inference.types import Answer, Request
 from recipes import load_photo, parse, render
-from training.data.bundled import bundled
+from training.data.bundled import bundled_photos
 from training.pretrain.degradation import error
 from training.pretrain.quality import (
     ModelEvaluator,
@@ -87,7 +87,7 @@ def test_it_finds_areas(reader: ModelEvaluator, photos: list[np.ndarray]) -> Non
 
 @pytest.mark.parametrize("index", [0, 7, 14])
 def test_eight_samples_at_temperature_one_are_distinct_and_valid(index: int) -> None:
-    photo = load_photo(bundled("held-out")[index].path)
+    photo = load_photo(bundled_photos("held-out")[index].path)
     request = Request(photo=photo, skill="recipe", n=8, temperature=1.0, seed=1)
     texts = [event.text for event in answer("moondream-tiny", request) if isinstance(event, Answer)]
     assert len(set(texts)) == 8

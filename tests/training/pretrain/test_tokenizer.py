@@ -32,14 +32,14 @@ def test_specials_lie_where_moondream_has_them(tokenizer: PreTrainedTokenizerFas
 @pytest.mark.parametrize("seed", range(20))
 def test_a_canonical_recipe_has_one_token_per_segment(tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
     draw = random.Random(seed)
-    pieces = [draw.choice(segment) for segment in recipes.grammar()]
+    pieces = [draw.choice(segment) for segment in recipes.grammar_segments()]
     ids = tokenizer.encode("".join(pieces))
     assert [tokenizer.decode([i]) for i in ids] == pieces
 
 
 @pytest.mark.parametrize("text", [" 1000", " 10000 +205", "microcrops", " nonesuch", "; exposures 2000", " -1000"])
 def test_no_grammar_token_is_torn_from_a_longer_word(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    alternatives = {piece for segment in recipes.grammar() for piece in segment}
+    alternatives = {piece for segment in recipes.grammar_segments() for piece in segment}
     assert not alternatives & {tokenizer.decode([i]) for i in tokenizer.encode(text)}
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -69,7 +69,7 @@ def test_templates_are_distinct_and_in_moondreams_layout(tokenizer: PreTrainedTo
 
 def test_it_comes_back_from_disk(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
-    text = TEXTS[0] + "".join(segment[-1] for segment in recipes.grammar())
+    text = TEXTS[0] + "".join(segment[-1] for segment in recipes.grammar_segments())
     assert AutoTokenizer.from_pretrained(tmp_path).encode(text) == tokenizer.encode(text)
 
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from inference.types import RECIPE_QUESTION
-from recipes import grammar, load_photo, parse
-from training.data.bundled import bundled
+from recipes import grammar_segments, load_photo, parse
+from training.data.bundled import bundled_photos
 from training.pretrain.auxiliary_heads import PLACE_TARGETS, WHOLE_TARGETS
 from training.pretrain.dataset import IGNORE, PretrainDataset, turn_hues, vary
 from training.pretrain.image_facts import lab
@@ -25,7 +25,7 @@ SETTINGS = Settings(seed=3, steps=4, batch=2, warmup=2)
 
 @pytest.fixture(scope="module")
 def photos() -> list[np.ndarray]:
-    return [load_photo(info.path) for info in bundled("train")[:3]]
+    return [load_photo(info.path) for info in bundled_photos("train")[:3]]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_lessons_are_in_the_templates_that_inference_uses(lessons: PretrainDatas
         assert lesson.prompt[-2:] == [3, 3]
         answer = lessons.tokenizer.decode(lesson.answer[:-1])
         assert str(parse(answer).recipe) == answer
-        assert len(lesson.answer) == len(grammar()) + 1
+        assert len(lesson.answer) == len(grammar_segments()) + 1
 
 
 def test_packed_lessons_compute_what_each_would_alone(parts: Parts, lessons: PretrainDataset) -> None:
