@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import base64
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import gradio as gr
 
-PHOTOS = Path(__file__).resolve().parents[2] / "assets" / "photos"
+from training.data.bundled import PHOTO_FOLDER, bundled_photos
+
 THUMBNAIL_HEIGHT = 72  # pixels on the screen; files have twice as many
 
 
@@ -25,7 +25,7 @@ class Sample:
 
     @property
     def path(self) -> Path:
-        return PHOTOS / self.file
+        return PHOTO_FOLDER / self.file
 
     @property
     def thanks(self) -> str:
@@ -34,16 +34,12 @@ class Sample:
 
 
 def _load() -> dict[str, Sample]:
-    """The held-out photos by file name; none when the folder is missing, so that the page still opens."""
+    """Return the held-out photos by file name; none if the folder is missing, so that the page still opens."""
     try:
-        entries = json.loads((PHOTOS / "LICENCES.json").read_text(encoding="utf-8"))
+        photos = bundled_photos("held-out")
     except OSError:
         return {}
-    return {
-        entry["file"]: Sample(entry["file"], entry["subject"], entry.get("credit") or entry["source"], entry["licence"])
-        for entry in entries
-        if entry["split"] == "held-out"
-    }
+    return {photo.path.name: Sample(photo.path.name, photo.subject, photo.credit, photo.licence) for photo in photos}
 
 
 SAMPLES: dict[str, Sample] = _load()
