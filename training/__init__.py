@@ -1,1 +1,1 @@
-"""Training: the embedded model's own pre-training, and what its supervision is computed from."""
+"""Training: GRPO fine-tuning, pre-training of moondream-tiny, runs, evaluation and the tuning server."""

@@ -1,8 +1,8 @@
-"""`python -m training.evaluate --models base,<run> --photos <folder> --reward '{"sharpness":1}' --json`
+"""Evaluate models on held-out photos: `python -m training.evaluate --models base,<run> --photos <folder> --json`.
 
-How models do on photos that nobody trained on: the mean of every reward with a 95 % bootstrap interval, beside the
-untouched photo, the single recipe that is best for all, and the best of 256 random recipes per photo. Each model gives
-its likeliest recipe (temperature 0), scored as a group of one, as the others are.
+Prints the mean of every reward with a 95 % bootstrap interval for each model, and for three references: the untouched
+photo, the single recipe that is best for all photos, and the best of 256 random recipes per photo. Models decode
+greedily, and each recipe is scored as a group of one.
 """
 
 from __future__ import annotations
@@ -17,195 +17,226 @@ from typing import Any
 
 import numpy as np
 
-from inference.registry import MODELS, ModelSpec, answer
-from inference.types import Answer, Request
+from inference.registry import MODELS, answer
+from inference.types import Answer, ModelSpec, Request
 from recipes import Recipe, parse, random_recipe
 from rewards import DEFAULT, REWARDS, RewardFunction, RewardFunctionError, score_recipes
-from training.data.sources import CollectError, collect
+from training.data.sources import PhotoSourceError, load_photos
+from training.runs.adapters import base_chain
 from training.runs.run import Run, RunError
 
-RESAMPLES = 4_000
-POOL = 256
-CHUNK = 32  # recipes rendered at once
+BOOTSTRAP_SAMPLES = 4_000
+POOL_SIZE = 256  # random recipes per photo
+DEFAULT_BASE = "moondream-tiny"
 
 
 class EvaluateError(Exception):
-    """It cannot be evaluated like this; the message says what to change."""
+    """Raised when models cannot be evaluated. The message says what to change."""
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One model's recipe on one photo: its scores (None: does not apply), and whether it could be read."""
+class ScoredAnswer:
+    """A model's recipe for one photo.
+
+    Attributes:
+        recipe: The recipe; the neutral one if the answer could not be parsed.
+        scores: One score per reward, 0..1; None where a reward does not apply.
+        valid: Whether the answer could be parsed.
+    """
 
     recipe: Recipe
     scores: dict[str, float | None]
     valid: bool = True
 
 
-def judge(photo: np.ndarray, text: str) -> Judged:
-    """Scores an answer as a group of one; one that is no recipe counts as the untouched photo, and as not valid."""
+def score_answer(photo: np.ndarray, text: str) -> ScoredAnswer:
+    """Parse an answer and score its recipe as a group of one."""
     parsed = parse(text)
     recipe = parsed.recipe if parsed.ok else Recipe()
-    return Judged(recipe, score_recipes(photo, [recipe])[0].scores, parsed.ok)
+    return ScoredAnswer(recipe, score_recipes(photo, [recipe])[0].scores, parsed.ok)
 
 
-def totals(judged: Sequence[Judged], function: RewardFunction) -> np.ndarray:
-    """The function's total per photo, NaN where no reward applies."""
-    values = [function.total(one.scores) for one in judged]
-    return np.array([np.nan if value is None else value for value in values], np.float64)
+def reward_totals(answers: Sequence[ScoredAnswer], function: RewardFunction) -> np.ndarray:
+    """Return the weighted total of each answer, NaN where no reward applies."""
+    totals = [function.total(answer.scores) for answer in answers]
+    return np.array([np.nan if total is None else total for total in totals], np.float64)
 
 
-def summary(judged: Sequence[Judged], function: RewardFunction) -> dict[str, Any]:
-    """Mean and interval of every reward and of the total, and the share of answers that could be read."""
-    columns = {name: np.array([_number(one.scores[name]) for one in judged]) for name in REWARDS}
+def summarize(answers: Sequence[ScoredAnswer], function: RewardFunction) -> dict[str, Any]:
+    """Return the mean and interval of every reward and of the total, and the share of valid answers."""
+    columns = {name: np.array([answer.scores[name] for answer in answers], np.float64) for name in REWARDS}
     return {
-        **{name: interval(values) for name, values in columns.items()},
-        "total": interval(totals(judged, function)),
-        "valid": float(np.mean([one.valid for one in judged])),
+        **{name: bootstrap_interval(values) for name, values in columns.items()},
+        "total": bootstrap_interval(reward_totals(answers, function)),
+        "valid": float(np.mean([answer.valid for answer in answers])),
     }
 
 
-def interval(values: np.ndarray, seed: int = 0) -> dict[str, float | None]:
-    """Mean of what is not NaN, with its 95 % bootstrap interval over photos; Nones when there is nothing."""
+def bootstrap_interval(values: np.ndarray, seed: int = 0) -> dict[str, float | None]:
+    """Compute a mean with its 95 % bootstrap interval.
+
+    Args:
+        values: One value per photo; NaN is ignored.
+        seed: Seed of the resampling.
+
+    Returns:
+        "mean", "low" and "high"; None if there are no values.
+    """
     known = values[~np.isnan(values)]
     if not len(known):
         return {"mean": None, "low": None, "high": None}
-    drawn = np.random.default_rng(seed).choice(known, (RESAMPLES, len(known))).mean(1)
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    means = np.random.default_rng(seed).choice(known, (BOOTSTRAP_SAMPLES, len(known))).mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
     return {"mean": float(known.mean()), "low": float(low), "high": float(high)}
 
 
-def difference(base: Sequence[Judged], tuned: Sequence[Judged], function: RewardFunction) -> dict[str, float | None]:
-    """How much better the second is on the same photos: mean of the paired differences, with its interval."""
-    return interval(totals(tuned, function) - totals(base, function))
+def paired_difference(
+    base: Sequence[ScoredAnswer], tuned: Sequence[ScoredAnswer], function: RewardFunction
+) -> dict[str, float | None]:
+    """Return the mean of tuned minus base total over the same photos, with its interval."""
+    return bootstrap_interval(reward_totals(tuned, function) - reward_totals(base, function))
 
 
-def reference(photos: Sequence[np.ndarray], function: RewardFunction, pool: int = POOL, seed: int = 0) -> dict:
-    """What the photos allow: untouched, the best single recipe for all, the best recipe per photo out of `pool`."""
+def reference_scores(
+    photos: Sequence[np.ndarray], function: RewardFunction, pool: int = POOL_SIZE, seed: int = 0
+) -> dict[str, Any]:
+    """Score references that need no model.
+
+    Args:
+        photos: uint8 RGB.
+        function: The weights.
+        pool: Number of random recipes.
+        seed: Seed of the random recipes.
+
+    Returns:
+        Summaries of the untouched photos ("untouched"), of the single recipe that is best for all ("best_single") and
+        of the best random recipe per photo ("best_of_<pool>").
+    """
     rng = np.random.default_rng(seed)
     recipes = [Recipe(), *(random_recipe(rng) for _ in range(pool))]
-    judged = [[Judged(recipe, _alone(photo, recipe)) for recipe in recipes] for photo in photos]
-    table = np.stack([totals(row, function) for row in judged])
-    single = int(np.nanargmax(np.nanmean(table, axis=0)))
-    best = np.nanargmax(np.nan_to_num(table[:, 1:], nan=-1.0), axis=1) + 1
+    answers = [
+        [ScoredAnswer(recipe, score_recipes(photo, [recipe])[0].scores) for recipe in recipes] for photo in photos
+    ]
+    totals = np.stack([reward_totals(row, function) for row in answers])
+    single = int(np.nanargmax(np.nanmean(totals, axis=0)))
+    best = np.nanargmax(np.nan_to_num(totals[:, 1:], nan=-1.0), axis=1) + 1
     return {
-        "untouched": summary([row[0] for row in judged], function),
-        "best_single": summary([row[single] for row in judged], function) | {"recipe": str(recipes[single])},
-        f"best_of_{pool}": summary([row[at] for row, at in zip(judged, best, strict=True)], function),
+        "untouched": summarize([row[0] for row in answers], function),
+        "best_single": summarize([row[single] for row in answers], function) | {"recipe": str(recipes[single])},
+        f"best_of_{pool}": summarize([row[index] for row, index in zip(answers, best, strict=True)], function),
     }
 
 
-def _alone(photo: np.ndarray, recipe: Recipe) -> dict[str, float | None]:
-    return score_recipes(photo, [recipe])[0].scores
-
-
-def _number(value: float | None) -> float:
-    return np.nan if value is None else value
-
-
-def ask(entry: ModelSpec, photos: Sequence[np.ndarray]) -> list[str]:
-    """The entry's likeliest recipe for each photo, through the same door as the playground. Raises InferenceError."""
+def greedy_answers(spec: ModelSpec, photos: Sequence[np.ndarray]) -> list[str]:
+    """Return a model's recipe for each photo at temperature 0, by the playground's inference. Raises InferenceError."""
     texts = []
     for photo in photos:
         request = Request(photo, "recipe", temperature=0.0)
-        texts += [event.text for event in answer(entry, request, Event()) if isinstance(event, Answer)]
+        texts += [event.text for event in answer(spec, request, Event()) if isinstance(event, Answer)]
     return texts
 
 
-def entry_of(name: str, base: str = "moondream-tiny") -> ModelSpec:
-    """A model by its name in MODELS, by the folder of a run, or "base": what the runs began with.
+def resolve_model(name: str, base: str = DEFAULT_BASE) -> ModelSpec:
+    """Return the model of a name.
 
-    Raises EvaluateError.
+    Args:
+        name: A name in MODELS, the folder of a run, or "base".
+        base: The model that "base" stands for.
+
+    Raises:
+        EvaluateError: There is no such model or run, or the run has no adapter.
     """
     if name == "base":
         name = base
     if name in MODELS:
         return MODELS[name]
+    run, base = Run(name), _base_of_run(name)
+    if not run.has_adapter:
+        raise EvaluateError(f"The run {run.id} has no adapter yet. Choose a run that has finished.")
+    return replace(MODELS[base], name=run.id, title=run.id, adapter=str(run.adapter), grammar_constrained=True)
+
+
+def _base_of_run(folder: str) -> str:
+    """Return the name of the model that a run, and the runs that it continues, started from."""
     try:
-        run = Run(name)
-        below = entry_of(_origin(run))
+        chain, base = base_chain(Run(folder))
     except RunError as error:
         raise EvaluateError(
-            f"{name} is neither a model ({', '.join(MODELS)}) nor the folder of a run. {error}"
+            f"{folder} is neither a model ({', '.join(MODELS)}) nor the folder of a run. {error}"
         ) from None
-    if not run.has_adapter:
-        raise EvaluateError(f"The run {run.id} has learned nothing yet: it has no adapter.")
-    return replace(below, name=run.id, title=run.id, adapter=str(run.adapter), grammar_constrained=True)
-
-
-def _origin(run: Run) -> str:
-    """The name of the model under a run and the runs that it went on from. Raises RunError."""
-    base = run.config().base
-    for _ in range(20):
-        if base in MODELS:
-            return base
-        base = Run(base).config().base
-    raise RunError("The runs go on from each other in a circle.")
+    if base not in MODELS:
+        raise EvaluateError(f"The run {chain[-1].id} continues {base}, which is neither a model nor a run.")
+    return base
 
 
 def evaluate(
-    names: Sequence[str], photos: Sequence[np.ndarray], function: RewardFunction, pool: int = POOL, seed: int = 0
+    names: Sequence[str], photos: Sequence[np.ndarray], function: RewardFunction, pool: int = POOL_SIZE, seed: int = 0
 ) -> dict[str, Any]:
-    """The whole table as one JSON object. names: as `entry_of` takes them. Raises EvaluateError, InferenceError."""
+    """Evaluate models and references.
+
+    Args:
+        names: Models, as `resolve_model` takes them. "base" is the model that the runs among them started from.
+        photos: uint8 RGB.
+        function: The weights of the total.
+        pool: Random recipes per photo, for the references.
+        seed: Seed of the random recipes.
+
+    Returns:
+        A JSON object with a summary per model and per reference.
+
+    Raises:
+        EvaluateError: A model cannot be evaluated.
+        InferenceError: A model failed.
+    """
     runs = [name for name in names if name != "base" and name not in MODELS]
-    for name in runs:
-        entry_of(name)  # a wrong name is told before anything is computed
-    base = _base(runs)
+    bases = {_base_of_run(name) for name in runs} or {DEFAULT_BASE}
+    if len(bases) > 1:
+        raise EvaluateError('The runs started from different models, so "base" is ambiguous. Name the models instead.')
+    (base,) = bases
+    specs = {name: resolve_model(name, base) for name in names}  # fail on a wrong name before computing anything
     models = {}
-    for name in names:
-        texts = ask(entry_of(name, base), photos)
-        models[name] = summary([judge(photo, text) for photo, text in zip(photos, texts, strict=True)], function)
-    return {"photos": len(photos), "reward": json.loads(function.to_json()), "models": models} | reference(
+    for name, spec in specs.items():
+        texts = greedy_answers(spec, photos)
+        answers = [score_answer(photo, text) for photo, text in zip(photos, texts, strict=True)]
+        models[name] = summarize(answers, function)
+    return {"photos": len(photos), "reward": json.loads(function.to_json()), "models": models} | reference_scores(
         photos, function, pool, seed
     )
 
 
-def _base(runs: Sequence[str]) -> str:
-    try:
-        found = {_origin(Run(run)) for run in runs} or {"moondream-tiny"}
-    except RunError as error:
-        raise EvaluateError(str(error)) from None
-    if len(found) > 1:
-        raise EvaluateError("These runs began with different models, so there is no one base. Name the models instead.")
-    return found.pop()
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
+def format_table(result: Mapping[str, Any]) -> str:
+    """Format the result of `evaluate` as a Markdown table."""
     rows = {**result["models"], **{key: row for key, row in result.items() if key.startswith(("untouched", "best_"))}}
     lines = [f"{result['photos']} photos", "", f"| | {' | '.join(REWARDS)} | total | valid |", "|---" * 6 + "|"]
     for name, row in rows.items():
-        cells = [_cell(row[key]) for key in (*REWARDS, "total")]
+        cells = []
+        for column in (*REWARDS, "total"):
+            mean, low, high = (row[column][key] for key in ("mean", "low", "high"))
+            cells.append("–" if mean is None else f"{mean:.3f} ({low:.3f} to {high:.3f})")
         lines.append(f"| {name} | {' | '.join(cells)} | {row['valid']:.2f} |")
     return "\n".join(lines)
 
 
-def _cell(value: dict[str, float | None]) -> str:
-    if value["mean"] is None:
-        return "–"
-    return f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
-
-
 def main() -> None:
-    """Prints the table, or JSON."""
+    """Parse the arguments and print the result as a table or as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="base", help='by commas: names of models, folders of runs, or "base"')
+    parser.add_argument("--models", default="base", help='comma-separated model names, run folders, or "base"')
     parser.add_argument("--photos", default="bundled", help="a folder, a zip file, hub:owner/dataset, or bundled")
     parser.add_argument("--reward", default=DEFAULT.to_json(), help="weights as JSON (default: equal weights)")
-    parser.add_argument("--max-photos", type=int, default=200)
-    parser.add_argument("--pool", type=int, default=POOL, help="random recipes per photo (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--max-photos", type=int, default=200, help="maximum number of photos (default: %(default)s)")
+    parser.add_argument("--pool", type=int, default=POOL_SIZE, help="random recipes per photo (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
     try:
         function = RewardFunction.from_json(args.reward)
-        found = collect(args.photos, "held-out", args.max_photos)
+        photo_set = load_photos(args.photos, "held-out", args.max_photos)
         names = [name.strip() for name in args.models.split(",") if name.strip()]
-        result = evaluate(names, found.photos, function, args.pool)
-    except (EvaluateError, CollectError, RewardFunctionError) as error:
+        result = evaluate(names, photo_set.photos, function, args.pool)
+    except (EvaluateError, PhotoSourceError, RewardFunctionError) as error:
         sys.exit(str(error))
-    if found.unreadable:
-        print(found.words(), file=sys.stderr)
-    print(json.dumps(result) if args.json else table(result))
+    if photo_set.unreadable:
+        print(photo_set.describe(), file=sys.stderr)
+    print(json.dumps(result) if args.json else format_table(result))
 
 
 if __name__ == "__main__":

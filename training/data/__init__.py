@@ -1,1 +1,1 @@
-"""Training photos: bundled, uploaded, from folders, zip files and Hub datasets."""
+"""Training photos: bundled, uploaded, and from folders, zip files and Hub datasets."""

@@ -1,16 +1,27 @@
-"""The photos that ship with the project: where they are, whose they are, and which split they belong to."""
+"""The photos that ship with the project, with their licences and their split."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parents[2] / "assets" / "photos"
+PHOTO_FOLDER = Path(__file__).resolve().parents[2] / "assets" / "photos"
 SPLITS = ("train", "held-out")
 
 
 @dataclass(frozen=True)
-class PhotoInfo:
-    """One bundled photo: its file, size in pixels, split, licence, whom to credit, and what it shows."""
+class BundledPhoto:
+    """A bundled photo.
+
+    Attributes:
+        path: The file.
+        width: In pixels.
+        height: In pixels.
+        split: "train" or "held-out".
+        licence: Name of its licence.
+        credit: The author to credit.
+        source: Where it was published.
+        subject: What it shows.
+    """
 
     path: Path
     width: int
@@ -22,19 +33,22 @@ class PhotoInfo:
     subject: str
 
 
-def bundled(split: str | None = None, folder: Path = FOLDER) -> list[PhotoInfo]:
-    """The bundled photos in the order of their names; of one split ("train", "held-out") or, without one, all.
+def bundled_photos(split: str | None = None, folder: Path = PHOTO_FOLDER) -> list[BundledPhoto]:
+    """Return the bundled photos listed in LICENCES.json, ordered by file name.
 
-    Raises ValueError for a split that does not exist, FileNotFoundError where the folder has no LICENCES.json.
+    Args:
+        split: "train", "held-out", or None for all.
+        folder: The folder of photos.
+
+    Raises:
+        ValueError: There is no such split.
+        FileNotFoundError: The folder has no LICENCES.json.
     """
     if split is not None and split not in SPLITS:
-        raise ValueError(f"no split called {split!r}: choose one of {', '.join(SPLITS)}")
-    entries = json.loads((folder / "LICENCES.json").read_text(encoding="utf-8"))
-    photos = [_info(entry, folder) for entry in sorted(entries, key=lambda entry: entry["file"])]
-    return [photo for photo in photos if split in (None, photo.split)]
-
-
-def _info(entry: dict, folder: Path) -> PhotoInfo:
-    width, height = entry["size"]
-    kept = {key: entry[key] for key in ("split", "licence", "credit", "source", "subject")}
-    return PhotoInfo(path=folder / entry["file"], width=width, height=height, **kept)
+        raise ValueError(f"There is no split {split!r}. Choose one of {', '.join(SPLITS)}.")
+    photos = []
+    for entry in json.loads((folder / "LICENCES.json").read_text(encoding="utf-8")):
+        width, height = entry["size"]
+        texts = {key: entry[key] for key in ("split", "licence", "credit", "source", "subject")}
+        photos.append(BundledPhoto(path=folder / entry["file"], width=width, height=height, **texts))
+    return sorted((photo for photo in photos if split in (None, photo.split)), key=lambda photo: photo.path.name)

@@ -1,1 +1,1 @@
-"""GRPO fine-tuning with TRL; `python -m training.grpo` runs it."""
+"""GRPO fine-tuning with TRL: `python -m training.grpo <run folder>`."""

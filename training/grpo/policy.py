@@ -1,5 +1,7 @@
-"""The policy: Moondream as a trainer drives it. It answers inside the recipe grammar, in sampling and in the
-log-probability pass alike; it looks at each photo once per run; and it computes a prompt once for all its answers."""
+"""The policy that TRL trains: Moondream with grammar-constrained generation and log-probabilities.
+
+It encodes each photo once per run and computes a prompt once for all completions of it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,123 +20,144 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 
 from inference.local.constraint import RecipeConstraint
-from inference.moondream import MoondreamForConditionalGeneration, MoondreamImageProcessor, register_names
+from inference.moondream import (
+    MoondreamForConditionalGeneration,
+    MoondreamImageProcessor,
+    MoondreamProcessor,
+    register_names,
+)
+from inference.moondream.processing_moondream import load_tokenizer
+from recipes import grammar_segments
 
-MAX_LOOKS = 512  # photos whose features are kept: 3 MB each for Moondream 2, 50 kB for moondream-tiny
-LOOKS_AT_ONCE = 8
+LORA_TARGET_MODULES = r".*\.text\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"  # the text model's linear layers
+MAX_CACHED_IMAGES = 512  # features take 3 MB per image for Moondream 2, 50 kB for moondream-tiny
+ENCODING_BATCH_SIZE = 8
 
 
 @dataclass
-class Scored:
-    """Log-probability and entropy (nats) of each completion token, [B, K], under grammar and temperature."""
+class CompletionScores:
+    """Scores of completion tokens under the grammar and the temperature.
+
+    Attributes:
+        log_probs: Log-probability of each token, in nats, [B, K].
+        entropy: Entropy of each token's distribution, in nats, [B, K].
+    """
 
     log_probs: torch.Tensor
     entropy: torch.Tensor
 
 
 class ImageFeatureCache:
-    """The features of photos by their pixels, computed once with the vision tower frozen. Least used ones give way."""
+    """An LRU cache of image features, keyed by the pixels. It assumes that the vision encoder is frozen.
 
-    def __init__(self, see: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], limit: int = MAX_LOOKS) -> None:
-        self.see, self.limit = see, limit
-        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+    Args:
+        encode: Computes features [N, T, D] from crops, uint8 [N, max_crops+1, 3, S, S], and tilings [N, 2].
+        limit: Maximum number of cached images.
+    """
+
+    def __init__(
+        self, encode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], limit: int = MAX_CACHED_IMAGES
+    ) -> None:
+        self.encode, self.limit = encode, limit
+        self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
     @torch.no_grad()
     def __call__(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, max_crops+1, 3, S, S] and tilings [N, 2] -> features [N, T, D]."""
-        keys = [_fingerprint(pixels, tiling) for pixels, tiling in zip(pixel_values, image_sizes, strict=True)]
-        found = {key: self._kept[key] for key in keys if key in self._kept}
-        new = list(dict.fromkeys(key for key in keys if key not in found))
-        for start in range(0, len(new), LOOKS_AT_ONCE):
-            some = new[start : start + LOOKS_AT_ONCE]
-            rows = [keys.index(key) for key in some]
-            found |= dict(zip(some, self.see(pixel_values[rows], image_sizes[rows]), strict=True))
+        """Return the features [N, T, D] of a batch; encode only images that are not cached."""
+        keys = [image_fingerprint(pixels, tiling) for pixels, tiling in zip(pixel_values, image_sizes, strict=True)]
+        features = {key: self._features[key] for key in keys if key in self._features}
+        missing = list(dict.fromkeys(key for key in keys if key not in features))
+        for start in range(0, len(missing), ENCODING_BATCH_SIZE):
+            batch = missing[start : start + ENCODING_BATCH_SIZE]
+            rows = [keys.index(key) for key in batch]
+            features |= dict(zip(batch, self.encode(pixel_values[rows], image_sizes[rows]), strict=True))
         for key in keys:
-            self._kept[key] = found[key]
-            self._kept.move_to_end(key)
-        while len(self._kept) > self.limit:
-            self._kept.popitem(last=False)
-        return torch.stack([found[key] for key in keys])
+            self._features[key] = features[key]
+            self._features.move_to_end(key)
+        while len(self._features) > self.limit:
+            self._features.popitem(last=False)
+        return torch.stack([features[key] for key in keys])
 
 
-def _fingerprint(pixels: torch.Tensor, tiling: torch.Tensor) -> bytes:
-    """What tells one photo from another: the whole photo's crop to the last bit, the tiling, and the sum of all."""
+def image_fingerprint(pixels: torch.Tensor, tiling: torch.Tensor) -> bytes:
+    """Return a 16-byte hash of an image: all pixels of its overview crop, its tiling and the sum of all pixels."""
     total = int(pixels.sum(dtype=torch.int64))
-    whole = pixels[0].contiguous().cpu().numpy().tobytes()
-    return hashlib.blake2b(whole + repr((tiling.tolist(), total)).encode(), digest_size=16).digest()
+    overview = pixels[0].contiguous().cpu().numpy().tobytes()
+    return hashlib.blake2b(overview + repr((tiling.tolist(), total)).encode(), digest_size=16).digest()
 
 
 class CachingImageProcessor(MoondreamImageProcessor):
-    """An image processor that cuts a photo into crops once, however often it is given. It knows photos by their pixels,
-    since the trainer hands on copies."""
+    """An image processor with an LRU cache, keyed by the pixels because the trainer passes copies of the images."""
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """See `MoondreamImageProcessor.preprocess`."""
-        cut: OrderedDict[bytes, BatchFeature] = self.__dict__.setdefault("_cut", OrderedDict())
+        """Preprocess images as `MoondreamImageProcessor.preprocess`; reuse the crops of images seen before."""
+        cache: OrderedDict[bytes, BatchFeature] = self.__dict__.setdefault("_crops", OrderedDict())
         photos = [image for item in images for image in (item if isinstance(item, (list, tuple)) else [item])]
         if not all(isinstance(photo, Image.Image) for photo in photos):
             return super().preprocess(images, **kwargs)
-        keys = [xxhash.xxh3_128_digest(repr((one.mode, one.size)).encode() + one.tobytes()) for one in photos]
+        keys = [xxhash.xxh3_128_digest(repr((photo.mode, photo.size)).encode() + photo.tobytes()) for photo in photos]
         for key, photo in zip(keys, photos, strict=True):
-            if key not in cut:
-                cut[key] = super().preprocess([photo], **kwargs)
-            cut.move_to_end(key)
-        seen = [cut[key] for key in keys]
-        while len(cut) > MAX_LOOKS:
-            cut.popitem(last=False)
-        return BatchFeature({name: torch.cat([one[name] for one in seen]) for name in ("pixel_values", "image_sizes")})
+            if key not in cache:
+                cache[key] = super().preprocess([photo], **kwargs)
+            cache.move_to_end(key)
+        outputs = [cache[key] for key in keys]
+        while len(cache) > MAX_CACHED_IMAGES:
+            cache.popitem(last=False)
+        names = ("pixel_values", "image_sizes")
+        return BatchFeature({name: torch.cat([output[name] for output in outputs]) for name in names})
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: the settings, without the photos."""
-        return {name: value for name, value in super().to_dict().items() if name != "_cut"}
+        """Return the settings to save, without the cache."""
+        return {name: value for name, value in super().to_dict().items() if name != "_crops"}
 
 
 class Policy(MoondreamForConditionalGeneration):
-    """Moondream with what a trainer needs; see `prepare`.
+    """Moondream as a policy for TRL's GRPO trainer; call `prepare` before use.
 
-    It understands `fused_lm_head=True`, with which TRL's GRPO trainer asks for log-probabilities of completions.
+    With `fused_lm_head=True`, `forward` returns the `CompletionScores` that the trainer asks for.
     """
 
     constraint: RecipeConstraint | None = None
     temperature: float = 1.0
-    share: bool = True
-    looks: ImageFeatureCache | None = None
+    share_prompts: bool = True
+    image_cache: ImageFeatureCache | None = None
 
-    def prepare(
-        self, constraint: RecipeConstraint, temperature: float = 1.0, remember: bool = True, share: bool = True
-    ) -> None:
-        """Sets the grammar and the temperature of the rollouts, freezes the vision tower and the region heads.
-
-        remember: keep each photo's features. share: compute a prompt once for the rows that have it in common.
-        Both change nothing but the time; they can be switched off to measure it.
-        """
-        self.constraint, self.temperature, self.share = constraint, temperature, share
-        self.looks = ImageFeatureCache(self.model.get_image_features) if remember else None
+    def prepare(self, constraint: RecipeConstraint, temperature: float = 1.0) -> None:
+        """Set the grammar and the sampling temperature, cache image features, and freeze vision and region heads."""
+        self.constraint, self.temperature = constraint, temperature
+        self.image_cache = ImageFeatureCache(self.model.get_image_features)
         self.model.vision.requires_grad_(False)
         self.model.region.requires_grad_(False)
 
+    def image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
+        """Return the features [N, T, D] of a batch of images, from the cache if there is one."""
+        encode = self.image_cache or self.model.get_image_features
+        return encode(pixel_values, image_sizes)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` inside the grammar."""
+        """Generate under the grammar, with adapters merged."""
         if self.constraint is not None and "logits_processor" not in kwargs:
             length = kwargs["input_ids"].shape[1]
             kwargs["logits_processor"] = [self.constraint.processor(length)]
-        with self.folded():
+        with self.merged_adapters():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     @contextmanager
-    def folded(self) -> Iterator[None]:
-        """Inside, adapters in float32 are folded into the weights that they sit on, which saves a third of the time of
-        writing; the weights come back as they were, to the last bit."""
-        found: list[Any] = [module for module in self.modules() if isinstance(module, LoraLayer)]
-        layers = [layer for layer in found if not layer.disable_adapters and not layer.merged]
+    def merged_adapters(self) -> Iterator[None]:
+        """Merge float32 adapters into their base weights within the context, which makes generation faster.
+
+        Afterwards the base weights are restored bit by bit.
+        """
+        lora_layers: list[Any] = [module for module in self.modules() if isinstance(module, LoraLayer)]
+        layers = [layer for layer in lora_layers if not layer.disable_adapters and not layer.merged]
         layers = [layer for layer in layers if layer.get_base_layer().weight.dtype == torch.float32]
-        kept = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+        originals = [layer.get_base_layer().weight.detach().clone() for layer in layers]
         try:
             for layer in layers:
                 layer.merge()
             yield
         finally:
-            for layer, weight in zip(layers, kept, strict=True):
+            for layer, weight in zip(layers, originals, strict=True):
                 layer.merged_adapters.clear()
                 layer.get_base_layer().weight.data.copy_(weight)
 
@@ -152,13 +176,14 @@ class Policy(MoondreamForConditionalGeneration):
         fused_lm_head: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """`MoondreamForConditionalGeneration.forward`; with `fused_lm_head`, `Scored` of what `labels` names.
+        """Run the model as `MoondreamForConditionalGeneration.forward`.
 
-        `labels` [B, L] are -100 up to the completions, which begin at one column for all rows.
+        With `fused_lm_head`, return the `CompletionScores` of `labels`, [B, L], which are -100 outside the completions.
+        Completions begin at the same column in all rows.
         """
         if pixel_values is not None and image_features is None and image_sizes is not None:
-            see = self.looks or self.model.get_image_features
-            image_features, pixel_values, image_sizes = see(pixel_values, image_sizes), None, None
+            image_features = self.image_features(pixel_values, image_sizes)
+            pixel_values = image_sizes = None
         if fused_lm_head:
             if input_ids is None or attention_mask is None or labels is None or image_features is None:
                 raise ValueError("Log-probabilities need input_ids, attention_mask, labels and a photo per row.")
@@ -177,97 +202,149 @@ class Policy(MoondreamForConditionalGeneration):
 
     def score(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, features: torch.Tensor
-    ) -> Scored:
-        """Log-probabilities and entropies of completions; see `forward`."""
-        asked = labels != -100
-        start = int(asked.any(0).int().argmax())
-        completions, asked = input_ids[:, start:], asked[:, start:]
-        states = self._shared if self.share else self._plain
-        logits = self.lm_head(states(input_ids, attention_mask, start, features)).float()
+    ) -> CompletionScores:
+        """Compute log-probabilities and entropies of completions.
+
+        Args:
+            input_ids: Prompts and completions, [B, L].
+            attention_mask: 1 for real tokens, [B, L].
+            labels: -100 outside the completions, [B, L].
+            features: Image features, [B, T, D].
+
+        Returns:
+            Scores of the completion tokens, [B, K]; 0 at padding.
+        """
+        mask = labels != -100
+        start = int(mask.any(0).int().argmax())
+        completions, mask = input_ids[:, start:], mask[:, start:]
+        hidden_states = self._hidden_states_shared if self.share_prompts else self._hidden_states
+        logits = self.lm_head(hidden_states(input_ids, attention_mask, start, features)).float()
         if self.constraint is not None:
             logits = self.constraint.apply(logits, completions)
-        likely = (logits / self.temperature).log_softmax(-1)
-        chosen = likely.gather(-1, completions[..., None]).squeeze(-1)
-        entropy = -(likely.exp() * likely).sum(-1)
-        return Scored(chosen * asked, entropy * asked)
+        log_probs = (logits / self.temperature).log_softmax(-1)
+        token_log_probs = log_probs.gather(-1, completions[..., None]).squeeze(-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        return CompletionScores(token_log_probs * mask, entropy * mask)
 
-    def _plain(
+    def _hidden_states(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, start: int, features: torch.Tensor
     ) -> torch.Tensor:
-        """The states [B, K, D] from which the completion tokens are predicted, each row computed by itself."""
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, image_features=features, use_cache=False)
-        return out.last_hidden_state[:, start - 1 : -1]
+        """Return the states [B, K, D] that predict the completion tokens, computed row by row."""
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, image_features=features, use_cache=False
+        )
+        return outputs.last_hidden_state[:, start - 1 : -1]
 
-    def _shared(
+    def _hidden_states_shared(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, start: int, features: torch.Tensor
     ) -> torch.Tensor:
-        """As `_plain`, with one prompt per group of rows: their completions stand one after the other behind it, and
-        each sees the prompt and itself."""
-        first, place = _groups(input_ids[:, :start], attention_mask[:, :start], features)
-        slot = [place[:row].count(place[row]) for row in range(len(place))]
-        many, length = max(slot) + 1, input_ids.shape[1] - start - 1
-        prompts, real = input_ids[first, :start], attention_mask[first, :start].bool()
-        embeds = self.model.embed(prompts, features[first])
-        said = self.get_input_embeddings()(input_ids[:, start:-1]).to(embeds.dtype)
-        behind = said.new_zeros(len(first), many, length, said.shape[-1]).index_put(
-            (torch.tensor(place), torch.tensor(slot)), said
-        )
-        positions = (real.long().cumsum(1) - 1).clamp(min=0)
-        later = positions[:, -1:] + 1 + torch.arange(length, device=positions.device).repeat(many)
-        out = self.model.text(
-            inputs_embeds=torch.cat([embeds, behind.flatten(1, 2)], 1),
-            attention_mask=self._sight(prompts, real, many, length),
-            position_ids=torch.cat([positions, later], 1),
-        )
-        hidden = out.last_hidden_state
-        before = hidden[place, start - 1][:, None]
-        after = hidden[:, start:].unflatten(1, (many, length))[place, slot]
-        return torch.cat([before, after], 1)
+        """Return the same as `_hidden_states`, with each distinct prompt computed once.
 
-    def _sight(self, prompts: torch.Tensor, real: torch.Tensor, many: int, length: int) -> torch.Tensor:
-        """Who sees whom, bool [U, 1, T, T], T = P + many * length; padding sees itself, so that nothing is NaN."""
-        prompt = prompts.shape[1]
-        owner = torch.cat([torch.zeros(prompt), torch.arange(many).repeat_interleave(length) + 1]).to(prompts.device)
-        order = torch.arange(len(owner), device=prompts.device)
+        The completions of a prompt are concatenated behind it; each attends to the prompt and to itself only.
+        """
+        first_rows, groups = _group_rows(input_ids[:, :start], attention_mask[:, :start], features)
+        slots = [groups[:row].count(groups[row]) for row in range(len(groups))]
+        completions, length = max(slots) + 1, input_ids.shape[1] - start - 1
+        prompts, mask = input_ids[first_rows, :start], attention_mask[first_rows, :start].bool()
+        prompt_embeds = self.model.embed(prompts, features[first_rows])
+        embeds = self.get_input_embeddings()(input_ids[:, start:-1]).to(prompt_embeds.dtype)
+        completion_embeds = embeds.new_zeros(len(first_rows), completions, length, embeds.shape[-1]).index_put(
+            (torch.tensor(groups), torch.tensor(slots)), embeds
+        )
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        completion_positions = positions[:, -1:] + 1 + torch.arange(length, device=mask.device).repeat(completions)
+        outputs = self.model.text(
+            inputs_embeds=torch.cat([prompt_embeds, completion_embeds.flatten(1, 2)], 1),
+            attention_mask=self._shared_attention_mask(prompts, mask, completions, length),
+            position_ids=torch.cat([positions, completion_positions], 1),
+        )
+        hidden = outputs.last_hidden_state
+        first_states = hidden[groups, start - 1][:, None]
+        other_states = hidden[:, start:].unflatten(1, (completions, length))[groups, slots]
+        return torch.cat([first_states, other_states], 1)
+
+    def _shared_attention_mask(
+        self, prompts: torch.Tensor, mask: torch.Tensor, completions: int, length: int
+    ) -> torch.Tensor:
+        """Return the attention mask, bool [U, 1, T, T] with T = P + completions * length.
+
+        Padding attends to itself, so that no softmax is empty.
+        """
+        prompt_length, device = prompts.shape[1], prompts.device
+        owner = torch.cat([torch.zeros(prompt_length), torch.arange(completions).repeat_interleave(length) + 1])
+        owner = owner.to(device)
+        order = torch.arange(len(owner), device=device)
         causal = order[:, None] >= order[None]
-        alone = ((owner[:, None] == owner[None]) | (owner == 0)[None]) & causal
-        sight = alone[None].repeat(len(prompts), 1, 1)
-        prefix = self.model.prefix_of(prompts, real.long())
-        sight[:, :prompt, :prompt] |= prefix[:, :, None] & prefix[:, None]
-        sight[:, :, :prompt] &= real[:, None]
-        return (sight | torch.eye(len(owner), dtype=torch.bool, device=prompts.device))[:, None]
+        own = ((owner[:, None] == owner[None]) | (owner == 0)[None]) & causal
+        attention = own[None].repeat(len(prompts), 1, 1)
+        prefix = self.model.prefix_of(prompts, mask.long())
+        attention[:, :prompt_length, :prompt_length] |= prefix[:, :, None] & prefix[:, None]
+        attention[:, :, :prompt_length] &= mask[:, None]
+        return (attention | torch.eye(len(owner), dtype=torch.bool, device=device))[:, None]
 
 
 register_names(Policy)
 
 
-def _groups(prompts: torch.Tensor, masks: torch.Tensor, features: torch.Tensor) -> tuple[list[int], list[int]]:
-    """The first row of each group of rows with one prompt and photo, and each row's group."""
-    first: list[int] = []
-    place: list[int] = []
+def _group_rows(prompts: torch.Tensor, masks: torch.Tensor, features: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Group rows with equal prompt and photo. Returns the first row of each group, and the group of each row."""
+    first_rows: list[int] = []
+    groups: list[int] = []
     for row in range(len(prompts)):
-        for group in reversed(range(len(first))):  # most often the last one
-            if all(torch.equal(part[row], part[first[group]]) for part in (prompts, masks, features)):
+        for group in reversed(range(len(first_rows))):  # rows of a group are usually adjacent
+            if all(torch.equal(part[row], part[first_rows[group]]) for part in (prompts, masks, features)):
                 break
         else:
-            first.append(row)
-            group = len(first) - 1
-        place.append(group)
-    return first, place
+            first_rows.append(row)
+            group = len(first_rows) - 1
+        groups.append(group)
+    return first_rows, groups
 
 
-def greedy(policy: Any, processor: Any, photos: Sequence[Any], question: str, at_once: int = 16) -> list[str]:
-    """The likeliest recipe for each photo (uint8 RGB or PIL), as text. policy: a `Policy`, bare or inside PEFT."""
+def load_with_processor(
+    model_folder: Path | str, tokenizer_folder: Path | str, dtype: torch.dtype, temperature: float = 1.0
+) -> tuple[Policy, MoondreamProcessor]:
+    """Load a policy, prepared for the recipe grammar, and its processor from local files.
+
+    Args:
+        model_folder: Folder with the model's config and weights.
+        tokenizer_folder: Folder with the tokenizer.
+        dtype: Type of the weights.
+        temperature: Sampling temperature of the rollouts.
+    """
+    policy = Policy.from_pretrained(model_folder, dtype=dtype, local_files_only=True)
+    tokenizer = load_tokenizer(str(tokenizer_folder), policy.config.templates)
+    processor = MoondreamProcessor(
+        CachingImageProcessor.from_config(policy.config),
+        tokenizer,
+        templates=policy.config.templates,
+        image_token_id=policy.config.image_token_id,
+    )
+    policy.prepare(RecipeConstraint(tokenizer, grammar_segments(), end_id=policy.config.eos_id), temperature)
+    return policy, processor
+
+
+def generate_greedy(
+    policy: Any, processor: MoondreamProcessor, photos: Sequence[Any], question: str, batch_size: int = 16
+) -> list[str]:
+    """Generate the most likely recipe for each photo.
+
+    Args:
+        policy: A `Policy`, bare or wrapped by PEFT.
+        processor: Its processor.
+        photos: uint8 RGB arrays or PIL images.
+        question: The recipe question.
+        batch_size: Photos per call of the model.
+
+    Returns:
+        One text per photo.
+    """
+    unwrapped = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     texts: list[str] = []
-    for start in range(0, len(photos), at_once):
-        inputs = processor.prepare(list(photos[start : start + at_once]), "query", question)
+    for start in range(0, len(photos), batch_size):
+        inputs = processor.prepare(list(photos[start : start + batch_size]), "query", question)
         inputs = {name: tensor.to(policy.device) for name, tensor in inputs.items()}
         with torch.no_grad():
-            out = policy.generate(**inputs, do_sample=False, max_new_tokens=_longest(policy))
-        texts += processor.decode_answers(out[:, inputs["input_ids"].shape[1] :])
+            output = policy.generate(**inputs, do_sample=False, max_new_tokens=unwrapped.constraint.max_tokens)
+        texts += processor.decode_answers(output[:, inputs["input_ids"].shape[1] :])
     return texts
-
-
-def _longest(policy: Any) -> int:
-    base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    return base.constraint.max_tokens

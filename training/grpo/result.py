@@ -1,4 +1,4 @@
-"""What a run tells of itself: a line of its log, its result on held-out photos, and the alarm. No torch here."""
+"""The outcome of a run: log lines, the result on held-out photos and the alarm. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,71 +10,90 @@ import numpy as np
 from recipes import Recipe, save_picture
 from rewards import REWARDS, RewardFunction
 from training.data.sources import PhotoSet
-from training.evaluate import Judged, difference, summary
+from training.evaluate import ScoredAnswer, paired_difference, summarize
 from training.runs.run import Run
 
-SHOWN = 4  # held-out photos with both answers in the result
+MAX_PAIRS = 4  # held-out photos whose two recipes are shown in the result
 
 
-def log_line(numbers: dict[str, Any], steps: int) -> str:
-    """A step as a line of the log."""
-    told = [f"step {numbers['step']}/{steps}", f"reward {numbers['reward']:.3f}"]
-    told += [f"{name} {value:.3f}" for name in REWARDS if (value := numbers.get(name)) is not None]
-    told += [f"{name} {numbers[name]:.3f}" for name in ("kl", "entropy", "distinct") if numbers.get(name) is not None]
-    return "  ".join(told)
+def format_log_line(metrics: dict[str, Any], steps: int) -> str:
+    """Format the metrics of one step as a line of the log."""
+    parts = [f"step {metrics['step']}/{steps}", f"reward {metrics['reward']:.3f}"]
+    names = (*REWARDS, "kl", "entropy", "distinct")
+    parts += [f"{name} {value:.3f}" for name in names if (value := metrics.get(name)) is not None]
+    return "  ".join(parts)
 
 
-def result(
-    run: Run, base_model: str, function: RewardFunction, held_out: PhotoSet, base: list[Judged], tuned: list[Judged]
+def build_result(
+    run: Run,
+    base_model: str,
+    function: RewardFunction,
+    held_out: PhotoSet,
+    base: list[ScoredAnswer],
+    tuned: list[ScoredAnswer],
 ) -> dict[str, Any]:
-    """What is written into result.json."""
+    """Build the content of `result.json` and write the pictures that it refers to.
+
+    Args:
+        run: The run.
+        base_model: Name of the model that the adapter belongs to.
+        function: The reward function of the run.
+        held_out: The held-out photos.
+        base: The base model's answers to them.
+        tuned: The tuned model's answers to them.
+    """
     metrics = run.metrics()
-    gain = difference(base, tuned, function)
+    gain = paired_difference(base, tuned, function)
+    pairs = []
+    for index in range(min(MAX_PAIRS, len(base))):
+        picture, before, after = f"pair-{index}.png", base[index], tuned[index]
+        save_picture(held_out.photos[index], Recipe(), run.folder / picture)
+        pairs.append(
+            {
+                "photo": held_out.names[index],
+                "picture": picture,
+                "base": str(before.recipe),
+                "tuned": str(after.recipe),
+                "base_total": function.total(before.scores),
+                "tuned_total": function.total(after.scores),
+            }
+        )
     return {
         "base_model": base_model,
         "held_out": len(base),
-        "base": summary(base, function),
-        "tuned": summary(tuned, function),
+        "base": summarize(base, function),
+        "tuned": summarize(tuned, function),
         "difference": gain,
         "wins": gain["low"] is not None and gain["low"] > 0,
-        "alarm": alarm(metrics, gain),
-        "pairs": _pairs(run, function, held_out, base, tuned),
+        "alarm": find_alarm(metrics, gain),
+        "pairs": pairs,
         "steps": run.status().step,
-        "entropy": _ends(metrics, "entropy"),
-        "distinct": _ends(metrics, "distinct"),
-        "valid": min((line["valid"] for line in metrics if line.get("valid") is not None), default=None),
+        "entropy": _first_and_last(metrics, "entropy"),
+        "distinct": _first_and_last(metrics, "distinct"),
+        "valid": min((row["valid"] for row in metrics if row.get("valid") is not None), default=None),
     }
 
 
-def _pairs(
-    run: Run, function: RewardFunction, held_out: PhotoSet, base: list[Judged], tuned: list[Judged]
-) -> list[dict[str, Any]]:
-    pairs = []
-    for place, (photo, name, before, after) in enumerate(zip(held_out.photos, held_out.names, base, tuned)):
-        if place == SHOWN:
-            break
-        save_picture(photo, Recipe(), run.folder / f"pair-{place}.png")
-        pair = {"photo": name, "picture": f"pair-{place}.png", "base": str(before.recipe), "tuned": str(after.recipe)}
-        pair |= {"base_total": function.total(before.scores), "tuned_total": function.total(after.scores)}
-        pairs.append(pair)
-    return pairs
+def _first_and_last(metrics: Sequence[dict[str, Any]], name: str) -> dict[str, float | None]:
+    """Return the means of a metric over the first and the last tenth of the run, but at least five steps."""
+    values = [row[name] for row in metrics if row.get(name) is not None]
+    count = max(5, len(values) // 10)
+    ends = {"first": values[:count], "last": values[-count:]}
+    return {key: float(np.mean(part)) if part else None for key, part in ends.items()}
 
 
-def _ends(metrics: Sequence[dict[str, Any]], name: str) -> dict[str, float | None]:
-    """The means over the first and the last tenth of the run, at least five steps."""
-    known = [line[name] for line in metrics if line.get(name) is not None]
-    some = max(5, len(known) // 10)
-    ends = {"first": known[:some], "last": known[-some:]}
-    return {key: float(np.mean(values)) if values else None for key, values in ends.items()}
+def find_alarm(metrics: Sequence[dict[str, Any]], gain: dict[str, float | None]) -> str:
+    """Return a warning if the run had no training signal or overfitted, else an empty string.
 
-
-def alarm(metrics: Sequence[dict[str, Any]], gain: dict[str, float | None]) -> str:
-    """A sentence when the run learned nothing, or learned what does not hold on other photos; else nothing."""
-    silent = [line["no_signal"] for line in metrics if line.get("no_signal") is not None]
-    if silent and np.mean(silent) > 0.9:
-        return "All answers to a photo got the same reward in nearly every step: there was nothing to learn from."
-    reward = _ends(metrics, "reward")
-    risen = reward["first"] is not None and reward["last"] is not None and reward["last"] > reward["first"] + 0.02
-    if risen and gain["mean"] is not None and gain["mean"] < -0.005:
-        return "The reward rose in training and fell on held-out photos: what was learned does not hold elsewhere."
+    Args:
+        metrics: The run's metrics, one row per step.
+        gain: The difference between tuned and base model on held-out photos, as from `paired_difference`.
+    """
+    no_signal = [row["no_signal"] for row in metrics if row.get("no_signal") is not None]
+    if no_signal and np.mean(no_signal) > 0.9:
+        return "There was nothing to learn from: in nearly every step, all answers to a photo got the same reward."
+    reward = _first_and_last(metrics, "reward")
+    improved = reward["first"] is not None and reward["last"] is not None and reward["last"] > reward["first"] + 0.02
+    if improved and gain["mean"] is not None and gain["mean"] < -0.005:
+        return "The reward rose in training but fell on held-out photos: the improvement does not generalise."
     return ""

@@ -1,4 +1,4 @@
-"""The reward of a run: the very numbers that the playground shows for the same candidates. No torch here."""
+"""The reward function that TRL calls: the same scores that the playground shows. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,53 +13,68 @@ from recipes import parse
 from rewards import REWARDS, RewardFunction, score_recipes
 from training.runs.run import RunAborted
 
-ALL_PARTS_EVERY = 5  # steps: rewards that weigh nothing are computed only now and then
+UNWEIGHTED_EVERY = 5  # calls between two computations of rewards with weight 0, which are only logged
 
 
 @dataclass
-class Scorer:
-    """The reward that TRL asks for: the very numbers that the playground shows for the same candidates.
+class RecipeReward:
+    """A reward function for TRL that renders and scores recipes.
 
-    Rows come in blocks of `group` answers to one photo. Beside the total the parts are kept for the log.
+    Attributes:
+        photos: The training photos, uint8 RGB; completions refer to them by index.
+        function: The weights of the rewards.
+        group_size: Completions per photo. Rows come in blocks of this size, one photo per block.
+        calls: Number of calls so far.
+        component_means: For the log: mean of each reward in the last call (None: not computed or not applicable), the
+            share of valid recipes ("valid") and the share of distinct completions per group ("distinct").
     """
 
     photos: Sequence[np.ndarray]
     function: RewardFunction
-    group: int
+    group_size: int
     calls: int = 0
-    parts: dict[str, float | None] = field(default_factory=dict)
+    component_means: dict[str, float | None] = field(default_factory=dict)
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
     __name__: str = "reward"
 
     def __call__(self, completions: list[Any], photo: list[int], **_: Any) -> list[float | None]:
-        """One total per completion; None for an answer that is no recipe. Raises whatever a reward raises."""
-        texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
-        everything = self.calls % ALL_PARTS_EVERY == 0
+        """Score completions.
+
+        Args:
+            completions: Texts, or chats with one message.
+            photo: The index of each completion's photo.
+
+        Returns:
+            The weighted total of each completion, 0..1; None if it is not a recipe or no reward applies.
+
+        Raises:
+            RunAborted: A reward is not a finite number.
+        """
+        texts = [item if isinstance(item, str) else item[0]["content"] for item in completions]
+        all_rewards = self.calls % UNWEIGHTED_EVERY == 0
         self.calls += 1
-        names = [name for name in REWARDS if everything or self.function.weights.get(name)]
-        blocks = [slice(start, start + self.group) for start in range(0, len(texts), self.group)]
-        scored = list(self.threads.map(lambda block: self._block(texts[block], photo[block.start], names), blocks))
-        self._keep(texts, [row for block in scored for row in block], names)
-        return [None if row is None else _finite(self.function.total(row)) for block in scored for row in block]
+        names = [name for name in REWARDS if all_rewards or self.function.weights.get(name)]
+        blocks = [slice(start, start + self.group_size) for start in range(0, len(texts), self.group_size)]
 
-    def _block(self, texts: list[str], photo: int, names: Sequence[str]) -> list[dict[str, float | None] | None]:
-        parsed = [parse(text) for text in texts]
-        recipes = [one.recipe for one in parsed if one.ok]
-        scores = iter(score_recipes(self.photos[photo], recipes, names) if recipes else [])
-        return [next(scores).scores if one.ok else None for one in parsed]
+        def score_block(block: slice) -> list[dict[str, float | None] | None]:
+            parsed = [parse(text) for text in texts[block]]
+            recipes = [item.recipe for item in parsed if item.ok]
+            scores = iter(score_recipes(self.photos[photo[block.start]], recipes, names) if recipes else [])
+            return [next(scores).scores if item.ok else None for item in parsed]
 
-    def _keep(self, texts: list[str], rows: list[dict[str, float | None] | None], names: Sequence[str]) -> None:
-        read = [row for row in rows if row is not None]
-        groups = [texts[start : start + self.group] for start in range(0, len(texts), self.group)]
-        self.parts = dict.fromkeys(REWARDS)
+        rows = [row for block_rows in self.threads.map(score_block, blocks) for row in block_rows]
+        valid = [row for row in rows if row is not None]
+        self.component_means = dict.fromkeys(REWARDS)
         for name in names:
-            known = [value for row in read if (value := row[name]) is not None]
-            self.parts[name] = float(np.mean(known)) if known else None
-        self.parts["valid"] = len(read) / max(1, len(texts))
-        self.parts["distinct"] = float(np.mean([len(set(group)) / len(group) for group in groups]))
+            values = [value for row in valid if (value := row[name]) is not None]
+            self.component_means[name] = float(np.mean(values)) if values else None
+        self.component_means["valid"] = len(valid) / max(1, len(texts))
+        groups = [texts[block] for block in blocks]
+        self.component_means["distinct"] = float(np.mean([len(set(group)) / len(group) for group in groups]))
+        return [None if row is None else self._total(row) for row in rows]
 
-
-def _finite(total: float | None) -> float | None:
-    if total is not None and not np.isfinite(total):
-        raise RunAborted(f"A reward gave {total}, which is no number. The run stops rather than learn from it.")
-    return total
+    def _total(self, scores: dict[str, float | None]) -> float | None:
+        total = self.function.total(scores)
+        if total is not None and not np.isfinite(total):
+            raise RunAborted(f"A reward returned {total}, which is not a finite number. The run was stopped.")
+        return total

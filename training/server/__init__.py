@@ -1,1 +1,1 @@
-"""The trainer behind the `/v1/tuning` endpoints."""
+"""Training behind the `/v1/tuning` endpoints: stored finetunes and the LoRA trainer that updates them."""

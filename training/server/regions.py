@@ -1,6 +1,7 @@
-"""Boxes and points as a tuning server learns them: drawing, how likely they are, and rewards against the truth.
+"""Sampling, log-probabilities and rewards of boxes and points, for the skills `detect` and `point`.
 
-An object is the bins that were chosen for it: (x, y) for a point, (x, y, width, height) for a box, x and y its centre.
+An object is represented by the bins of its coordinates: (x, y) for a point and (x, y, width, height) for a box, where
+(x, y) is the centre.
 """
 
 from __future__ import annotations
@@ -12,38 +13,59 @@ import torch
 
 from training.grpo.policy import Policy
 
-STEPS = {"detect": 3, "point": 2}
-NEAR = 0.05  # of the photo's width and height: a point as near as this to a true one is on it
+TOKENS_PER_OBJECT = {"detect": 3, "point": 2}
+POINT_TOLERANCE = 0.05  # as a share of the photo's width and height
 Bins = tuple[int, ...]
-Shares = dict[str, float]
+Region = dict[str, float]  # a box or a point, coordinates in 0..1
 
 
-def write(
-    policy: Policy, inputs: dict[str, torch.Tensor], features: torch.Tensor, skill: str, count: int, **how: Any
+def sample_regions(
+    policy: Policy,
+    inputs: dict[str, torch.Tensor],
+    image_features: torch.Tensor,
+    skill: str,
+    count: int,
+    **settings: Any,
 ) -> list[list[Bins]]:
-    """So many lists of objects for one photo; `how`: max_objects and temperature of `detect` and `point`."""
-    find = policy.detect if skill == "detect" else policy.point
-    found = find(
-        inputs["input_ids"], inputs["attention_mask"], image_features=features, num_return_sequences=count, **how
+    """Sample lists of objects in one photo.
+
+    Args:
+        policy: The model.
+        inputs: The processed prompt, one row.
+        image_features: The photo's features, [1, T, D].
+        skill: "detect" or "point".
+        count: Number of lists to sample.
+        **settings: `max_objects` and `temperature`, as `Policy.detect` and `Policy.point` take them.
+
+    Returns:
+        `count` lists of objects.
+    """
+    generate = policy.detect if skill == "detect" else policy.point
+    samples = generate(
+        inputs["input_ids"],
+        inputs["attention_mask"],
+        image_features=image_features,
+        num_return_sequences=count,
+        **settings,
     )
-    return [[bins_of(policy, region) for region in regions] for regions in found]
+    return [[region_to_bins(policy, region) for region in regions] for regions in samples]
 
 
-def bins_of(policy: Policy, region: Shares) -> Bins:
-    """The bins nearest to a box or a point, in shares of the photo."""
+def region_to_bins(policy: Policy, region: Region) -> Bins:
+    """Return the nearest bins of a box or a point."""
     heads = policy.model.region
     if "x" in region:
         centre, size = (region["x"], region["y"]), ()
     else:
         centre = ((region["x_min"] + region["x_max"]) / 2, (region["y_min"] + region["y_max"]) / 2)
         size = (region["x_max"] - region["x_min"], region["y_max"] - region["y_min"])
-    places = heads.coordinate_bin(torch.tensor(centre))
-    sizes = heads.size_bin(torch.tensor(size)) if size else torch.tensor([], dtype=torch.long)
-    return (*places.tolist(), *sizes.tolist())
+    coordinate_bins = heads.coordinate_bin(torch.tensor(centre)).tolist()
+    size_bins = heads.size_bin(torch.tensor(size)).tolist() if size else []
+    return (*coordinate_bins, *size_bins)
 
 
-def region_of(policy: Policy, bins: Bins) -> Shares:
-    """A box or a point in shares of the photo, clipped to it."""
+def bins_to_region(policy: Policy, bins: Bins) -> Region:
+    """Return the box or the point of these bins; boxes are clipped to the photo."""
     heads = policy.model.region
     x, y = heads.coordinate_of(torch.tensor(bins[:2])).tolist()
     if len(bins) == 2:
@@ -53,69 +75,96 @@ def region_of(policy: Policy, bins: Bins) -> Shares:
     return {name: min(1.0, max(0.0, side)) for name, side in sides.items()}
 
 
-def score(
-    policy: Policy, prompt: torch.Tensor, features: torch.Tensor, objects: Sequence[Bins], ended: bool, skill: str
+def region_log_probs(
+    policy: Policy, prompt: torch.Tensor, image_features: torch.Tensor, objects: Sequence[Bins], ended: bool, skill: str
 ) -> torch.Tensor:
-    """The log-probability [K] of each choice that was made: for an object that there is one more, its coordinates and
-    its size, and at last, where it ended by itself, that there is none more."""
-    heads, steps = policy.model.region, STEPS[skill]
-    embeds = policy.model.embed(prompt, features)
-    fed = torch.stack([one for bins in objects for one in _fed(policy, bins)]) if objects else embeds[0, :0]
-    whole = torch.cat([embeds, fed[None].to(embeds)], 1)
-    prefix = torch.nn.functional.pad(policy.model.prefix_of(prompt, None).long(), (0, len(fed)))
-    out = policy.model(inputs_embeds=whole, attention_mask=torch.ones_like(prefix), token_type_ids=prefix)
-    hidden = out.pre_norm_hidden_state[0, prompt.shape[1] - 1 :]
+    """Compute the log-probability of every choice made in a list of objects.
 
-    def likely(logits: torch.Tensor, chosen: int) -> torch.Tensor:
+    The choices of an object are that the list continues, its coordinates and, for a box, its size.
+
+    Args:
+        policy: The model.
+        prompt: Token ids of the prompt, [1, P].
+        image_features: The photo's features, [1, T, D].
+        objects: The objects, in the order in which they were sampled.
+        ended: Whether the model ended the list itself; that choice is then the last one.
+        skill: "detect" or "point".
+
+    Returns:
+        Log-probabilities at the policy's temperature, [K].
+    """
+    heads = policy.model.region
+    embeddings = policy.model.embed(prompt, image_features)
+    object_embeddings = embeddings[0, :0]
+    if objects:
+        object_embeddings = torch.stack([row for bins in objects for row in _embed_object(policy, bins)])
+    full = torch.cat([embeddings, object_embeddings[None].to(embeddings)], 1)
+    prefix = torch.nn.functional.pad(policy.model.prefix_of(prompt, None).long(), (0, len(object_embeddings)))
+    outputs = policy.model(inputs_embeds=full, attention_mask=torch.ones_like(prefix), token_type_ids=prefix)
+    hidden = outputs.pre_norm_hidden_state[0, prompt.shape[1] - 1 :]
+
+    def log_prob(logits: torch.Tensor, chosen: int) -> torch.Tensor:
         return (logits.float() / policy.temperature).log_softmax(-1)[chosen]
 
-    def none_more(state: torch.Tensor) -> torch.Tensor:
-        return likely(policy.lm_head(policy.model.text.post_ln(state)), policy.config.eos_id)
+    def end_log_prob(state: torch.Tensor) -> torch.Tensor:
+        return log_prob(policy.lm_head(policy.model.text.post_ln(state)), policy.config.eos_id)
 
-    told = []
-    for place, bins in enumerate(objects):
-        at = hidden[place * steps :]
-        told.append(torch.log1p(-none_more(at[0]).exp().clamp(max=1 - 1e-6)))
-        told += [likely(heads.decode_coordinate(at[axis]), bins[axis]) for axis in (0, 1)]
+    log_probs = []
+    for index, bins in enumerate(objects):
+        states = hidden[index * TOKENS_PER_OBJECT[skill] :]
+        log_probs.append(torch.log1p(-end_log_prob(states[0]).exp().clamp(max=1 - 1e-6)))
+        log_probs += [log_prob(heads.decode_coordinate(states[axis]), bins[axis]) for axis in (0, 1)]
         if skill == "detect":
-            sizes = heads.decode_size(at[2])
-            told += [likely(sizes[axis], bins[2 + axis]) for axis in (0, 1)]
+            size_logits = heads.decode_size(states[2])
+            log_probs += [log_prob(size_logits[axis], bins[2 + axis]) for axis in (0, 1)]
     if ended:
-        told.append(none_more(hidden[len(objects) * steps]))
-    return torch.stack(told)
+        log_probs.append(end_log_prob(hidden[len(objects) * TOKENS_PER_OBJECT[skill]]))
+    return torch.stack(log_probs)
 
 
-def _fed(policy: Policy, bins: Bins) -> list[torch.Tensor]:
-    """The embeddings by which an object's choices are told to the model."""
+def _embed_object(policy: Policy, bins: Bins) -> list[torch.Tensor]:
+    """Return the input embeddings of an object: one per coordinate and, for a box, one for its size."""
     heads = policy.model.region
-    fed = [heads.encode_coordinate(heads.coordinate_of(torch.tensor([one]))) for one in bins[:2]]
-    return fed + ([heads.encode_size(heads.size_of(torch.tensor(bins[2:])))] if len(bins) == 4 else [])
+    embeddings = [heads.encode_coordinate(heads.coordinate_of(torch.tensor([value]))) for value in bins[:2]]
+    if len(bins) == 4:
+        embeddings.append(heads.encode_size(heads.size_of(torch.tensor(bins[2:]))))
+    return embeddings
 
 
-def reward(found: Sequence[Shares], truth: Sequence[Shares]) -> float:
-    """0..1: of boxes against boxes their overlap (intersection over union), of points how many are in a box or near a
-    true point; each true one counts once, and what is too much or missing counts as nothing."""
-    if not found or not truth:
-        return float(not found and not truth)
-    pairs = sorted(((_fits(a, b), i, j) for i, a in enumerate(found) for j, b in enumerate(truth)), reverse=True)
-    total, used, met = 0.0, set(), set()
-    for fit, i, j in pairs:
-        if i not in used and j not in met:
-            total, used, met = total + fit, used | {i}, met | {j}
-    return total / max(len(found), len(truth))
+def region_reward(predicted: Sequence[Region], truth: Sequence[Region]) -> float:
+    """Score predicted boxes or points against the ground truth.
+
+    Predictions and true regions are matched greedily, one to one. A pair of boxes scores its intersection over union;
+    a point scores 1 inside a true box or within POINT_TOLERANCE of a true point. Unmatched regions score 0.
+
+    Args:
+        predicted: Boxes or points.
+        truth: The true boxes or points.
+
+    Returns:
+        The mean score over the larger of the two lists, 0..1; 1 if both are empty.
+    """
+    if not predicted or not truth:
+        return float(not predicted and not truth)
+    pairs = [(_match_score(p, t), i, j) for i, p in enumerate(predicted) for j, t in enumerate(truth)]
+    total, used, matched = 0.0, set(), set()
+    for score, i, j in sorted(pairs, reverse=True):
+        if i not in used and j not in matched:
+            total, used, matched = total + score, used | {i}, matched | {j}
+    return total / max(len(predicted), len(truth))
 
 
-def _fits(found: Shares, true: Shares) -> float:
-    if "x" in found and "x" in true:
-        return float(max(abs(found["x"] - true["x"]), abs(found["y"] - true["y"])) <= NEAR)
-    if "x" in found:
-        inside = true["x_min"] <= found["x"] <= true["x_max"] and true["y_min"] <= found["y"] <= true["y_max"]
+def _match_score(predicted: Region, true: Region) -> float:
+    if "x" in predicted and "x" in true:
+        return float(max(abs(predicted["x"] - true["x"]), abs(predicted["y"] - true["y"])) <= POINT_TOLERANCE)
+    if "x" in predicted:
+        inside = true["x_min"] <= predicted["x"] <= true["x_max"] and true["y_min"] <= predicted["y"] <= true["y_max"]
         return float(inside)
-    width = min(found["x_max"], true["x_max"]) - max(found["x_min"], true["x_min"])
-    height = min(found["y_max"], true["y_max"]) - max(found["y_min"], true["y_min"])
-    train_eval_split = max(0.0, width) * max(0.0, height)
-    return train_eval_split / max(1e-9, _area(found) + _area(true) - train_eval_split)
+    width = min(predicted["x_max"], true["x_max"]) - max(predicted["x_min"], true["x_min"])
+    height = min(predicted["y_max"], true["y_max"]) - max(predicted["y_min"], true["y_min"])
+    intersection = max(0.0, width) * max(0.0, height)
+    return intersection / max(1e-9, _area(predicted) + _area(true) - intersection)
 
 
-def _area(box: Shares) -> float:
+def _area(box: Region) -> float:
     return max(0.0, box["x_max"] - box["x_min"]) * max(0.0, box["y_max"] - box["y_min"])
