@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face Hub and its Jobs, over real HTTP. It is no Hub.
+"""Fake of the Hugging Face Hub and of Hugging Face Jobs over HTTP.
 
-Simulated: accounts, prices, and the machine of a job. A job's command is really executed, as a process here, with the
-mounted path replaced by a folder that holds the repository's files, and with a `pip` that installs nothing.
+Accounts, prices and a job's machine are simulated. A job's command is executed as a local process, with the mounted
+path replaced by the folder of uploaded files, and with a `pip` that installs nothing.
 """
 
 from __future__ import annotations
@@ -50,58 +50,68 @@ HARDWARE = [
 ]
 
 
-class StandInHub(ThreadingHTTPServer):
-    """Files of one repository, and jobs. What it shall do wrong:
+class HubServer(ThreadingHTTPServer):
+    """State of the server: uploaded files and jobs.
 
-    refuse: paths that begin with a key are answered with its number. drop: how many log streams break off after three
-    lines. lines: what a job prints instead of being executed, and `stage` how it ends then.
+    Attributes:
+        files: Folder of the uploaded files, of all repositories together.
+        created: Body of the last request that created a repository.
+        refuse: HTTP error by the beginning of the paths that it is returned for.
+        dropped_streams: Number of log streams to break off after three lines.
+        job_log: What jobs print instead of being executed; `job_stage` is how they then end.
+        job_specs: Specifications of the submitted jobs.
+        jobs: Jobs by id.
+        paths: Paths of all requests.
+        tokens: Authorization headers of all requests.
     """
 
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder = folder
         self.files = folder / "files"
         self.files.mkdir(parents=True)
-        self.folder = folder
+        self.created: dict[str, Any] = {}
         self.refuse: dict[str, int] = {}
-        self.drop = 0
-        self.lines: list[str] | None = None
-        self.stage = "COMPLETED"
-        self.asked: list[dict[str, Any]] = []
+        self.dropped_streams = 0
+        self.job_log: list[str] | None = None
+        self.job_stage = "COMPLETED"
+        self.job_specs: list[dict[str, Any]] = []
+        self.jobs: dict[str, JobProcess] = {}
         self.paths: list[str] = []
         self.tokens: set[str] = set()
-        self.jobs: dict[str, PlayedJob] = {}
 
     @property
     def address(self) -> str:
+        """The server's URL."""
         return f"http://127.0.0.1:{self.server_port}"
 
-    def start_job(self, spec: dict[str, Any]) -> PlayedJob:
-        """Begins a job as its specification says."""
-        self.asked.append(spec)
-        job = PlayedJob(f"job{len(self.jobs)}", spec, self)
+    def start_job(self, spec: dict[str, Any]) -> JobProcess:
+        """Start a job by its specification."""
+        self.job_specs.append(spec)
+        job = JobProcess(f"job{len(self.jobs)}", spec, self)
         self.jobs[job.id] = job
         return job
 
 
-class PlayedJob:
-    """A job: its log so far, and its stage."""
+class JobProcess:
+    """A job: its log so far, its stage, and its process if it is executed."""
 
-    def __init__(self, id: str, spec: dict[str, Any], hub: StandInHub) -> None:
-        self.id, self.spec, self.log = id, spec, list(hub.lines or [])
+    def __init__(self, id: str, spec: dict[str, Any], hub: HubServer) -> None:
+        self.id, self.spec, self.log = id, spec, list(hub.job_log or [])
         self.process: subprocess.Popen[str] | None = None
-        self.stage = hub.stage if hub.lines is not None else "RUNNING"
-        if hub.lines is None:
+        self.stage = hub.job_stage if hub.job_log is not None else "RUNNING"
+        if hub.job_log is None:
             self.process = self._execute(hub)
-            threading.Thread(target=self._read, daemon=True).start()
+            threading.Thread(target=self._read_output, daemon=True).start()
 
-    def _execute(self, hub: StandInHub) -> subprocess.Popen[str]:
+    def _execute(self, hub: HubServer) -> subprocess.Popen[str]:
         mount = self.spec["volumes"][0]["mountPath"]
         tools = hub.folder / "tools"
         tools.mkdir(exist_ok=True)
-        for name, text in (("pip", "#!/bin/sh\n"), ("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')):
-            (tools / name).write_text(text)
+        for name, script in (("pip", "#!/bin/sh\n"), ("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')):
+            (tools / name).write_text(script)
             (tools / name).chmod(0o755)
         env = {"PATH": f"{tools}:{os.environ['PATH']}", "HF_ENDPOINT": hub.address, "HOME": str(hub.folder)}
         env |= {"OMP_NUM_THREADS": "1", **self.spec["environment"], **self.spec["secrets"]}
@@ -114,7 +124,7 @@ class PlayedJob:
             start_new_session=True,
         )
 
-    def _read(self) -> None:
+    def _read_output(self) -> None:
         assert self.process and self.process.stdout
         for line in self.process.stdout:
             self.log.append(line.rstrip("\n"))
@@ -123,44 +133,54 @@ class PlayedJob:
             self.stage = "ERROR" if code else "COMPLETED"
 
     def cancel(self) -> None:
-        """Ends it at once."""
+        """End the job at once."""
         self.stage = "CANCELED"
         if self.process:
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    def told(self, hub: StandInHub) -> dict[str, Any]:
-        """As the Hub tells of it."""
-        owner = {"id": "1", "name": "me", "type": "user"}
-        status = {"stage": self.stage, "message": "Out of memory" if self.stage == "ERROR" else None}
-        told = {"id": self.id, "createdAt": NOW, "dockerImage": self.spec.get("dockerImage"), "status": status}
-        return told | {"owner": owner, "flavor": self.spec["flavor"], "command": self.spec["command"], "secrets": {}}
+    def description(self) -> dict[str, Any]:
+        """Return the job as the Hub's API describes it."""
+        return {
+            "id": self.id,
+            "createdAt": NOW,
+            "dockerImage": self.spec.get("dockerImage"),
+            "status": {"stage": self.stage, "message": "Out of memory" if self.stage == "ERROR" else None},
+            "owner": {"id": "1", "name": "me", "type": "user"},
+            "flavor": self.spec["flavor"],
+            "command": self.spec["command"],
+            "secrets": {},
+        }
 
 
-class Answers(BaseHTTPRequestHandler):
-    """One request to the stand-in."""
+class _Handler(BaseHTTPRequestHandler):
+    """Answers one request."""
 
-    server: StandInHub
+    server: HubServer
 
     def do_POST(self) -> None:
         hub, body = self.server, self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        path = self.seen()
+        path = self.record()
         if self.refused(path):
             return
         if path.startswith("/api/jobs/") and path.endswith("/cancel"):
             hub.jobs[path.split("/")[4]].cancel()
             self.answer(200, {})
         elif path.startswith("/api/jobs/"):
-            self.answer(200, hub.start_job(json.loads(body)).told(hub))
+            self.answer(200, hub.start_job(json.loads(body)).description())
         elif "/preupload/" in path:
             names = [file["path"] for file in json.loads(body)["files"]]
             files = [{"path": name, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for name in names]
             self.answer(200, {"files": files, "commitOid": COMMIT})
         elif "/commit/" in path:
-            self.keep(body)
-            url = f"{hub.address}/datasets/me/playground-runs/commit/{COMMIT}"
+            self.store_files(body)
+            _, _, kind, owner, name, *_ = path.split("/")
+            url = f"{self.repo_url(kind, owner, name)}/commit/{COMMIT}"
             self.answer(200, {"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
         elif path.startswith("/api/repos/create"):
-            self.answer(200, {"url": f"{hub.address}/datasets/me/playground-runs", **json.loads(body)})
+            hub.created = json.loads(body)
+            kind = f"{hub.created.get('type') or 'model'}s"
+            url = self.repo_url(kind, hub.created.get("organization") or "me", hub.created["name"])
+            self.answer(200, {**hub.created, "url": url})
         else:
             self.answer(200, {"errors": [], "warnings": []})
 
@@ -168,7 +188,7 @@ class Answers(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        hub, path = self.server, self.seen()
+        hub, path = self.server, self.record()
         if self.refused(path):
             return
         if path == "/api/whoami-v2":
@@ -176,60 +196,67 @@ class Answers(BaseHTTPRequestHandler):
         elif path == "/api/jobs/hardware":
             self.answer(200, HARDWARE)
         elif path.startswith("/api/jobs/") and path.endswith("/logs"):
-            self.stream(hub.jobs[path.split("/")[4]])
+            self.stream_log(hub.jobs[path.split("/")[4]])
         elif path.startswith("/api/jobs/"):
-            self.answer(200, hub.jobs[path.split("/")[4]].told(hub))
+            self.answer(200, hub.jobs[path.split("/")[4]].description())
         elif "/tree/" in path:
-            found = [one for one in sorted(hub.files.rglob("*")) if one.is_file()]
-            names = [one.relative_to(hub.files).as_posix() for one in found]
-            entries = [{"type": "file", "path": name, "size": 1, "oid": COMMIT} for name in names]
-            self.answer(200, entries)
+            names = [file.relative_to(hub.files).as_posix() for file in sorted(hub.files.rglob("*")) if file.is_file()]
+            self.answer(200, [{"type": "file", "path": name, "size": 1, "oid": COMMIT} for name in names])
         elif "/resolve/" in path:
-            self.give(hub.files / unquote(path.split("/resolve/", 1)[1].split("/", 1)[1]))
+            self.send_file(hub.files / unquote(path.split("/resolve/", 1)[1].split("/", 1)[1]))
         else:
             self.answer(200, {"id": "me/playground-runs", "sha": COMMIT, "siblings": [], "private": True})
 
-    def seen(self) -> str:
+    def record(self) -> str:
+        """Record path and token of the request; return the path."""
         path = urlsplit(self.path).path
         self.server.paths.append(path)
         self.server.tokens.add(self.headers.get("Authorization", ""))
         return path
 
     def refused(self, path: str) -> bool:
+        """Answer with an error, which echoes the token, if the path is to be refused."""
         code = next((code for start, code in self.server.refuse.items() if path.startswith(start)), 0)
         if code:
             self.answer(code, {"error": f"no, {self.headers.get('Authorization')}"})
         return bool(code)
 
-    def keep(self, body: bytes) -> None:
-        for line in body.decode().splitlines():
-            part = json.loads(line)
-            if part["key"] == "file":
-                file = self.server.files / part["value"]["path"]
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(base64.b64decode(part["value"]["content"]))
+    def repo_url(self, kind: str, owner: str, name: str) -> str:
+        prefix = "" if kind == "models" else f"/{kind}"
+        return f"{self.server.address}{prefix}/{owner}/{name}"
 
-    def stream(self, job: PlayedJob) -> None:
-        """A job's log as server-sent events, from its beginning, until the job has ended."""
+    def store_files(self, body: bytes) -> None:
+        """Store the files of a commit."""
+        for line in body.decode().splitlines():
+            operation = json.loads(line)
+            if operation["key"] == "file":
+                file = self.server.files / operation["value"]["path"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(base64.b64decode(operation["value"]["content"]))
+
+    def stream_log(self, job: JobProcess) -> None:
+        """Send a job's log as server-sent events, from its beginning until the job has ended."""
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        breaks_off, self.server.drop = self.server.drop > 0, max(0, self.server.drop - 1)
-        place = 0
+        drop = self.server.dropped_streams > 0
+        self.server.dropped_streams = max(0, self.server.dropped_streams - 1)
+        sent = 0
         while True:
             ended = job.stage != "RUNNING"
-            while place < len(job.log):
-                event = {"data": job.log[place], "timestamp": NOW}
+            while sent < len(job.log):
+                event = {"data": job.log[sent], "timestamp": NOW}
                 self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
-                place += 1
-                if breaks_off and place == 3:
+                sent += 1
+                if drop and sent == 3:
                     self.close_connection = True
                     return
             if ended:
                 return
             time.sleep(0.05)
 
-    def give(self, file: Path) -> None:
+    def send_file(self, file: Path) -> None:
+        """Send an uploaded file."""
         if not file.is_file():
             self.answer(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
             return
@@ -242,24 +269,25 @@ class Answers(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(data)
 
-    def answer(self, code: int, value: object, headers: dict[str, str] | None = None) -> None:
-        text = json.dumps(value).encode()
+    def answer(self, code: int, payload: object, headers: dict[str, str] | None = None) -> None:
+        """Send a JSON response."""
+        body = json.dumps(payload).encode()
         self.send_response(code)
-        for name, said in {"Content-Type": "application/json", **(headers or {})}.items():
-            self.send_header(name, said)
-        self.send_header("Content-Length", str(len(text)))
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(text)
+            self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Nothing is printed."""
+        """Print nothing."""
 
 
 @contextmanager
-def stand_in_hub(folder: Path) -> Iterator[StandInHub]:
-    """Runs a stand-in with its files in a folder."""
-    hub = StandInHub(folder)
+def run_hub_server(folder: Path) -> Iterator[HubServer]:
+    """Serve within the context, with files in `folder`; jobs that are still running end with it."""
+    hub = HubServer(folder)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     try:
         yield hub

@@ -1,8 +1,8 @@
-"""A stand-in for Moondream's tuning API over real HTTP: a policy that knows a few recipes and likes them more or less.
+"""Fake of Moondream's tuning API over HTTP.
 
-It is no vision-language model: each finetune is a table of preferences over RECIPES, whatever the photo. But it learns
-by the policy gradient of the rewards that it is sent, so that a loop that sends the right ones raises the reward.
-Faults can be put before any request.
+A finetune is not a vision-language model but a table of preferences over RECIPES, independent of the photo. It learns
+by policy gradient from the rewards that it receives, so correct training loops raise their reward. Faults can be
+injected before any request.
 """
 
 from __future__ import annotations
@@ -27,150 +27,161 @@ RECIPES = [
     *(str(Recipe(sharpening=value)) for value in (20, 60)),
     "a lovely photo",
 ]
-RATE = 400.0  # preferences move by this times the learning rate
+LEARNING_RATE_SCALE = 400.0  # of the preferences
 
 
 @dataclass
 class Finetune:
-    """Preferences, the step, and what was saved."""
+    """Preferences over RECIPES, the current step, and saved checkpoints by step."""
 
     name: str
     rank: int
-    likes: np.ndarray = field(default_factory=lambda: np.zeros(len(RECIPES)))
+    preferences: np.ndarray = field(default_factory=lambda: np.zeros(len(RECIPES)))
     step: int = 0
     saved: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
-    def share(self) -> np.ndarray:
-        return np.exp(self.likes) / np.exp(self.likes).sum()
+    def probabilities(self) -> np.ndarray:
+        """The softmax of the preferences."""
+        return np.exp(self.preferences) / np.exp(self.preferences).sum()
 
-    def learn(self, group: dict[str, Any], rate: float) -> None:
-        """Moves the preferences by one group."""
+    def learn(self, group: dict[str, Any], learning_rate: float) -> None:
+        """Update the preferences with one group."""
+        rate = learning_rate * LEARNING_RATE_SCALE
         if group["mode"] == "sft":
-            self.likes[-1] -= rate * RATE  # an example of the form: prose is said less often
+            self.preferences[-1] -= rate  # an example recipe makes prose less likely
             return
         rewards = np.array(group["rewards"])
-        gains = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
-        share = self.share
-        for rollout, gain in zip(group["rollouts"], gains, strict=True):
-            said = np.arange(len(RECIPES)) == RECIPES.index(rollout["output"]["answer"])
-            self.likes += rate * RATE * gain * (said - share) / len(gains)
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+        probabilities = self.probabilities
+        for rollout, advantage in zip(group["rollouts"], advantages, strict=True):
+            sampled = np.arange(len(RECIPES)) == RECIPES.index(rollout["output"]["answer"])
+            self.preferences += rate * advantage * (sampled - probabilities) / len(advantages)
 
 
 @dataclass
-class StandInTuning:
-    """The server's state. before: called before each request with its path; what it returns is sent instead.
+class TuningServer:
+    """State of the server.
 
-    says_step: whether a finetune says at which step it is. asked, bodies: of every request.
+    Attributes:
+        address: URL up to /v1.
+        finetunes: Finetunes by id.
+        requests: Method and path of every request.
+        bodies: Body of every request.
+        reports_step: Whether a finetune's description contains its step.
+        inject_fault: Called with the path before each request; returns an HTTP status or a `Drop` to fail it.
     """
 
     address: str = ""
     finetunes: dict[str, Finetune] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
     bodies: list[Any] = field(default_factory=list)
-    says_step: bool = False
-    before: Callable[[str], Any] = lambda path: None
+    reports_step: bool = False
+    inject_fault: Callable[[str], Any] = lambda path: None
     lock: threading.RLock = field(default_factory=threading.RLock)
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
-    def answer(self, method: str, path: str, body: Any) -> tuple[int, dict[str, Any]]:
-        """Status and answer of a request."""
+    def respond(self, method: str, path: str, body: Any) -> tuple[int, dict[str, Any]]:
+        """Return status and body of the response to a request."""
         match (method, *path.strip("/").split("/")[1:]):
             case ("POST", "query"):
-                return 200, {"request_id": "q", "answer": self._likeliest(body["model"])}
+                return 200, {"request_id": "q", "answer": self._greedy_answer(body["model"])}
             case ("POST", "tuning", "finetunes"):
                 return self._create(body)
             case ("POST", "tuning", "rollouts"):
                 return 200, self._rollouts(body)
             case ("POST", "tuning", "train_step"):
                 return 200, self.train(body)
-            case (_, "tuning", "finetunes", name, *rest) if name in self.finetunes:
-                return self._finetune(name, rest)
+            case (_, "tuning", "finetunes", finetune_id, *rest) if finetune_id in self.finetunes:
+                return self._finetune(finetune_id, rest)
         return 404, {"error": {"message": "there is none"}}
 
     def _create(self, body: Any) -> tuple[int, dict[str, Any]]:
-        for key, one in self.finetunes.items():
-            if one.name == body["name"]:
-                return (200, {"finetune_id": key}) if one.rank == body["rank"] else (409, {"error": "other rank"})
-        key = f"01HX{len(self.finetunes):04d}"
-        self.finetunes[key] = Finetune(body["name"], body["rank"])
-        return 200, {"finetune_id": key}
+        for finetune_id, finetune in self.finetunes.items():
+            if finetune.name == body["name"]:
+                same_rank = finetune.rank == body["rank"]
+                return (200, {"finetune_id": finetune_id}) if same_rank else (409, {"error": "other rank"})
+        finetune_id = f"01HX{len(self.finetunes):04d}"
+        self.finetunes[finetune_id] = Finetune(body["name"], body["rank"])
+        return 200, {"finetune_id": finetune_id}
 
-    def _finetune(self, name: str, rest: list[str]) -> tuple[int, dict[str, Any]]:
-        one = self.finetunes[name]
+    def _finetune(self, finetune_id: str, rest: list[str]) -> tuple[int, dict[str, Any]]:
+        finetune = self.finetunes[finetune_id]
         if rest == ["checkpoints", "save"]:
-            if not one.step:
+            if not finetune.step:
                 return 404, {"error": {"message": "no step yet"}}
-            one.saved[one.step] = one.likes.copy()
-            return 200, {"ok": True, "checkpoint": {"step": one.step, "finetune_id": name}}
+            finetune.saved[finetune.step] = finetune.preferences.copy()
+            return 200, {"ok": True, "checkpoint": {"step": finetune.step, "finetune_id": finetune_id}}
         if rest == ["metrics"]:
             return 200, {"ok": True}
-        told = {"finetune_id": name, "name": one.name, "rank": one.rank}
-        return 200, {"finetune": told | ({"step": one.step} if self.says_step else {})}
+        description = {"finetune_id": finetune_id, "name": finetune.name, "rank": finetune.rank}
+        return 200, {"finetune": description | ({"step": finetune.step} if self.reports_step else {})}
 
     def _rollouts(self, body: Any) -> dict[str, Any]:
-        share, count = self.finetunes[body["finetune_id"]].share, body["num_rollouts"]
-        cold = body["request"]["settings"]["temperature"] == 0
-        places = [int(share.argmax())] * count if cold else self.rng.choice(len(share), count, p=share).tolist()
+        probabilities, count = self.finetunes[body["finetune_id"]].probabilities, body["num_rollouts"]
+        if body["request"]["settings"]["temperature"] == 0:
+            indices = [int(probabilities.argmax())] * count
+        else:
+            indices = self.rng.choice(len(probabilities), count, p=probabilities).tolist()
         rollouts = [
-            {"skill": "query", "output": {"answer": RECIPES[place]}, "answer_tokens": [1] * 40, "opaque": place}
-            for place in places
+            {"skill": "query", "output": {"answer": RECIPES[index]}, "answer_tokens": [1] * 40, "opaque": index}
+            for index in indices
         ]
         return {"request": body["request"] | {"echoed": True}, "rollouts": rollouts, "rewards": None}
 
     def train(self, body: Any) -> dict[str, Any]:
-        """One step. What was given out has to come back as it was."""
-        one = self.finetunes[body["finetune_id"]]
+        """Apply one step; rollouts must come back unchanged."""
+        finetune = self.finetunes[body["finetune_id"]]
         for group in body["groups"]:
             if group["mode"] == "rl":
                 assert group["request"]["echoed"] and all("opaque" in rollout for rollout in group["rollouts"])
-            one.learn(group, body["lr"])
-        one.step += 1
-        return {"step": one.step, "applied": True, "kl": 0.01, "reward_mean": None}
+            finetune.learn(group, body["lr"])
+        finetune.step += 1
+        return {"step": finetune.step, "applied": True, "kl": 0.01, "reward_mean": None}
 
-    def _likeliest(self, model: str) -> str:
-        _, _, tuned = model.partition("/")
-        if not tuned:
+    def _greedy_answer(self, model: str) -> str:
+        _, _, checkpoint = model.partition("/")
+        if not checkpoint:
             return RECIPES[1]
-        name, _, step = tuned.partition("@")
-        return RECIPES[int(self.finetunes[name].saved[int(step)].argmax())]
+        finetune_id, _, step = checkpoint.partition("@")
+        return RECIPES[int(self.finetunes[finetune_id].saved[int(step)].argmax())]
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Closes the connection without an answer; `after`: once the request was carried out."""
+    """Fault that closes the connection without a response, before or `after` the request takes effect."""
 
     after: bool
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    state: StandInTuning
+    state: TuningServer
 
     def log_message(self, *_: Any) -> None:
-        """Nothing."""
+        """Print nothing."""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"null")
         with self.state.lock:
-            self.state.asked.append(f"{self.command} {self.path}")
+            self.state.requests.append(f"{self.command} {self.path}")
             self.state.bodies.append(body)
             if self.headers.get("X-Moondream-Auth") != KEY:
                 self._send(401, {"error": {"message": f"bad key {KEY}"}})
                 return
-            fault = self.state.before(self.path)
+            fault = self.state.inject_fault(self.path)
             if isinstance(fault, Drop):
                 self._drop(fault, body)
             elif isinstance(fault, int):
-                self._send(fault, {"error": {"message": "played"}})
+                self._send(fault, {"error": {"message": "injected"}})
             else:
-                self._send(*self.state.answer(self.command, self.path, body))
+                self._send(*self.state.respond(self.command, self.path, body))
 
-    do_GET = do_DELETE = do_POST
+    do_GET = do_DELETE = do_POST  # noqa: N815
 
     def _drop(self, fault: Drop, body: Any) -> None:
         if fault.after:
-            self.state.answer(self.command, self.path, body)
+            self.state.respond(self.command, self.path, body)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True
@@ -185,9 +196,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def stand_in_tuning() -> Iterator[StandInTuning]:
-    """Runs on a free port of this machine while the block lasts."""
-    state = StandInTuning()
+def run_tuning_server() -> Iterator[TuningServer]:
+    """Serve on a free local port within the context."""
+    state = TuningServer()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state}))
     server.daemon_threads = True
     server.handle_error = lambda *_: None  # type: ignore[method-assign]

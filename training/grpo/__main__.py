@@ -40,7 +40,7 @@ def main() -> None:
     run = Run(args.folder)
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
-    overrides = {"base": args.base, "backend": args.where, "hardware": args.hardware}
+    overrides = {"base": args.base, "backend": args.backend, "hardware": args.hardware}
     try:
         settings = run.config().model_dump() | {key: value for key, value in overrides.items() if value is not None}
         config = RunConfig.create(**settings)
@@ -55,7 +55,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="the run's folder, with its config.json")
     parser.add_argument("--base", help="model to start from, instead of the config's")
     parser.add_argument(
-        "--where", choices=BACKENDS, help="on this machine, on Hugging Face Jobs, or hosted by Moondream's tuning API"
+        "--backend",
+        "--where",
+        choices=BACKENDS,
+        help="this machine, Hugging Face Jobs, or Moondream's tuning API; --where is an alias",
     )
     parser.add_argument("--hardware", help="hardware flavor of a Hugging Face job, such as l4x1")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")

@@ -1,5 +1,7 @@
-"""The tuning API of Moondream Cloud (and of this app's own /v1/tuning) as methods: finetunes, rollouts, steps,
-checkpoints. What it does not document is read defensively."""
+"""Client for the tuning API of Moondream Cloud and of this app's own /v1/tuning: finetunes, rollouts, training steps.
+
+Undocumented fields of responses are treated as optional.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,24 @@ from typing import Any
 
 from inference.hosted.client import CloudError, MoondreamClient, Timeouts
 
-BASE = "moondream3-preview"  # the one model that Moondream's tuning API trains
+BASE = "moondream3-preview"  # the only model that Moondream's tuning API trains
 RANKS = (8, 16, 24, 32)
 MAX_ROLLOUTS = 16
-STEP_TIMEOUTS = Timeouts(read=600.0, one=900.0, all=1_800.0)  # a step of large groups takes minutes
-STEP_TRIES = 3
+MIN_REWARD_RANGE = 1e-6  # a group whose rewards differ by less carries no learning signal
+STEP_TIMEOUTS = Timeouts(read=600.0, attempt=900.0, total=1_800.0)  # a step with large groups takes minutes
+STEP_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Answers to one request: `request` and each of `raw` go back to the server as they came. texts: what was said."""
+    """Sampled answers to one request.
+
+    Attributes:
+        request: The request as echoed by the server, to be sent back in a training step.
+        raw: The rollouts as received, to be sent back in a training step.
+        texts: The answers.
+        tokens_out: Number of generated tokens, None if the server does not report it.
+    """
 
     request: dict[str, Any]
     raw: tuple[dict[str, Any], ...]
@@ -27,39 +37,57 @@ class Rollouts:
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a training step came to. lost: its answer was lost, so all but `step` is unknown. extra: steps more than
-    were asked for, which were applied, and charged, because a try that seemed lost was not."""
+class TrainStepResult:
+    """Outcome of a training step.
+
+    Attributes:
+        step: The finetune's step afterwards.
+        applied: Whether the server updated the weights.
+        kl: KL divergence from the base model, None if unknown.
+        sft_loss: Supervised loss, None if unknown.
+        response_lost: Whether the response was lost, in which case only `step` is known.
+        extra_steps: Steps applied, and charged, in excess, because a seemingly failed attempt had succeeded.
+    """
 
     step: int
     applied: bool = True
     kl: float | None = None
     sft_loss: float | None = None
-    lost: bool = False
-    extra: int = 0
+    response_lost: bool = False
+    extra_steps: int = 0
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """One finetune on a server. Every method raises CloudError; `server.url` goes up to /v1."""
+class TuningClient:
+    """One finetune on a server. Every method raises CloudError.
+
+    Attributes:
+        server: HTTP client, whose address includes /v1.
+        finetune_id: The finetune's id.
+    """
 
     server: MoondreamClient
     finetune_id: str
 
     @classmethod
-    def create(cls, server: MoondreamClient, name: str, rank: int) -> Tuning:
-        """The finetune of that name, made if there is none yet. name: of A-Z a-z 0-9 . _ -; rank: one of RANKS."""
-        data = server.post("tuning/finetunes", {"name": name, "rank": rank}).data
-        return cls(server, _id(data))
+    def create(cls, server: MoondreamClient, name: str, rank: int) -> TuningClient:
+        """Create a finetune, or open the existing one of the same name.
+
+        Args:
+            server: HTTP client.
+            name: Name, of the characters A-Z a-z 0-9 . _ -
+            rank: LoRA rank, one of RANKS.
+        """
+        return cls(server, _parse_finetune_id(server.post("tuning/finetunes", {"name": name, "rank": rank}).data))
 
     @classmethod
-    def open(cls, server: MoondreamClient, finetune_id: str) -> Tuning:
-        """One that exists."""
+    def open(cls, server: MoondreamClient, finetune_id: str) -> TuningClient:
+        """Open an existing finetune."""
         data = server.get(f"tuning/finetunes/{finetune_id}").data
-        return cls(server, _id(data.get("finetune", data)))
+        return cls(server, _parse_finetune_id(data.get("finetune", data)))
 
     def rollouts(self, photo_url: str, question: str, count: int, temperature: float, max_tokens: int) -> Rollouts:
-        """`count` answers (1..16) of the present weights to a question about a photo."""
+        """Sample `count` answers (1 to 16) to a question about a photo from the current weights."""
         request = {
             "skill": "query",
             "question": question,
@@ -67,51 +95,58 @@ class Tuning:
             "reasoning": False,
             "settings": {"temperature": temperature, "top_p": 1.0, "max_tokens": max_tokens},
         }
-        asked = {"finetune_id": self.finetune_id, "num_rollouts": count, "request": request}
-        data = self.server.post("tuning/rollouts", asked).data
+        payload = {"finetune_id": self.finetune_id, "num_rollouts": count, "request": request}
+        data = self.server.post("tuning/rollouts", payload).data
         raw = data.get("rollouts")
-        if not isinstance(raw, list) or not all(isinstance(one, dict) for one in raw) or len(raw) != count:
-            raise CloudError("provider", f"{self.server.host} did not give {count} rollouts.")
-        tokens = [len(one["answer_tokens"]) for one in raw if isinstance(one.get("answer_tokens"), list)]
-        known = sum(tokens) if len(tokens) == count else None
+        if not isinstance(raw, list) or not all(isinstance(item, dict) for item in raw) or len(raw) != count:
+            raise CloudError("provider", f"{self.server.host} did not return {count} rollouts.")
+        token_counts = [len(item["answer_tokens"]) for item in raw if isinstance(item.get("answer_tokens"), list)]
+        tokens_out = sum(token_counts) if len(token_counts) == count else None
         echoed = data.get("request")
-        return Rollouts(echoed if isinstance(echoed, dict) else request, tuple(raw), tuple(map(_answer, raw)), known)
+        texts = tuple(_answer_text(item) for item in raw)
+        return Rollouts(echoed if isinstance(echoed, dict) else request, tuple(raw), texts, tokens_out)
 
-    def train_step(self, groups: Sequence[dict[str, Any]], lr: float, before: int) -> Step:
-        """One update. before: the step that the finetune is at.
+    def train_step(self, groups: Sequence[dict[str, Any]], lr: float, current_step: int) -> TrainStepResult:
+        """Update the weights once.
 
-        The API has no idempotency key. So when an answer is lost, the present step is asked for, and the groups are
-        sent again only if it has not moved; what was applied once too often is told in `extra`.
+        The API has no idempotency key. If a response is lost, the finetune's step is read, and the groups are sent
+        again only if it has not advanced.
+
+        Args:
+            groups: Groups made by `rl_group` or `sft_group`.
+            lr: Learning rate.
+            current_step: The finetune's step before the update.
         """
-        patient = replace(self.server, timeouts=STEP_TIMEOUTS)
-        for attempt in range(STEP_TRIES):
-            asked = {"finetune_id": self.finetune_id, "groups": list(groups), "lr": lr}
+        server = replace(self.server, timeouts=STEP_TIMEOUTS)
+        payload = {"finetune_id": self.finetune_id, "groups": list(groups), "lr": lr}
+        for attempt in range(STEP_ATTEMPTS):
             try:
-                data = patient.post("tuning/train_step", asked, repeatable=False).data
+                data = server.post("tuning/train_step", payload, repeatable=False).data
             except CloudError as error:
-                if not error.uncertain or attempt == STEP_TRIES - 1:
+                if not error.uncertain or attempt == STEP_ATTEMPTS - 1:
                     raise
-                now = self.step()
-                if now > before:
-                    return Step(now, lost=True, extra=now - before - 1)
+                step = self.step()
+                if step > current_step:
+                    return TrainStepResult(step, response_lost=True, extra_steps=step - current_step - 1)
                 continue
             number = data.get("step")
-            step = int(number) if isinstance(number, int | float) else before + 1
+            step = int(number) if isinstance(number, int | float) else current_step + 1
             applied = data.get("applied") is not False
-            extra = max(0, step - before - int(applied))
-            return Step(step, applied, _number(data.get("kl")), _number(data.get("sft_loss")), extra=extra)
-        raise AssertionError("the last try returns or raises")
+            extra_steps = max(0, step - current_step - int(applied))
+            kl, sft_loss = _number(data.get("kl")), _number(data.get("sft_loss"))
+            return TrainStepResult(step, applied, kl, sft_loss, extra_steps=extra_steps)
+        raise AssertionError("the last attempt returns or raises")
 
     def step(self) -> int:
-        """How many steps have been applied, 0 before the first.
+        """Return the number of steps applied so far.
 
-        The finetune itself may say so. Where it does not, its checkpoint is saved, which tells its step and is free.
+        If the finetune does not report its step, a checkpoint is saved, which is free and reports it.
         """
         data = self.server.get(f"tuning/finetunes/{self.finetune_id}").data
-        told = data.get("finetune", data)
+        finetune = data.get("finetune", data)
         for name in ("step", "current_step", "latest_step"):
-            if isinstance(told, dict) and isinstance(told.get(name), int):
-                return told[name]
+            if isinstance(finetune, dict) and isinstance(finetune.get(name), int):
+                return finetune[name]
         try:
             return self.save()
         except CloudError as error:
@@ -120,41 +155,41 @@ class Tuning:
             raise
 
     def save(self) -> int:
-        """Keeps the present weights as a checkpoint that can be asked; returns its step. 404 before the first step."""
+        """Save the current weights as a checkpoint and return its step. The server answers 404 before step 1."""
         data = self.server.post(f"tuning/finetunes/{self.finetune_id}/checkpoints/save", None).data
         step = data.get("checkpoint", data).get("step")
         if not isinstance(step, int):
-            raise CloudError("provider", f"{self.server.host} did not say which step it saved.")
+            raise CloudError("provider", f"{self.server.host} did not return the step of the saved checkpoint.")
         return step
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Metrics for the provider's own page."""
+        """Send metrics to the provider's dashboard."""
         self.server.post(f"tuning/finetunes/{self.finetune_id}/metrics", {"step": step, "metrics": metrics})
 
     def model(self, step: int, base: str = BASE) -> str:
-        """The id under which a saved step is asked."""
+        """Return the model id of a saved checkpoint, for inference requests."""
         return f"{base}/{self.finetune_id}@{step}"
 
 
 def rl_group(rollouts: Rollouts, rewards: Sequence[float]) -> dict[str, Any]:
-    """Rollouts with their rewards, as train_step takes them."""
+    """Build a reinforcement-learning group for `train_step`, with one reward per rollout."""
     return {"mode": "rl", "request": rollouts.request, "rollouts": list(rollouts.raw), "rewards": list(rewards)}
 
 
 def sft_group(photo_url: str, question: str, answer: str) -> dict[str, Any]:
-    """An example to imitate, as train_step takes it."""
+    """Build a supervised group for `train_step` from an example answer."""
     request = {"skill": "query", "question": question, "image_url": photo_url, "reasoning": False}
     return {"mode": "sft", "request": request, "target": {"answer": answer}}
 
 
-def _id(data: Any) -> str:
-    found = data.get("finetune_id") if isinstance(data, dict) else None
-    if not isinstance(found, str) or not found.isalnum() or len(found) > 64:
-        raise CloudError("provider", "The server did not say which finetune it made.")
-    return found
+def _parse_finetune_id(data: Any) -> str:
+    finetune_id = data.get("finetune_id") if isinstance(data, dict) else None
+    if not isinstance(finetune_id, str) or not finetune_id.isalnum() or len(finetune_id) > 64:
+        raise CloudError("provider", "The server did not return a valid finetune id.")
+    return finetune_id
 
 
-def _answer(rollout: dict[str, Any]) -> str:
+def _answer_text(rollout: dict[str, Any]) -> str:
     output = rollout.get("output")
     answer = output.get("answer") if isinstance(output, dict) else output
     return answer if isinstance(answer, str) else ""

@@ -1,66 +1,78 @@
-"""What a fine-tune on Moondream's tuning API costs: an upper bound before it, and the running sum."""
+"""Cost of fine-tuning on Moondream's tuning API: an upper bound before a run, and the amount spent during it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 
+from inference.hosted.backend import IMAGE_TOKENS
 from inference.types import recipe_prompt
-from training.runs.run import RunConfig
+from training.runs.run import PROBE_PHOTOS, RunConfig
 from usage.prices import Prices
 
-IMAGE_TOKENS = 735  # 730 of a photo, whatever its size, and the template of a question
-CHARACTERS = 3.5  # per token of English, on the low side: an estimate should not be too small
-MAX_TOKENS = 128  # of an answer; a recipe takes some forty
-WATCHED = 8  # held-out photos that are answered along the way
+PHOTO_TOKENS = IMAGE_TOKENS + 5  # of an image of any size, and of the query template
+CHARACTERS_PER_TOKEN = 3.5  # of English, on the low side so that the cost is not underestimated
+MAX_TOKENS = 128  # per answer; a recipe has about 40
 
 
-def tokens(text: str) -> int:
-    """A text's tokens, estimated."""
-    return math.ceil(len(text) / CHARACTERS)
+def estimate_tokens(text: str) -> int:
+    """Estimate the number of tokens in a text."""
+    return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
 
 
 @dataclass
-class Spend:
-    """US dollars of one run, by the dated table of prices. Prices of rollouts and of tuned models are not published:
-    they are taken for those of the base (an assumption). None where even that is not known."""
+class CostTracker:
+    """Estimates and sums the cost of one run in US dollars. Methods return None if a price is not known.
+
+    Prices of rollouts and of tuned models are not published; they are assumed to equal the base model's.
+
+    Attributes:
+        base: Name of the base model.
+        question: The prompt that is sent with each photo.
+        prices: The price table.
+        dollars: Amount spent so far.
+    """
 
     base: str
     question: str = field(default_factory=recipe_prompt)
     prices: Prices = field(default_factory=Prices)
     dollars: float = 0.0
 
-    def answers(self, count: int, tokens_out: int) -> float | None:
-        """`count` answers of so many tokens together."""
-        return self.prices.call(self.base, count * (IMAGE_TOKENS + tokens(self.question)), tokens_out)
+    def inference_cost(self, count: int, tokens_out: int) -> float | None:
+        """Return the cost of generating `count` answers with `tokens_out` tokens in total."""
+        return self.prices.call(self.base, count * (PHOTO_TOKENS + estimate_tokens(self.question)), tokens_out)
 
-    def learning(self, count: int, tokens_out: int) -> float | None:
-        """A training step over `count` answers of so many tokens together."""
-        return self.prices.train(self.base, count * (IMAGE_TOKENS + tokens(self.question)) + tokens_out)
+    def training_cost(self, count: int, tokens_out: int) -> float | None:
+        """Return the cost of training on `count` answers with `tokens_out` tokens in total."""
+        return self.prices.train(self.base, count * (PHOTO_TOKENS + estimate_tokens(self.question)) + tokens_out)
 
-    def step(self, config: RunConfig) -> float | None:
-        """What a step costs at most."""
+    def max_step_cost(self, config: RunConfig) -> float | None:
+        """Return the maximum cost of a GRPO step: its rollouts and its update."""
         count = config.photos_per_step * config.rollouts
-        longest = count * MAX_TOKENS
-        return _sum(self.answers(count, longest), self.learning(count, longest))
+        rollouts = self.inference_cost(count, count * MAX_TOKENS)
+        update = self.training_cost(count, count * MAX_TOKENS)
+        return None if rollouts is None or update is None else rollouts + update
 
-    def judging(self, photos: int) -> float | None:
-        """What answering so many photos costs at most."""
-        return self.answers(photos, photos * MAX_TOKENS)
+    def max_evaluation_cost(self, photos: int) -> float | None:
+        """Return the maximum cost of answering `photos` photos once each."""
+        return self.inference_cost(photos, photos * MAX_TOKENS)
 
-    def bound(self, config: RunConfig, held_out: int) -> float | None:
-        """What a whole run costs at most: steps, probes, and base and tuned model on the held-out photos."""
-        examples = self.learning(config.photos_per_step, config.photos_per_step * MAX_TOKENS)
-        probes = math.ceil(config.steps / config.probe_every) + 1
-        step, probe, judged = self.step(config), self.judging(min(WATCHED, held_out)), self.judging(2 * held_out)
-        if step is None or probe is None or judged is None or examples is None:
+    def max_cost(self, config: RunConfig, held_out: int) -> float | None:
+        """Return the maximum cost of a run.
+
+        Args:
+            config: The run's settings.
+            held_out: Number of held-out photos, on which base and tuned model are evaluated.
+        """
+        sft_step = self.training_cost(config.photos_per_step, config.photos_per_step * MAX_TOKENS)
+        step = self.max_step_cost(config)
+        probe = self.max_evaluation_cost(min(PROBE_PHOTOS, held_out))
+        evaluation = self.max_evaluation_cost(2 * held_out)
+        if step is None or probe is None or evaluation is None or sft_step is None:
             return None
-        return config.steps * step + config.sft_steps * examples + probes * probe + judged
+        probes = math.ceil(config.steps / config.probe_every) + 1
+        return config.steps * step + config.sft_steps * sft_step + probes * probe + evaluation
 
     def add(self, dollars: float | None) -> None:
-        """Counts what was spent, where it is known."""
+        """Add an amount that was spent; None adds nothing."""
         self.dollars += dollars or 0.0
-
-
-def _sum(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one + other

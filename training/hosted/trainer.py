@@ -1,8 +1,8 @@
-"""A run on Moondream's tuning API: the weights learn there, recipes are rendered and scored here with the sliders'
-reward, by the very code that scores on screen.
+"""Fine-tuning on Moondream's tuning API: weights are updated on the server, recipes are rendered and scored locally.
 
-`hosted.json` in the run's folder holds the finetune's id, its step and what was spent, so that a run that was killed
-goes on where the finetune stands. The key comes from the environment of this process and is written nowhere.
+Rewards are computed by the same code as on screen. `hosted.json` in the run's folder holds the finetune's id, its
+step and the amount spent, so that a killed run continues where the finetune stands. The API key is read from the
+environment and never stored.
 """
 
 from __future__ import annotations
@@ -18,31 +18,46 @@ from typing import Any
 import numpy as np
 from pydantic import SecretStr
 
-from inference.hosted.client import CloudError, MoondreamClient, photo_url
-from inference.places import CLOUD_URL, RATE
-from inference.types import RECIPE_QUESTION, recipe_prompt
+from inference.hosted.client import CloudError, MoondreamClient, photo_data_url
+from inference.types import CLOUD_URL, DEFAULT_RATE, RECIPE_QUESTION, recipe_prompt
 from recipes import Recipe, parse, random_recipe, save_picture
 from rewards import score_recipes
-from training.data.sources import CollectError, train_eval_split
-from training.evaluate import Judged, judge, totals
-from training.grpo.result import log_line, result
-from training.grpo.reward import Scorer
-from training.hosted.client import MAX_ROLLOUTS, RANKS, Rollouts, Tuning, rl_group, sft_group
-from training.hosted.cost import MAX_TOKENS, WATCHED, Spend, tokens
-from training.runs.run import Run, RunAborted, RunConfig, write_whole
+from storage.files import write_atomically
+from training.data.sources import PhotoSourceError, train_eval_split
+from training.evaluate import ScoredAnswer, reward_totals, score_answer
+from training.grpo.result import build_result, format_log_line
+from training.grpo.reward import RecipeReward
+from training.hosted.client import (
+    MAX_ROLLOUTS,
+    MIN_REWARD_RANGE,
+    RANKS,
+    Rollouts,
+    TuningClient,
+    rl_group,
+    sft_group,
+)
+from training.hosted.cost import MAX_TOKENS, CostTracker, estimate_tokens
+from training.runs.run import PROBE_PHOTOS, Run, RunAborted, RunConfig
 
-AT_ONCE = 4  # requests under way; the limiter says how many begin in a second
-FLAT = 1e-6  # rewards that differ by less are the same
-EXAMPLES = 8  # random recipes per photo, the best of which is an example of the grammar
+CONCURRENT_REQUESTS = 4  # the client's rate limiter bounds the requests per second
+SFT_CANDIDATES = 8  # random recipes per photo, the best of which becomes a supervised example
 
 
 @dataclass
-class State:
-    """Where a run stands on the server. step: of the finetune; done: steps of this run that are over, learned or not.
+class HostedRunState:
+    """Progress of a hosted run, stored in `hosted.json`.
 
-    best, saved: the best held-out mean so far and the step of its checkpoint. dollars: spent so far, estimated.
-    twice: steps that were applied once too often; silent: groups whose rewards did not differ. base: what the base said
-    to the held-out photos, which is paid for once.
+    Attributes:
+        finetune_id: The finetune's id on the server.
+        step: The finetune's step.
+        done: GRPO steps of this run, including those without an update.
+        best: Best mean reward on held-out photos so far.
+        saved: Step of the checkpoint with the best mean reward, 0 without one.
+        dollars: Estimated amount spent.
+        twice: Updates that were applied in excess by repeated requests.
+        silent: Groups without a learning signal.
+        groups: Groups sampled.
+        base: The base model's answers to the held-out photos, which are paid for once.
     """
 
     finetune_id: str = ""
@@ -57,268 +72,273 @@ class State:
     base: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, run: Run) -> State:
-        """What is written of it; a new one before anything is."""
+    def load(cls, run: Run) -> HostedRunState:
+        """Read the state of a run; a new state if there is none."""
         try:
             return cls(**json.loads((run.folder / "hosted.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return cls()
 
-    def keep(self, run: Run) -> None:
-        """Writes it. Raises OSError."""
-        write_whole(run.folder / "hosted.json", json.dumps(asdict(self)))
+    def save(self, run: Run) -> None:
+        """Write the state. Raises OSError."""
+        write_atomically(run.folder / "hosted.json", json.dumps(asdict(self)))
 
 
-def has_key() -> bool:
-    """Whether this deployment has a key of its own."""
+def has_api_key() -> bool:
+    """Whether the deployment has its own Moondream API key."""
     return bool(os.environ.get("MOONDREAM_API_KEY", "").strip())
 
 
-def server_of_environment() -> MoondreamClient:
-    """The server and the key that this process was given. Raises Stop."""
+def client_from_env() -> MoondreamClient:
+    """Build a client from MOONDREAM_API_KEY, MOONDREAM_API_URL and MOONDREAM_RATE. Raises RunAborted."""
     key = os.environ.get("MOONDREAM_API_KEY", "").strip()
     url = os.environ.get("MOONDREAM_API_URL", "").strip().rstrip("/") or CLOUD_URL
     if not key and url == CLOUD_URL:
-        raise RunAborted("Moondream's tuning API needs a key. Set MOONDREAM_API_KEY, or give yours in the form.")
+        raise RunAborted("Moondream's tuning API needs a key. Set MOONDREAM_API_KEY, or enter yours in the form.")
     try:
-        rate = float(os.environ.get("MOONDREAM_RATE", "").strip() or RATE)
+        rate = float(os.environ.get("MOONDREAM_RATE", "").strip() or DEFAULT_RATE)
         return MoondreamClient(url, SecretStr(key) if key else None, rate)
     except ValueError as error:
-        raise RunAborted(f"Moondream's server cannot be used: {error}") from None
+        raise RunAborted(f"The Moondream server cannot be used: {error}") from None
 
 
-def work(run: Run, config: RunConfig, phase: Callable[[str], None]) -> dict[str, Any] | None:
-    """The whole run; None when it was cancelled. Raises Stop, and what rewards and disk raise."""
-    server = server_of_environment()
+def train_hosted(run: Run, config: RunConfig, set_phase: Callable[[str], None]) -> dict[str, Any] | None:
+    """Execute a run on the tuning API.
+
+    Args:
+        run: The run.
+        config: Its settings.
+        set_phase: Called with a description of each phase.
+
+    Returns:
+        The content of result.json, or None if the run was cancelled.
+
+    Raises:
+        RunAborted: If the run cannot continue. Errors of rewards and disk are passed on.
+    """
+    server = client_from_env()
     try:
-        return _Loop(run, config, server, phase).run_through()
+        return HostedTrainer(run, config, server, set_phase).train()
     except CloudError as error:
-        raise RunAborted(
-            f"{error.message} Resume the run when that is mended: nothing that was learned is lost."
-        ) from None
-    except CollectError as error:
+        message = f"{error.message} Resume the run when the problem is solved; its progress is kept."
+        raise RunAborted(message) from None
+    except PhotoSourceError as error:
         raise RunAborted(str(error)) from None
 
 
-class _Loop:
-    """One run: rollouts there, rewards here, steps there."""
+class HostedTrainer:
+    """GRPO loop of one run: rollouts and updates on the server, rewards computed here."""
 
-    def __init__(self, run: Run, config: RunConfig, server: MoondreamClient, phase: Callable[[str], None]) -> None:
-        _check(config)
-        self.run, self.config, self.server, self.phase = run, config, server, phase
+    def __init__(self, run: Run, config: RunConfig, server: MoondreamClient, set_phase: Callable[[str], None]) -> None:
+        if config.rank not in RANKS:
+            raise RunAborted(f"The tuning API supports ranks {', '.join(map(str, RANKS))}, not {config.rank}.")
+        if config.rollouts > MAX_ROLLOUTS:
+            raise RunAborted(f"The tuning API samples at most {MAX_ROLLOUTS} rollouts at once, not {config.rollouts}.")
+        self.run, self.config, self.server, self.set_phase = run, config, server, set_phase
         self.photos, self.held_out = train_eval_split(config.photos, config.held_out, config.max_photos, config.seed)
-        # moondream-tiny was trained to answer a short question; any other model is told the grammar.
+        # moondream-tiny was trained on a short question; other models need the grammar in the prompt.
         self.question = RECIPE_QUESTION if config.base.startswith("moondream-tiny") else recipe_prompt()
-        self.scorer = Scorer(self.photos.photos, config.reward_function, config.rollouts)
-        self.state = State.of(run)
-        self.spend = Spend(config.base, self.question, dollars=self.state.dollars)
-        self.began = time.monotonic()
-        self.threads = ThreadPoolExecutor(AT_ONCE)
+        self.reward = RecipeReward(self.photos.photos, config.reward_function, config.rollouts)
+        self.state = HostedRunState.load(run)
+        self.costs = CostTracker(config.base, self.question, dollars=self.state.dollars)
+        self.started = time.monotonic()
+        self.threads = ThreadPoolExecutor(CONCURRENT_REQUESTS)
 
-    def run_through(self) -> dict[str, Any] | None:
-        """See `work`."""
-        self.phase("opening the finetune")
-        self.tuning = self._opened()
-        self.run.forget_after(self.state.done)
+    def train(self) -> dict[str, Any] | None:
+        """Execute the run; see `train_hosted`."""
+        self.set_phase("opening the finetune")
+        self.tuning = self._open_finetune()
+        self.run.truncate_after(self.state.done)
         self.run.set_status(step=self.state.done, steps=self.config.steps)
         save_picture(self.held_out.photos[0], Recipe(), self.run.folder / "probe.png")
-        self.phase("measuring the base")
-        base = self._base()
+        self.set_phase("evaluating the base model")
+        base = self.evaluate_base()
         if self.state.step == 0:
-            self._examples()
+            self._train_on_examples()
         if self.state.done == 0:
             self._probe(0)
-        self.phase("training")
-        while self.state.done < self.config.steps and not self.run.cancelled and self._can_pay():
+        self.set_phase("training")
+        while self.state.done < self.config.steps and not self.run.cancelled and self._budget_allows_step():
             self._step()
         if self.run.cancelled:
             return None
         if not self.state.saved:
             raise RunAborted(
-                "Nothing was learned: no step was applied. Choose other photos, a higher temperature or budget."
+                "Nothing was learned: no update was applied. Choose other photos, or a higher temperature or budget."
             )
-        self.phase("measuring the tuned model")
+        self.set_phase("evaluating the tuned model")
         model = self.tuning.model(self.state.saved, self.config.base)
-        tuned = self._judged(model, self.held_out.photos)
-        found = result(self.run, self.config.base, self.config.reward_function, self.held_out, base, tuned)
+        photos = self.held_out.photos
+        tuned = list(self.threads.map(lambda photo: score_answer(photo, self._query(model, photo)), photos))
+        result = build_result(self.run, self.config.base, self.config.reward_function, self.held_out, base, tuned)
         if self.state.done < self.config.steps:
-            found["alarm"] = found["alarm"] or f"The budget ended it after {self.state.done} steps."
+            result["alarm"] = result["alarm"] or f"The budget ended the run after {self.state.done} steps."
         facts = {key: getattr(self.state, key) for key in ("finetune_id", "dollars", "twice", "silent", "groups")}
-        return found | {"model": model, **facts}
+        return result | {"model": model, **facts}
 
-    def _opened(self) -> Tuning:
-        """The run's finetune, and the step at which it stands: it may have moved since that was written down."""
+    def _open_finetune(self) -> TuningClient:
+        """Create the run's finetune, or open it and catch up with its step, which may be ahead of the stored one."""
         if not self.state.finetune_id:
-            tuning = Tuning.create(self.server, f"playground-{self.run.id}", self.config.rank)
+            tuning = TuningClient.create(self.server, f"playground-{self.run.id}", self.config.rank)
             self.state.finetune_id = tuning.finetune_id
-            self.state.keep(self.run)
+            self.state.save(self.run)
             return tuning
-        tuning = Tuning.open(self.server, self.state.finetune_id)
-        now = tuning.step()
-        if now > self.state.step:
-            print(f"The finetune is at step {now}, and {self.state.step} was written down: it goes on from there.")
-            self.state.done += min(1, now - self.state.step)
-            self.state.twice += max(0, now - self.state.step - 1)
-            self.state.step = now
+        tuning = TuningClient.open(self.server, self.state.finetune_id)
+        step = tuning.step()
+        if step > self.state.step:
+            print(f"The finetune is at step {step}, ahead of the stored step {self.state.step}. Continuing from there.")
+            self.state.done += min(1, step - self.state.step)
+            self.state.twice += max(0, step - self.state.step - 1)
+            self.state.step = step
         return tuning
 
-    # ── A step ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Training ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _step(self) -> None:
-        """Rollouts of some photos, their rewards, one update; then what is to be written down."""
+        """Sample rollouts for a few photos, score them, update the weights and log the step."""
         number = self.state.done + 1
         rng = np.random.default_rng([self.config.seed, number])
-        count = min(self.config.photos_per_step, len(self.photos.photos))
-        places = [int(place) for place in rng.choice(len(self.photos.photos), count, replace=False)]
-        groups = list(self.threads.map(self._rollouts, places))
+        photo_count = min(self.config.photos_per_step, len(self.photos.photos))
+        indices = [int(index) for index in rng.choice(len(self.photos.photos), photo_count, replace=False)]
+        groups = list(self.threads.map(self._sample_rollouts, indices))
         texts = [text for group in groups for text in group.texts]
-        rewards = self.scorer(texts, [place for place in places for _ in range(self.config.rollouts)])
-        sent, silent = self._sendable(groups, rewards)
-        self.state.done = number  # written down with the step, so that a run that is killed repeats nothing
-        kl = self._learned(sent) if sent else None
+        rewards = self.reward(texts, [index for index in indices for _ in range(self.config.rollouts)])
+        payload = []
+        for index, group in enumerate(groups):
+            start = index * self.config.rollouts
+            group_rewards = _fill_missing(rewards[start : start + self.config.rollouts], group.texts)
+            if np.ptp(group_rewards) > MIN_REWARD_RANGE:
+                payload.append(rl_group(group, group_rewards))
+                self.costs.add(self.costs.training_cost(len(group_rewards), _tokens_out(group)))
+        silent = len(groups) - len(payload)
+        self.state.done = number  # stored together with the update, so that a killed run repeats nothing
+        kl = self._update(payload) if payload else None
         self.state.groups += len(groups)
         self.state.silent += silent
-        self._note(number, rewards, silent / len(groups), kl)
+        self._log_step(number, rewards, silent / len(groups), kl)
         if number % self.config.probe_every == 0 or number == self.config.steps:
             self._probe(number)
-        self.state.dollars = self.spend.dollars
-        self.state.keep(self.run)
+        self.state.dollars = self.costs.dollars
+        self.state.save(self.run)
         self.run.set_status(step=number)
 
-    def _rollouts(self, place: int) -> Rollouts:
-        url = photo_url(self.photos.photos[place])
-        asked = (url, self.question, self.config.rollouts, self.config.temperature, MAX_TOKENS)
-        answered = self.tuning.rollouts(*asked)
-        self.spend.add(self.spend.answers(len(answered.texts), _tokens_out(answered)))
-        return answered
+    def _sample_rollouts(self, index: int) -> Rollouts:
+        url = photo_data_url(self.photos.photos[index])
+        rollouts = self.tuning.rollouts(url, self.question, self.config.rollouts, self.config.temperature, MAX_TOKENS)
+        self.costs.add(self.costs.inference_cost(len(rollouts.texts), _tokens_out(rollouts)))
+        return rollouts
 
-    def _sendable(
-        self, groups: Sequence[Rollouts], rewards: Sequence[float | None]
-    ) -> tuple[list[dict[str, Any]], int]:
-        """The groups from which something can be learned, and how many were left out because their rewards agree."""
-        sent = []
-        for place, group in enumerate(groups):
-            mine = _numbers(rewards[place * self.config.rollouts : (place + 1) * self.config.rollouts], group.texts)
-            if np.ptp(mine) > FLAT:
-                sent.append(rl_group(group, mine))
-                self.spend.add(self.spend.learning(len(mine), _tokens_out(group)))
-        return sent, len(groups) - len(sent)
+    def _update(self, groups: Sequence[dict[str, Any]]) -> float | None:
+        """Apply one update; return its KL divergence if the server reports it."""
+        result = self.tuning.train_step(groups, self.config.learning_rate, self.state.step)
+        if result.response_lost:
+            print("The response to this step was lost, but the finetune advanced; the step was not sent again.")
+        if result.extra_steps:
+            self.state.twice += result.extra_steps
+            print(f"WARNING: a repeated request applied, and charged, {result.extra_steps} extra step(s).")
+        self.state.step = result.step
+        self.state.save(self.run)
+        return result.kl
 
-    def _learned(self, groups: Sequence[dict[str, Any]]) -> float | None:
-        """One update; returns its KL divergence, where it is told."""
-        step = self.tuning.train_step(groups, self.config.learning_rate, self.state.step)
-        if step.lost:
-            print("The answer to this step was lost. The finetune has moved on, so the step was not sent again.")
-        if step.extra:
-            self.state.twice += step.extra
-            print(f"WARNING: {step.extra} step more than asked was applied, and charged, by a repeated request.")
-        self.state.step = step.step
-        self.state.keep(self.run)
-        return step.kl
-
-    def _examples(self) -> None:
-        """The supervised steps before: the best of a few random recipes as an answer, to show the form."""
+    def _train_on_examples(self) -> None:
+        """Apply the supervised steps, each on the best of a few random recipes per photo."""
         for number in range(self.config.sft_steps):
-            if self.run.cancelled or not self._can_pay():
+            if self.run.cancelled or not self._budget_allows_step():
                 return
-            self.phase(f"showing the form of a recipe ({number + 1} of {self.config.sft_steps})")
+            self.set_phase(f"training on example recipes ({number + 1} of {self.config.sft_steps})")
             rng = np.random.default_rng([self.config.seed, 1_000_000 + number])
-            places = rng.integers(len(self.photos.photos), size=self.config.photos_per_step)
-            examples = [self._example(self.photos.photos[int(place)], rng) for place in places]
-            self._learned(examples)
-            texts = sum(tokens(group["target"]["answer"]) for group in examples)
-            self.spend.add(self.spend.learning(len(examples), texts))
+            indices = rng.integers(len(self.photos.photos), size=self.config.photos_per_step)
+            examples = [self._example(self.photos.photos[int(index)], rng) for index in indices]
+            self._update(examples)
+            token_count = sum(estimate_tokens(group["target"]["answer"]) for group in examples)
+            self.costs.add(self.costs.training_cost(len(examples), token_count))
 
     def _example(self, photo: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-        recipes = [random_recipe(rng) for _ in range(EXAMPLES)]
+        recipes = [random_recipe(rng) for _ in range(SFT_CANDIDATES)]
         function = self.config.reward_function
-        scored = [(function.total(score_recipes(photo, [one])[0].scores) or 0.0, str(one)) for one in recipes]
-        return sft_group(photo_url(photo), self.question, max(scored)[1])
+        scored = [(function.total(score_recipes(photo, [item])[0].scores) or 0.0, str(item)) for item in recipes]
+        return sft_group(photo_data_url(photo), self.question, max(scored)[1])
 
-    # ── What is known of it ─────────────────────────────────────────────────────────────────────────────────────────
-
-    def _probe(self, step: int) -> None:
-        """The present weights' likeliest answers to a few held-out photos; the best weights so far are kept."""
-        photos = self.held_out.photos[:WATCHED]
-        judged = list(self.threads.map(self._watched, photos))
-        function = self.config.reward_function
-        held = float(np.nanmean(totals(judged, function)))
-        first = judged[0]
-        line = {"step": step, "photo": self.held_out.names[0], "recipe": str(first.recipe), "scores": first.scores}
-        self.run.add("probes", line | {"total": function.total(first.scores), "held_out": held})
-        if step and self.state.step and held > self.state.best:
-            self.state.saved = self.tuning.save()
-            self.state.best = held
-        if step:
-            self.tuning.log(self.state.step, {"eval/held_out": held})
-        self.state.keep(self.run)
-
-    def _watched(self, photo: np.ndarray) -> Judged:
-        answered = self.tuning.rollouts(photo_url(photo), self.question, 1, 0.0, MAX_TOKENS)
-        self.spend.add(self.spend.answers(1, _tokens_out(answered)))
-        return judge(photo, answered.texts[0])
-
-    def _base(self) -> list[Judged]:
-        """The base's likeliest answers; a run that goes on has them already."""
-        photos = self.held_out.photos
-        if len(self.state.base) != len(photos):
-            self.state.base = list(self.threads.map(lambda photo: self._asked(self.config.base, photo), photos))
-            self.state.dollars = self.spend.dollars
-            self.state.keep(self.run)
-        return [judge(photo, text) for photo, text in zip(photos, self.state.base, strict=True)]
-
-    def _judged(self, model: str, photos: Sequence[np.ndarray]) -> list[Judged]:
-        """A model's likeliest answers, by the way that everybody asks it: base and tuned are compared like for like."""
-        return list(self.threads.map(lambda photo: judge(photo, self._asked(model, photo)), photos))
-
-    def _asked(self, model: str, photo: np.ndarray) -> str:
-        settings = {"temperature": 0.0, "top_p": 1.0, "max_tokens": MAX_TOKENS}
-        body = {"model": model, "question": self.question, "image_url": photo_url(photo), "stream": False}
-        data = self.server.post("query", body | {"reasoning": False, "settings": settings}).data
-        answer = data.get("answer")
-        text = answer if isinstance(answer, str) else ""
-        self.spend.add(self.spend.answers(1, tokens(text)))
-        return text
-
-    def _note(self, number: int, rewards: Sequence[float | None], silent: float, kl: float | None) -> None:
+    def _log_step(self, number: int, rewards: Sequence[float | None], silent: float, kl: float | None) -> None:
         known = [reward for reward in rewards if reward is not None]
-        line = {"step": number, "seconds": round(time.monotonic() - self.began, 2), "kl": kl, "no_signal": silent}
-        line |= {"reward": float(np.mean(known)) if known else 0.0, "learning_rate": self.config.learning_rate}
-        line |= {"dollars": round(self.spend.dollars, 6), **self.scorer.parts}
-        self.run.add("metrics", line)
-        print(f"{log_line(line, self.config.steps)}  spent ${self.spend.dollars:.4f}", flush=True)
+        row = {"step": number, "seconds": round(time.monotonic() - self.started, 2), "kl": kl, "no_signal": silent}
+        row |= {"reward": float(np.mean(known)) if known else 0.0, "learning_rate": self.config.learning_rate}
+        row |= {"dollars": round(self.costs.dollars, 6), **self.reward.component_means}
+        self.run.append_metrics(row)
+        print(f"{format_log_line(row, self.config.steps)}  spent ${self.costs.dollars:.4f}", flush=True)
 
-    def _can_pay(self) -> bool:
-        """Whether the budget has room for another step and for the judgement at the end."""
+    def _budget_allows_step(self) -> bool:
+        """Whether the budget covers another step, a probe and the final evaluation."""
         if self.config.budget is None:
             return True
-        step, judged = self.spend.step(self.config), self.spend.judging(len(self.held_out.photos) + WATCHED)
-        if step is None or judged is None:
+        step = self.costs.max_step_cost(self.config)
+        evaluation = self.costs.max_evaluation_cost(len(self.held_out.photos) + PROBE_PHOTOS)
+        if step is None or evaluation is None:
             raise RunAborted(
-                f"No price is known of {self.config.base}, so no budget can be kept. Leave the budget empty."
+                f"No price is known for {self.config.base}, so a budget cannot be kept. Remove the budget."
             )
-        if self.spend.dollars + step + judged <= self.config.budget:
+        if self.costs.dollars + step + evaluation <= self.config.budget:
             return True
-        print(f"The budget of ${self.config.budget:g} has no room for another step (${step:.4f} at most).", flush=True)
+        budget = f"${self.config.budget:g}"
+        print(f"The budget of {budget} does not cover another step (up to ${step:.4f}). Stopping.", flush=True)
         return False
 
+    # ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-def _check(config: RunConfig) -> None:
-    if config.rank not in RANKS:
-        raise RunAborted(f"The tuning API takes ranks {', '.join(map(str, RANKS))}, not {config.rank}.")
-    if config.rollouts > MAX_ROLLOUTS:
-        raise RunAborted(f"The tuning API gives at most {MAX_ROLLOUTS} rollouts at once, not {config.rollouts}.")
+    def _probe(self, step: int) -> None:
+        """Evaluate the current weights on the probe photos, and save a checkpoint if they are the best so far."""
+        answers = list(self.threads.map(self._greedy_answer, self.held_out.photos[:PROBE_PHOTOS]))
+        function = self.config.reward_function
+        mean = float(np.nanmean(reward_totals(answers, function)))
+        first = answers[0]
+        row = {"step": step, "photo": self.held_out.names[0], "recipe": str(first.recipe), "scores": first.scores}
+        self.run.append_probe(row | {"total": function.total(first.scores), "held_out": mean})
+        if step and self.state.step and mean > self.state.best:
+            self.state.saved = self.tuning.save()
+            self.state.best = mean
+        if step:
+            self.tuning.log(self.state.step, {"eval/held_out": mean})
+        self.state.save(self.run)
+
+    def _greedy_answer(self, photo: np.ndarray) -> ScoredAnswer:
+        rollouts = self.tuning.rollouts(photo_data_url(photo), self.question, 1, 0.0, MAX_TOKENS)
+        self.costs.add(self.costs.inference_cost(1, _tokens_out(rollouts)))
+        return score_answer(photo, rollouts.texts[0])
+
+    def evaluate_base(self) -> list[ScoredAnswer]:
+        """Return the base model's greedy answers to the held-out photos; a resumed run has them stored."""
+        photos = self.held_out.photos
+        if len(self.state.base) != len(photos):
+            self.state.base = list(self.threads.map(lambda photo: self._query(self.config.base, photo), photos))
+            self.state.dollars = self.costs.dollars
+            self.state.save(self.run)
+        return [score_answer(photo, text) for photo, text in zip(photos, self.state.base, strict=True)]
+
+    def _query(self, model: str, photo: np.ndarray) -> str:
+        """Return a model's greedy answer from the inference API, which serves base and tuned models alike."""
+        payload = {
+            "model": model,
+            "question": self.question,
+            "image_url": photo_data_url(photo),
+            "stream": False,
+            "reasoning": False,
+            "settings": {"temperature": 0.0, "top_p": 1.0, "max_tokens": MAX_TOKENS},
+        }
+        answer = self.server.post("query", payload).data.get("answer")
+        text = answer if isinstance(answer, str) else ""
+        self.costs.add(self.costs.inference_cost(1, estimate_tokens(text)))
+        return text
 
 
-def _numbers(rewards: Sequence[float | None], texts: Sequence[str]) -> list[float]:
-    """One number per answer: 0, the least there is, for what is no recipe; the others' mean where no reward applies."""
+def _fill_missing(rewards: Sequence[float | None], texts: Sequence[str]) -> list[float]:
+    """Replace missing rewards: 0 for an invalid recipe, the group's mean where no reward applies."""
     known = [reward for reward in rewards if reward is not None]
-    middle = float(np.mean(known)) if known else 0.0
+    mean = float(np.mean(known)) if known else 0.0
     return [
-        float(reward) if reward is not None else middle if parse(text).ok else 0.0
+        float(reward) if reward is not None else mean if parse(text).ok else 0.0
         for reward, text in zip(rewards, texts, strict=True)
     ]
 
 
-def _tokens_out(answered: Rollouts) -> int:
-    return answered.tokens_out if answered.tokens_out is not None else sum(map(tokens, answered.texts))
+def _tokens_out(rollouts: Rollouts) -> int:
+    return rollouts.tokens_out if rollouts.tokens_out is not None else sum(map(estimate_tokens, rollouts.texts))

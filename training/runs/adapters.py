@@ -18,7 +18,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from inference import availability
-from inference.registry import MODELS, ModelSpec
+from inference.registry import MODELS
+from inference.types import ModelSpec
 from storage.files import write_atomically
 from training.runs.run import Run, RunError, RunStore
 

@@ -1,15 +1,16 @@
-"""Execute a run on Hugging Face Jobs and follow it from this machine (`--where jobs`).
+"""Execute a run on Hugging Face Jobs and follow it from this machine (`--backend jobs`).
 
 The run's inputs are committed to a private dataset repository of the user (`owner/playground-runs`): this project's
 code once, and the run's config, photos and base under `runs/<id>/`. A job mounts that commit, executes
 `training.runs.job_entrypoint` on it and stores the result beside it. The job's log is read as it grows: lines that
-begin with MARK carry entries for the run's folder (status, metrics, probes), all others are the log. A follower that
-was killed finds its job again through `job.json`.
+begin with LOG_MARKER carry entries for the run's folder (status, metrics, probes), all others are the log. A follower
+that was killed finds its job again through `job.json`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -27,38 +28,44 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from recipes import Recipe, save_picture
 from storage.files import write_atomically
 from training.data.sources import PhotoSourceError, train_eval_split
+from training.runs.adapters import base_chain
 from training.runs.run import Run, RunConfig, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 REPOSITORY = "playground-runs"
 IMAGE = "python:3.12"
 MOUNT = "/input"  # where a job finds the repository, read-only
-HOURS = 2  # a job is ended after that long, which bounds what it can cost
-GRACE = 120.0  # seconds that a job has to stop by itself and hand over what it learned, once it is cancelled
-EVERY = 5.0  # seconds between two looks whether it was cancelled
-MARK = "@run "
-FINAL = ("done", "cancelled", "failed")
-CODE = ("*.py", "*.json", "*.txt", "*.safetensors", "*.jinja", "*.jpg", "*.png", "*.md", "LICENSE")
-PARTS = ("training", "inference", "storage", "recipes", "rewards", "assets")
+MAX_HOURS = 2  # timeout of a job, which bounds its cost
+CANCEL_GRACE_SECONDS = 120.0  # for a cancelled job to stop by itself and upload what it learned
+CANCEL_POLL_SECONDS = 5.0
+LOG_MARKER = "@run "
+FINAL_STATES = ("done", "cancelled", "failed")
+CODE_PATTERNS = ("*.py", "*.json", "*.txt", "*.safetensors", "*.jinja", "*.jpg", "*.png", "*.md", "LICENSE")
+CODE_PACKAGES = ("training", "inference", "usage", "storage", "rewards", "recipes", "assets")
 COMMAND = (
     f"pip install --quiet --disable-pip-version-check -r {MOUNT}/code/requirements.txt"
     f" && cd {MOUNT}/code && python -m training.runs.job_entrypoint {MOUNT}/runs/$RUN"
 )
-OUT = ("result.json", "reward.png", "probe.png", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
-
-_REFUSED = {
-    401: "The Hub does not know this token. Make a new one with write access and the right to run Jobs.",
+OUTPUT_FILES = (
+    "result.json",
+    "reward.png",
+    "probe.png",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+)
+_HTTP_ERRORS = {
+    401: "Hugging Face does not recognize this token. Create a new one with write access and permission to run Jobs.",
     402: "This account has no credit for Jobs. Add some at huggingface.co/settings/billing.",
-    403: "This token may not run Jobs. Make one that may: huggingface.co/settings/tokens.",
-    404: "The Hub does not find this job or its repository (any more).",
-    413: "The photos are too large for the Hub to take.",
-    429: "The Hub asks to wait. Try again in a few minutes.",
+    403: "This token may not run Jobs. Create one that may at huggingface.co/settings/tokens.",
+    404: "The job or its repository was not found on the Hub. It may have been deleted.",
+    413: "The photos are too large for the Hub. Choose fewer or smaller ones.",
+    429: "The Hub is limiting requests. Try again in a few minutes.",
 }
 
 
 @dataclass(frozen=True)
-class Job:
-    """Where a run works: the job's id, its owner, its page, its hardware, and the repository with its files."""
+class JobInfo:
+    """A job on Hugging Face: its id, owner, URL and hardware, and the repository with the run's files."""
 
     id: str
     owner: str
@@ -67,8 +74,8 @@ class Job:
     repository: str
 
     @classmethod
-    def of(cls, run: Run) -> Job | None:
-        """The job that was started for a run; None before."""
+    def load(cls, run: Run) -> JobInfo | None:
+        """Read a run's job; None if no job was started."""
         try:
             return cls(**json.loads((run.folder / "job.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -77,151 +84,155 @@ class Job:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A machine on offer: its name, what it has, and its price in US dollars an hour (None: the Hub does not say)."""
+    """A hardware flavor of Jobs: its name, description, and price in US dollars per hour (None if unknown)."""
 
     name: str
-    words: str
+    description: str
     hourly: float | None
 
 
-def hardware(token: str | None = None) -> list[Hardware]:
-    """What Hugging Face offers for Jobs now, at its present prices. Raises RunError."""
-    with _plainly():
-        return [_hardware(one) for one in HfApi(token=token or False).list_jobs_hardware()]
+def list_hardware(token: str | None = None) -> list[Hardware]:
+    """List the hardware flavors of Hugging Face Jobs with current prices. Raises RunError."""
+    units_per_hour = {"second": 3600, "minute": 60, "hour": 1}
+    flavors = []
+    with _hub_errors():
+        for flavor in HfApi(token=token or False).list_jobs_hardware():
+            gpu = flavor.accelerator
+            parts = [f"{gpu.quantity} x {gpu.model} {gpu.vram}"] if gpu else []
+            units, cost = units_per_hour.get(flavor.unit_label), flavor.unit_cost_usd
+            hourly = None if units is None or cost is None else cost * units
+            flavors.append(Hardware(flavor.name, ", ".join([*parts, flavor.cpu, flavor.ram]), hourly))
+    return flavors
 
 
-def _hardware(one: Any) -> Hardware:
-    per = {"second": 3600, "minute": 60, "hour": 1}.get(one.unit_label)
-    hourly = one.unit_cost_usd * per if per and one.unit_cost_usd is not None else None
-    gpu = one.accelerator
-    has = [f"{gpu.quantity} x {gpu.model} {gpu.vram}"] if gpu else []
-    return Hardware(one.name, ", ".join([*has, one.cpu, one.ram]), hourly)
+def run_on_jobs(run: Run, config: RunConfig, set_phase: Callable[[str], None]) -> dict[str, Any] | None:
+    """Execute a run on Hugging Face Jobs, or follow its job if it was started before.
 
+    The token is read from HF_TOKEN or from `hf auth login`.
 
-# ── Here: submit, follow, fetch ─────────────────────────────────────────────────────────────────────────────────────
+    Args:
+        run: The run.
+        config: Its settings.
+        set_phase: Called with a description of each phase.
 
+    Returns:
+        The content of result.json, or None if the run was cancelled.
 
-def follow(run: Run, config: RunConfig, phase: Callable[[str], None]) -> dict[str, Any] | None:
-    """Sees a run through on Hugging Face Jobs; returns its result, or None when it was cancelled.
-
-    The token is that of the environment (HF_TOKEN) or of `hf auth login`. Raises RunError.
+    Raises:
+        RunError: If there is no token, the Hub refuses a request, or the job fails.
     """
     token = get_token()
     if not token:
-        raise RunError("A Hugging Face token is needed for Jobs. Set HF_TOKEN, or give one in the form.")
+        raise RunError("A Hugging Face token is needed for Jobs. Set HF_TOKEN, or enter one in the form.")
     api = HfApi(token=token)
-    with _plainly():
-        job = Job.of(run)
+    with _hub_errors():
+        job = JobInfo.load(run)
         if job is None:
-            phase("sending the run to Hugging Face")
+            set_phase("uploading the run to Hugging Face")
             job = submit(run, config, api)
-        _show_probe(run, config)
-        phase(f"waiting for {job.hardware} on Hugging Face Jobs")
+        with contextlib.suppress(PhotoSourceError):  # the probe photo: the job chooses the same one
+            _, held_out = train_eval_split(config.photos, config.held_out, config.max_photos, config.seed)
+            save_picture(held_out.photos[0], Recipe(), run.folder / "probe.png")
+        set_phase(f"waiting for {job.hardware} on Hugging Face Jobs")
         print(f"Job {job.id}: {job.url}", flush=True)
-        with _cancelling(run, job, api):
-            told = _listen(run, job, api)
-        _fetch(run, job, api)
-        status = api.inspect_job(job_id=job.id, namespace=job.owner).status
-    state, message = _verdict(run, told, str(getattr(status.stage, "value", status.stage)), status.message)
+        with _forward_cancellation(run, job, api):
+            status = _follow_log(run, job, api)
+        _download_outputs(run, job, api)
+        job_status = api.inspect_job(job_id=job.id, namespace=job.owner).status
+    state = status.get("state")
     if state == "done" and (result := run.result()):
         return result
-    (run.folder / "job.json").unlink(missing_ok=True)  # to resume it means a new job
-    if state == "cancelled":
+    (run.folder / "job.json").unlink(missing_ok=True)  # resuming starts a new job
+    if state == "cancelled" or (state not in FINAL_STATES and run.cancelled):
         return None
-    raise RunError(message)
+    if state in FINAL_STATES:
+        raise RunError(str(status.get("message") or "The run failed on Hugging Face Jobs. See its log."))
+    stage = str(getattr(job_status.stage, "value", job_status.stage))
+    reason = f" ({job_status.message})" if job_status.message else ""
+    raise RunError(f"The job ended as {stage}{reason} before the run was done. See its log.")
 
 
-def _show_probe(run: Run, config: RunConfig) -> None:
-    """The photo whose answers are shown while the job works; the job chooses the same one."""
-    with contextlib.suppress(PhotoSourceError):
-        _, held_out = train_eval_split(config.photos, config.held_out, config.max_photos, config.seed)
-        save_picture(held_out.photos[0], Recipe(), run.folder / "probe.png")
-
-
-def submit(run: Run, config: RunConfig, api: HfApi) -> Job:
-    """Uploads what the run needs and starts its job; `job.json` says which. Raises what the Hub raises."""
+def submit(run: Run, config: RunConfig, api: HfApi) -> JobInfo:
+    """Upload code and inputs of a run, start its job and store it in `job.json`. Raises errors of the Hub."""
     owner = api.whoami()["name"]
     repository = f"{owner}/{REPOSITORY}"
     api.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
-    allowed = [pattern for part in PARTS for pattern in (f"{part}/{kind}" for kind in CODE)]
-    common: dict[str, Any] = {"repo_id": repository, "repo_type": "dataset"}
+    patterns = [f"{package}/{pattern}" for package in CODE_PACKAGES for pattern in CODE_PATTERNS]
+    target: dict[str, Any] = {"repo_id": repository, "repo_type": "dataset"}
     api.upload_folder(
-        folder_path=ROOT, path_in_repo="code", allow_patterns=["requirements.txt", "LICENSE", *allowed], **common
+        folder_path=ROOT, path_in_repo="code", allow_patterns=["requirements.txt", "LICENSE", *patterns], **target
     )
     with tempfile.TemporaryDirectory(prefix="run-job-") as folder:
-        _write_wish(config, Path(folder))
-        commit = api.upload_folder(folder_path=folder, path_in_repo=f"runs/{run.id}", **common)
-    made = api.run_job(
+        _write_inputs(config, Path(folder))
+        commit = api.upload_folder(folder_path=folder, path_in_repo=f"runs/{run.id}", **target)
+    started = api.run_job(
         image=IMAGE,
         command=["bash", "-c", COMMAND],
         env={"RUN": run.id, "REPOSITORY": repository, "HF_HUB_DISABLE_TELEMETRY": "1"},
         secrets={"HF_TOKEN": api.token},
         flavor=config.hardware,
-        timeout=f"{HOURS}h",
+        timeout=f"{MAX_HOURS}h",
         labels={"run": run.id},
         volumes=[Volume(type="dataset", source=repository, revision=commit.oid, mount_path=MOUNT)],
         namespace=owner,
     )
-    job = Job(made.id, owner, made.url, config.hardware, repository)
+    job = JobInfo(started.id, owner, started.url, config.hardware, repository)
     write_atomically(run.folder / "job.json", json.dumps(asdict(job)))
     return job
 
 
-def _write_wish(config: RunConfig, folder: Path) -> None:
-    """What a job is to do: the config, with its own photos and the adapter that it starts from beside it."""
-    changes: dict[str, Any] = {"where": "here"}
+def _write_inputs(config: RunConfig, folder: Path) -> None:
+    """Write a job's inputs: the config, local photos, and the adapter to start from."""
+    changes: dict[str, Any] = {"backend": "here"}
     for key in ("photos", "held_out"):
         source = getattr(config, key)
         if source != "bundled" and not source.startswith("hub:"):
-            _copy(Path(source), folder / key)
+            if Path(source).is_dir():
+                shutil.copytree(source, folder / key)
+            else:
+                (folder / key).mkdir()
+                shutil.copy2(source, folder / key)
             changes[key] = key
     if Path(config.base).is_absolute():
-        before = Run(config.base)
-        shutil.copytree(before.adapter, folder / "base" / "adapter")
-        below = before.config()
-        while Path(below.base).is_absolute():  # an adapter that went on from another holds all that was learned
-            below = Run(below.base).config()
-        write_atomically(folder / "base" / "config.json", below.model_copy(update={"where": "here"}).model_dump_json())
+        parent = Run(config.base)
+        shutil.copytree(parent.adapter, folder / "base" / "adapter")
+        oldest = base_chain(parent)[0][-1].config()  # the parent's adapter contains those of earlier runs
+        base_config = oldest.model_copy(update={"backend": "here"})
+        write_atomically(folder / "base" / "config.json", base_config.model_dump_json())
         changes["base"] = "base"
     write_atomically(folder / "config.json", config.model_copy(update=changes).model_dump_json())
 
 
-def _copy(source: Path, to: Path) -> None:
-    if source.is_dir():
-        shutil.copytree(source, to)
-    else:
-        to.mkdir()
-        shutil.copy2(source, to)
+def _follow_log(run: Run, job: JobInfo, api: HfApi) -> dict[str, Any]:
+    """Read a job's log from its beginning to its end; return the last reported status.
 
-
-def _listen(run: Run, job: Job, api: HfApi) -> dict[str, Any]:
-    """Reads a job's log to its end, from its beginning; returns the last status that it told.
-
-    A stream that breaks off as the job ends is not taken up again by the library: then the log is read once more.
+    The library does not reconnect a stream that breaks off as the job ends, so the log is then read once more.
     """
-    told: dict[str, Any] = {}
+    status: dict[str, Any] = {}
     read = 0
     run.truncate_after(-1)
-    for following in (True, False):
-        lines = api.fetch_job_logs(job_id=job.id, namespace=job.owner, follow=following)
-        for place, line in enumerate(lines, 1):
-            if place > read:
-                read = place
-                told |= _take(run, line)
-        if told.get("state") in FINAL:
+    for follow in (True, False):
+        lines = api.fetch_job_logs(job_id=job.id, namespace=job.owner, follow=follow)
+        for number, line in enumerate(lines, 1):
+            if number > read:
+                read = number
+                status |= _apply_log_line(run, line)
+        if status.get("state") in FINAL_STATES:
             break
-    return told
+    return status
 
 
-def _take(run: Run, text: str) -> dict[str, Any]:
-    """Puts what a line says into the run's folder, or prints it; returns what it says of the status."""
-    if not text.startswith(MARK):
+def _apply_log_line(run: Run, text: str) -> dict[str, Any]:
+    """Apply a marked line to the run's folder, or print the line; return the state and message it reports."""
+    if not text.startswith(LOG_MARKER):
         print(text, flush=True)
         return {}
     with contextlib.suppress(ValueError):
-        match json.loads(text.removeprefix(MARK)):
-            case ["metrics" | "probes" as kind, dict(line)]:
-                run.add(kind, line)
+        match json.loads(text.removeprefix(LOG_MARKER)):
+            case ["metrics", dict(row)]:
+                run.append_metrics(row)
+            case ["probes", dict(row)]:
+                run.append_probe(row)
             case ["status", {"phase": str(phase), "step": int(step), "steps": int(steps), **others}]:
                 run.set_status(phase=phase[:200], step=step, steps=steps)
                 return others
@@ -229,70 +240,62 @@ def _take(run: Run, text: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _cancelling(run: Run, job: Job, api: HfApi) -> Iterator[None]:
-    """Inside, a cancelled run is cancelled there, too."""
-    over = threading.Event()
-    watcher = threading.Thread(target=_pass_on_cancel, args=(run, job, api, over), daemon=True)
+def _forward_cancellation(run: Run, job: JobInfo, api: HfApi) -> Iterator[None]:
+    """Cancel the job if the run is cancelled within the context.
+
+    The job is asked to stop, so that it uploads what it learned, and ended after CANCEL_GRACE_SECONDS.
+    """
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not run.cancelled:
+            if ended.wait(1.0):
+                return
+        with contextlib.suppress(Exception):
+            marker = f"runs/{run.id}/cancel"
+            api.upload_file(path_or_fileobj=b"-", path_in_repo=marker, repo_id=job.repository, repo_type="dataset")
+            if ended.wait(CANCEL_GRACE_SECONDS):
+                return
+        with contextlib.suppress(Exception):
+            api.cancel_job(job_id=job.id, namespace=job.owner)
+
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield
     finally:
-        over.set()
+        ended.set()
         watcher.join()
 
 
-def _pass_on_cancel(run: Run, job: Job, api: HfApi, over: threading.Event) -> None:
-    """Tells the job that the run was cancelled, so that it hands over what it learned; ends it when it does not."""
-    while not run.cancelled:
-        if over.wait(1.0):
-            return
-    with contextlib.suppress(Exception):
-        there = f"runs/{run.id}/cancel"
-        api.upload_file(path_or_fileobj=b"-", path_in_repo=there, repo_id=job.repository, repo_type="dataset")
-        if over.wait(GRACE):
-            return
-    with contextlib.suppress(Exception):
-        api.cancel_job(job_id=job.id, namespace=job.owner)
-
-
-def _fetch(run: Run, job: Job, api: HfApi) -> None:
-    """Brings what came out into the run's folder, and nothing but what a run writes; the adapter comes last."""
+def _download_outputs(run: Run, job: JobInfo, api: HfApi) -> None:
+    """Download the known output files of a job into the run's folder, the adapter last."""
     try:
-        there = set(api.list_repo_files(job.repository, repo_type="dataset"))
+        available = set(api.list_repo_files(job.repository, repo_type="dataset"))
     except RepositoryNotFoundError:
         return
-    out = f"runs/{run.id}/out/"
-    pairs = [name.removeprefix(out) for name in sorted(there) if name.startswith(f"{out}pair-")]
-    wanted = [*(name for name in pairs if name.removesuffix(".png").removeprefix("pair-").isdigit()), *OUT]
-    for name in wanted:
-        if out + name in there:
+    prefix = f"runs/{run.id}/out/"
+    pairs = [name.removeprefix(prefix) for name in sorted(available) if name.startswith(f"{prefix}pair-")]
+    pairs = [name for name in pairs if name.removesuffix(".png").removeprefix("pair-").isdigit()]
+    for name in (*pairs, *OUTPUT_FILES):
+        if prefix + name in available:
             with tempfile.TemporaryDirectory(prefix="run-job-", dir=run.folder) as folder:
-                got = api.hf_hub_download(job.repository, out + name, repo_type="dataset", local_dir=folder)
+                file = api.hf_hub_download(job.repository, prefix + name, repo_type="dataset", local_dir=folder)
                 (run.folder / name).parent.mkdir(exist_ok=True)
-                os.replace(got, run.folder / name)
-
-
-def _verdict(run: Run, told: dict[str, Any], stage: str, message: str | None) -> tuple[str, str]:
-    """How it ended: as the job told, or as Hugging Face says of a job that could tell nothing any more."""
-    if told.get("state") in FINAL:
-        return told["state"], str(told.get("message") or "It failed on Hugging Face Jobs. Its log says why.")
-    if run.cancelled:
-        return "cancelled", ""
-    why = f" ({message})" if message else ""
-    return "failed", f"The job ended as {stage}{why} before the run was done. Its log says more."
+                os.replace(file, run.folder / name)
 
 
 @contextlib.contextmanager
-def _plainly() -> Iterator[None]:
-    """What the Hub refuses is a RunError that says what to do; the token is never in it."""
+def _hub_errors() -> Iterator[None]:
+    """Convert errors of the Hub to RunError with a remedy and without the token."""
     try:
         yield
     except HfHubHTTPError as error:
         code = error.response.status_code
-        words = _REFUSED.get(code, f"The Hub answered with an error ({code}). Resume the run later.")
-        raise RunError(words) from None
+        message = _HTTP_ERRORS.get(code, f"The Hub returned an error ({code}). Resume the run later.")
+        raise RunError(message) from None
     except (httpx2.HTTPError, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno == 28:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         kind = type(error).__name__
-        raise RunError(f"The Hub could not be reached ({kind}). The job goes on; resume the run to see it.") from None
+        raise RunError(f"The Hub could not be reached ({kind}). The job continues; resume the run to see it.") from None

@@ -1,8 +1,7 @@
-"""A run's generation steps as usage events, read from what the run wrote down; the training process records nothing.
+"""Usage events of training runs, one per logged step, built from the run's metrics.
 
-A call is here one step: the batch of answers that was drawn, scored and learned from. Its tokens are not written down
-by the run and so are unknown; its time is the whole step's. An event's id comes from the run and the step, so that a
-run that is read twice counts once.
+A step's latency covers sampling, scoring and the update. Its token counts are unknown. Event ids are derived from run
+and step, so that a run read twice is counted once.
 """
 
 from __future__ import annotations
@@ -10,38 +9,47 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from itertools import pairwise
 from math import isfinite
 from typing import Any
 
 from training.runs.run import Run, RunError
-from usage.events import Event
+from usage.events import UsageEvent
 
-_SPACE = uuid.UUID("8a0bfa5c-5d4e-4a52-9d0b-1b8f7b6c7a11")
+_NAMESPACE = uuid.UUID("8a0bfa5c-5d4e-4a52-9d0b-1b8f7b6c7a11")
 
 
-def run_events(run: Run, price: Callable[[float], float | None]) -> list[Event]:
-    """One event per logged step, oldest first. price: what so many seconds of this machine cost, None if not known.
+def run_events(run: Run, price: Callable[[float], float | None]) -> list[UsageEvent]:
+    """Build the usage events of a run.
 
-    Steps are dated back from the run's end by the run's own clock, which starts anew when a run is resumed.
+    Steps are dated backwards from the run's end by the run's clock, which restarts when a run is resumed.
+
+    Args:
+        run: The run.
+        price: Maps seconds of this machine to their cost in US dollars, None if unknown.
+
+    Returns:
+        One event per logged step, oldest first; empty if the run has no valid config.
     """
     try:
         config = run.config()
     except RunError:
         return []
-    lines = [line for line in run.metrics() if isinstance(line.get("seconds"), int | float)]
-    ended = datetime.fromtimestamp(run.status().ended or run.status().started, timezone.utc)
-    events: list[Event] = []
-    after = ended
-    for place in range(len(lines) - 1, -1, -1):
-        line, before = lines[place], lines[place - 1]["seconds"] if place else 0.0
-        seconds = line["seconds"] - before if line["seconds"] > before else line["seconds"]
-        reward = line.get("reward")
-        cost = _paid(lines, place) if config.backend == "hosted" else price(seconds)
+    status, hosted = run.status(), config.backend == "hosted"
+    time = datetime.fromtimestamp(status.ended or status.started, timezone.utc)
+    rows = [row for row in run.metrics() if isinstance(row.get("seconds"), int | float)]
+    start: dict[str, Any] = {"seconds": 0.0, "dollars": 0.0}
+    events: list[UsageEvent] = []
+    for previous, row in reversed(list(pairwise([start, *rows]))):
+        resumed = row["seconds"] <= previous["seconds"]
+        seconds = row["seconds"] if resumed else row["seconds"] - previous["seconds"]
+        reward = row.get("reward")
+        cost = _difference(row.get("dollars"), previous.get("dollars")) if hosted else price(seconds)
         events.append(
-            Event(
-                id=uuid.uuid5(_SPACE, f"{run.id}/{line.get('step')}").hex,
-                time=after,
-                source="hosted-rl" if config.backend == "hosted" else "fine-tune",
+            UsageEvent(
+                id=uuid.uuid5(_NAMESPACE, f"{run.id}/{row.get('step')}").hex,
+                time=time,
+                source="hosted-rl" if hosted else "fine-tune",
                 model=config.base,
                 adapter=run.id,
                 skill="recipe",
@@ -53,13 +61,12 @@ def run_events(run: Run, price: Callable[[float], float | None]) -> list[Event]:
                 request_id=run.id,
             )
         )
-        after -= timedelta(seconds=seconds)
+        time -= timedelta(seconds=seconds)
     return events[::-1]
 
 
-def _paid(lines: list[dict[str, Any]], place: int) -> float | None:
-    """What a step on the tuning API cost, by the running sum; with the first one what came before it."""
-    now, before = lines[place].get("dollars"), lines[place - 1].get("dollars") if place else 0.0
-    if not isinstance(now, int | float) or not isinstance(before, int | float):
+def _difference(total: Any, previous: Any) -> float | None:
+    """Return the cost of a step from the running totals; None if one is unknown."""
+    if not isinstance(total, int | float) or not isinstance(previous, int | float):
         return None
-    return max(0.0, now - before)
+    return max(0.0, total - previous)

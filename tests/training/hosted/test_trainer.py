@@ -1,4 +1,4 @@
-"""The hosted loop over real HTTP: it learns, pays no more than it may, and tells what is applied twice."""
+"""Tests of hosted training against a fake tuning API: learning, budget, lost responses and resuming."""
 
 from __future__ import annotations
 
@@ -9,181 +9,179 @@ from typing import Any
 
 import pytest
 
-from tests.support.tuning_server import KEY, Drop, Finetune, StandInTuning, stand_in_tuning
-from training.grpo import train as grpo
-from training.hosted import trainer as hosted
-from training.hosted.cost import Spend
+from tests.support.tuning_server import KEY, Drop, Finetune, TuningServer, run_tuning_server
+from training.grpo.__main__ import execute
+from training.hosted.cost import CostTracker
+from training.hosted.trainer import HostedRunState, HostedTrainer, client_from_env, train_hosted
 from training.runs.run import Run, RunAborted, RunConfig
 from training.runs.usage_events import run_events
 
 QUICK: dict[str, Any] = {"base": "moondream3-preview", "reward": {"colour": 1.0}, "seed": 3, "steps": 6}
-QUICK |= {"where": "hosted", "rank": 8, "rollouts": 6, "probe_every": 3, "learning_rate": 2e-3, "photos_per_step": 2}
+QUICK |= {"backend": "hosted", "rank": 8, "rollouts": 6, "probe_every": 3, "learning_rate": 2e-3, "photos_per_step": 2}
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInTuning]:
-    """The stand-in, whose address and key this process is given."""
-    with stand_in_tuning() as running:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[TuningServer]:
+    """Start a fake tuning API that the environment points to."""
+    with run_tuning_server() as running:
         monkeypatch.setenv("MOONDREAM_API_URL", running.address)
         monkeypatch.setenv("MOONDREAM_API_KEY", KEY)
         monkeypatch.setenv("MOONDREAM_RATE", "1000")
         yield running
 
 
-def made(folder: Path, few: str, **changes: Any) -> Run:
+def make_run(folder: Path, few: str, **changes: Any) -> Run:
     (folder / "run").mkdir()
-    config = RunConfig.make(**QUICK | {"photos": few, "held_out": few + "/"} | changes)
+    config = RunConfig.create(**QUICK | {"photos": few, "held_out": few + "/"} | changes)
     (folder / "run" / "config.json").write_text(config.model_dump_json())
     return Run(folder / "run")
 
 
-def do(run: Run) -> None:
-    """As `python -m training.grpo` does it."""
-    grpo._live(run, run.config(), True, hosted.work)
+def train(run: Run) -> None:
+    """Execute a run as `python -m training.grpo` does."""
+    execute(run, run.config(), train_hosted)
 
 
-def everything(run: Run) -> str:
+def all_text(run: Run) -> str:
     return "".join(path.read_text(errors="replace") for path in run.folder.rglob("*") if path.is_file())
 
 
-def test_the_reward_on_held_out_photos_rises(tmp_path: Path, few: str, server: StandInTuning) -> None:
-    run = made(tmp_path, few, steps=12)
-    do(run)
+def test_reward_on_held_out_photos_rises(tmp_path: Path, few: str, server: TuningServer) -> None:
+    run = make_run(tmp_path, few, steps=12)
+    train(run)
     result, status = run.result(), run.status()
     assert (status.state, status.step) == ("done", 12) and result
-    probes = [line["held_out"] for line in run.probes()]
+    probes = [row["held_out"] for row in run.probes()]
     assert max(probes[1:]) > probes[0]
     assert result["difference"]["mean"] > 0.05 and result["wins"] == (result["difference"]["low"] > 0)
     finetune = server.finetunes[result["finetune_id"]]
     assert result["model"] == f"moondream3-preview/{result['finetune_id']}@{max(finetune.saved)}"
-    assert 6 <= finetune.step <= 12 and result["twice"] == 0  # a step whose groups all agree is not sent
-    assert [line["step"] for line in run.metrics()] == list(range(1, 13))
-    assert KEY not in everything(run)
+    assert 6 <= finetune.step <= 12 and result["twice"] == 0  # a step without a learning signal is not sent
+    assert [row["step"] for row in run.metrics()] == list(range(1, 13))
+    assert KEY not in all_text(run)
 
 
-def test_what_is_paid_is_counted_and_bounded(tmp_path: Path, few: str, server: StandInTuning) -> None:
-    run = made(tmp_path, few)
-    do(run)
-    result, bound = run.result(), Spend("moondream3-preview").bound(run.config(), 3)
+def test_cost_is_recorded_and_bounded(tmp_path: Path, few: str, server: TuningServer) -> None:
+    run = make_run(tmp_path, few)
+    train(run)
+    result, bound = run.result(), CostTracker("moondream3-preview").max_cost(run.config(), 3)
     assert result and bound and 0 < result["dollars"] <= bound < 5 * result["dollars"]
-    spent = [line["dollars"] for line in run.metrics()]
+    spent = [row["dollars"] for row in run.metrics()]
     assert spent == sorted(spent)
     events = run_events(run, lambda seconds: None)
     assert {event.source for event in events} == {"hosted-rl"}
     assert sum(event.cost or 0 for event in events) == pytest.approx(spent[-1])
 
 
-def test_the_budget_ends_a_run_and_what_was_learned_is_kept(tmp_path: Path, few: str, server: StandInTuning) -> None:
-    spend = Spend("moondream3-preview")
-    step, rest = spend.step(RunConfig.make(**QUICK)), spend.judging(3 + 8)
+def test_budget_ends_the_run_and_keeps_its_result(tmp_path: Path, few: str, server: TuningServer) -> None:
+    costs = CostTracker("moondream3-preview")
+    step, rest = costs.max_step_cost(RunConfig.create(**QUICK)), costs.max_evaluation_cost(3 + 8)
     assert step and rest
-    run = made(tmp_path, few, budget=3.2 * step + rest, probe_every=1, steps=50)
-    do(run)
+    run = make_run(tmp_path, few, budget=3.2 * step + rest, probe_every=1, steps=50)
+    train(run)
     result, budget = run.result(), run.config().budget
-    assert run.status().state == "done" and result and "budget ended it" in result["alarm"]
+    assert run.status().state == "done" and result and "budget ended the run" in result["alarm"]
     assert budget and result["dollars"] <= budget and 1 <= len(run.metrics()) < 50
 
 
-def test_a_run_that_goes_on_does_not_pay_for_its_base_again(tmp_path: Path, few: str, server: StandInTuning) -> None:
-    run = made(tmp_path, few)
-    do(run)
-    asked = sum(isinstance(body, dict) and body.get("model") == run.config().base for body in server.bodies)
-    again = hosted._Loop(run, run.config(), hosted.server_of_environment(), lambda phase: None)
-    before = len(server.asked)
-    assert asked == len(again._base()) == 3 and len(server.asked) == before
+def test_resumed_run_does_not_pay_for_its_base_again(tmp_path: Path, few: str, server: TuningServer) -> None:
+    run = make_run(tmp_path, few)
+    train(run)
+    base_requests = sum(isinstance(body, dict) and body.get("model") == run.config().base for body in server.bodies)
+    resumed = HostedTrainer(run, run.config(), client_from_env(), lambda phase: None)
+    count = len(server.requests)
+    assert base_requests == len(resumed.evaluate_base()) == 3 and len(server.requests) == count
 
 
-def test_a_budget_without_a_price_is_refused(tmp_path: Path, few: str, server: StandInTuning) -> None:
-    run = made(tmp_path, few, base="moondream-tiny", budget=1.0)
+def test_budget_without_a_known_price_is_refused(tmp_path: Path, few: str, server: TuningServer) -> None:
+    run = make_run(tmp_path, few, base="moondream-tiny", budget=1.0)
     with pytest.raises(SystemExit):
-        do(run)
+        train(run)
     assert "No price is known" in run.status().message
 
 
-def test_groups_without_variance_are_left_out_and_counted(tmp_path: Path, few: str, server: StandInTuning) -> None:
+def test_groups_without_reward_variance_are_skipped_and_counted(tmp_path: Path, few: str, server: TuningServer) -> None:
     server.finetunes["01HX"] = Finetune("playground-run", 8)
-    server.finetunes["01HX"].likes[0] = 50.0  # it says one thing only
-    run = made(tmp_path, few, steps=3)
+    server.finetunes["01HX"].preferences[0] = 50.0  # every answer is the same
+    run = make_run(tmp_path, few, steps=3)
     with pytest.raises(SystemExit):
-        do(run)
+        train(run)
     assert "Nothing was learned" in run.status().message
-    assert hosted.State.of(run).silent == hosted.State.of(run).groups == 6
-    assert not any("train_step" in path for path in server.asked)
+    assert HostedRunState.load(run).silent == HostedRunState.load(run).groups == 6
+    assert not any("train_step" in path for path in server.requests)
 
 
-@pytest.mark.parametrize("says_step", [True, False])
-def test_a_step_whose_answer_is_lost_is_not_sent_again(
-    tmp_path: Path, few: str, server: StandInTuning, says_step: bool
+@pytest.mark.parametrize("reports_step", [True, False])
+def test_step_with_a_lost_response_is_not_sent_again(
+    tmp_path: Path, few: str, server: TuningServer, reports_step: bool
 ) -> None:
-    drops, server.says_step = [Drop(after=True)], says_step
-    server.before = lambda path: drops.pop() if drops and path.endswith("train_step") else None
-    run = made(tmp_path, few)
-    do(run)
+    drops, server.reports_step = [Drop(after=True)], reports_step
+    server.inject_fault = lambda path: drops.pop() if drops and path.endswith("train_step") else None
+    run = make_run(tmp_path, few)
+    train(run)
     assert run.status().state == "done" and server.finetunes["01HX0000"].step == 6
-    assert sum("train_step" in path for path in server.asked) == 6
+    assert sum("train_step" in path for path in server.requests) == 6
 
 
-def test_a_step_that_did_not_arrive_is_sent_again(tmp_path: Path, few: str, server: StandInTuning) -> None:
+def test_step_that_was_not_applied_is_sent_again(tmp_path: Path, few: str, server: TuningServer) -> None:
     drops = [Drop(after=False), 500, 429]
-    server.before = lambda path: drops.pop() if drops and path.endswith("train_step") else None
-    run = made(tmp_path, few)
-    do(run)
+    server.inject_fault = lambda path: drops.pop() if drops and path.endswith("train_step") else None
+    run = make_run(tmp_path, few)
+    train(run)
     assert run.status().state == "done" and server.finetunes["01HX0000"].step == 6
-    assert sum("train_step" in path for path in server.asked) == 9
+    assert sum("train_step" in path for path in server.requests) == 9
 
 
-def test_a_step_that_is_applied_twice_is_told(
-    tmp_path: Path, few: str, server: StandInTuning, capsys: pytest.CaptureFixture[str]
+def test_step_applied_twice_is_reported(
+    tmp_path: Path, few: str, server: TuningServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain, doubled = server.train, [True]
+    apply, repeat = server.train, [True]
 
     def twice(body: Any) -> dict[str, Any]:
-        if doubled and doubled.pop():
-            plain(body)
-        return plain(body)
+        if repeat and repeat.pop():
+            apply(body)
+        return apply(body)
 
     server.train = twice  # type: ignore[method-assign]
-    run = made(tmp_path, few)
-    do(run)
+    run = make_run(tmp_path, few)
+    train(run)
     result = run.result()
-    assert result and result["twice"] == 1 and "WARNING: 1 step more" in capsys.readouterr().out
+    assert result and result["twice"] == 1 and "charged, 1 extra step" in capsys.readouterr().out
 
 
-def test_a_run_that_was_killed_goes_on_where_the_finetune_stands(
-    tmp_path: Path, few: str, server: StandInTuning
-) -> None:
-    run = made(tmp_path, few)
+def test_killed_run_continues_where_the_finetune_stands(tmp_path: Path, few: str, server: TuningServer) -> None:
+    run = make_run(tmp_path, few)
     faults: list[Any] = [None, None, 402]
-    server.before = lambda path: faults.pop(0) if faults and path.endswith("train_step") else None
+    server.inject_fault = lambda path: faults.pop(0) if faults and path.endswith("train_step") else None
     with pytest.raises(SystemExit):
-        do(run)
+        train(run)
     assert "no credit" in run.status().message and "Resume" in run.status().message
-    state = hosted.State.of(run)
+    state = HostedRunState.load(run)
     assert (state.step, state.done) == (2, 2)
-    server.finetunes["01HX0000"].step += 1  # its third step was applied, and it was killed before it knew
-    do(run)
+    server.finetunes["01HX0000"].step += 1  # the third step was applied, but its response was lost
+    train(run)
     assert run.status().state == "done" and server.finetunes["01HX0000"].step == 6
     assert len(server.finetunes) == 1
 
 
-def test_a_cancelled_run_stops_asking(tmp_path: Path, few: str, server: StandInTuning) -> None:
-    run = made(tmp_path, few, steps=200)
-    server.before = lambda path: run.cancel() if path.endswith("train_step") else None
-    do(run)
+def test_cancelled_run_sends_no_more_requests(tmp_path: Path, few: str, server: TuningServer) -> None:
+    run = make_run(tmp_path, few, steps=200)
+    server.inject_fault = lambda path: run.cancel() if path.endswith("train_step") else None
+    train(run)
     assert run.status().state == "cancelled" and server.finetunes["01HX0000"].step == 1
 
 
-def test_examples_come_first_where_they_are_asked_for(tmp_path: Path, few: str, server: StandInTuning) -> None:
-    run = made(tmp_path, few, sft_steps=3, steps=2)
-    do(run)
-    sent = [body for path, body in zip(server.asked, server.bodies, strict=True) if "train_step" in path]
+def test_supervised_steps_come_first(tmp_path: Path, few: str, server: TuningServer) -> None:
+    run = make_run(tmp_path, few, sft_steps=3, steps=2)
+    train(run)
+    sent = [body for path, body in zip(server.requests, server.bodies, strict=True) if "train_step" in path]
     assert [step["groups"][0]["mode"] for step in sent] == ["sft"] * 3 + ["rl"] * 2
     answers = [group["target"]["answer"] for step in sent[:3] for group in step["groups"]]
     assert all(answer.startswith("crop") for answer in answers) and len(set(answers)) > 1
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("environment", "message"),
     [
         ({"MOONDREAM_API_KEY": "", "MOONDREAM_API_URL": ""}, "needs a key"),
         ({"MOONDREAM_API_KEY": "wrong"}, "does not accept the key"),
@@ -191,30 +189,30 @@ def test_examples_come_first_where_they_are_asked_for(tmp_path: Path, few: str, 
         ({"MOONDREAM_RATE": "0"}, "cannot be used"),
     ],
 )
-def test_what_cannot_work_says_what_to_do(
-    tmp_path: Path, few: str, server: StandInTuning, monkeypatch: pytest.MonkeyPatch, environment: Any, said: str
+def test_invalid_environment_fails_the_run_with_a_remedy(
+    tmp_path: Path, few: str, server: TuningServer, monkeypatch: pytest.MonkeyPatch, environment: Any, message: str
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    run = made(tmp_path, few)
+    run = make_run(tmp_path, few)
     with pytest.raises(SystemExit):
-        do(run)
-    assert said in run.status().message and KEY not in everything(run)
+        train(run)
+    assert message in run.status().message and KEY not in all_text(run)
 
 
-@pytest.mark.parametrize(("changes", "said"), [({"rank": 7}, "ranks 8"), ({"rollouts": 20}, "at most 16")])
-def test_what_the_api_does_not_take_is_refused_here(
-    tmp_path: Path, few: str, server: StandInTuning, changes: Any, said: str
+@pytest.mark.parametrize(("changes", "message"), [({"rank": 7}, "ranks 8"), ({"rollouts": 20}, "at most 16")])
+def test_settings_unsupported_by_the_api_are_refused_before_any_request(
+    tmp_path: Path, few: str, server: TuningServer, changes: Any, message: str
 ) -> None:
-    run = made(tmp_path, few, **changes)
-    with pytest.raises(RunAborted, match=said):
-        hosted.work(run, run.config(), print)
-    assert not server.asked
+    run = make_run(tmp_path, few, **changes)
+    with pytest.raises(RunAborted, match=message):
+        train_hosted(run, run.config(), print)
+    assert not server.requests
 
 
-def test_base_and_tuned_model_are_asked_in_the_same_way(tmp_path: Path, few: str, server: StandInTuning) -> None:
-    do(made(tmp_path, few))
-    asked = [body for path, body in zip(server.asked, server.bodies, strict=True) if path.endswith("/query")]
-    models = {body.pop("model") for body in asked}
+def test_base_and_tuned_model_get_identical_requests(tmp_path: Path, few: str, server: TuningServer) -> None:
+    train(make_run(tmp_path, few))
+    queries = [body for path, body in zip(server.requests, server.bodies, strict=True) if path.endswith("/query")]
+    models = {body.pop("model") for body in queries}
     assert len(models) == 2 and "moondream3-preview" in models
-    assert len({json.dumps(body) for body in asked}) == 3 == len(asked) // 2  # three photos, nothing else differs
+    assert len({json.dumps(body) for body in queries}) == 3 == len(queries) // 2  # only the three photos differ

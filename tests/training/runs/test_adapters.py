@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from inference.registry import MODELS, ModelSpec
+from inference.availability import unavailable
+from inference.registry import MODELS
+from inference.types import ModelSpec
 from tests.support.fake_run import write_adapter, write_result
 from tests.support.runs import make_config
 from training.runs.adapters import AdapterRegistry, base_chain, check_adapter, model_name, tensor_shapes
@@ -56,7 +58,7 @@ def test_enable_adds_the_model_and_disable_removes_it(
     run = make()
     spec = adapters.enable(run)
     assert models[model_name(run.id)] is spec and spec.adapter == str(run.adapter) and spec.source == TINY.source
-    assert spec.title == "tuned: sharpness 1, colour 0.5" and spec.unavailable() is None
+    assert spec.title == "tuned: sharpness 1, colour 0.5" and unavailable(spec) is None
     assert adapters.newest_with_base() == ["moondream-tiny", spec.name] and adapters.is_enabled(run.id)
     version = adapters.version
     adapters.disable(run.id)

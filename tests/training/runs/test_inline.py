@@ -11,8 +11,8 @@ from gradio_client import Client
 
 import app
 from settings import Settings
-from tests.e2e.conftest import serving
 from tests.support import fake_run
+from tests.support.app_server import app_server
 from tests.support.runs import make_config
 from training.runs.inline import run_inline
 from training.runs.queue import RunQueue
@@ -68,7 +68,7 @@ def test_mark_orphans_interrupts_queued_inline_runs_of_an_earlier_process(tmp_pa
 
 def test_api_call_returns_when_its_inline_run_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "_inside", lambda: fake_run.main)
-    with serving(tmp_path, train_in_request=True) as address:
+    with app_server(tmp_path, train_in_request=True) as address:
         client = Client(address, verbose=False)
         status = client.predict({"colour": 1}, "moondream-tiny", "bundled", 4, 107, "", api_name="/retrain")
     assert status["state"] == "done" and status["step"] == 4
