@@ -94,7 +94,7 @@ def _learner(geometry: str, cached: bool, config: Any) -> Any:
         torch.manual_seed(0)
         policy = Policy(MoondreamConfig(config=sections))  # type: ignore[call-arg]
         policy.prepare(RecipeConstraint(tokenizer, grammar_segments(), end_id=policy.config.eos_id))
-        learns.policy, learns.model = policy, grpo.add_lora(policy, learns.entry, config)
+        learns.policy, learns.model = policy, grpo.add_lora(policy, learns.spec, config)
         learns.processor = MoondreamProcessor(
             type(learns.processor.image_processor).from_config(policy.config),
             tokenizer,

@@ -61,7 +61,7 @@ def _times(request: Any, count: int = REQUESTS) -> np.ndarray:
 
 def _training(folder: Path) -> subprocess.Popen[bytes]:
     """A run that is past its start: it trains."""
-    config = RunConfig.make(base="moondream-tiny", reward={"sharpness": 1.0}, seed=1, steps=1_000)
+    config = RunConfig.create(base="moondream-tiny", reward={"sharpness": 1.0}, seed=1, steps=1_000)
     (folder / "config.json").write_text(json.dumps(config.model_dump()))
     command = [sys.executable, "-m", "training.grpo", str(folder)]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

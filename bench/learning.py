@@ -18,13 +18,21 @@ import numpy as np
 
 from inference.registry import MODELS
 from recipes import Recipe, load_photo, parse, random_recipe, render, shrink
-from rewards import DEFAULT, REWARDS, RewardFunction, score
-from training.data.bundled import bundled
-from training.evaluate import POOL, Judged, ask, difference, entry_of, judge, totals
+from rewards import EQUAL_WEIGHTS, REWARDS, RewardFunction, score_pictures
+from training.data.bundled import bundled_photos
+from training.evaluate import (
+    POOL_SIZE,
+    ScoredAnswer,
+    greedy_answers,
+    paired_difference,
+    resolve_model,
+    reward_totals,
+    score_answer,
+)
 from training.runs.run import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-FUNCTIONS = {name: RewardFunction({name: 1.0}) for name in REWARDS} | {"equal": DEFAULT}
+FUNCTIONS = {name: RewardFunction({name: 1.0}) for name in REWARDS} | {"equal": EQUAL_WEIGHTS}
 SEEDS = (1, 2, 3)
 MUST_LOOK = ("sharpness", "colour", "equal")
 
@@ -33,28 +41,28 @@ class Photos:
     """The held-out photos with the scores of the untouched ones, of random recipes, and of the base."""
 
     def __init__(self) -> None:
-        self.photos = [shrink(load_photo(info.path)) for info in bundled("held-out")]
+        self.photos = [shrink(load_photo(info.path)) for info in bundled_photos("held-out")]
         rng = np.random.default_rng(0)
-        self.pool = [Recipe(), *(random_recipe(rng) for _ in range(POOL))]
+        self.pool = [Recipe(), *(random_recipe(rng) for _ in range(POOL_SIZE))]
         self.scored = [[_judged(photo, recipe) for recipe in self.pool] for photo in self.photos]
         self.base = self.judged("moondream-tiny")
 
-    def judged(self, name: str) -> list[Judged]:
+    def judged(self, name: str) -> list[ScoredAnswer]:
         """A model's likeliest recipes, scored."""
-        entry = MODELS[name] if name in MODELS else entry_of(name)
-        return [judge(photo, text) for photo, text in zip(self.photos, ask(entry, self.photos), strict=True)]
+        entry = MODELS[name] if name in MODELS else resolve_model(name)
+        return [score_answer(photo, text) for photo, text in zip(self.photos, greedy_answers(entry, self.photos), strict=True)]
 
-    def reference(self, function: RewardFunction) -> tuple[float, float]:
+    def reference_scores(self, function: RewardFunction) -> tuple[float, float]:
         """The total of the best single recipe for all, and of the best of the random ones per photo."""
-        table = np.stack([totals(row, function) for row in self.scored])
+        table = np.stack([reward_totals(row, function) for row in self.scored])
         return float(table.mean(0).max()), float(table[:, 1:].max(1).mean())
 
-    def swapped(self, judged: list[Judged], function: RewardFunction) -> float:
+    def swapped(self, judged: list[ScoredAnswer], function: RewardFunction) -> float:
         """The mean total when each photo gets the recipe of another photo, over all other photos."""
         recipes = list(dict.fromkeys(one.recipe for one in judged))
         table = {recipe: [_judged(photo, recipe) for photo in self.photos] for recipe in recipes}
         others = [
-            totals([table[other.recipe][place]], function)[0]
+            reward_totals([table[other.recipe][place]], function)[0]
             for place in range(len(judged))
             for index, other in enumerate(judged)
             if index != place
@@ -62,8 +70,8 @@ class Photos:
         return float(np.nanmean(others))
 
 
-def _judged(photo: np.ndarray, recipe: Recipe) -> Judged:
-    return Judged(recipe, score(photo, [render(photo, recipe)])[0])
+def _judged(photo: np.ndarray, recipe: Recipe) -> ScoredAnswer:
+    return ScoredAnswer(recipe, score_pictures(photo, [render(photo, recipe)])[0])
 
 
 def rows() -> list[dict[str, Any]]:
@@ -80,17 +88,17 @@ def rows() -> list[dict[str, Any]]:
 def _run(folder: Path, function: RewardFunction, seed: int, photos: Photos) -> dict[str, Any]:
     """One fine-tune from its command, and how its model does."""
     folder.mkdir()
-    config = RunConfig.make(base="moondream-tiny", reward=dict(function.weights), seed=seed)
+    config = RunConfig.create(base="moondream-tiny", reward=dict(function.weights), seed=seed)
     (folder / "config.json").write_text(config.model_dump_json(include={"base", "reward", "seed"}))
     command = [sys.executable, "-m", "training.grpo", str(folder)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     told, result = json.loads(done.stdout.splitlines()[-1]), json.loads((folder / "result.json").read_text())
     judged = photos.judged(str(folder))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    print(f"{folder.name}: {told['difference']} in {told['seconds']:.0f} s", file=sys.stderr, flush=True)
+    print(f"{folder.name}: {told['paired_difference']} in {told['seconds']:.0f} s", file=sys.stderr, flush=True)
     return {
         "judged": judged,
-        "gain": difference(photos.base, judged, function),
+        "gain": paired_difference(photos.base, judged, function),
         "seconds": told["seconds"],
         "megabytes": told["peak_memory_bytes"] / 1e6,
         "swapped": photos.swapped(judged, function),
@@ -129,9 +137,9 @@ def summarise(runs: dict[str, list[dict[str, Any]]], photos: Photos) -> list[dic
 def _function_rows(
     name: str, function: RewardFunction, runs: dict[str, list[dict[str, Any]]], photos: Photos
 ) -> list[dict[str, Any]]:
-    base = float(np.nanmean(totals(photos.base, function)))
-    single, best = photos.reference(function)
-    tuned = [float(np.nanmean(totals(run["judged"], function))) for run in runs[name]]
+    base = float(np.nanmean(reward_totals(photos.base, function)))
+    single, best = photos.reference_scores(function)
+    tuned = [float(np.nanmean(reward_totals(run["judged"], function))) for run in runs[name]]
     gains = ", ".join(
         f"{r['gain']['mean']:+.3f} ({r['gain']['low']:+.3f} to {r['gain']['high']:+.3f})" for r in runs[name]
     )
@@ -141,7 +149,7 @@ def _function_rows(
     return [
         _row(f"{name}: tuned", mean, "score", None, base, f"against the base; gains of three seeds: {gains}"),
         _row(f"{name}: gap closed", (mean - base) / max(best - base, 1e-9), "share", ">= 0.5", None,
-             f"best of {POOL} random recipes per photo: {best:.3f}"),
+             f"best of {POOL_SIZE} random recipes per photo: {best:.3f}"),
         _row(f"{name}: tuned less the best single recipe", mean - single, "score", "> 0" if looks else None, None,
              f"best single recipe for all photos: {single:.3f}"),
         _row(f"{name}: share of the gain lost with another photo's recipe", statistics.median(lost), "share",
@@ -153,7 +161,7 @@ def _specialist(name: str, runs: dict[str, list[dict[str, Any]]]) -> bool:
     """Whether the runs for a reward do better on it, on average, than those for each of the others."""
     function = FUNCTIONS[name]
     means = {
-        other: statistics.mean(float(np.nanmean(totals(run["judged"], function))) for run in runs[other])
+        other: statistics.mean(float(np.nanmean(reward_totals(run["judged"], function))) for run in runs[other])
         for other in REWARDS
     }
     return max(means, key=lambda other: means[other]) == name
@@ -169,5 +177,5 @@ def _row(
         "baseline": None if baseline is None else round(baseline, 3),
         "ratio": None if not baseline else round(value / baseline, 2),
         "target": target,
-        "note": note or f"{len(FUNCTIONS) * len(SEEDS)} runs, {len(bundled('held-out'))} held-out photos",
+        "note": note or f"{len(FUNCTIONS) * len(SEEDS)} runs, {len(bundled_photos('held-out'))} held-out photos",
     }

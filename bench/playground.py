@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from inference.registry import BACKENDS, MODELS, ModelSpec
-from inference.types import Answer, Event, Request, Queued
+from inference.registry import BACKENDS, MODELS
+from inference.types import Answer, Event, ModelSpec, Queued, Request
 from recipes import random_recipe
 
 if TYPE_CHECKING:
@@ -128,14 +128,14 @@ def _alternative() -> Any:
     import gradio as gr
     from fastapi import FastAPI
 
-    from rewards import DEFAULT, REWARDS
+    from rewards import EQUAL_WEIGHTS, REWARDS
     from ui.playground.grid import candidate_grid
     from ui.theme import HEAD, theme
 
     value = _grid_value()
     with gr.Blocks(analytics_enabled=False, fill_width=True) as page:
         sliders = [
-            gr.Slider(0, 1, DEFAULT.weights[name], step=0.05, label=name, elem_id=f"weight-{name}") for name in REWARDS
+            gr.Slider(0, 1, EQUAL_WEIGHTS.weights[name], step=0.05, label=name, elem_id=f"weight-{name}") for name in REWARDS
         ]
         grid, news = candidate_grid(), gr.JSON(visible=False)
         page.load(lambda: value, None, grid)

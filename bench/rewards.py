@@ -10,7 +10,7 @@ from skimage.filters import gaussian, laplace
 
 from bench.recipes import median_ms
 from recipes import PREVIEW_SIDE, Recipe, load_photo, render
-from rewards import REWARDS, score
+from rewards import REWARDS, score_pictures
 from rewards.report import PHOTOS, draw, report
 
 PHOTO = Path(__file__).resolve().parent.parent / "assets" / "photos" / "astronaut.jpg"
@@ -24,8 +24,8 @@ def rows() -> list[dict[str, Any]]:
     candidate = render(photo, Recipe(exposure=20, contrast=10, saturation=20, warmth=-20, sharpening=40))
     cropped = render(photo, Recipe(crop=(10, 5, 85, 95), exposure=20, look="fade"))
     plain = median_ms(lambda: plainly(photo, candidate), 3)
-    ours = median_ms(lambda: score(photo, [candidate]), 40)
-    group = median_ms(lambda: score(photo, [candidate, cropped] * 4), 10) / 8
+    ours = median_ms(lambda: score_pictures(photo, [candidate]), 40)
+    group = median_ms(lambda: score_pictures(photo, [candidate, cropped] * 4), 10) / 8
     first = {
         "name": f"all rewards of one candidate of {PREVIEW_SIDE} px",
         "value": ours,

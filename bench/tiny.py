@@ -14,14 +14,14 @@ from typing import Any
 from inference.registry import TINY, answer
 from inference.types import Answer, Request
 from recipes import load_photo
-from training.data.bundled import bundled
+from training.data.bundled import bundled_photos
 
 RUNS = 7
 
 
 def ask(n: int, seed: int) -> list[Answer]:
     """One request of `n` recipes through the same call as the playground's."""
-    photo = load_photo(bundled("held-out")[0].path)
+    photo = load_photo(bundled_photos("held-out")[0].path)
     request = Request(photo=photo, skill="recipe", n=n, temperature=1.0, seed=seed)
     return [event for event in answer("moondream-tiny", request) if isinstance(event, Answer)]
 

@@ -23,10 +23,10 @@ from sqlalchemy import insert, text
 from storage.database import Database
 from storage.tables import EVENTS, HOURS, KINDS
 from usage import rollups
-from usage.analytics import Usage
-from usage.events import Deployment, Event
+from usage.analytics import UsageAnalytics
+from usage.events import Deployment, UsageEvent
 from usage.recorder import Recorder
-from usage.time_window import Filter, micros
+from usage.time_window import UsageFilter, micros
 
 EVENTS_IN_ALL = int(os.environ.get("BENCH_USAGE_EVENTS", "1_000_000"))
 DAYS, BRANCHES, MODELS = 30, 10, 6
@@ -35,17 +35,17 @@ OUTCOMES = (("ok", ""), ("error", "out_of_memory"), ("error", "provider"), ("can
 NOW = datetime(2026, 11, 1, 12, 34, 56, tzinfo=timezone.utc)
 REPEATS = 20
 FILTERS = {
-    "hour": Filter("hour"),
-    "day": Filter("day"),
-    "week": Filter("week"),
-    "30 days": Filter("30 days"),
-    "30 days, New York": Filter("30 days", zone="America/New_York"),
-    "30 days, Kathmandu (+5:45)": Filter("30 days", zone="Asia/Kathmandu"),
-    "30 days, three branches": Filter("30 days", branches=("branch-0", "branch-1", "branch-2")),
-    "30 days, one model": Filter("30 days", models=("model-3",)),
-    "30 days, one skill": Filter("30 days", skills=("detect",)),
-    "30 days, errors": Filter("30 days", outcomes=("error",)),
-    "custom, ten days to the second": Filter(
+    "hour": UsageFilter("hour"),
+    "day": UsageFilter("day"),
+    "week": UsageFilter("week"),
+    "30 days": UsageFilter("30 days"),
+    "30 days, New York": UsageFilter("30 days", zone="America/New_York"),
+    "30 days, Kathmandu (+5:45)": UsageFilter("30 days", zone="Asia/Kathmandu"),
+    "30 days, three branches": UsageFilter("30 days", branches=("branch-0", "branch-1", "branch-2")),
+    "30 days, one model": UsageFilter("30 days", models=("model-3",)),
+    "30 days, one skill": UsageFilter("30 days", skills=("detect",)),
+    "30 days, errors": UsageFilter("30 days", outcomes=("error",)),
+    "custom, ten days to the second": UsageFilter(
         "custom", start=NOW - timedelta(days=17, seconds=77), end=NOW - timedelta(days=7, seconds=1)
     ),
 }
@@ -128,9 +128,9 @@ def _measured(url: str, name: str) -> list[dict[str, Any]]:
     built = time.perf_counter() - started
     plain = statistics.median(_timed(lambda: _plain(database)) for _ in range(3))
     started = time.perf_counter()
-    Usage(database).dashboard(Filter("30 days"), now=NOW)
+    UsageAnalytics(database).dashboard(UsageFilter("30 days"), now=NOW)
     cold = time.perf_counter() - started
-    usage, found = Usage(database), []
+    usage, found = UsageAnalytics(database), []
     for title, wanted in FILTERS.items():
         usage.dashboard(wanted, now=NOW)
         times = sorted(_timed(partial(usage.dashboard, wanted, now=NOW)) for _ in range(REPEATS))
@@ -170,7 +170,7 @@ def _recording(folder: Path) -> list[dict[str, Any]]:
     taken, started = [], time.perf_counter()
     for number in range(rate * seconds):
         before = time.perf_counter()
-        recorder.record(Event(datetime.now(timezone.utc), f"model-{number % 6}", "recipe", latency=0.5))
+        recorder.record(UsageEvent(datetime.now(timezone.utc), f"model-{number % 6}", "recipe", latency=0.5))
         taken.append(time.perf_counter() - before)
         time.sleep(max(0.0, started + (number + 1) / rate - time.perf_counter()))
     offered = len(taken) / (time.perf_counter() - started)

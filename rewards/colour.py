@@ -1,16 +1,16 @@
-"""The reward `colour`: colourful, and true to the photo.
+"""The reward `colour`: a colourful picture that stays true to the photo.
 
-    colour = M^3 / (M^3 + HALF^3) * exp(-vivid - pushed - clip - turn - change)
+    colour = M^3 / (M^3 + HALF^3) * exp(-oversaturation - boost - clipping - hue_shift - change)
 
 - M: the colourfulness of Hasler and Suesstrunk, "Measuring colourfulness in natural images" (2003); 0 is grey, 15
   slightly, 33 moderately, 45 averagely, 59 quite, 82 highly colourful. Grey scores 0; the first factor rises with M.
-- vivid = (ln(M / max(M of the source, NATURAL)) / VIVID)^2 / 2 if positive: over-saturated, unless the photo was.
-- pushed = (ln(M / (PUSHED * M of the source)) / PUSHED_WIDTH)^2 / 2 if positive: no longer this photo's colours.
-- clip = new share of pixels with a channel at its end / CLIP.
-- turn = (mean turn of the hue in degrees, weighted by chroma / TURN)^2.
-- change = (mean CIEDE2000 to the source / CHANGE)^2 (fidelity; it is also reported beside the scores).
+- oversaturation = (ln(M / max(M of the source, NATURAL)) / OVERSATURATION)^2 / 2 if positive.
+- boost = (ln(M / (MAX_BOOST * M of the source)) / BOOST_WIDTH)^2 / 2 if positive: far more colourful than the photo.
+- clipping = additional share of pixels with a clipped channel / CLIPPING.
+- hue_shift = (mean hue shift in degrees, weighted by chroma / HUE_SHIFT)^2.
+- change = (mean CIEDE2000 to the source / CHANGE)^2, the fidelity that is also reported beside the scores.
 
-So a dull photo gains from some saturation, as much as it lacks; a vivid one is best left alone.
+A dull photo therefore gains from moderate saturation, and a vivid photo from none.
 """
 
 from __future__ import annotations
@@ -18,64 +18,64 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from rewards import image_metrics as compare
+from rewards import image_metrics
 
 HALF = 35.0
 NATURAL = 60.0
-VIVID = 0.3
-PUSHED, PUSHED_WIDTH = 1.8, 0.3
-CLIP = 0.6
-TURN = 60.0
+OVERSATURATION = 0.3
+MAX_BOOST, BOOST_WIDTH = 1.8, 0.3
+CLIPPING = 0.6
+HUE_SHIFT = 60.0
 CHANGE = 28.0
 
 
 def colour(source: np.ndarray, candidates: list[np.ndarray]) -> list[float | None]:
-    """Scores 0..1 of candidates (uint8 RGB), each by itself; the module says how."""
-    views: dict[tuple[float, ...], _View] = {}
+    """Score candidates (uint8 RGB) from 0 to 1, independent of the group; the module's docstring has the formula."""
+    sources: dict[tuple[float, ...], _ColourStats] = {}  # by crop
     scores: list[float | None] = []
     for picture in candidates:
-        pair = compare.pair(source, picture)
-        if pair.box not in views:
-            views[pair.box] = _View(pair.source)
-        scores.append(_score(views[pair.box], _View(pair.picture)))
+        pair = image_metrics.align(source, picture)
+        if pair.box not in sources:
+            sources[pair.box] = _ColourStats(pair.source)
+        scores.append(_score(sources[pair.box], _ColourStats(pair.picture)))
     return scores
 
 
-class _View:
-    """A picture as this reward measures it."""
+class _ColourStats:
+    """Colourfulness, clipping and CIELAB values of a picture."""
 
     def __init__(self, picture: np.ndarray) -> None:
-        small = compare.small(picture)
+        small = image_metrics.downscale(picture)
         self.colourfulness = colourfulness(small)
-        self.clipped = compare.clipped(picture)
-        self.lab = compare.lab(small)
+        self.clipped = image_metrics.clipped_share(picture)
+        self.lab = image_metrics.to_lab(small)
 
 
-def _score(source: _View, picture: _View) -> float:
-    vivid = _beyond(picture.colourfulness, max(source.colourfulness, NATURAL)) / VIVID
-    pushed = _beyond(picture.colourfulness, PUSHED * max(source.colourfulness, 1.0)) / PUSHED_WIDTH
-    clip = max(0.0, picture.clipped - source.clipped) / CLIP
-    turn = hue_turn(source.lab, picture.lab) / TURN
-    change = compare.difference(source.lab, picture.lab) / CHANGE
+def _score(source: _ColourStats, picture: _ColourStats) -> float:
+    oversaturation = _log_excess(picture.colourfulness, max(source.colourfulness, NATURAL)) / OVERSATURATION
+    boost = _log_excess(picture.colourfulness, MAX_BOOST * max(source.colourfulness, 1.0)) / BOOST_WIDTH
+    clipping = max(0.0, picture.clipped - source.clipped) / CLIPPING
+    shift = hue_shift(source.lab, picture.lab) / HUE_SHIFT
+    change = image_metrics.mean_ciede2000(source.lab, picture.lab) / CHANGE
     rich = (picture.colourfulness / HALF) ** 3
-    return float(rich / (1 + rich) * np.exp(-(vivid**2 + pushed**2) / 2 - clip - turn**2 - change**2))
+    return float(rich / (1 + rich) * np.exp(-(oversaturation**2 + boost**2) / 2 - clipping - shift**2 - change**2))
 
 
-def _beyond(value: float, limit: float) -> float:
+def _log_excess(value: float, limit: float) -> float:
     return float(np.log(max(value / limit, 1.0)))
 
 
 def colourfulness(picture: np.ndarray) -> float:
-    """M of Hasler and Suesstrunk of float32 sRGB 0..1: spread plus 0.3 times the mean of R - G and (R + G) / 2 - B."""
+    """Return M of Hasler and Suesstrunk for float32 sRGB 0..1: spread + 0.3 mean of R - G and (R + G) / 2 - B."""
     opponents = cv2.transform(picture, np.array([[1, -1, 0], [0.5, 0.5, -1]], np.float32))
     mean, spread = cv2.meanStdDev(opponents)
     return float(255 * (np.hypot(*spread[:, 0]) + 0.3 * np.hypot(*mean[:, 0])))
 
 
-def hue_turn(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean turn of the hue in degrees between two CIELAB arrays [H, W, 3], weighted by the chroma that both have."""
-    c1, c2 = (np.sqrt(lab[..., 1] ** 2 + lab[..., 2] ** 2) for lab in (one, other))
-    both = np.maximum(c1 * c2, 1e-6)
-    cosine = (one[..., 1] * other[..., 1] + one[..., 2] * other[..., 2]) / both
-    weight = np.sqrt(both)
+def hue_shift(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the mean hue difference in degrees of two CIELAB arrays [H, W, 3], weighted by their common chroma."""
+    c1, c2 = (np.sqrt(lab[..., 1] ** 2 + lab[..., 2] ** 2) for lab in (first, second))
+    product = np.maximum(c1 * c2, 1e-6)
+    cosine = (first[..., 1] * second[..., 1] + first[..., 2] * second[..., 2]) / product
+    weight = np.sqrt(product)
     return float(np.degrees((np.arccos(np.clip(cosine, -1, 1)) * weight).sum() / weight.sum()))

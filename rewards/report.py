@@ -1,9 +1,9 @@
-"""`python -m rewards.report`: do the rewards need the photo? A table and JSON over a folder of photos.
+"""`python -m rewards.report`: measure whether the rewards depend on the photo, as a table and JSON.
 
-For each reward alone and for equal weights: the mean score of the untouched photos, of the one recipe that is best for
-all of them, and of the best recipe per photo, both out of the same random recipes. The blind share is what the one
-recipe gains, divided by what the best per photo gain: 1 would mean that a model need not look. `at the limits` is the
-share of photos whose best recipe has an operation at its extreme. Each recipe is scored alone, as a group of one.
+For each reward alone and for equal weights: the mean score of the untouched photos, of the single recipe that is best
+for all of them, and of the best recipe per photo, both out of the same random recipes. The blind share is the gain of
+the single recipe divided by the gain of the best per photo; at 1 a model would not need to see the photo. `at limits`
+is the share of photos whose best recipe has an operation at its limit. Each recipe is scored as a group of one.
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ import cv2
 import numpy as np
 
 from recipes import OPERATIONS, PREVIEW_SIDE, Recipe, load_photo, random_recipe, render, shrink
-from rewards import DEFAULT, REWARDS, RewardFunction, score
+from rewards import EQUAL_WEIGHTS, REWARDS, RewardFunction, score_pictures
 
 PHOTOS = Path(__file__).resolve().parents[1] / "assets" / "photos"
 COLUMNS = ("untouched", "best_single", "best_per_photo", "blind_share", "at_limits")
 
 
-def draw(count: int = 256, seed: int = 0) -> list[Recipe]:
-    """The pool of random recipes that the report compares."""
+def random_recipes(count: int = 256, seed: int = 0) -> list[Recipe]:
+    """Draw the random recipes that the report compares."""
     rng = np.random.default_rng(seed)
     return [random_recipe(rng) for _ in range(count)]
 
 
-def measure(photo: np.ndarray, recipes: list[Recipe]) -> np.ndarray:
-    """Scores of the untouched photo and of each recipe, each as a group of one: [1 + recipes, rewards], None as NaN."""
+def score_photo(photo: np.ndarray, recipes: list[Recipe]) -> np.ndarray:
+    """Score the untouched photo and each recipe as groups of one: float64 [1 + recipes, rewards], None as NaN."""
     source = shrink(photo, PREVIEW_SIDE)
-    rows = [score(source, [render(source, recipe)])[0] for recipe in [Recipe(), *recipes]]
+    rows = [score_pictures(source, [render(source, recipe)])[0] for recipe in [Recipe(), *recipes]]
     return np.array([[np.nan if row[name] is None else row[name] for name in REWARDS] for row in rows], np.float64)
 
 
-def measure_file(file: Path, recipes: list[Recipe]) -> np.ndarray:
-    """`measure` of a file, on one thread, so that several processes do not fight."""
+def score_file(file: Path, recipes: list[Recipe]) -> np.ndarray:
+    """Load and score a photo on one OpenCV thread, as a worker process."""
     cv2.setNumThreads(1)
-    return measure(load_photo(file), recipes)
+    return score_photo(load_photo(file), recipes)
 
 
 def summarise(scores: np.ndarray, recipes: list[Recipe]) -> dict[str, dict[str, Any]]:
-    """The table for scores [photos, 1 + recipes, rewards]: a row of COLUMNS and the best single recipe per function."""
-    functions = {name: RewardFunction({name: 1.0}) for name in REWARDS} | {"equal weights": DEFAULT}
+    """Summarise scores [photos, 1 + recipes, rewards]: COLUMNS and the best single recipe per reward function."""
+    functions = {name: RewardFunction({name: 1.0}) for name in REWARDS} | {"equal weights": EQUAL_WEIGHTS}
     return {name: _row(_totals(scores, function), recipes) for name, function in functions.items()}
 
 
 def _totals(scores: np.ndarray, function: RewardFunction) -> np.ndarray:
-    """The function's totals [photos, 1 + recipes], as `RewardFunction.total` gives them."""
+    """Compute `RewardFunction.total` for an array of scores: [photos, 1 + recipes]."""
     weights = np.array([function.weights.get(name, 0.0) for name in REWARDS])
-    known = ~np.isnan(scores) & (weights > 0)
-    return np.nansum(scores * weights, axis=-1) / np.maximum((known * weights).sum(axis=-1), 1e-9)
+    available = ~np.isnan(scores) & (weights > 0)
+    return np.nansum(scores * weights, axis=-1) / np.maximum((available * weights).sum(axis=-1), 1e-9)
 
 
 def _row(totals: np.ndarray, recipes: list[Recipe]) -> dict[str, Any]:
     untouched, per_recipe = totals[:, 0].mean(), totals[:, 1:].mean(axis=0)
     single = max(untouched, per_recipe.max())
     best = totals[:, 1:].max(axis=1).mean()
-    winners = [recipes[at] for at in totals[:, 1:].argmax(axis=1)]
+    winners = [recipes[index] for index in totals[:, 1:].argmax(axis=1)]
     return {
         "untouched": float(untouched),
         "best_single": float(single),
@@ -75,17 +75,17 @@ def _row(totals: np.ndarray, recipes: list[Recipe]) -> dict[str, Any]:
 
 
 def at_limit(recipe: Recipe) -> bool:
-    """Whether a number sits at an end of its range that is not its neutral value, or a crop is as narrow as can be."""
+    """Return whether a number is at a limit of its range other than its neutral value, or the crop is the smallest."""
     left, top, right, bottom = recipe.crop
     narrowest = OPERATIONS["crop"].slots[2].low - OPERATIONS["crop"].slots[0].high
     singles = [(name, op.slots[0]) for name, op in OPERATIONS.items() if len(op.slots) == 1]
-    ends = any(getattr(recipe, name) in {slot.low, slot.high} - {slot.neutral} for name, slot in singles)
-    return ends or min(right - left, bottom - top) <= narrowest
+    extreme = any(getattr(recipe, name) in {slot.low, slot.high} - {slot.neutral} for name, slot in singles)
+    return extreme or min(right - left, bottom - top) <= narrowest
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    lines = ["| reward | untouched | best single | best of all, per photo | blind share | at the limits |"]
+def markdown_table(rows: dict[str, dict[str, Any]]) -> str:
+    """Format the rows as a Markdown table."""
+    lines = ["| reward | untouched | best single | best per photo | blind share | at limits |"]
     lines.append("|---|---|---|---|---|---|")
     for name, row in rows.items():
         lines.append(f"| {name} | " + " | ".join(f"{row[column]:.3f}" for column in COLUMNS) + " |")
@@ -93,29 +93,29 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def report(files: Iterable[Path], recipes: list[Recipe], processes: int = 2) -> dict[str, dict[str, Any]]:
-    """The table over some files."""
-    # a fork after OpenCV has started its threads can hang
+    """Score the files in several processes and summarise."""
+    # spawn, because a fork after OpenCV has started its threads can hang
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        scores = list(pool.map(partial(measure_file, recipes=recipes), files))
+        scores = list(pool.map(partial(score_file, recipes=recipes), files))
     return summarise(np.stack(scores), recipes)
 
 
 def main() -> None:
-    """Prints the table; writes JSON where asked."""
+    """Print the table, and write JSON with --json."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--photos", type=Path, default=PHOTOS, help="folder of photos (bundled ones by default)")
-    parser.add_argument("--every", type=int, default=1, help="take every n-th photo")
+    parser.add_argument("--every", type=int, default=1, help="use every n-th photo")
     parser.add_argument("--recipes", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
     files = sorted(
         file for file in options.photos.iterdir() if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")
     )
     files = files[:: options.every]
-    rows = report(files, draw(options.recipes, options.seed), options.processes)
-    print(f"{len(files)} photos, {options.recipes} random recipes (seed {options.seed})\n\n{table(rows)}\n")
+    rows = report(files, random_recipes(options.recipes, options.seed), options.processes)
+    print(f"{len(files)} photos, {options.recipes} random recipes (seed {options.seed})\n\n{markdown_table(rows)}\n")
     for name, row in rows.items():
         print(f"best single recipe for {name}: {row['best_single_recipe']}")
     if options.json:

@@ -1,4 +1,4 @@
-"""What the tabs work on: the store, the runs and what does them; and the components that several tabs share."""
+"""The services of the application, and the components that several tabs share."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import gradio as gr
 
-from rewards import DEFAULT, REWARDS
+from rewards import EQUAL_WEIGHTS, REWARDS
 from storage.database import Database
 from storage.reward_functions import RewardFunctionStore
 from training.runs.adapters import AdapterRegistry
 from training.runs.queue import COMMAND, RunQueue
-from training.runs.run import Run, Runs
+from training.runs.run import Run, RunStore
+from ui.playground.compare import ComparisonMeter
 from ui.playground.link import PlaygroundSettings
-from ui.playground.metering import ComparisonMeter
 from ui.playground.picker import model_picker
 from usage.analytics import Usage
 from usage.budgets import Budgets
@@ -26,10 +26,20 @@ from usage.recorder import Recorder
 
 @dataclass(frozen=True)
 class AppServices:
-    """One application's store, runs, worker, tuned models in service, and what its calls cost."""
+    """The services that the tabs and endpoints work with.
+
+    Attributes:
+        store: Saved reward functions.
+        runs: Training runs.
+        worker: Queue that does the runs.
+        adapters: Tuned models that can be selected.
+        usage: Queries of the recorded usage events.
+        budgets: Monthly budgets per branch.
+        meter: Records the usage events of model calls.
+    """
 
     store: RewardFunctionStore
-    runs: Runs
+    runs: RunStore
     worker: RunQueue
     adapters: AdapterRegistry
     usage: Usage
@@ -37,57 +47,78 @@ class AppServices:
     meter: ComparisonMeter
 
     @classmethod
-    def open(
+    def build(
         cls,
         data_dir: Path,
         store_url: str,
         command: tuple[str, ...] = COMMAND,
-        where: Deployment | None = None,
+        deployment: Deployment | None = None,
         prices: Prices | None = None,
         hardware: str | None = None,
-        inside: Callable[[str], object] | None = None,
+        run_inline: Callable[[str], object] | None = None,
     ) -> AppServices:
-        """Brings back what was in service, and goes on with the runs that were not over. Raises StoreError.
+        """Build the services: register the enabled adapters and resume unfinished runs.
 
-        where, prices, hardware: what the usage of this process is recorded with. inside: see `RunQueue`.
+        Args:
+            data_dir: Folder of the runs and of usage events that are not stored yet.
+            store_url: URL of the database.
+            command: Command that does a run, given its folder.
+            deployment: Branch and commit that usage events are recorded with.
+            prices: Prices of hosted models and of machines.
+            hardware: Name of this machine in `prices`; None if unknown.
+            run_inline: Function that does a run in this process instead of `command`; see `RunQueue`.
+
+        Raises:
+            StoreError: The database cannot be opened.
         """
         database = Database(store_url)
-        runs = Runs(data_dir / "runs")
+        runs = RunStore(data_dir / "runs")
         adapters = AdapterRegistry(runs)
         adapters.load()
-        recorder = Recorder(database, data_dir / "usage-spool", where or Deployment())
+        recorder = Recorder(database, data_dir / "usage-spool", deployment or Deployment())
         recorder.start()
         budgets = Budgets(database)
         meter = ComparisonMeter(recorder, prices or Prices(), hardware, budgets)
 
-        def ended(run: Run) -> None:
-            meter.count(run)
-            adapters.settle(run)
+        def run_ended(run: Run) -> None:
+            meter.record_run(run)
+            adapters.auto_enable(run)
 
-        worker = RunQueue(runs, command, on_end=ended, inside=inside)
-        worker.abandon()
+        worker = RunQueue(runs, command, on_end=run_ended, inline=run_inline)
+        worker.mark_orphans()
         worker.wake()
         return cls(RewardFunctionStore(database), runs, worker, adapters, Usage(database), budgets, meter)
 
 
 @dataclass(frozen=True)
 class SharedComponents:
-    """Components of more than one tab. The tab that shows one calls its `render`."""
+    """Components that several tabs use. The Playground renders them.
+
+    Attributes:
+        tabs: The tabs of the page.
+        sliders: One slider per reward, in the order of REWARDS.
+        picker: The model picker.
+    """
 
     tabs: gr.Tabs
     sliders: list[gr.Slider]
     picker: gr.HTML
 
     @classmethod
-    def make(cls, tabs: gr.Tabs) -> SharedComponents:
-        """Inside the page's blocks: the components, not yet shown."""
-        picker = model_picker(list(PlaygroundSettings().models), elem_id="models", render=False)
-        return cls(tabs, [_weight(name) for name in REWARDS], picker)
-
-
-def _weight(name: str) -> gr.Slider:
-    start = DEFAULT.weights.get(name, 0.0)
-    label = name.capitalize()
-    return gr.Slider(
-        0, 1, start, step=0.05, label=label, min_width=90, buttons=[], elem_id=f"weight-{name}", render=False
-    )
+    def create(cls, tabs: gr.Tabs) -> SharedComponents:
+        """Create the components without rendering them."""
+        sliders = [
+            gr.Slider(
+                0,
+                1,
+                EQUAL_WEIGHTS.weights.get(name, 0.0),
+                step=0.05,
+                label=name.capitalize(),
+                min_width=90,
+                buttons=[],
+                elem_id=f"weight-{name}",
+                render=False,
+            )
+            for name in REWARDS
+        ]
+        return cls(tabs, sliders, model_picker(list(PlaygroundSettings().models), elem_id="models", render=False))

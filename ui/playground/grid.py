@@ -13,7 +13,7 @@ import gradio as gr
 
 from inference.types import SKILLS
 from recipes import describe
-from rewards import DEFAULT, REWARDS
+from rewards import EQUAL_WEIGHTS, REWARDS
 from ui.playground.compare import Card, Column, Comparison
 
 HERE = Path(__file__).resolve().parent
@@ -26,7 +26,7 @@ def candidate_grid() -> gr.HTML:
     """The component. It fires `download` with {model, index}."""
     return gr.HTML(
         value=None,
-        weights=dict(DEFAULT.weights),
+        weights=dict(EQUAL_WEIGHTS.weights),
         html_template=GRID_HTML,
         js_on_load=SCORE_JS + GRID_JS,
         apply_default_css=False,
@@ -127,8 +127,8 @@ def _facts(card: Card) -> str:
     facts = [f"{card.seconds:.2f} s"]
     if card.fidelity is not None:
         facts.append(f"ΔE {card.fidelity:.1f}")
-    if card.perhaps_charged:
-        facts.append(f"asked {card.perhaps_charged + 1} times, may be charged as often")
+    if card.possible_extra_charges:
+        facts.append(f"asked {card.possible_extra_charges + 1} times, may be charged as often")
     return " · ".join(facts)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from inference.registry import MODELS
 from inference.types import LENGTHS, MAX_CANDIDATES, MAX_PROMPT, MAX_SEED, MAX_TEMPERATURE, SKILLS, clean
-from rewards import DEFAULT, RewardFunction, RewardFunctionError
+from rewards import EQUAL_WEIGHTS, RewardFunction, RewardFunctionError
 from ui.playground.picker import MAX_MODELS
 from ui.playground.samples import SAMPLES
 
@@ -27,7 +27,7 @@ class PlaygroundSettings:
     n: int = 4
     temperature: float = 1.0
     seed: int = 1
-    reward: RewardFunction = DEFAULT
+    reward: RewardFunction = EQUAL_WEIGHTS
 
 
 def read_link(query: Mapping[str, str]) -> tuple[PlaygroundSettings, list[str]]:

@@ -10,7 +10,7 @@ from statistics import fmean
 from inference.metering import CallTracker, UsageMeter
 from inference.registry import answer
 from inference.types import Request
-from rewards import DEFAULT
+from rewards import EQUAL_WEIGHTS
 from training.runs.run import Run
 from training.runs.usage_events import run_events
 from ui.playground.compare import Ask, Column, Comparison, compare
@@ -45,10 +45,10 @@ class ComparisonMeter(UsageMeter):
     def count(self, run: Run) -> None:
         """Records the steps of a fine-tune that has ended; a run that is counted twice counts once."""
         for event in run_events(run, lambda seconds: self.prices.machine(self.hardware, seconds)):
-            self.recorder.record(event.at(self.recorder.deployment))
+            self.recorder.record(event.with_deployment(self.recorder.deployment))
 
 
 def _reward(column: Column) -> float | None:
-    totals = [DEFAULT.total(card.scores) for card in column.cards if card.scores]
+    totals = [EQUAL_WEIGHTS.total(card.scores) for card in column.cards if card.scores]
     known = [total for total in totals if total is not None]
     return fmean(known) if known else None
