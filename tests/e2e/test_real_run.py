@@ -1,4 +1,4 @@
-"""One short run with the real trainer, from the button to both columns: the Fine-tune tab and `training.grpo` agree."""
+"""One short run with the real trainer, from the Fine-tune tab to the columns of the Playground."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from inference.registry import MODELS
-from tests.e2e.conftest import serving
-from tests.e2e.test_finetune import ended, start, tune
+from tests.support.app_server import app_server
+from tests.support.finetune_page import open_finetune_tab, start_run, wait_for_state
 from training.runs.queue import COMMAND
-from training.runs.run import Runs
+from training.runs.run import RunStore
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -30,32 +30,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[str]:
-    """An application whose runs are real."""
+    """Serve an application with the real training command."""
     assert (sys.executable, "-m", "training.grpo") == COMMAND
-    with serving(folder, COMMAND) as address:
+    with app_server(folder, COMMAND) as address:
         yield address
     for name in [name for name in MODELS if name.startswith("run-")]:
         del MODELS[name]
 
 
-def test_a_real_run_from_the_button_to_both_columns(open_page: Open, folder: Path) -> None:
+def test_real_run_trains_and_its_model_answers_in_the_playground(open_page: Open, folder: Path) -> None:
     page = open_page("photo=chelsea.jpg&n=1&reward=sharpness:1")
     page.set_default_timeout(300_000)
-    tune(page)
+    open_finetune_tab(page)
     page.get_by_label("Custom").check()
     page.locator("#tune-steps input").fill(str(STEPS))
-    start(page, seed=7, length="Custom")
-    ended(page)
-    run = Runs(folder / "runs").list()[0]
-    assert [line["step"] for line in run.metrics()] == [1, 2, 3] and run.status().step == STEPS
+    start_run(page, seed=7, length="Custom")
+    wait_for_state(page)
+    run = RunStore(folder / "runs").list()[0]
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3] and run.status().step == STEPS
     assert page.locator(".curve-reward polyline.line-reward").count() == 1
-    assert page.locator(".probe-strip li").count() == len(run.probes())
+    assert page.locator(".probe-thumbnails li").count() == len(run.probes())
     assert page.locator(".run-table tbody tr").count() == 5
     result = run.result() or {}
-    assert f"on {result['held_out']} photos that it has not seen" in page.locator(".run-verdict").inner_text()
+    assert f"on {result['held_out']} held-out photos" in page.locator(".run-verdict").inner_text()
     page.wait_for_function("() => [...document.querySelectorAll('.pair img')].every(image => image.naturalWidth > 0)")
-    if page.get_by_role("button", name="Use it all the same").is_visible():
-        page.get_by_role("button", name="Use it all the same").click()
+    if page.get_by_role("button", name="Use anyway").is_visible():
+        page.get_by_role("button", name="Use anyway").click()
     page.get_by_role("button", name="Revert").wait_for()
     page.get_by_role("tab", name="Playground").click()
     page.locator(".picker-chosen").get_by_text("moondream-tiny · tuned: sharpness 1").wait_for()

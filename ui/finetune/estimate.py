@@ -1,25 +1,26 @@
-"""What a run will take and cost, in words, before it is started."""
+"""Estimates of a run's duration and cost, shown in the form before the run starts."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from statistics import median
-from typing import Any
 
-from inference.places import RATE
-from training.data.bundled import bundled
+from inference.types import DEFAULT_RATE
+from training.data.bundled import bundled_photos
 from training.hosted.client import BASE
-from training.hosted.cost import WATCHED, Spend
-from training.runs import hf_jobs as jobs
+from training.hosted.cost import PROBE_PHOTOS, CostTracker
+from training.runs import hf_jobs
 from training.runs.run import Run, RunConfig, RunError
-from ui.finetune.run_view import duration
+from ui.finetune.run_view import format_duration
 from ui.services import AppServices
 
-SHORT = RunConfig.model_fields["steps"].default
-LENGTHS = {"Smoke test": 10, "Short run": SHORT, "Custom": 0}
-PLACES = {"This machine": "here", "Hugging Face Jobs": "jobs", "Moondream's tuning API": "hosted"}
+DEFAULT_STEPS = RunConfig.model_fields["steps"].default
+DEFAULT_ROLLOUTS = RunConfig.model_fields["rollouts"].default
 DEFAULT_HARDWARE = RunConfig.model_fields["hardware"].default
-START, PER_STEP = 20.0, 0.5  # seconds to start with and per step, before any run has been timed
+LENGTHS = {"Smoke test": 10, "Short run": DEFAULT_STEPS, "Custom": 0}
+BACKENDS = {"This machine": "here", "Hugging Face Jobs": "jobs", "Moondream's tuning API": "hosted"}
+STARTUP_SECONDS, SECONDS_PER_STEP = 20.0, 0.5  # assumed until a run has been timed; per step of 8 rollouts
+RECENT_RUNS = 5  # earlier runs that the estimate is based on
 
 
 def estimate(
@@ -27,82 +28,97 @@ def estimate(
     length: str,
     steps: float | None,
     rollouts: float | None,
-    place: str = "This machine",
+    backend: str = "This machine",
     hardware: str | None = None,
-    hourly: dict[str, float | None] | None = None,
+    hourly_prices: dict[str, float | None] | None = None,
     budget: float | None = None,
-    examples: float | None = None,
+    sft_steps: float | None = None,
 ) -> str:
-    """How long it will take and what it costs, in words; from earlier runs where there are any."""
-    wanted = steps_of(length, steps)
-    there = PLACES.get(place, "here"), hardware or DEFAULT_HARDWARE
-    past = [pace for run in services.runs.list() if (pace := _pace(run, *there)) is not None]
-    seconds = guess(wanted, rollouts or 8) * (median(past[-5:]) if past else 1.0)
-    waiting = len(services.worker.waiting())
+    """Estimate the duration and the cost of a run.
+
+    Args:
+        services: The application's services, whose finished runs the estimate is based on.
+        length: A key of LENGTHS.
+        steps: Number of steps; used if `length` is "Custom".
+        rollouts: Answers sampled per photo.
+        backend: A key of BACKENDS.
+        hardware: Hardware flavor on Hugging Face Jobs.
+        hourly_prices: US dollars per hour by hardware flavor.
+        budget: Maximum cost on the tuning API, in US dollars.
+        sft_steps: Supervised steps on the tuning API before GRPO.
+
+    Returns:
+        One or two sentences in Markdown.
+    """
+    step_count, rollout_count = step_count_of(length, steps), rollouts or DEFAULT_ROLLOUTS
+    backend_id, flavor = BACKENDS.get(backend, "here"), hardware or DEFAULT_HARDWARE
+    waiting = len(services.worker.unfinished())
     queue = f" It waits for {waiting} other run{'s' if waiting > 1 else ''} first." if waiting else ""
-    if there[0] == "hosted":
-        return _hosted(wanted, int(rollouts or 8), budget, int(examples or 0)) + queue
-    if there[0] == "jobs":
-        took = f"about {duration(seconds)}, as earlier ones there took," if past else "a time not known yet"
-        return f"{wanted:,} steps on {there[1]} take {took} once the job runs. {_bound(hourly, there[1])}{queue}"
-    source = "as earlier runs on this machine took" if past else "a first guess; it gets better with each run"
-    return f"{wanted:,} steps take about {duration(seconds)} ({source}) and cost nothing.{queue}"
+    if backend_id == "hosted":
+        return _hosted_estimate(step_count, int(rollout_count), budget, int(sft_steps or 0)) + queue
+    factors = [_duration_factor(run, backend_id, flavor) for run in services.runs.list()]
+    known = [factor for factor in factors if factor is not None][-RECENT_RUNS:]
+    duration = format_duration(assumed_seconds(step_count, rollout_count) * (median(known) if known else 1.0))
+    if backend_id == "jobs":
+        if known:
+            time = f"about {duration} once the job runs, based on earlier runs on this hardware"
+        else:
+            time = "an unknown time: no earlier run used this hardware"
+        return f"{step_count:,} steps on {flavor} take {time}. {_job_cost(hourly_prices, flavor)}{queue}"
+    source = "based on earlier runs on this machine" if known else "a first guess, refined by each finished run"
+    return f"{step_count:,} steps take about {duration} ({source}) and cost nothing.{queue}"
 
 
-def _bound(hourly: dict[str, float | None] | None, hardware: str) -> str:
-    """What a job can cost at most."""
-    hour = (hourly or {}).get(hardware)
-    if hour is None:
-        return f"Its price is not known. The job is ended after {jobs.HOURS} hours at the latest."
-    most = price(hour * jobs.HOURS)
-    return f"It costs {price(hour)} an hour, and is ended after {jobs.HOURS} hours: {most} at most."
+def _job_cost(hourly_prices: dict[str, float | None] | None, hardware: str) -> str:
+    hourly = (hourly_prices or {}).get(hardware)
+    if hourly is None:
+        return f"The price is not known. The job is stopped after {hf_jobs.MAX_HOURS} hours at the latest."
+    maximum = format_price(hourly * hf_jobs.MAX_HOURS)
+    return f"It costs {format_price(hourly)} an hour, {maximum} at most: the job stops after {hf_jobs.MAX_HOURS} hours."
 
 
-def _hosted(steps: int, rollouts: int, budget: float | None, examples: int) -> str:
-    """What a run on the tuning API costs at most, and how long its requests take at least."""
-    held_out = len(bundled("held-out"))
-    asked: dict[str, Any] = {
-        "base": BASE,
-        "reward": {"colour": 1.0},
-        "seed": 0,
-        "steps": steps,
-        "rollouts": max(2, rollouts),
-    }
-    config = RunConfig.make(**asked, sft_steps=examples)
-    spend = Spend(BASE)
-    most = spend.bound(config, held_out)
-    probes = (steps // config.probe_every + 1) * WATCHED
-    requests = steps * (config.photos_per_step + 1) + examples + probes + 2 * held_out
-    bound = "The cost is not known" if most is None else f"It costs {price(most)} at most"
-    stop = "" if not budget else f", and stops at your budget of {price(budget)}"
+def _hosted_estimate(steps: int, rollouts: int, budget: float | None, sft_steps: int) -> str:
+    """Estimate the maximum cost on the tuning API, and the minimum duration at its request rate."""
+    held_out = len(bundled_photos("held-out"))
+    config = RunConfig.create(
+        base=BASE, reward={"colour": 1.0}, seed=0, steps=steps, rollouts=max(2, rollouts), sft_steps=sft_steps
+    )
+    tracker = CostTracker(BASE)
+    maximum = tracker.max_cost(config, held_out)
+    probes = (steps // config.probe_every + 1) * PROBE_PHOTOS
+    requests = steps * (config.photos_per_step + 1) + sft_steps + probes + 2 * held_out
+    cost = "The cost is not known" if maximum is None else f"It costs {format_price(maximum)} at most"
+    stop = f", and stops at your budget of {format_price(budget)}" if budget else ""
+    time = f"at least {format_duration(requests / DEFAULT_RATE)} at {DEFAULT_RATE:g} requests per second"
     return (
-        f"{steps:,} steps take at least {duration(requests / RATE)} at {RATE:g} requests a second. {bound}{stop} "
-        f"(estimated with prices of {spend.prices.as_of}; for answers those of {BASE} are assumed)."
+        f"{steps:,} steps take {time}. {cost}{stop} "
+        f"(prices of {tracker.prices.as_of}; tuned models are assumed to cost as much as {BASE})."
     )
 
 
-def _pace(run: Run, where: str, hardware: str) -> float | None:
-    """How much longer than guessed a run took in that place, as a factor; None where it is not known."""
+def _duration_factor(run: Run, backend: str, hardware: str) -> float | None:
+    """Return a finished run's duration relative to `assumed_seconds`; None if unknown or run on another backend."""
     result = run.result() or {}
-    seconds, steps = (result.get(key) for key in ("seconds", "steps"))
+    seconds, steps = result.get("seconds"), result.get("steps")
     if not (isinstance(seconds, (int, float)) and isinstance(steps, (int, float)) and seconds > 0 and steps > 0):
         return None
     with suppress(RunError):
         config = run.config()
-        if config.where == where and (where == "here" or config.hardware == hardware):
-            return seconds / guess(steps, config.rollouts)
+        if config.backend == backend and (backend == "here" or config.hardware == hardware):
+            return seconds / assumed_seconds(steps, config.rollouts)
     return None
 
 
-def guess(steps: float, rollouts: float) -> float:
-    """Seconds that a run takes, before any was timed."""
-    return START + PER_STEP * steps * rollouts / 8
+def assumed_seconds(steps: float, rollouts: float) -> float:
+    """Return the duration that is assumed for a run until runs have been timed, in seconds."""
+    return STARTUP_SECONDS + SECONDS_PER_STEP * steps * rollouts / 8
 
 
-def steps_of(length: str, steps: float | None) -> int:
-    """The number of steps of a length."""
-    return LENGTHS.get(length) or int(steps or SHORT)
+def step_count_of(length: str, steps: float | None) -> int:
+    """Return the number of steps of a length; `steps` counts if the length is "Custom"."""
+    return LENGTHS.get(length) or int(steps or DEFAULT_STEPS)
 
 
-def price(dollars: float | None) -> str:
+def format_price(dollars: float | None) -> str:
+    """Format US dollars with two decimals."""
     return "unknown price" if dollars is None else f"${dollars:.2f}"

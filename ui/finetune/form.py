@@ -1,7 +1,8 @@
-"""The form of the Fine-tune tab: what is asked, and which inputs are shown when."""
+"""The form of the Fine-tune tab: its inputs, and which of them are visible."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -10,54 +11,78 @@ from inference.types import MAX_SEED
 from recipes import MAX_BYTES
 from rewards import REWARDS
 from training.hosted.client import BASE
-from training.hosted.trainer import has_key
-from training.runs import hf_jobs as jobs
+from training.hosted.trainer import has_api_key
+from training.runs import hf_jobs
 from training.runs.run import MAX_NAME, MAX_STEPS, RunConfig, RunError
-from ui.finetune.estimate import DEFAULT_HARDWARE, LENGTHS, PLACES, SHORT, estimate, price
+from ui.finetune.estimate import (
+    BACKENDS,
+    DEFAULT_HARDWARE,
+    DEFAULT_ROLLOUTS,
+    DEFAULT_STEPS,
+    LENGTHS,
+    estimate,
+    format_price,
+)
 from ui.services import AppServices
 
-PHOTOS = ("Bundled photos", "My photos", "Hub dataset")
-RATE_HERE = RunConfig.model_fields["learning_rate"].default
-RATE_HOSTED = 2e-4  # the tuning API's own default; ten times that was its old one, and too much
+BUNDLED, UPLOADED, HUB_DATASET = PHOTO_SOURCES = ("Bundled photos", "My photos", "Hub dataset")
+LEARNING_RATE = RunConfig.model_fields["learning_rate"].default
+HOSTED_LEARNING_RATE = 2e-4  # the tuning API's default; its former default, 2e-3, was too high
 REWARD_HTML = '<p class="tune-label">Reward</p><p class="tune-reward"></p><p class="tune-hint"></p>'
 REWARD_JS = """
 function draw() {
   const weights = Object.entries(props.value || {}).filter(([, weight]) => weight > 0);
   element.querySelector('.tune-reward').textContent =
     weights.map(([name, weight]) => name + ' ' + weight).join(' · ') || 'All sliders are at zero';
-  element.querySelector('.tune-hint').textContent = 'As the sliders stand in the Playground.';
+  element.querySelector('.tune-hint').textContent = 'Set by the sliders in the Playground.';
 }
 watch('value', draw);
 draw();
 """
-FORM = (
-    "base",
-    "kind",
-    "files",
-    "dataset",
-    "length",
-    "steps",
-    "seed",
-    "name",
-    "learning_rate",
-    "beta",
-    "rollouts",
-    "rank",
-    "place",
-    "hardware",
-    "token",
-    "key",
-    "budget",
-    "examples",
-)
+NO_AUTOCOMPLETE = gr.InputHTMLAttributes(autocomplete="off")
 
 
-def draw_form(
-    services: AppServices, offered: list[tuple[str, str]]
-) -> tuple[gr.HTML, list[Any], list[gr.Group], gr.Markdown, gr.Button]:
-    """The left column: the reward, the parts in the order of FORM, the groups for a job and for the tuning API, the
-    estimate, and the button. offered: what a run can start from."""
-    default = RunConfig.model_fields
+@dataclass(frozen=True)
+class RetrainForm:
+    """The components of the form.
+
+    Attributes:
+        reward: Shows the reward weights of the Playground's sliders.
+        fields: The inputs by name: the ones of RunConfig under its names, and `photo_source`, `files`, `dataset`,
+            `length`, `hub_token` and `moondream_key`.
+        jobs_group: Inputs that only Hugging Face Jobs needs.
+        hosted_group: Inputs that only Moondream's tuning API needs.
+        estimate: Shows the estimated duration and cost.
+        submit: The button that queues the run.
+    """
+
+    reward: gr.HTML
+    fields: dict[str, Any]
+    jobs_group: gr.Group
+    hosted_group: gr.Group
+    estimate: gr.Markdown
+    submit: gr.Button
+
+
+@dataclass(frozen=True)
+class PushForm:
+    """The components that push a model to the Hugging Face Hub."""
+
+    repository: gr.Textbox
+    token: gr.Textbox
+    private: gr.Checkbox
+    submit: gr.Button
+    result: gr.Textbox
+
+
+def draw_form(services: AppServices, base_models: list[tuple[str, str]]) -> RetrainForm:
+    """Draw the form in the current column.
+
+    Args:
+        services: The application's services.
+        base_models: Title and name of each model that a run can start from.
+    """
+    fields: dict[str, Any] = {}
     reward = gr.HTML(
         value=dict.fromkeys(REWARDS, 1),
         html_template=REWARD_HTML,
@@ -65,17 +90,22 @@ def draw_form(
         apply_default_css=False,
         elem_id="tune-reward",
     )
-    base = gr.Dropdown(offered, value=offered[0][1] if offered else None, label="Start from", elem_id="tune-base")
-    kind = gr.Radio(list(PHOTOS), value=PHOTOS[0], label="Photos to learn from", elem_id="tune-photos")
-    files = gr.File(
-        label=f"Photos or one zip, up to {MAX_BYTES // 1_000_000} MB each",
+    fields["base"] = gr.Dropdown(
+        base_models, value=base_models[0][1] if base_models else None, label="Base model", elem_id="tune-base"
+    )
+
+    fields["photo_source"] = gr.Radio(
+        list(PHOTO_SOURCES), value=BUNDLED, label="Training photos", elem_id="tune-photos"
+    )
+    fields["files"] = gr.File(
+        label=f"Photos or one zip file, up to {MAX_BYTES // 1_000_000} MB each",
         file_count="multiple",
         file_types=["image", ".zip"],
         height=160,
         visible=False,
         elem_id="tune-files",
     )
-    dataset = gr.Textbox(
+    fields["dataset"] = gr.Textbox(
         label="Dataset on the Hub",
         placeholder="owner/name",
         max_length=200,
@@ -83,140 +113,140 @@ def draw_form(
         visible=False,
         elem_id="tune-dataset",
     )
-    length = gr.Radio(
+
+    fields["length"] = gr.Radio(
         [(f"{name} ({steps} steps)" if steps else name, name) for name, steps in LENGTHS.items()],
         value="Short run",
         label="Length",
         elem_id="tune-length",
     )
-    steps = gr.Number(
-        SHORT, label="Steps", precision=0, minimum=1, maximum=MAX_STEPS, visible=False, elem_id="tune-steps"
+    fields["steps"] = gr.Number(
+        DEFAULT_STEPS, label="Steps", precision=0, minimum=1, maximum=MAX_STEPS, visible=False, elem_id="tune-steps"
     )
     with gr.Row(elem_classes="knobs"):
-        seed = gr.Number(1, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=80, elem_id="tune-seed")
-        name = gr.Textbox(
+        fields["seed"] = gr.Number(
+            1, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=80, elem_id="tune-seed"
+        )
+        fields["name"] = gr.Textbox(
             label="Name",
-            placeholder="After its reward",
+            placeholder="Default: the reward",
             max_length=MAX_NAME,
             max_lines=1,
             min_width=120,
             elem_id="tune-name",
         )
+    defaults = RunConfig.model_fields
     with gr.Accordion("Advanced", open=False, elem_id="tune-advanced"):
-        rate = gr.Number(default["learning_rate"].default, label="Learning rate", minimum=0, maximum=1, step=1e-4)
-        beta = gr.Number(default["beta"].default, label="KL weight (beta)", minimum=0, maximum=10, step=0.01)
-        rollouts = gr.Slider(2, 32, default["rollouts"].default, step=1, label="Answers per photo (rollouts)")
-        rank = gr.Slider(1, 64, default["rank"].default, step=1, label="Rank of the adapter")
-    place = gr.Radio(list(PLACES), value=next(iter(PLACES)), label="Where", elem_id="tune-place")
-    job, hardware, token = _job_form()
-    api, key, budget, examples = _hosted_form()
-    about = gr.Markdown(estimate(services, "Short run", SHORT, 8), elem_id="tune-estimate")
-    start = gr.Button("Retrain with this reward", variant="primary", elem_id="tune-start")
-    knobs = [base, kind, files, dataset, length, steps, seed, name, rate, beta, rollouts, rank]
-    return reward, [*knobs, place, hardware, token, key, budget, examples], [job, api], about, start
+        fields["learning_rate"] = gr.Number(LEARNING_RATE, label="Learning rate", minimum=0, maximum=1, step=1e-4)
+        fields["beta"] = gr.Number(defaults["beta"].default, label="KL weight (beta)", minimum=0, maximum=10, step=0.01)
+        fields["rollouts"] = gr.Slider(2, 32, DEFAULT_ROLLOUTS, step=1, label="Rollouts per photo")
+        fields["rank"] = gr.Slider(1, 64, defaults["rank"].default, step=1, label="LoRA rank")
 
-
-def _job_form() -> tuple[gr.Group, gr.Dropdown, gr.Textbox]:
-    """What a run on Hugging Face Jobs needs."""
-    with gr.Group(visible=False, elem_id="tune-job") as job:
-        hardware = gr.Dropdown(
+    fields["backend"] = gr.Radio(list(BACKENDS), value=next(iter(BACKENDS)), label="Train on", elem_id="tune-backend")
+    with gr.Group(visible=False, elem_id="tune-jobs") as jobs_group:
+        fields["hardware"] = gr.Dropdown(
             [DEFAULT_HARDWARE],
             value=DEFAULT_HARDWARE,
             label="Hardware",
             allow_custom_value=True,
             elem_id="tune-hardware",
         )
-        token = gr.Textbox(
-            label="Your Hugging Face token",
+        fields["hub_token"] = gr.Textbox(
+            label="Hugging Face token",
             type="password",
             max_lines=1,
-            info="The job runs on your account. The token is used for this run only, and kept nowhere.",
-            html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
+            info="The job runs on your account. The token is used for this run only and is not stored.",
+            html_attributes=NO_AUTOCOMPLETE,
             elem_id="tune-token",
         )
-    return job, hardware, token
-
-
-def _hosted_form() -> tuple[gr.Group, gr.Textbox, gr.Number, gr.Number]:
-    """What a run on Moondream's tuning API needs."""
-    with gr.Group(visible=False, elem_id="tune-hosted") as group:
+    with gr.Group(visible=False, elem_id="tune-hosted") as hosted_group:
         gr.Markdown(
-            f"Trains **{BASE}**, the one model of this API, on your Moondream account. The photos are sent there.",
+            f"Trains **{BASE}**, the API's only base model, on your Moondream account. The photos are uploaded to it.",
             elem_id="tune-hosted-note",
         )
-        key = gr.Textbox(
-            label="Your Moondream key",
+        fields["moondream_key"] = gr.Textbox(
+            label="Moondream API key",
             type="password",
             max_lines=1,
-            placeholder="Empty: this deployment's own" if has_key() else "",
-            info="Used for this run only, and kept nowhere.",
-            html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
+            placeholder="Leave empty to use this deployment's key" if has_api_key() else "",
+            info="Used for this run only and not stored.",
+            html_attributes=NO_AUTOCOMPLETE,
             elem_id="tune-key",
         )
         with gr.Row(elem_classes="knobs"):
-            budget = gr.Number(
+            fields["budget"] = gr.Number(
                 5.0, label="Budget (US $)", minimum=0.01, maximum=10_000, min_width=90, elem_id="tune-budget"
             )
-            examples = gr.Number(
-                10,
-                label="Examples first (steps)",
-                precision=0,
-                minimum=0,
-                maximum=200,
-                min_width=90,
-                elem_id="tune-examples",
+            fields["sft_steps"] = gr.Number(
+                10, label="SFT steps first", precision=0, minimum=0, maximum=200, min_width=90, elem_id="tune-sft-steps"
             )
-    return group, key, budget, examples
+
+    estimated = gr.Markdown(estimate(services, "Short run", DEFAULT_STEPS, DEFAULT_ROLLOUTS), elem_id="tune-estimate")
+    submit = gr.Button("Retrain with this reward", variant="primary", elem_id="tune-start")
+    return RetrainForm(reward, fields, jobs_group, hosted_group, estimated, submit)
 
 
-def draw_push_form() -> tuple[gr.Textbox, gr.Textbox, gr.Checkbox, gr.Button, gr.Textbox]:
+def draw_push_form() -> PushForm:
+    """Draw the form that pushes the displayed run's model to the Hugging Face Hub."""
     with gr.Accordion("Push this model to the Hugging Face Hub", open=False, elem_id="push"):
         with gr.Row():
-            repository = gr.Textbox(label="Repository", placeholder="you/sharper-moondream", max_lines=1, min_width=160)
+            repository = gr.Textbox(label="Repository", placeholder="owner/name", max_lines=1, min_width=160)
             token = gr.Textbox(
-                label="Your access token",
+                label="Access token",
                 type="password",
                 max_lines=1,
                 min_width=160,
-                info="Used once, kept nowhere.",
-                html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
+                info="Used for this push only and not stored.",
+                html_attributes=NO_AUTOCOMPLETE,
             )
-        private = gr.Checkbox(True, label="Private")
-        send = gr.Button("Push", size="sm", min_width=80)
-        said = gr.Textbox(label="Result", interactive=False, max_lines=2)
-    return repository, token, private, send, said
+        private = gr.Checkbox(True, label="Private repository")
+        submit = gr.Button("Push", size="sm", min_width=80)
+        result = gr.Textbox(label="Result", interactive=False, max_lines=2)
+    return PushForm(repository, token, private, submit, result)
 
 
-# ── What is shown when ──
+# ── Handlers: which inputs are visible ──────────────────────────────────────────────────────────────────────────────
 
 
-def photos_chosen(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The inputs for own photos and for a dataset, each only where it is wanted."""
-    return gr.update(visible=kind == PHOTOS[1]), gr.update(visible=kind == PHOTOS[2])
+def photo_source_changed(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Show the file input for uploaded photos, or the dataset name for a dataset of the Hub."""
+    return gr.update(visible=source == UPLOADED), gr.update(visible=source == HUB_DATASET)
 
 
-def length_chosen(length: str) -> dict[str, Any]:
-    """The input for the number of steps, where one is wanted."""
+def length_changed(length: str) -> dict[str, Any]:
+    """Show the number of steps for a custom length."""
     return gr.update(visible=length == "Custom")
 
 
-def place_chosen(place: str) -> list[Any]:
-    """What the place of a run changes: base and learning rate, the groups for a job and for the tuning API, the
-    hardware on offer, and what it costs an hour."""
-    where = PLACES.get(place)
-    rate = gr.update(value=RATE_HOSTED if where == "hosted" else RATE_HERE)
-    same = [gr.update(visible=where != "hosted"), rate, gr.update(visible=where == "jobs")]
-    same.append(gr.update(visible=where == "hosted"))
-    return [*same, *(_hardware() if where == "jobs" else (gr.skip(), {}))]
+def backend_changed(backend: str) -> tuple[Any, ...]:
+    """Adapt the form to a backend.
+
+    Returns:
+        Updates of the base model, the learning rate, the jobs group, the hosted group and the hardware; and the hourly
+        prices in US dollars by hardware flavor.
+    """
+    backend_id = BACKENDS.get(backend)
+    hosted, jobs = backend_id == "hosted", backend_id == "jobs"
+    hardware, hourly_prices = _hardware_choices() if jobs else (gr.skip(), {})
+    return (
+        gr.update(visible=not hosted),
+        gr.update(value=HOSTED_LEARNING_RATE if hosted else LEARNING_RATE),
+        gr.update(visible=jobs),
+        gr.update(visible=hosted),
+        hardware,
+        hourly_prices,
+    )
 
 
-def _hardware() -> tuple[dict[str, Any], dict[str, float | None]]:
+def _hardware_choices() -> tuple[dict[str, Any], dict[str, float | None]]:
     try:
-        offered = jobs.hardware()
+        flavors = hf_jobs.list_hardware()
     except RunError as error:
-        reason = f"{error} So there are no prices; name the hardware if you know it."
-        return gr.update(choices=[DEFAULT_HARDWARE], info=reason), {}
-    choices = [(f"{one.name} · {price(one.hourly)} an hour · {one.words}", one.name) for one in offered]
-    return gr.update(choices=choices, info="Prices as the Hub tells them now."), {
-        one.name: one.hourly for one in offered
-    }
+        info = f"{error} Prices are not available. Enter the name of a hardware flavor if you know it."
+        return gr.update(choices=[DEFAULT_HARDWARE], info=info), {}
+    choices = [
+        (f"{flavor.name} · {format_price(flavor.hourly)} an hour · {flavor.description}", flavor.name)
+        for flavor in flavors
+    ]
+    prices = {flavor.name: flavor.hourly for flavor in flavors}
+    return gr.update(choices=choices, info="Current prices from the Hugging Face Hub."), prices

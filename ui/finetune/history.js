@@ -1,32 +1,34 @@
-// Draws the list of runs from props.value; runs once, when the list loads. All text goes in with textContent.
+// Draws the list of runs from props.value. Runs once, when the component loads. Text is inserted with textContent only.
 
 const list = element.querySelector('.history-list');
 const template = element.querySelector('.row-template');
 
+/** Draws all rows and keeps the keyboard focus on the same run. */
 function draw() {
   const data = props.value || {runs: []};
   element.querySelector('.history').hidden = !data.runs.length;
   const focused = list.contains(document.activeElement) ? document.activeElement.dataset.run : null;
-  list.replaceChildren(...data.runs.map(run => row(run, run.run === data.chosen)));
+  list.replaceChildren(...data.runs.map(run => createRow(run, run.run === data.selected)));
   if (focused) [...list.querySelectorAll('button')].find(button => button.dataset.run === focused)?.focus();
 }
 
-function row(run, chosen) {
-  const part = template.content.firstElementChild.cloneNode(true), button = part.querySelector('button');
-  const put = (name, words) => { part.querySelector('.history-' + name).textContent = words; };
+/** Creates the list item of a run. */
+function createRow(run, selected) {
+  const row = template.content.firstElementChild.cloneNode(true), button = row.querySelector('button');
+  const setText = (name, text) => { row.querySelector('.history-' + name).textContent = text; };
   button.dataset.run = run.run;
-  button.dataset.state = run.used ? 'used' : run.state;
-  button.setAttribute('aria-pressed', String(chosen));
-  put('name', run.name);
-  put('badge', run.badge);
-  put('reward', run.reward);
-  put('result', run.result);
-  put('when', [run.when, run.duration].filter(Boolean).join(' · '));
-  const known = run.curve.filter(value => value !== null);
-  const low = Math.min(...known), span = Math.max(1e-9, Math.max(...known) - low);
-  const points = known.map((value, place) => (place / Math.max(1, known.length - 1) * 100).toFixed(1) + ',' + (22 - (value - low) / span * 20).toFixed(1));
-  part.querySelector('polyline').setAttribute('points', points.join(' '));
-  return part;
+  button.dataset.state = run.in_use ? 'in-use' : run.state;
+  button.setAttribute('aria-pressed', String(selected));
+  setText('name', run.name);
+  setText('badge', run.badge);
+  setText('reward', run.reward);
+  setText('result', run.result);
+  setText('created', [run.created, run.duration].filter(Boolean).join(' · '));
+  const values = run.curve.filter(value => value !== null);
+  const min = Math.min(...values), range = Math.max(1e-9, Math.max(...values) - min);
+  const points = values.map((value, index) => (index / Math.max(1, values.length - 1) * 100).toFixed(1) + ',' + (22 - (value - min) / range * 20).toFixed(1));
+  row.querySelector('polyline').setAttribute('points', points.join(' '));
+  return row;
 }
 
 element.addEventListener('click', event => {

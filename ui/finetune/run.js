@@ -1,240 +1,256 @@
-// Draws one run from props.value; runs once, when the view loads. All text goes in with textContent.
+// Draws one run from props.value. Runs once, when the component loads. Text is inserted with textContent only.
 
-const find = (name, part = element) => part.querySelector('.' + name);
+const CONFIRM_MS = 5000;  // how long Delete asks for confirmation
+const byClass = (name, parent = element) => parent.querySelector('.' + name);
 const buttons = [...element.querySelectorAll('.run-actions button')];
-const log = find('run-log'), logs = find('run-logs');
-let shown = null;
-let sure = null;  // the timer of a Delete that was pressed once
+const buttonOf = action => buttons.find(button => button.dataset.action === action);
+const log = byClass('run-log'), logDetails = byClass('run-logs');
+let runId = null;  // the displayed run
+let confirmTimer = null;  // runs while Delete asks for confirmation
 
-const digits = value => value === null || value === undefined ? '–' : value.toFixed(2);
-const put = (part, words) => { if (part.textContent !== words) part.textContent = words; };
-const source = (image, url) => { if (image.getAttribute('src') !== url) image.src = url; };
+/** Formats a score with two decimals; "–" if unknown. */
+const formatScore = value => value === null || value === undefined ? '–' : value.toFixed(2);
+/** Sets an element's text if it differs, so that screen readers announce only changes. */
+const setText = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+/** Sets an image's source if it differs, so that it does not flicker. */
+const setSource = (image, url) => { if (image.getAttribute('src') !== url) image.src = url; };
+/** Sets an element's text, and hides the element if the text is empty. */
+const showText = (node, text) => { setText(node, text || ''); node.hidden = !text; };
 
-function say(part, words) {
-  put(part, words || '');
-  part.hidden = !words;
+/** Creates an HTML element with a class and a text. */
+function createNode(tag, className, text) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
 }
 
-function node(name, className, text) {
-  const made = document.createElement(name);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
+/** Draws the snapshot: an introduction without a run, an error, or the run. */
 function draw() {
   const data = props.value || null;
-  const there = Boolean(data && data.state);
-  find('run-empty').hidden = Boolean(data);
-  say(find('run-error'), data && data.error);
-  find('run').hidden = !there;
-  if (!there) { shown = null; return; }
-  if (data.run !== shown) forget(data);
-  find('run').dataset.state = data.state;
-  put(find('run-name'), data.name);
-  put(find('run-badge'), data.badge);
-  put(find('run-about'), data.about);
-  say(find('run-message'), data.message);
+  const readable = Boolean(data && data.state);
+  byClass('run-empty').hidden = Boolean(data);
+  showText(byClass('run-error'), data && data.error);
+  byClass('run').hidden = !readable;
+  if (!readable) { runId = null; return; }
+  if (data.run !== runId) resetControls(data);
+  byClass('run').dataset.state = data.state;
+  setText(byClass('run-name'), data.name);
+  setText(byClass('run-badge'), data.badge);
+  setText(byClass('run-summary'), data.summary);
+  showText(byClass('run-message'), data.message);
   drawProgress(data.progress);
   drawActions(data.actions);
   drawResult(data.result);
   drawProbe(data.probe);
   drawCurves(data.chart);
   drawPairs(data.result ? data.result.pairs : []);
-  drawLog(data);
+  drawLog(data.log);
 }
 
-function forget(data) {
-  shown = data.run;
-  find('run-rename').hidden = true;
-  find('run-title').hidden = false;
-  logs.open = Boolean(data.progress) || data.state === 'failed';
-  calm();
+/** Resets rename form, log and Delete when another run is displayed. */
+function resetControls(data) {
+  runId = data.run;
+  showRenameForm(false);
+  logDetails.open = Boolean(data.progress) || data.state === 'failed';
+  resetDelete();
 }
 
+/** Draws progress bar, phase and time left of a run that has not finished. */
 function drawProgress(progress) {
-  find('run-progress').hidden = !progress;
+  byClass('run-progress').hidden = !progress;
   if (!progress) return;
-  const bar = find('run-bar'), known = progress.share !== null;
-  bar.classList.toggle('unknown', !known);
-  bar.style.setProperty('--share', known ? progress.share : 1);
-  if (known) bar.setAttribute('aria-valuenow', Math.round(progress.share * 100)); else bar.removeAttribute('aria-valuenow');
-  bar.setAttribute('aria-valuetext', progress.words);
-  put(find('run-words'), progress.words);
-  put(find('run-left'), progress.left);
+  const bar = byClass('run-bar'), known = progress.fraction !== null;
+  bar.classList.toggle('indeterminate', !known);
+  bar.style.setProperty('--fraction', known ? progress.fraction : 1);
+  if (known) bar.setAttribute('aria-valuenow', Math.round(progress.fraction * 100)); else bar.removeAttribute('aria-valuenow');
+  bar.setAttribute('aria-valuetext', progress.text);
+  setText(byClass('run-phase'), progress.text);
+  setText(byClass('run-time-left'), progress.time_left);
 }
 
+/** Shows the buttons whose actions are possible. */
 function drawActions(actions) {
   for (const button of buttons) {
-    const wanted = actions[button.dataset.do];
-    button.hidden = !wanted && !(button.dataset.do === 'cancel' && actions.cancelling);
-    if (typeof wanted === 'string') put(button, wanted);
+    const available = actions[button.dataset.action];
+    button.hidden = !available && !(button.dataset.action === 'cancel' && actions.cancelling);
+    if (typeof available === 'string') setText(button, available);
   }
-  const cancel = buttons.find(button => button.dataset.do === 'cancel');
-  cancel.disabled = Boolean(actions.cancelling);
-  put(cancel, actions.cancelling ? 'Stopping at the next step' : 'Cancel');
+  buttonOf('cancel').disabled = Boolean(actions.cancelling);
+  setText(buttonOf('cancel'), actions.cancelling ? 'Stopping at the next step' : 'Cancel');
 }
 
-// ── What came out ───────────────────────────────────────────────────────────────────────────────────────────────────
+// ── Result ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+/** Draws verdict, warning and table of scores of a finished run. */
 function drawResult(result) {
-  const part = find('run-result');
-  part.hidden = !result;
+  const section = byClass('run-result');
+  section.hidden = !result;
   if (!result) return;
-  part.classList.toggle('wins', result.wins);
-  put(find('run-verdict'), result.verdict);
-  say(find('run-alarm'), result.alarm);
-  put(find('run-facts'), result.facts);
+  section.classList.toggle('wins', result.wins);
+  setText(byClass('run-verdict'), result.verdict);
+  showText(byClass('run-warning'), result.warning);
+  setText(byClass('run-statistics'), result.statistics);
   const rows = result.rows.map(row => [row.name, row.base, row.tuned]);
   rows.push(['difference of the total', '', result.difference]);
-  find('run-table').tBodies[0].replaceChildren(...rows.map(cells => {
-    const row = node('tr');
-    cells.forEach((words, place) => {
-      const [mean, interval] = place ? words.split(' (') : [words];
-      const cell = node(place ? 'td' : 'th', '', mean);
-      if (!place) cell.scope = 'row';
-      if (interval) cell.append(' ', node('small', '', '(' + interval));
+  byClass('run-table').tBodies[0].replaceChildren(...rows.map(cells => {
+    const row = createNode('tr');
+    cells.forEach((text, column) => {
+      const [mean, interval] = column ? text.split(' (') : [text];
+      const cell = createNode(column ? 'td' : 'th', '', mean);
+      if (!column) cell.scope = 'row';
+      if (interval) cell.append(' ', createNode('small', '', '(' + interval));
       row.append(cell);
     });
     return row;
   }));
 }
 
+/** Draws held-out photos with the answers of the base and the tuned model. */
 function drawPairs(pairs) {
-  find('run-pairs').hidden = !pairs.length;
-  const parts = pairs.map(pair => {
-    const part = find('pair-template').content.firstElementChild.cloneNode(true);
-    const before = find('pair-before', part);
+  byClass('run-pairs').hidden = !pairs.length;
+  byClass('pairs').replaceChildren(...pairs.map(pair => {
+    const node = byClass('pair-template').content.firstElementChild.cloneNode(true);
+    const before = byClass('pair-before', node);
     before.src = pair.before;
-    before.alt = pair.photo + ' as it is';
+    before.alt = pair.photo + ', unedited';
     for (const side of pair.sides) {
-      const figure = find('pair-' + side.name, part), image = figure.querySelector('img');
+      const figure = byClass('pair-' + side.name, node), image = figure.querySelector('img');
       image.src = side.src;
-      image.alt = pair.photo + ', ' + side.name + ': ' + side.words;
-      figure.querySelector('b').textContent = (side.name === 'base' ? 'Base ' : 'Tuned ') + digits(side.total);
-      figure.querySelector('span').textContent = side.words;
+      image.alt = pair.photo + ', ' + side.name + ': ' + side.description;
+      figure.querySelector('b').textContent = (side.name === 'base' ? 'Base ' : 'Tuned ') + formatScore(side.total);
+      figure.querySelector('span').textContent = side.description;
     }
-    return part;
-  });
-  find('pairs').replaceChildren(...parts);
+    return node;
+  }));
 }
 
-// ── While it learns ─────────────────────────────────────────────────────────────────────────────────────────────────
+// ── During training ─────────────────────────────────────────────────────────────────────────────────────────────────
 
+/** Draws the probe photo before and after the latest answer, and thumbnails of earlier answers. */
 function drawProbe(probe) {
-  find('run-probe').hidden = !probe;
+  byClass('run-probe').hidden = !probe;
   if (!probe) return;
-  source(find('probe-before'), probe.before);
-  source(find('probe-after'), probe.after);
-  find('probe-after').alt = 'The photo after: ' + probe.words;
-  put(find('probe-step'), (probe.step ? 'After step ' + probe.step : 'Before learning') + ' · reward ' + digits(probe.total));
-  put(find('probe-words'), probe.words);
-  put(find('probe-scores'), probe.scores.map(score => score.name + ' ' + digits(score.value)).join(' · '));
-  find('probe-strip').replaceChildren(...probe.strip.map(one => {
-    const part = node('li'), image = node('img');
-    image.src = one.src;
-    part.title = 'Step ' + one.step;
-    image.alt = 'Step ' + one.step + ', reward ' + digits(one.total);
-    part.append(image, node('span', '', digits(one.total)));
-    return part;
+  setSource(byClass('probe-before'), probe.before);
+  setSource(byClass('probe-after'), probe.after);
+  byClass('probe-after').alt = 'The edited photo: ' + probe.description;
+  setText(byClass('probe-step'), (probe.step ? 'After step ' + probe.step : 'Before training') + ' · reward ' + formatScore(probe.total));
+  setText(byClass('probe-description'), probe.description);
+  setText(byClass('probe-scores'), probe.scores.map(score => score.name + ' ' + formatScore(score.value)).join(' · '));
+  byClass('probe-thumbnails').replaceChildren(...probe.thumbnails.map(thumbnail => {
+    const item = createNode('li'), image = createNode('img');
+    image.src = thumbnail.src;
+    item.title = 'Step ' + thumbnail.step;
+    image.alt = 'Step ' + thumbnail.step + ', reward ' + formatScore(thumbnail.total);
+    item.append(image, createNode('span', '', formatScore(thumbnail.total)));
+    return item;
   }));
 }
 
+/** Draws the reward curves with their legend, and the KL divergence. */
 function drawCurves(chart) {
-  const some = chart.steps.length > 0;
-  find('run-curves').hidden = !some;
-  if (!some) return;
-  const series = chart.series.filter(one => one.values.some(value => value !== null));
-  const values = series.flatMap(one => one.values).filter(value => value !== null);
-  const low = Math.min(...values), high = Math.max(...values), pad = Math.max(0.01, (high - low) * 0.06);
-  curve(find('curve-reward'), chart.steps, series, low - pad, high + pad);
-  put(find('curve-first'), 'step ' + chart.steps[0]);
-  put(find('curve-last'), 'step ' + chart.steps[chart.steps.length - 1]);
-  put(find('curve-high'), digits(high + pad));
-  put(find('curve-low'), digits(low - pad));
-  find('curve-reward').setAttribute('aria-label', series.map(one => {
-    const known = one.values.filter(value => value !== null);
-    return one.label + ' from ' + digits(known[0]) + ' to ' + digits(known[known.length - 1]);
+  byClass('run-curves').hidden = !chart.steps.length;
+  if (!chart.steps.length) return;
+  const knownValues = series => series.values.filter(value => value !== null);
+  const allSeries = chart.series.filter(series => knownValues(series).length);
+  const values = allSeries.flatMap(knownValues);
+  const min = Math.min(...values), max = Math.max(...values), padding = Math.max(0.01, (max - min) * 0.06);
+  drawLines(byClass('curve-reward'), chart.steps, allSeries, min - padding, max + padding);
+  setText(byClass('curve-first'), 'step ' + chart.steps[0]);
+  setText(byClass('curve-last'), 'step ' + chart.steps[chart.steps.length - 1]);
+  setText(byClass('curve-max'), formatScore(max + padding));
+  setText(byClass('curve-min'), formatScore(min - padding));
+  byClass('curve-reward').setAttribute('aria-label', allSeries.map(series => {
+    const known = knownValues(series);
+    return series.label + ' from ' + formatScore(known[0]) + ' to ' + formatScore(known[known.length - 1]);
   }).join(', '));
-  find('curve-legend').replaceChildren(...series.map(one => {
-    const known = one.values.filter(value => value !== null), part = node('li', mark(one));
-    part.append(node('i'), document.createTextNode(one.label + ' ' + digits(known[known.length - 1])));
-    if (one.weight === 0) part.append(node('small', '', ' not rewarded'));
-    return part;
+  byClass('curve-legend').replaceChildren(...allSeries.map(series => {
+    const known = knownValues(series), item = createNode('li', lineClass(series));
+    item.append(createNode('i'), document.createTextNode(series.label + ' ' + formatScore(known[known.length - 1])));
+    if (series.weight === 0) item.append(createNode('small', '', ' weight 0'));
+    return item;
   }));
-  const kl = chart.kl.filter(value => value !== null);
-  put(find('curve-facts'), chart.facts);
-  curve(find('curve-kl'), chart.steps, [{name: 'kl', weight: 1, values: chart.kl}], 0, Math.max(1e-6, ...kl) * 1.06);
-  put(find('kl-now'), kl.length ? kl[kl.length - 1].toFixed(3) : '');
-  find('curve-kl').setAttribute('aria-label', kl.length ? 'Now ' + kl[kl.length - 1].toFixed(3) + ', at most ' + Math.max(...kl).toFixed(3) : 'Nothing yet');
+  setText(byClass('curve-diversity'), chart.diversity);
+  const kl = chart.kl.filter(value => value !== null), latest = kl.length ? kl[kl.length - 1].toFixed(3) : '';
+  drawLines(byClass('curve-kl'), chart.steps, [{name: 'kl', weight: 1, values: chart.kl}], 0, Math.max(1e-6, ...kl) * 1.06);
+  setText(byClass('kl-latest'), latest);
+  byClass('curve-kl').setAttribute('aria-label', kl.length ? 'Latest ' + latest + ', maximum ' + Math.max(...kl).toFixed(3) : 'No values yet');
 }
 
-const mark = one => 'line line-' + one.name + (one.weight === 0 ? ' unused' : '');
+/** Returns the CSS classes of a series. */
+const lineClass = series => 'line line-' + series.name + (series.weight === 0 ? ' unweighted' : '');
 
-function curve(svg, steps, series, low, high) {
+/** Draws series as polylines over the steps, with y from min to max. */
+function drawLines(svg, steps, allSeries, min, max) {
   const [, , width, height] = svg.getAttribute('viewBox').split(' ').map(Number);
-  const first = steps[0], span = Math.max(1, steps[steps.length - 1] - first);
-  const x = place => steps.length === 1 ? 0 : (steps[place] - first) / span * width;
-  const y = value => height - (value - low) / Math.max(1e-9, high - low) * height;
-  const make = (name, attributes) => {
-    const made = document.createElementNS('http://www.w3.org/2000/svg', name);
-    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-    return made;
+  const first = steps[0], range = Math.max(1, steps[steps.length - 1] - first);
+  const x = index => steps.length === 1 ? 0 : (steps[index] - first) / range * width;
+  const y = value => height - (value - min) / Math.max(1e-9, max - min) * height;
+  const createShape = (tag, attributes) => {
+    const shape = document.createElementNS('http://www.w3.org/2000/svg', tag);
+    for (const [name, value] of Object.entries(attributes)) shape.setAttribute(name, value);
+    return shape;
   };
-  const grid = [0.25, 0.5, 0.75].map(share => make('line', {class: 'grid', x1: 0, x2: width, y1: share * height, y2: share * height}));
-  const lines = [...series].reverse().map(one => {
-    const points = one.values.map((value, place) => value === null ? null : x(place).toFixed(1) + ',' + y(value).toFixed(1)).filter(Boolean);
+  const grid = [0.25, 0.5, 0.75].map(fraction => createShape('line', {class: 'grid', x1: 0, x2: width, y1: fraction * height, y2: fraction * height}));
+  const lines = [...allSeries].reverse().map(series => {
+    const points = series.values.map((value, index) => value === null ? null : x(index).toFixed(1) + ',' + y(value).toFixed(1)).filter(Boolean);
     if (points.length === 1) points.push(width + ',' + points[0].split(',')[1]);
-    return make('polyline', {class: mark(one), points: points.join(' ')});
+    return createShape('polyline', {class: lineClass(series), points: points.join(' ')});
   });
   svg.replaceChildren(...grid, ...lines);
 }
 
-function drawLog(data) {
+/** Shows the log; it follows new lines while it is scrolled to its end. */
+function drawLog(text) {
   const atEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
-  if (log.textContent === data.log) return;
-  log.textContent = data.log || '';
+  if (log.textContent === text) return;
+  log.textContent = text || '';
   if (atEnd) requestAnimationFrame(() => { log.scrollTop = log.scrollHeight; });
 }
 
-// ── What a person does ──────────────────────────────────────────────────────────────────────────────────────────────
+// ── Input ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-function calm() {
-  clearTimeout(sure);
-  sure = null;
-  put(buttons.find(button => button.dataset.do === 'delete'), 'Delete');
+/** Shows the form for a new name instead of the title, or the other way round. */
+function showRenameForm(visible) {
+  byClass('run-title').hidden = visible;
+  byClass('run-rename').hidden = !visible;
 }
 
-function press(button) {
-  const what = button.dataset.do;
-  if (what === 'download') return trigger('download', {run: shown});
-  if (what === 'rename') {
-    find('run-title').hidden = true;
-    find('run-rename').hidden = false;
-    find('run-new-name').value = find('run-name').textContent;
-    return find('run-new-name').select();
+/** Ends the confirmation of Delete. */
+function resetDelete() {
+  clearTimeout(confirmTimer);
+  confirmTimer = null;
+  setText(buttonOf('delete'), 'Delete');
+}
+
+/** Executes the action of a button; Delete asks for confirmation first. */
+function runAction(action) {
+  if (action === 'download') return trigger('download', {run: runId});
+  if (action === 'rename') {
+    showRenameForm(true);
+    byClass('run-new-name').value = byClass('run-name').textContent;
+    return byClass('run-new-name').select();
   }
-  if (what === 'delete' && sure === null) {
-    put(button, 'Really delete?');
-    sure = setTimeout(calm, 5000);
+  if (action === 'delete' && confirmTimer === null) {
+    setText(buttonOf('delete'), 'Confirm delete');
+    confirmTimer = setTimeout(resetDelete, CONFIRM_MS);
     return;
   }
-  if (what === 'delete') calm();
-  trigger('act', {run: shown, do: what});
+  if (action === 'delete') resetDelete();
+  trigger('act', {run: runId, action});
 }
 
 element.addEventListener('click', event => {
   const button = event.target.closest('button');
   if (!button) return;
-  if (button.classList.contains('run-keep')) { find('run-rename').hidden = true; find('run-title').hidden = false; }
-  else if (button.dataset.do) press(button);
+  if (button.classList.contains('run-rename-cancel')) showRenameForm(false);
+  else if (button.dataset.action) runAction(button.dataset.action);
 });
 element.addEventListener('submit', event => {
   event.preventDefault();
-  find('run-rename').hidden = true;
-  find('run-title').hidden = false;
-  trigger('act', {run: shown, do: 'rename', name: find('run-new-name').value});
+  showRenameForm(false);
+  trigger('act', {run: runId, action: 'rename', name: byClass('run-new-name').value});
 });
-logs.addEventListener('toggle', () => { log.scrollTop = log.scrollHeight; });
+logDetails.addEventListener('toggle', () => { log.scrollTop = log.scrollHeight; });
 watch('value', draw);
 draw();

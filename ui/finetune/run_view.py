@@ -1,12 +1,13 @@
-"""A run as the page shows it: one gr.HTML whose value is a snapshot as JSON, drawn by run.js. So is the list of all.
+"""View of one run and list of all runs: gr.HTML components whose values are JSON snapshots, drawn by JavaScript.
 
-The templates are static, as the grid's: no text of a model or a person passes through one.
+The templates contain no placeholders: text of models and users reaches the page only as `textContent`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,35 +17,38 @@ import gradio as gr
 from recipes import PhotoError, describe, load_photo, parse, render, shrink
 from rewards import REWARDS
 from training.data import uploads
-from training.runs.adapters import reward_words, title
+from training.runs.adapters import format_weights, run_title
 from training.runs.run import Run, RunConfig, RunError, Status
 from ui.playground.compare import picture_url
 from ui.services import AppServices
 
 HERE = Path(__file__).resolve().parent
-POINTS = 240  # steps that a curve shows at most
-STRIP = 8  # earlier probe answers that are shown
-PAIRS = 4  # held-out photos that are shown side by side
-LOG_LINES = 120
-SIDE, SMALL = 480, 128  # pixels of the long side of a picture, and of one in the strip
-WORDS = {
-    "queued": "Waiting",
+MAX_CHART_POINTS = 240
+MAX_CURVE_POINTS = 40  # of the small curve in the list of runs
+MAX_THUMBNAILS = 8  # earlier probe answers
+MAX_PAIRS = 4  # held-out photos with the answers of base and tuned model
+MAX_LOG_LINES = 120
+DIVERSITY_STEPS = 10  # last steps that the diversity is averaged over
+PICTURE_SIDE, THUMBNAIL_SIDE = 480, 128  # longest side in pixels
+STATE_LABELS = {
+    "queued": "Queued",
     "running": "Running",
     "done": "Done",
     "cancelled": "Cancelled",
     "failed": "Failed",
     "interrupted": "Interrupted",
 }
+SERIES_LABELS = {"held_out": "reward on held-out photos"}
 _log = logging.getLogger(__name__)
 
 
 def run_view() -> gr.HTML:
-    """The component for one run. It fires `act` with {run, do, name?} and `download` with {run}."""
+    """Create the component for one run. It fires `act` with {run, action, name?} and `download` with {run}."""
     return _html("run", "run-view")
 
 
 def history_view() -> gr.HTML:
-    """The component for the list of runs. It fires `pick` with {run}."""
+    """Create the component for the list of runs. It fires `pick` with {run}."""
     return _html("history", "history")
 
 
@@ -61,253 +65,268 @@ def _html(name: str, elem_id: str) -> gr.HTML:
 # ── One run ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_value(services: AppServices, run: Run) -> dict[str, Any]:
-    """A snapshot of a run. Raises RunError when it is no run (any more)."""
+def run_snapshot(services: AppServices, run: Run) -> dict[str, Any]:
+    """Return everything that the page shows of a run, as JSON. Raises RunError if the run cannot be read."""
     config, status = run.config(), run.status()
-    result = run.result() if status.over else None
+    result = run.result() if status.finished else None
     return {
         "run": run.id,
-        "name": title(run),
+        "name": run_title(run),
         "state": status.state,
-        "badge": WORDS[status.state],
-        "about": _about(services, config, status),
+        "badge": STATE_LABELS[status.state],
+        "summary": _summary(services, config, status),
         "message": status.message,
         "progress": _progress(services, run, status),
         "actions": _actions(services, run, status, result),
         "chart": _chart(run, config),
         "probe": _probe(run),
         "result": _result(services, run, result) if result else None,
-        "log": run.log(LOG_LINES),
+        "log": run.log(MAX_LOG_LINES),
     }
 
 
-def _about(services: AppServices, config: RunConfig, status: Status) -> str:
-    base = config.base if config.base in services.adapters.models else "an earlier run"
-    earlier = services.adapters.earlier(config.base)
-    if earlier:
-        base = title(earlier)
-    parts = [f"Reward: {reward_words(config.reward)}", f"from {base}", uploads.words(services.runs, config.photos)]
-    return " · ".join([*parts, f"{status.steps or config.steps:,} steps", f"seed {config.seed}"])
+def _summary(services: AppServices, config: RunConfig, status: Status) -> str:
+    base_run = services.adapters.find_run(config.base)
+    if base_run:
+        base = run_title(base_run)
+    else:
+        base = config.base if config.base in services.adapters.models else "an earlier run"
+    return " · ".join(
+        [
+            f"Reward: {format_weights(config.reward)}",
+            f"from {base}",
+            uploads.describe_source(services.runs, config.photos),
+            f"{status.steps or config.steps:,} steps",
+            f"seed {config.seed}",
+        ]
+    )
 
 
 def _progress(services: AppServices, run: Run, status: Status) -> dict[str, Any] | None:
-    if status.over:
+    """Return the fraction done (None if unknown), a text and the time left; None for a finished run."""
+    if status.finished:
         return None
     if status.state == "queued":
         ahead = services.worker.position(run)
-        words = "Starting" if not ahead else f"Waiting for {ahead} run{'s' if ahead > 1 else ''} before it"
-        return {"share": None if not ahead else 0, "words": words, "left": ""}
+        text = f"Waiting for {ahead} earlier run{'s' if ahead > 1 else ''}" if ahead else "Starting"
+        return {"fraction": 0 if ahead else None, "text": text, "time_left": ""}
     phase = status.phase[:1].upper() + status.phase[1:]
     counted = f"step {status.step:,} of {status.steps:,}" if status.step else ""
-    left = _seconds_left(run, status)
+    seconds = _seconds_left(run, status)
     return {
-        "share": status.step / status.steps if status.step and status.steps else None,
-        "words": " · ".join(filter(None, [phase or "Starting", counted])),
-        "left": f"about {duration(left)} left" if left is not None and status.step < status.steps else "",
+        "fraction": status.step / status.steps if status.step and status.steps else None,
+        "text": " · ".join(filter(None, [phase or "Starting", counted])),
+        "time_left": f"about {format_duration(seconds)} left"
+        if seconds is not None and status.step < status.steps
+        else "",
     }
 
 
 def _seconds_left(run: Run, status: Status) -> float | None:
-    """From the pace of the last steps, where they say it; else from the time since the start."""
-    last = [line for line in run.metrics()[-20:] if _number(line.get("seconds")) is not None]
-    if len(last) < 3 or last[-1]["seconds"] <= last[0]["seconds"]:
+    """Extrapolate from the last 20 steps; from the time since the start if fewer than three steps are timed."""
+    timed = [row for row in run.metrics()[-20:] if _number(row.get("seconds")) is not None]
+    if len(timed) < 3 or timed[-1]["seconds"] <= timed[0]["seconds"]:
         return status.seconds_left()
-    pace = (last[-1]["seconds"] - last[0]["seconds"]) / (len(last) - 1)
-    return pace * (status.steps - status.step)
+    seconds_per_step = (timed[-1]["seconds"] - timed[0]["seconds"]) / (len(timed) - 1)
+    return seconds_per_step * (status.steps - status.step)
 
 
 def _actions(services: AppServices, run: Run, status: Status, result: dict[str, Any] | None) -> dict[str, Any]:
-    """What may be done with it now, and how it is called."""
-    used = services.adapters.uses(run.id)
-    usable = run.has_model and status.over and not used
+    """Return which buttons are visible. A text instead of True is the button's label."""
+    in_use = services.adapters.is_enabled(run.id)
+    usable = run.has_model and status.finished and not in_use
     wins = bool(result and result.get("wins"))
     return {
-        "cancel": not status.over and not run.cancelled,
-        "cancelling": not status.over and run.cancelled,
+        "cancel": not status.finished and not run.cancelled,
+        "cancelling": not status.finished and run.cancelled,
         "resume": status.state in ("interrupted", "cancelled", "failed"),
-        "use": ("Use it in the playground" if wins else "Use it all the same") if usable else "",
-        "revert": used,
+        "use": ("Use in the Playground" if wins else "Use anyway") if usable else "",
+        "revert": in_use,
         "download": True,
-        "delete": status.over and not used,
+        "delete": status.finished and not in_use,
         "rename": True,
     }
 
 
 def _chart(run: Run, config: RunConfig) -> dict[str, Any]:
-    everything = run.metrics()
-    lines = thinned(everything, POINTS)
+    metrics = run.metrics()
+    rows = downsample(metrics, MAX_CHART_POINTS)
     weights = {"reward": 1.0, "held_out": 1.0} | {name: config.reward.get(name, 0.0) for name in REWARDS}
-    labels = {"held_out": "reward on unseen photos"}
     return {
-        "steps": [_number(line.get("step")) or 0 for line in lines],
+        "steps": [_number(row.get("step")) or 0 for row in rows],
         "series": [
-            {"name": name, "label": labels.get(name, name), "weight": weight, "values": _column(lines, name)}
+            {
+                "name": name,
+                "label": SERIES_LABELS.get(name, name),
+                "weight": weight,
+                "values": _column(rows, name),
+            }
             for name, weight in weights.items()
         ],
-        "kl": _column(lines, "kl"),
-        "facts": _spread(everything[-10:]),
+        "kl": _column(rows, "kl"),
+        "diversity": _diversity(metrics[-DIVERSITY_STEPS:]),
     }
 
 
-def _column(lines: list[dict[str, Any]], name: str) -> list[float | None]:
-    return [_number(line.get(name)) for line in lines]
+def _column(rows: list[dict[str, Any]], name: str) -> list[float | None]:
+    return [_number(row.get(name)) for row in rows]
 
 
-def _spread(lines: list[dict[str, Any]]) -> str:
-    """How much the answers still differ, over the last steps: without differences there is nothing to learn from."""
-    means = {}
-    for name in ("entropy", "distinct", "valid", "no_signal"):
-        known = [value for value in _column(lines, name) if value is not None]
+def _diversity(rows: list[dict[str, Any]]) -> str:
+    """Describe how much the rollouts of a photo differ. Identical rollouts give GRPO no advantage to learn from."""
+    means: dict[str, float | None] = {}
+    for name in ("distinct", "entropy", "valid", "no_signal"):
+        known = [value for value in _column(rows, name) if value is not None]
         means[name] = sum(known) / len(known) if known else None
-    words = []
+    parts = []
     if means["distinct"] is not None:
-        words.append(f"{means['distinct']:.0%} of the answers to a photo differ")
+        parts.append(f"{means['distinct']:.0%} distinct rollouts per photo")
     if means["entropy"] is not None:
-        words.append(f"entropy {means['entropy']:.2f}")
+        parts.append(f"entropy {means['entropy']:.2f}")
     if means["valid"] is not None:
-        words.append(f"{means['valid']:.0%} valid recipes")
+        parts.append(f"{means['valid']:.0%} valid recipes")
     if means["no_signal"]:
-        words.append(f"no signal in {means['no_signal']:.0%} of the groups, whose answers all scored the same")
-    return " · ".join(words)
+        parts.append(f"no signal in {means['no_signal']:.0%} of the groups (all rollouts scored the same)")
+    return " · ".join(parts)
 
 
-def thinned(lines: list[Any], most: int) -> list[Any]:
-    """At most `most` of the lines, evenly, with the first and the last."""
-    if len(lines) <= most:
-        return lines
-    return [lines[round(place * (len(lines) - 1) / (most - 1))] for place in range(most)]
+def downsample(rows: Sequence[Any], limit: int) -> list[Any]:
+    """Return at most `limit` evenly spaced rows, always with the first and the last."""
+    if len(rows) <= limit:
+        return list(rows)
+    return [rows[round(index * (len(rows) - 1) / (limit - 1))] for index in range(limit)]
 
 
 def _number(value: Any) -> float | None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) < 1e12
-    return value if good else None
+    """Return a finite number that JSON and a chart can hold; None for everything else."""
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) < 1e12
+    return value if valid else None
 
 
 def _probe(run: Run) -> dict[str, Any] | None:
-    """The probe photo, its newest answer in full, and the earlier ones small."""
+    """Return the probe photo with the latest answer, and thumbnails of earlier ones."""
     answers, photo = run.probes(), run.folder / "probe.png"
     if not answers or not photo.is_file():
         return None
-    last = answers[-1]
-    read = parse(str(last.get("recipe") or ""))
-    scores = last.get("scores") or {}
+    latest = answers[-1]
+    text, scores = str(latest.get("recipe") or ""), latest.get("scores") or {}
+    parsed = parse(text)
     return {
-        "before": _picture(photo, "", SIDE),
-        "after": _picture(photo, str(last.get("recipe") or ""), SIDE),
-        "step": _number(last.get("step")) or 0,
-        "words": describe(read.recipe) if read.ok else f"No recipe could be read in: {last.get('recipe')}",
-        "recipe": str(read.recipe) if read.ok else "",
-        "total": _number(last.get("total")),
+        "before": _picture(photo, "", PICTURE_SIDE),
+        "after": _picture(photo, text, PICTURE_SIDE),
+        "step": _number(latest.get("step")) or 0,
+        "description": describe(parsed.recipe) if parsed.ok else f"Not a valid recipe: {latest.get('recipe')}",
+        "recipe": str(parsed.recipe) if parsed.ok else "",
+        "total": _number(latest.get("total")),
         "scores": [{"name": name, "value": _number(scores.get(name))} for name in REWARDS],
-        "strip": [
+        "thumbnails": [
             {
-                "step": _number(one.get("step")) or 0,
-                "total": _number(one.get("total")),
-                "src": _picture(photo, str(one.get("recipe") or ""), SMALL),
+                "step": _number(answer.get("step")) or 0,
+                "total": _number(answer.get("total")),
+                "src": _picture(photo, str(answer.get("recipe") or ""), THUMBNAIL_SIDE),
             }
-            for one in thinned(answers, STRIP)
+            for answer in downsample(answers, MAX_THUMBNAILS)
         ],
     }
 
 
 def _result(services: AppServices, run: Run, result: dict[str, Any]) -> dict[str, Any]:
-    base, tuned = (result.get(side) or {} for side in ("base", "tuned"))
-    difference = result.get("difference") or {}
-    rows = [
-        {"name": name, "base": interval_words(base.get(name)), "tuned": interval_words(tuned.get(name))}
-        for name in (*REWARDS, "total")
-    ]
-    wins = bool(result.get("wins"))
+    base, tuned = result.get("base") or {}, result.get("tuned") or {}
+    pairs = [_pair(run, pair) for pair in (result.get("pairs") or [])[:MAX_PAIRS] if isinstance(pair, dict)]
     return {
-        "wins": wins,
-        "verdict": verdict(result, services.adapters.uses(run.id)),
-        "alarm": str(result.get("alarm") or ""),
-        "rows": rows,
-        "difference": interval_words(difference, sign=True),
-        "facts": _facts(result),
-        "pairs": [pair for one in (result.get("pairs") or [])[:PAIRS] if (pair := _pair(run, one))],
+        "wins": bool(result.get("wins")),
+        "verdict": verdict(result, services.adapters.is_enabled(run.id)),
+        "warning": str(result.get("alarm") or ""),
+        "rows": [
+            {"name": name, "base": format_interval(base.get(name)), "tuned": format_interval(tuned.get(name))}
+            for name in (*REWARDS, "total")
+        ],
+        "difference": format_interval(result.get("difference"), sign=True),
+        "statistics": _statistics(result),
+        "pairs": pairs,
     }
 
 
-def verdict(result: dict[str, Any], used: bool) -> str:
-    """What came out, in a sentence or two."""
+def verdict(result: dict[str, Any], in_use: bool) -> str:
+    """Say in one or two sentences whether the tuned model beats its base, and whether it is in use."""
     difference = result.get("difference") or {}
     mean, low, high = (_number(difference.get(key)) for key in ("mean", "low", "high"))
-    where = f"on {result.get('held_out') or 'the'} photos that it has not seen"
+    photos = f"on {result.get('held_out') or 'the'} held-out photos"
     if mean is None or low is None or high is None:
-        return f"It could not be compared {where}."
+        return f"The models could not be compared {photos}."
     if result.get("wins"):
-        span = f"{mean:.3f} higher than the base's (95 % interval {low:.3f} to {high:.3f})"
-        place = "stands beside its base" if used else "is not in use: only its base is offered"
-        return f"The tuned model wins: {where} its reward is {span}. It {place} in the playground."
-    span = f"its reward differs from the base's by {mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
-    why = "The tuned model is worse" if high < 0 else "The tuned model is not clearly better"
-    place = "It is in use all the same." if used else "The base stays in the playground; you may use it all the same."
-    return f"{why}: {where} {span}. {place}"
+        interval = f"{mean:.3f} higher than the base model's (95 % interval {low:.3f} to {high:.3f})"
+        use = "It is selected beside its base model" if in_use else "It is not in use; only its base model is offered"
+        return f"The tuned model wins: {photos} its reward is {interval}. {use} in the Playground."
+    outcome = "worse" if high < 0 else "not clearly better"
+    interval = f"{mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
+    use = (
+        "It is in use anyway." if in_use else "The Playground keeps the base model. You can use the tuned model anyway."
+    )
+    return f"The tuned model is {outcome}: {photos} its reward differs from the base model's by {interval}. {use}"
 
 
-def interval_words(value: Any, sign: bool = False) -> str:
-    """A mean with its interval: `0.41 (0.38 to 0.44)`."""
+def format_interval(value: Any, sign: bool = False) -> str:
+    """Format a mean with its confidence interval: `0.410 (0.380 to 0.440)`."""
     if not isinstance(value, dict) or _number(value.get("mean")) is None:
         return "–"
-    form = "{:+.3f}" if sign else "{:.3f}"
+    number = "{:+.3f}" if sign else "{:.3f}"
     mean, low, high = (_number(value.get(key)) for key in ("mean", "low", "high"))
-    span = f" ({form.format(low)} to {form.format(high)})" if low is not None and high is not None else ""
-    return form.format(mean) + span
+    interval = f" ({number.format(low)} to {number.format(high)})" if low is not None and high is not None else ""
+    return number.format(mean) + interval
 
 
-def _facts(result: dict[str, Any]) -> str:
+def _statistics(result: dict[str, Any]) -> str:
     seconds, memory = _number(result.get("seconds")), _number(result.get("peak_memory_bytes"))
     parts = [f"{_number(result.get('steps')) or 0:,.0f} steps"]
-    parts += [duration(seconds)] if seconds is not None else []
-    parts += [f"{memory / 2**30:.1f} GB of memory at most"] if memory else []
-    for key, words in (("distinct", "different answers per photo"), ("entropy", "entropy")):
-        ends = result.get(key) or {}
-        first, last = _number(ends.get("first")), _number(ends.get("last"))
+    if seconds is not None:
+        parts.append(format_duration(seconds))
+    if memory:
+        parts.append(f"{memory / 2**30:.1f} GB peak memory")
+    for key, label, number in (("distinct", "distinct rollouts", "{:.0%}"), ("entropy", "entropy", "{:.2f}")):
+        change = result.get(key) or {}
+        first, last = _number(change.get("first")), _number(change.get("last"))
         if first is not None and last is not None:
-            shown = f"{first:.0%} → {last:.0%}" if key == "distinct" else f"{first:.2f} → {last:.2f}"
-            parts.append(f"{words} {shown}")
+            parts.append(f"{label} {number.format(first)} → {number.format(last)}")
     return " · ".join(parts)
 
 
-def _pair(run: Run, one: Any) -> dict[str, Any] | None:
-    if not isinstance(one, dict):
-        return None
-    photo = run.folder / Path(str(one.get("picture"))).name
-    sides = [_side(photo, name, one) for name in ("base", "tuned")]
-    return {"photo": str(one.get("photo") or ""), "before": _picture(photo, "", SIDE), "sides": sides}
-
-
-def _side(photo: Path, name: str, one: dict[str, Any]) -> dict[str, Any]:
-    text = str(one.get(name) or "")
-    read = parse(text)
-    words = describe(read.recipe) if read.ok else "No recipe could be read."
-    return {
-        "name": name,
-        "words": words,
-        "total": _number(one.get(f"{name}_total")),
-        "src": _picture(photo, text, SIDE),
-    }
+def _pair(run: Run, pair: dict[str, Any]) -> dict[str, Any]:
+    """Return a held-out photo with the recipe, picture and score of the base and the tuned model."""
+    photo = run.folder / Path(str(pair.get("picture"))).name
+    sides = []
+    for name in ("base", "tuned"):
+        text = str(pair.get(name) or "")
+        parsed = parse(text)
+        sides.append(
+            {
+                "name": name,
+                "description": describe(parsed.recipe) if parsed.ok else "Not a valid recipe.",
+                "total": _number(pair.get(f"{name}_total")),
+                "src": _picture(photo, text, PICTURE_SIDE),
+            }
+        )
+    return {"photo": str(pair.get("photo") or ""), "before": _picture(photo, "", PICTURE_SIDE), "sides": sides}
 
 
 def _picture(photo: Path, recipe: str, side: int) -> str:
-    """The photo after a recipe (as it is, where that cannot be read) as a data URL; empty when there is no photo."""
+    """Return the photo after a recipe as a data URL: unedited if the recipe is invalid, "" if there is no photo."""
     try:
-        return _drawn(str(photo), photo.stat().st_mtime_ns, recipe, side)
+        return _rendered(str(photo), photo.stat().st_mtime_ns, recipe, side)
     except (OSError, PhotoError) as error:
-        _log.warning("%s cannot be shown: %s", photo.name, error)
+        _log.warning("Could not show %s: %s", photo.name, error)
         return ""
 
 
 @lru_cache(maxsize=128)
-def _drawn(photo: str, _: int, recipe: str, side: int) -> str:
+def _rendered(photo: str, _: int, recipe: str, side: int) -> str:
     pixels = load_photo(photo)
-    read = parse(recipe)
-    return picture_url(shrink(render(pixels, read.recipe) if recipe and read.ok else pixels, side))
+    parsed = parse(recipe)
+    return picture_url(shrink(render(pixels, parsed.recipe) if recipe and parsed.ok else pixels, side))
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds as a person says them: `45 s`, `3 min 20 s`, `1 h 5 min`."""
+def format_duration(seconds: float | None) -> str:
+    """Format a duration: `45 s`, `3 min 20 s`, `1 h 5 min`."""
     if seconds is None:
         return "–"
     whole = max(0, round(seconds))
@@ -321,72 +340,64 @@ def duration(seconds: float | None) -> str:
 # ── All runs ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def history_value(services: AppServices, chosen: str | None) -> dict[str, Any]:
-    """All runs, newest first, in a line each."""
+def history_snapshot(services: AppServices, selected: str | None) -> dict[str, Any]:
+    """Return one row per run, newest first. Runs that cannot be read are logged and left out."""
     rows = []
     for run in reversed(services.runs.list()):
         try:
-            rows.append(_row(services, run))
+            rows.append(_history_row(services, run))
         except RunError as error:
-            _log.warning("%s is left out: %s", run.id, error)
-    return {"chosen": chosen or "", "runs": rows}
+            _log.warning("Run %s is not listed: %s", run.id, error)
+    return {"selected": selected or "", "runs": rows}
 
 
-def _row(services: AppServices, run: Run) -> dict[str, Any]:
+def _history_row(services: AppServices, run: Run) -> dict[str, Any]:
     status, config = run.status(), run.config()
+    in_use = services.adapters.is_enabled(run.id)
+    result = run.result() if status.finished else None
+    outcome = ""
+    if result:
+        outcome = format_interval(result.get("difference"), sign=True)
+    elif status.state == "running" and status.steps:
+        outcome = f"step {status.step:,} of {status.steps:,}"
     return {
         "run": run.id,
-        "name": title(run),
-        "reward": reward_words(config.reward) if config.name else "",
+        "name": run_title(run),
+        "reward": format_weights(config.reward) if config.name else "",
         "state": status.state,
-        "badge": "In use" if services.adapters.uses(run.id) else WORDS[status.state],
-        "used": services.adapters.uses(run.id),
-        "when": time.strftime("%d %b %H:%M", time.localtime(status.created)) if status.created else "",
-        "duration": duration(status.ended - status.started) if status.ended and status.started else "",
-        "result": _short_result(run, status),
-        "curve": [_number(line.get("reward")) for line in thinned(run.metrics(), 40)],
+        "badge": "In use" if in_use else STATE_LABELS[status.state],
+        "in_use": in_use,
+        "created": time.strftime("%d %b %H:%M", time.localtime(status.created)) if status.created else "",
+        "duration": format_duration(status.ended - status.started) if status.ended and status.started else "",
+        "result": outcome,
+        "curve": [_number(row.get("reward")) for row in downsample(run.metrics(), MAX_CURVE_POINTS)],
     }
 
 
-def _short_result(run: Run, status: Status) -> str:
-    result = run.result() if status.over else None
-    if result:
-        return interval_words(result.get("difference") or {}, sign=True)
-    if status.state == "running" and status.steps:
-        return f"step {status.step:,} of {status.steps:,}"
-    return ""
+# ── Change detection ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# ── Whether there is news ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def run_mark(services: AppServices, run: Run) -> tuple[Any, ...]:
-    """Differs whenever `run_value` does; costs a few looks at the folder."""
+def run_fingerprint(services: AppServices, run: Run) -> tuple[Any, ...]:
+    """Return a cheap value that changes whenever `run_snapshot` changes."""
     files = ("config.json", "status.json", "metrics.jsonl", "probes.jsonl", "log.txt", "result.json", "cancel")
-    status = run.status()
-    ahead = services.worker.position(run) if status.state == "queued" else 0
-    return (
-        run.id,
-        status.state,
-        ahead,
-        services.adapters.uses(run.id),
-        *(_version(run.folder / name) for name in files),
-    )
+    state = run.status().state
+    position = services.worker.position(run) if state == "queued" else 0
+    versions = (_file_version(run.folder / name) for name in files)
+    return (run.id, state, position, services.adapters.is_enabled(run.id), *versions)
 
 
-def history_mark(services: AppServices, chosen: str | None) -> tuple[Any, ...]:
-    """Differs whenever `history_value` does."""
-    runs = services.runs.list()
-    states = [
-        (run.id, run.status().state, *(_version(run.folder / name) for name in ("config.json", "status.json")))
-        for run in runs
+def history_fingerprint(services: AppServices, selected: str | None) -> tuple[Any, ...]:
+    """Return a cheap value that changes whenever `history_snapshot` changes."""
+    rows = [
+        (run.id, run.status().state, *(_file_version(run.folder / name) for name in ("config.json", "status.json")))
+        for run in services.runs.list()
     ]
-    return (chosen, services.adapters.version, *states)
+    return (selected, services.adapters.version, *rows)
 
 
-def _version(path: Path) -> tuple[int, int] | None:
+def _file_version(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        stat = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size
+    return stat.st_mtime_ns, stat.st_size

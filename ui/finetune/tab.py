@@ -1,37 +1,46 @@
-"""The Fine-tune tab: retrain a model with the sliders' reward, watch it learn, and put it beside its base."""
+"""The Fine-tune tab: train a model on the reward of the sliders, follow the run, and use the tuned model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import gradio as gr
 
+from inference.availability import unavailable
 from inference.registry import MODELS
 from rewards import REWARDS
 from storage.reward_functions import StoreError
 from training.data import uploads
-from training.hosted import trainer as hosted
+from training.hosted import trainer as hosted_trainer
 from training.hosted.client import BASE
 from training.runs import export
-from training.runs.adapters import model_name, title
+from training.runs.adapters import model_name, run_title
 from training.runs.run import Run, RunConfig, RunError
-from ui.files import deliver, new_file, writing
-from ui.finetune.estimate import DEFAULT_HARDWARE, PLACES, estimate, steps_of
+from ui.events import PRIVATE, UNQUEUED, tab_selected
+from ui.files import download_on, new_file, writing
+from ui.finetune.estimate import BACKENDS, DEFAULT_HARDWARE, estimate, step_count_of
 from ui.finetune.form import (
-    FORM,
-    PHOTOS,
+    HUB_DATASET,
+    UPLOADED,
+    backend_changed,
     draw_form,
     draw_push_form,
-    length_chosen,
-    photos_chosen,
-    place_chosen,
+    length_changed,
+    photo_source_changed,
 )
-from ui.finetune.run_view import history_mark, history_value, history_view, run_mark, run_value, run_view
-from ui.messages import inform, refusal
+from ui.finetune.run_view import (
+    history_fingerprint,
+    history_snapshot,
+    history_view,
+    run_fingerprint,
+    run_snapshot,
+    run_view,
+)
+from ui.messages import as_gradio_error, show_info
 from ui.playground import reward_functions
 from ui.playground.link import PlaygroundSettings
 from ui.playground.picker import choices
@@ -39,352 +48,431 @@ from ui.services import AppServices, SharedComponents
 from usage.budgets import BudgetExceeded
 
 TAB = "Fine-tune"
-NO_BASE = "No model can be trained on this deployment, which has no torch. Moondream's tuning API is left: see Where."
 TITLE = "Fine-tuning"
+NO_LOCAL_BASE = "This deployment cannot train locally: torch is not installed. Train on Moondream's tuning API instead."
 
 
 @dataclass(frozen=True)
 class RenderState:
-    """What a page shows, so that nothing is sent twice."""
+    """What a page displays, so that a refresh sends only what has changed.
+
+    Attributes:
+        run: Fingerprint of the displayed run.
+        history: Fingerprint of the list of runs.
+        adapters_version: Version of the adapter registry; -1 before the first refresh.
+        newest_with_base: Names of the newest enabled tuned model and its base.
+        polling: Whether the timer runs.
+    """
 
     run: tuple[Any, ...] = ()
     history: tuple[Any, ...] = ()
-    version: int = -1
-    front: tuple[str, ...] = ()
-    active: bool = False
+    adapters_version: int = -1
+    newest_with_base: tuple[str, ...] = ()
+    polling: bool = False
 
 
-# ── Handlers: what is shown ─────────────────────────────────────────────────────────────────────────────────────────
+# ── Handlers: display ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def show(services: AppServices, chosen: str | None, seen: RenderState | None, names: Any, here: bool) -> list[Any]:
-    """View, history, picker, bases, what is seen, timer: each anew where there is news, else as it was."""
-    seen = seen or RenderState()
-    run = current(services, chosen)
-    active = bool(here or services.worker.waiting())
-    now = RenderState(
-        run_mark(services, run) if run else ("none",),
-        history_mark(services, run.id if run else None),
-        services.adapters.version,
-        tuple(services.adapters.front()),
-        active,
+def refresh(
+    services: AppServices, selected: str | None, state: RenderState | None, models: Any, tab_open: bool
+) -> list[Any]:
+    """Update what has changed since the last refresh; everything else is skipped.
+
+    Args:
+        services: The application's services.
+        selected: ID of the run that the user selected.
+        state: What the page displays now.
+        models: Names of the models selected in the Playground.
+        tab_open: Whether this tab is open.
+
+    Returns:
+        Updates of the run view, the history, the model picker, the base models, the render state and the timer.
+    """
+    state = state or RenderState()
+    run = displayed_run(services, selected)
+    run_id = run.id if run else None
+    new = RenderState(
+        run=run_fingerprint(services, run) if run else ("none",),
+        history=history_fingerprint(services, run_id),
+        adapters_version=services.adapters.version,
+        newest_with_base=tuple(services.adapters.newest_with_base()),
+        polling=bool(tab_open or services.worker.unfinished()),
     )
     return [
-        _value(services, run) if now.run != seen.run else gr.skip(),
-        history_value(services, run.id if run else None) if now.history != seen.history else gr.skip(),
-        _picked(names, seen, now),
-        gr.update(choices=bases(services)) if now.history != seen.history else gr.skip(),
-        now,
-        gr.Timer(active=active) if active != seen.active else gr.skip(),
+        _snapshot_or_error(services, run) if new.run != state.run else gr.skip(),
+        history_snapshot(services, run_id) if new.history != state.history else gr.skip(),
+        _picker_update(models, state, new),
+        gr.update(choices=base_models(services)) if new.history != state.history else gr.skip(),
+        new,
+        gr.Timer(active=new.polling) if new.polling != state.polling else gr.skip(),
     ]
 
 
-def current(services: AppServices, chosen: str | None) -> Run | None:
-    """The run that was chosen; without a choice the one that works, else the newest; None where there is none."""
-    if chosen:
-        try:
-            return services.runs.get(chosen)
-        except RunError:
-            pass  # somebody has deleted it
-    waiting = services.worker.waiting()
-    everything = services.runs.list()
-    return waiting[0] if waiting else everything[-1] if everything else None
+def displayed_run(services: AppServices, selected: str | None) -> Run | None:
+    """Return the selected run; by default the active or next queued one, else the newest; None without runs."""
+    if selected:
+        with suppress(RunError):  # it has been deleted
+            return services.runs.get(selected)
+    unfinished = services.worker.unfinished()
+    if unfinished:
+        return unfinished[0]
+    runs = services.runs.list()
+    return runs[-1] if runs else None
 
 
-def _value(services: AppServices, run: Run | None) -> dict[str, Any] | None:
+def _snapshot_or_error(services: AppServices, run: Run | None) -> dict[str, Any] | None:
     try:
-        return run_value(services, run) if run else None
+        return run_snapshot(services, run) if run else None
     except RunError as error:
         return {"run": run.id if run else "", "error": str(error)}
 
 
-def _picked(names: Any, seen: RenderState, now: RenderState) -> Any:
-    """The picker after a change of what is in service: the newest tuned model beside its base comes to the front."""
-    if now.version == seen.version or seen.version < 0:
+def _picker_update(models: Any, old: RenderState, new: RenderState) -> Any:
+    """Offer newly enabled models and remove disabled ones; select a newly enabled model together with its base."""
+    if new.adapters_version == old.adapters_version or old.adapters_version < 0:
         return gr.skip()
-    kept = [name for name in names or [] if name in MODELS]
-    if now.front and now.front != seen.front and now.front[1] not in seen.front:
-        kept = list(now.front)
-    return gr.HTML(value=kept or list(PlaygroundSettings().models), choices=choices())
+    selected = [name for name in models or [] if name in MODELS]
+    newest = new.newest_with_base
+    if newest and newest != old.newest_with_base and newest[1] not in old.newest_with_base:
+        selected = list(newest)
+    return gr.HTML(value=selected or list(PlaygroundSettings().models), choices=choices())
 
 
-def bases(services: AppServices) -> list[tuple[str, str]]:
-    """What a run can start from: the local models with weights of their own, and what earlier runs have learned."""
-    offered: dict[tuple[str, str | None], tuple[str, str]] = {}
-    for entry in list(MODELS.values()):
-        if entry.backend == "local" and entry.adapter is None and entry.unavailable() is None:
-            offered.setdefault((entry.source, None), (entry.title, entry.name))
+def base_models(services: AppServices) -> list[tuple[str, str]]:
+    """Return title and name of each model that a run can start from: local base models, and finished runs' models."""
+    by_weights: dict[str, tuple[str, str]] = {}
+    for spec in list(MODELS.values()):
+        if spec.backend == "local" and spec.adapter is None and unavailable(spec) is None:
+            by_weights.setdefault(spec.source, (spec.title, spec.name))
+    tuned = []
     for run in reversed(services.runs.list()):
         with suppress(RunError):
-            if run.has_adapter and run.status().over:
-                offered[run.id, None] = (f"{title(run)} ({run.id[:15]})", model_name(run.id))
-    return list(offered.values())
+            if run.has_adapter and run.status().finished:
+                tuned.append((f"{run_title(run)} ({run.id[:15]})", model_name(run.id)))
+    return [*by_weights.values(), *tuned]
 
 
-def tab_opened(event: gr.SelectData) -> bool:
-    """Whether it was this tab."""
-    return event.value == TAB
+# ── Handlers: actions ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# ── Handlers: what is done ──────────────────────────────────────────────────────────────────────────────────────────
+def retrain(services: AppServices, form: dict[str, Any], weights: Sequence[float]) -> str:
+    """Queue a run.
 
+    Args:
+        services: The application's services.
+        form: Values of `RetrainForm.fields` by name.
+        weights: Weight of each reward, in the order of REWARDS.
 
-def retrain(services: AppServices, *values: Any) -> str:
-    """Queues a run as the form says (the parts of FORM, then the sliders) and returns its id; gr.Error says what to
-    mend."""
-    form = dict(zip(FORM, values[: len(FORM)], strict=True))
-    function = reward_functions.of_sliders(values[len(FORM) :])
-    with plainly():
-        photos = _photos(services, form["kind"], form["files"], form["dataset"])
-        where = PLACES.get(form["place"], "here")
-        asked = {key: form[key] for key in ("learning_rate", "beta", "rollouts", "rank", "seed")}
-        if where == "hosted":
-            asked |= {"budget": form["budget"], "sft_steps": form["examples"]}
-        missing = [key.replace("_", " ") for key, value in asked.items() if value is None]
+    Returns:
+        The run's ID.
+
+    Raises:
+        gr.Error: If an input is missing or invalid. The message says which.
+    """
+    reward = reward_functions.of_sliders(tuple(weights))
+    with as_gradio_error(RunError, title=TITLE):
+        photos = _photo_source(services, form)
+        backend = BACKENDS.get(form["backend"], "here")
+        names = ["learning_rate", "beta", "rollouts", "rank", "seed"]
+        names += ["budget", "sft_steps"] if backend == "hosted" else []
+        missing = [name.replace("_", " ") for name in names if form[name] is None]
         if missing:
             raise RunError(f"Fill in: {', '.join(missing)}.")
-        asked |= {"steps": steps_of(form["length"], form["steps"]), "name": (form["name"] or "").strip()}
-        asked |= {"photos": photos, "where": where, "hardware": form["hardware"] or DEFAULT_HARDWARE}
-        secret = form["key"] if where == "hosted" else form["token"]
+        settings = {name: form[name] for name in names} | {
+            "steps": step_count_of(form["length"], form["steps"]),
+            "name": (form["name"] or "").strip(),
+            "photos": photos,
+            "backend": backend,
+            "hardware": form["hardware"] or DEFAULT_HARDWARE,
+        }
+        token = form["moondream_key"] if backend == "hosted" else form["hub_token"]
         try:
-            return submit(services, form["base"], dict(function.weights), secret or "", **asked).id
+            return submit(services, form["base"], dict(reward.weights), token or "", **settings).id
         except RunError:
-            uploads.forget(services.runs, photos)
+            uploads.delete_unused(services.runs, photos)
             raise
 
 
-def submit(services: AppServices, base: str, reward: dict[str, float], token: str = "", **asked: Any) -> Run:
-    """Queues a run. `base`: a model on offer, or an earlier run by its model's name. Raises RunError.
+def submit(services: AppServices, base: str, reward: dict[str, float], token: str = "", **settings: Any) -> Run:
+    """Queue a run.
 
-    token: the user's own, of the Hub, which a run on Hugging Face Jobs needs; or of Moondream, whose tuning API trains
-    one base only, whatever `base` is.
+    Args:
+        services: The application's services.
+        base: Name of a model in `base_models`. Ignored on Moondream's tuning API, which has one base model.
+        reward: Weight of each reward by name.
+        token: The user's Hugging Face token for Hugging Face Jobs, or Moondream API key for the tuning API.
+        **settings: Further settings of `RunConfig`.
+
+    Raises:
+        RunError: If a setting is invalid, a credential is missing, or the budget is spent.
     """
-    where = asked.get("where", "here")
-    _may_begin(services, where, token)
-    base = BASE if where == "hosted" else base
-    offered = {name for _, name in bases(services)}
-    if where != "hosted" and base not in offered:
-        raise RunError("Choose a base from the list." if offered else NO_BASE)
-    earlier = services.adapters.earlier(base)
-    whole = {key: int(asked[key]) for key in ("seed", "steps", "rollouts", "rank", "sft_steps") if key in asked}
-    source = str(earlier.folder.resolve()) if earlier else base
-    return services.worker.submit(RunConfig.make(base=source, reward=reward, **(asked | whole)), token.strip())
+    backend = settings.get("backend", "here")
+    _check_credentials_and_budget(services, backend, token)
+    if backend == "hosted":
+        base = BASE
+    else:
+        names = [name for _, name in base_models(services)]
+        if base not in names:
+            raise RunError("Choose a base model from the list." if names else NO_LOCAL_BASE)
+    base_run = services.adapters.find_run(base)
+    source = str(base_run.folder.resolve()) if base_run else base
+    integers = {
+        name: int(settings[name]) for name in ("seed", "steps", "rollouts", "rank", "sft_steps") if name in settings
+    }
+    config = RunConfig.create(base=source, reward=reward, **(settings | integers))
+    return services.worker.submit(config, token.strip())
 
 
-def do_inside(services: AppServices, chosen: str | None) -> None:
-    """Does the run in this request, if it is queued to be done so; see `RunQueue.do_inside`."""
-    with plainly():
-        if chosen:
-            services.worker.do_inside(services.runs.get(chosen))
+def run_inline(services: AppServices, run_id: str | None) -> None:
+    """Execute a queued run inside this request, where the deployment needs that; see `RunQueue.run_inline`."""
+    with as_gradio_error(RunError, title=TITLE):
+        if run_id:
+            services.worker.run_inline(services.runs.get(run_id))
 
 
-def _may_begin(services: AppServices, where: str, token: str) -> None:
-    """Raises RunError where a run needs a token that is not there, or money that is spent."""
-    if where == "jobs" and not token.strip():
-        raise RunError("Give your Hugging Face token: the job runs on your account. It is used for this run only.")
-    if where == "hosted" and not token.strip() and not hosted.has_key():
-        raise RunError("Give your Moondream key: the tuning runs on your account. It is used for this run only.")
-    if where == "hosted":
+def _check_credentials_and_budget(services: AppServices, backend: str, token: str) -> None:
+    """Raise RunError if the backend needs a credential that is missing, or if the branch's budget is spent."""
+    if backend == "jobs" and not token.strip():
+        raise RunError("Enter your Hugging Face token. The job runs on your account; the token is not stored.")
+    if backend == "hosted":
+        if not token.strip() and not hosted_trainer.has_api_key():
+            raise RunError("Enter your Moondream API key. The run is billed to your account; the key is not stored.")
         try:
             services.budgets.check(services.meter.recorder.deployment.branch)
         except (BudgetExceeded, StoreError) as error:
             raise RunError(str(error)) from None
 
 
-def _photos(services: AppServices, kind: str, files: list[str] | None, dataset: str) -> str:
-    if kind == PHOTOS[1]:
-        return uploads.keep(services.runs, files or [])
-    if kind == PHOTOS[2]:
-        return hub_photos(dataset)
+def _photo_source(services: AppServices, form: dict[str, Any]) -> str:
+    """Return the form's training photos as `RunConfig.photos`; uploaded files are copied."""
+    if form["photo_source"] == UPLOADED:
+        return uploads.save_photos(services.runs, form["files"] or [])
+    if form["photo_source"] == HUB_DATASET:
+        return hub_dataset(form["dataset"])
     return "bundled"
 
 
-def hub_photos(dataset: str) -> str:
-    """What a config says of a dataset of the Hub. Raises RunError."""
-    name = (dataset or "").strip().removeprefix("hub:")
-    if not export.is_repository(name):
-        raise RunError("Name the dataset like owner/name, as it stands in its address on the Hub.")
+def hub_dataset(name: str) -> str:
+    """Return a Hub dataset as `RunConfig.photos`. Raises RunError if the name is not valid."""
+    name = (name or "").strip().removeprefix("hub:")
+    if not export.is_repo_id(name):
+        raise RunError("Enter the dataset as owner/name, as in its address on the Hub.")
     return f"hub:{name}"
 
 
-def act(services: AppServices, token: str, key: str, event: gr.EventData) -> str | None:
-    """What a button of the view asks for; returns the run that is shown then. token, key: for a run that is resumed."""
-    asked = event._data if isinstance(event._data, dict) else {}
-    with plainly():
-        run = services.runs.get(asked.get("run"))  # type: ignore[arg-type]
-        action = _ACTIONS.get(str(asked.get("do")))
-        if action is None:
-            raise RunError("There is no such button. Reload the page.")
-        if action is rename:
-            rename(services, run, str(asked.get("name") or ""))
-        elif action is resume:
-            resume(services, run, (key if run.config().where == "hosted" else token) or "")
+def act(services: AppServices, hub_token: str, moondream_key: str, event: gr.EventData) -> str | None:
+    """Execute the action of a button in the run view. The credentials are for a run that is resumed.
+
+    Returns:
+        ID of the run to display; None after the displayed run was deleted.
+    """
+    data = _event_data(event)
+    action = str(data.get("action"))
+    with as_gradio_error(RunError, title=TITLE):
+        run = services.runs.get(data.get("run"))  # type: ignore[arg-type]
+        if action == "cancel":
+            cancel(services, run)
+        elif action == "resume":
+            resume(services, run, (moondream_key if run.config().backend == "hosted" else hub_token) or "")
+        elif action == "use":
+            use(services, run)
+        elif action == "revert":
+            revert(services, run)
+        elif action == "delete":
+            delete(services, run)
+        elif action == "rename":
+            rename(services, run, str(data.get("name") or ""))
         else:
-            action(services, run)
-    return None if action is delete else run.id
+            raise RunError("Unknown action. Reload the page.")
+    return None if action == "delete" else run.id
 
 
 def cancel(services: AppServices, run: Run) -> None:
-    """Stops a run at its next step."""
-    if run.status().over:
-        raise RunError("This run is over already.")
+    """Stop a run at its next step. Raises RunError."""
+    if run.status().finished:
+        raise RunError("This run has already finished.")
     try:
         run.cancel()
     except OSError as error:
-        raise RunError(f"The run could not be told ({error.strerror}). Try again.") from None
+        raise RunError(f"Could not cancel the run ({error.strerror}). Try again.") from None
     services.worker.wake()
 
 
 def resume(services: AppServices, run: Run, token: str = "") -> None:
-    """Queues a stopped run again."""
-    _may_begin(services, run.config().where, token)
+    """Queue a stopped run again. Raises RunError."""
+    _check_credentials_and_budget(services, run.config().backend, token)
     services.worker.resume(run, token.strip())
 
 
 def use(services: AppServices, run: Run) -> None:
-    """Puts a run's model beside its base."""
-    if not run.status().over:
-        raise RunError("This run is not over yet. Cancel it, or wait.")
-    entry = services.adapters.use(run)
-    inform(f"“{entry.title}” now stands beside its base in the playground.", TITLE)
+    """Offer a run's model beside its base in the Playground. Raises RunError."""
+    if not run.status().finished:
+        raise RunError("This run has not finished. Cancel it or wait.")
+    spec = services.adapters.enable(run)
+    show_info(f"“{spec.title}” is now available in the Playground, beside its base model.", TITLE)
 
 
 def revert(services: AppServices, run: Run) -> None:
-    """Takes a run's model out of the playground."""
-    services.adapters.revert(run.id)
-    inform("The playground is as it was before.", TITLE)
+    """Remove a run's model from the Playground. Raises RunError."""
+    services.adapters.disable(run.id)
+    show_info("The tuned model was removed from the Playground.", TITLE)
 
 
 def delete(services: AppServices, run: Run) -> None:
-    """Removes a run, and its photos if nobody else needs them."""
-    if services.adapters.uses(run.id):
-        raise RunError("This run's model is in use in the playground. Revert it first.")
-    if any(other.config().base == str(run.folder.resolve()) for other in services.worker.waiting()):
-        raise RunError("Another run is waiting to go on from this one. Delete it when that is done.")
-    config = run.config()
+    """Delete a run, and its uploaded photos unless another run uses them. Raises RunError."""
+    if services.adapters.is_enabled(run.id):
+        raise RunError("This run's model is in use in the Playground. Revert it first.")
+    if any(other.config().base == str(run.folder.resolve()) for other in services.worker.unfinished()):
+        raise RunError("An unfinished run starts from this one. Delete it when that run has finished.")
+    photos = run.config().photos
     services.runs.delete(run.id)
-    uploads.forget(services.runs, config.photos)
-    inform("The run was deleted.", TITLE)
+    uploads.delete_unused(services.runs, photos)
+    show_info("The run was deleted.", TITLE)
 
 
 def rename(services: AppServices, run: Run, name: str) -> None:
-    """Gives a run, and its model in use, another name."""
+    """Rename a run, and its model in the Playground. Raises RunError."""
     try:
         run.rename(name)
     except OSError as error:
-        raise RunError(f"The name could not be written ({error.strerror}). Try again later.") from None
-    if services.adapters.uses(run.id):
-        services.adapters.use(run)
-
-
-_ACTIONS: dict[str, Any] = {action.__name__: action for action in (cancel, resume, use, revert, delete, rename)}
+        raise RunError(f"Could not save the name ({error.strerror}). Try again.") from None
+    if services.adapters.is_enabled(run.id):
+        services.adapters.enable(run)
 
 
 def pick(event: gr.EventData) -> str | None:
-    """The run that was chosen in the history."""
-    asked = event._data if isinstance(event._data, dict) else {}
-    return str(asked.get("run") or "") or None
+    """Return the ID of the run that was selected in the list."""
+    return str(_event_data(event).get("run") or "") or None
 
 
 def download(services: AppServices, event: gr.EventData) -> str:
-    """The path of a zip with everything of a run."""
-    asked = event._data if isinstance(event._data, dict) else {}
-    with plainly():
-        run = services.runs.get(asked.get("run"))  # type: ignore[arg-type]
-        base = services.adapters.base(run)
+    """Write a run and its adapter to a zip file and return the file's path."""
+    with as_gradio_error(RunError, title=TITLE):
+        run = services.runs.get(_event_data(event).get("run"))  # type: ignore[arg-type]
+        base = services.adapters.base_model(run)
         with writing():
-            path = new_file(f"{title(run)}-{run.id}.zip")
-            export.pack(run, base, path)
+            path = new_file(f"{run_title(run)}-{run.id}.zip")
+            export.write_zip(run, base, path)
     return str(path)
 
 
-def push(services: AppServices, chosen: str | None, repository: str, token: str, private: bool) -> tuple[str, str]:
-    """Pushes the shown run's adapter to the Hub; returns what to say, and the emptied token."""
-    with plainly():
-        run = current(services, chosen)
+def push(services: AppServices, selected: str | None, repository: str, token: str, private: bool) -> tuple[str, str]:
+    """Push the displayed run's adapter to the Hub. Returns a result message, and "" to clear the token."""
+    with as_gradio_error(RunError, title=TITLE):
+        run = displayed_run(services, selected)
         if run is None:
-            raise RunError("There is no run yet.")
-        address = export.push(run, services.adapters.base(run), repository or "", token or "", private)
-    return f"Pushed to {address}", ""
+            raise RunError("There is no run to push. Train a model first.")
+        url = export.push_to_hub(run, services.adapters.base_model(run), repository or "", token or "", private)
+    return f"Pushed to {url}", ""
 
 
-@contextmanager
-def plainly() -> Iterator[None]:
-    """What cannot be done with a run is a gr.Error that says why."""
-    try:
-        yield
-    except RunError as error:
-        raise refusal(str(error), TITLE) from None
+def _event_data(event: gr.EventData) -> dict[str, Any]:
+    return event._data if isinstance(event._data, dict) else {}
 
 
 # ── Layout ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-QUICK: dict[str, Any] = {"queue": False, **PRIVATE}
-ONE_BY_ONE: dict[str, Any] = {"concurrency_id": "training", "concurrency_limit": 1, **PRIVATE}
-# On a phone the run is below the form.
-TO_THE_RUN_JS = """() => {
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "training", "concurrency_limit": 1, **PRIVATE}
+# On a phone the run view is below the form.
+SCROLL_TO_RUN_JS = """() => {
   const run = document.querySelector('#run-view');
   if (run.getBoundingClientRect().top > innerHeight * 0.7) run.scrollIntoView({block: 'start'});
   return [];
 }"""
-WEIGHTS_JS = "(...weights) => Object.fromEntries({names}.map((name, place) => [name, weights[place]]))"
+WEIGHTS_JS = "(...weights) => Object.fromEntries({names}.map((name, index) => [name, weights[index]]))"
 
 
 def build(services: AppServices, shared_components: SharedComponents) -> None:
-    """The tab: on the left what is asked, on the right the run; below it all runs."""
-    chosen, seen, here, hourly = gr.State(None), gr.State(None), gr.State(False), gr.State({})
+    """Build the tab: the form on the left, the displayed run on the right, and all runs below it."""
+    selected, state, tab_open, hourly_prices = gr.State(None), gr.State(None), gr.State(False), gr.State({})
     timer = gr.Timer(1.0, active=False)
     delivery = gr.File(visible=False)
     with gr.Row(elem_id="tune"):
-        with gr.Column(elem_id="tune-ask", min_width=300, scale=1):
-            reward, form, groups, about, start = draw_form(services, bases(services))
+        with gr.Column(elem_id="tune-form", min_width=300, scale=1):
+            form = draw_form(services, base_models(services))
         with gr.Column(elem_id="tune-results", min_width=320, scale=3):
             view = run_view()
-            pushing = draw_push_form()
+            push_form = draw_push_form()
             history = history_view()
+    fields, sliders = form.fields, shared_components.sliders
+    credentials = [fields["hub_token"], fields["moondream_key"]]
 
-    def acted(token: str, key: str, event: gr.EventData) -> str | None:
-        return act(services, token, key, event)
+    # Display
+    refresh_inputs = [selected, state, shared_components.picker, tab_open]
+    refresh_outputs = [view, history, shared_components.picker, fields["base"], state, timer]
 
-    def downloaded(event: gr.EventData) -> str:
+    def refresh_after(event: Any) -> Any:
+        return event(partial(refresh, services), refresh_inputs, refresh_outputs, **UNQUEUED)
+
+    refresh_after(timer.tick)
+    refresh_after(partial(gr.on, None))  # when the page loads
+    refresh_after(shared_components.tabs.select(tab_selected(TAB), None, tab_open, **UNQUEUED).then)
+    refresh_after(history.pick(pick, None, selected, **UNQUEUED).then)
+    gr.on(
+        [slider.change for slider in sliders],
+        None,
+        sliders,
+        form.reward,
+        js=WEIGHTS_JS.replace("{names}", str(list(REWARDS))),
+        **PRIVATE,
+    )
+
+    # Visible inputs and the estimate
+    fields["photo_source"].change(
+        photo_source_changed, fields["photo_source"], [fields["files"], fields["dataset"]], **UNQUEUED
+    )
+    fields["length"].change(length_changed, fields["length"], fields["steps"], **UNQUEUED)
+    fields["backend"].change(
+        backend_changed,
+        fields["backend"],
+        [
+            fields["base"],
+            fields["learning_rate"],
+            form.jobs_group,
+            form.hosted_group,
+            fields["hardware"],
+            hourly_prices,
+        ],
+        **UNQUEUED,
+    )
+    names = ("length", "steps", "rollouts", "backend", "hardware", "budget", "sft_steps")
+    estimate_inputs = {name: fields[name] for name in names} | {"hourly_prices": hourly_prices}
+
+    def updated_estimate(values: dict[Any, Any]) -> str:
+        return estimate(services, **{name: values[component] for name, component in estimate_inputs.items()})
+
+    gr.on(
+        [component.change for component in estimate_inputs.values()],
+        updated_estimate,
+        set(estimate_inputs.values()),
+        form.estimate,
+        **UNQUEUED,
+    )
+
+    # Actions
+    def retrain_clicked(values: dict[Any, Any]) -> str:
+        inputs = {name: values[component] for name, component in fields.items()}
+        return retrain(services, inputs, [values[slider] for slider in sliders])
+
+    def action_clicked(hub_token: str, moondream_key: str, event: gr.EventData) -> str | None:
+        return act(services, hub_token, moondream_key, event)
+
+    def download_clicked(event: gr.EventData) -> str:
         return download(services, event)
 
-    shown = [view, history, shared_components.picker, form[0], seen, timer]
-    asked = [chosen, seen, shared_components.picker, here]
-    anew = partial(show, services)
-    timer.tick(anew, asked, shown, **QUICK)
-    gr.on(None, anew, asked, shown, **QUICK)  # when the page is opened
-    shared_components.tabs.select(tab_opened, None, here, **QUICK).then(anew, asked, shown, **QUICK)
-    part = dict(zip(FORM, form, strict=True))
-    started = start.click(partial(retrain, services), [*form, *shared_components.sliders], chosen, **PRIVATE)
-    secrets = [part["token"], part["key"]]
-    started.success(lambda: ("", ""), None, secrets, **QUICK)
-    started.success(anew, asked, shown, **QUICK).then(None, None, None, js=TO_THE_RUN_JS, **PRIVATE)
-    changed_run = view.act(acted, secrets, chosen, **PRIVATE)
-    changed_run.success(anew, asked, shown, **QUICK)
-    if services.worker.inside:  # the request itself is the run
-        for asking in (started, changed_run):
-            asking.success(partial(do_inside, services), chosen, **ONE_BY_ONE)
-    history.pick(pick, None, chosen, **QUICK).then(anew, asked, shown, **QUICK)
-    deliver(view.download, downloaded, [], delivery)
-    repository, token, private, send, said = pushing
-    send.click(partial(push, services), [chosen, repository, token, private], [said, token], **PRIVATE)
-
-    part["kind"].change(photos_chosen, part["kind"], [part["files"], part["dataset"]], **QUICK)
-    part["length"].change(length_chosen, part["length"], part["steps"], **QUICK)
-    by_place = [part["base"], part["learning_rate"], *groups, part["hardware"], hourly]
-    part["place"].change(place_chosen, part["place"], by_place, **QUICK)
-    timed = [part[name] for name in ("length", "steps", "rollouts", "place", "hardware")]
-    more = [hourly, part["budget"], part["examples"]]
-    changed = [component.change for component in (*timed, *more)]
-    gr.on(changed, partial(estimate, services), [*timed, *more], about, **QUICK)
-    names = WEIGHTS_JS.replace("{names}", str(list(REWARDS)))
-    gr.on(
-        [slider.change for slider in shared_components.sliders],
-        None,
-        shared_components.sliders,
-        reward,
-        js=names,
+    submitted = form.submit.click(retrain_clicked, {*fields.values(), *sliders}, selected, **PRIVATE)
+    submitted.success(lambda: ("", ""), None, credentials, **UNQUEUED)
+    refresh_after(submitted.success).then(None, None, None, js=SCROLL_TO_RUN_JS, **PRIVATE)
+    acted = view.act(action_clicked, credentials, selected, **PRIVATE)
+    refresh_after(acted.success)
+    if services.worker.inline:
+        for event in (submitted, acted):
+            event.success(partial(run_inline, services), selected, **ONE_AT_A_TIME)
+    download_on(view.download, download_clicked, [], delivery)
+    push_form.submit.click(
+        partial(push, services),
+        [selected, push_form.repository, push_form.token, push_form.private],
+        [push_form.result, push_form.token],
         **PRIVATE,
     )

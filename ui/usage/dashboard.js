@@ -1,215 +1,238 @@
-// Draws the dashboard from props.value; runs once, when it loads. All text goes in with textContent.
+// Draws the dashboard from props.value. Runs once, when the component loads. Text is inserted with textContent only.
 
-const find = (name, part = element) => part.querySelector('.' + name);
-const put = (part, words) => { if (part.textContent !== words) part.textContent = words; };
 const SVG = 'http://www.w3.org/2000/svg';
-const demo = find('dash-demo'), form = find('dash-budget-form');
-const open = new Set();  // titles of the tables that a person has opened
-let shown = '';  // the budgets as they were drawn
+const COLOURS = 8;  // CSS classes colour-0 to colour-7
+const byClass = (name, parent = element) => parent.querySelector('.' + name);
+const fromTemplate = name => byClass(name).content.firstElementChild.cloneNode(true);
+const generateButton = byClass('dash-generate'), budgetForm = byClass('dash-budget-form');
+const openTables = new Set();  // titles of the charts whose tables are open
+let drawnBudgets = '';  // JSON of the budgets that are drawn
 
-function node(name, className, text) {
-  const made = document.createElement(name);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
+/** Sets an element's text if it differs, so that screen readers announce only changes. */
+const setText = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+/** Returns the CSS class of the colour of the line at an index. */
+const colourClass = index => 'colour-' + index % COLOURS;
+
+/** Creates an HTML element with a class and a text. */
+function createNode(tag, className, text) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
 }
 
-function shape(name, attributes) {
-  const made = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  return made;
+/** Creates an SVG element. */
+function createShape(tag, attributes) {
+  const shape = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) shape.setAttribute(name, value);
+  return shape;
 }
 
-function row(cells, head) {
-  const made = node('tr');
-  cells.forEach((words, place) => {
-    const cell = node(head || place === 0 ? 'th' : 'td', '', words);
-    if (head) cell.scope = 'col'; else if (place === 0) cell.scope = 'row';
-    made.append(cell);
+/** Creates a table row whose first cell is its header; in the table's head every cell is one. */
+function createRow(cells, inHead) {
+  const row = createNode('tr');
+  cells.forEach((text, column) => {
+    const cell = createNode(inHead || column === 0 ? 'th' : 'td', '', text);
+    if (inHead) cell.scope = 'col'; else if (column === 0) cell.scope = 'row';
+    row.append(cell);
   });
-  return made;
+  return row;
 }
 
-function fill(table, head, rows) {
-  if (head) table.tHead.replaceChildren(row(head, true));
-  table.tBodies[0].replaceChildren(...rows.map(cells => row(cells)));
+/** Replaces a table's rows, and its head unless that is null. */
+function fillTable(table, head, rows) {
+  if (head) table.tHead.replaceChildren(createRow(head, true));
+  table.tBodies[0].replaceChildren(...rows.map(cells => createRow(cells)));
 }
 
+/** Draws the snapshot: an error, an offer of sample traffic if there are no calls, or the dashboard. */
 function draw() {
   const data = props.value || null;
   const error = data && data.error;
-  put(find('dash-error'), error || '');
-  find('dash-error').hidden = !error;
-  find('dash').hidden = !data || Boolean(error);
+  setText(byClass('dash-error'), error || '');
+  byClass('dash-error').hidden = !error;
+  byClass('dash').hidden = !data || Boolean(error);
   if (!data || error) return;
-  put(find('dash-period'), data.period);
-  find('dash-quiet').hidden = !data.quiet;
-  find('dash-all').hidden = data.quiet;
-  put(find('dash-demo-state'), data.demonstration || '');
-  demo.disabled = Boolean(data.demonstration);
-  if (!data.quiet) drawAll(data);
+  setText(byClass('dash-period'), data.period);
+  byClass('dash-empty').hidden = !data.empty;
+  byClass('dash-content').hidden = data.empty;
+  setText(byClass('dash-generate-status'), '');
+  generateButton.disabled = false;
+  if (!data.empty) drawContent(data);
   drawBudgets(data.budgets);
-  find('dash-recent').hidden = !data.recent.length;
-  fill(find('dash-recent').querySelector('table'), null, data.recent);
+  byClass('dash-recent').hidden = !data.recent.length;
+  fillTable(byClass('dash-recent').querySelector('table'), null, data.recent);
 }
 
-function drawAll(data) {
-  find('dash-figures').replaceChildren(...data.figures.map(figure => {
-    const part = find('figure-template').content.firstElementChild.cloneNode(true);
-    put(part.querySelector('dt'), figure.name);
-    put(find('figure-value', part), figure.value);
-    const change = find('figure-change', part);
-    put(change, figure.change ? figure.change + ' (was ' + figure.before + ')' : 'no such value before');
-    change.dataset.judged = figure.judged;
-    return part;
+/** Draws figures, notes, the comparison of branches and all charts. */
+function drawContent(data) {
+  byClass('dash-figures').replaceChildren(...data.figures.map(figure => {
+    const node = fromTemplate('figure-template');
+    setText(node.querySelector('dt'), figure.name);
+    setText(byClass('figure-value', node), figure.value);
+    const change = byClass('figure-change', node);
+    setText(change, figure.change ? figure.change + ' (was ' + figure.previous + ')' : 'no data in the previous period');
+    change.dataset.trend = figure.trend;
+    return node;
   }));
-  find('dash-notes').replaceChildren(...data.notes.map(words => node('li', '', words)));
-  find('dash-branches').hidden = !data.branches.length;
-  fill(find('dash-branches').querySelector('table'), ['Branch', ...data.heads], data.branches.map(one => [one.name, ...one.cells]));
+  byClass('dash-notes').replaceChildren(...data.notes.map(note => createNode('li', '', note)));
+  byClass('dash-branches').hidden = !data.branches.length;
+  fillTable(byClass('dash-branches').querySelector('table'), ['Branch', ...data.columns], data.branches.map(branch => [branch.name, ...branch.cells]));
   const focused = document.activeElement && document.activeElement.closest('.dash-chart');
-  if (focused && element.contains(focused) && focused.querySelector('details[open]')) return;  // somebody reads a table
-  find('dash-charts').replaceChildren(
-    ...data.charts.map(chartOf),
-    scatterOf(data.dots),
-    barsOf('Cost per model', 'US dollars', data.amounts, 'No call in this period had a known price.'),
-    barsOf('Errors by class', 'calls', data.errors, 'No call in this period failed.'));
+  if (focused && element.contains(focused) && focused.querySelector('details[open]')) return;  // a table is being read
+  byClass('dash-charts').replaceChildren(
+    ...data.charts.map(createChart),
+    createScatter(data.scatter),
+    createBars('Cost per model', 'US dollars', data.cost_per_model, 'No call in this period has a known price.'),
+    createBars('Errors by class', 'calls', data.errors, 'No call failed in this period.'));
 }
 
 // ── Charts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-function blank(title, about) {
-  const part = find('chart-template').content.firstElementChild.cloneNode(true);
-  put(find('chart-title', part), title);
-  put(find('chart-about', part), about);
-  find('dash-frame', part).setAttribute('aria-label', title + ' as a table');
-  const details = part.querySelector('details');
-  details.open = open.has(title);
-  details.addEventListener('toggle', () => { if (details.open) open.add(title); else open.delete(title); });
-  return part;
+/** Creates an empty chart whose table stays open across refreshes. */
+function createFrame(title, subtitle) {
+  const chart = fromTemplate('chart-template');
+  setText(byClass('chart-title', chart), title);
+  setText(byClass('chart-subtitle', chart), subtitle);
+  byClass('table-scroll', chart).setAttribute('aria-label', title + ' as a table');
+  const details = chart.querySelector('details');
+  details.open = openTables.has(title);
+  details.addEventListener('toggle', () => { if (details.open) openTables.add(title); else openTables.delete(title); });
+  return chart;
 }
 
-function chartOf(chart) {
-  const part = blank(chart.title, chart.about), svg = part.querySelector('svg');
-  const count = chart.starts.length, top = chart.top || 1;
-  const x = place => count < 2 ? 300 : place / (count - 1) * 600;
-  const y = value => 196 - value / top * 184;
-  const grid = [0, 0.5, 1].map(share => shape('line', {class: 'grid', x1: 0, x2: 600, y1: y(share * top), y2: y(share * top)}));
-  const lines = chart.lines.flatMap((line, place) => pieces(line.values).map(piece => piece.length > 1
-    ? shape('polyline', {class: 'line colour-' + place % 8, points: piece.map(at => x(at).toFixed(1) + ',' + y(line.values[at]).toFixed(1)).join(' ')})
-    : shape('line', {class: 'line alone colour-' + place % 8, x1: x(piece[0]) - 0.01, x2: x(piece[0]) + 0.01, y1: y(line.values[piece[0]]), y2: y(line.values[piece[0]])})));
+/** Creates a line chart over time. */
+function createChart(data) {
+  const chart = createFrame(data.title, data.subtitle), svg = chart.querySelector('svg');
+  const count = data.bins.length, max = data.max || 1;
+  const x = index => count < 2 ? 300 : index / (count - 1) * 600;
+  const y = value => 196 - value / max * 184;
+  const grid = [0, 0.5, 1].map(fraction => createShape('line', {class: 'grid', x1: 0, x2: 600, y1: y(fraction * max), y2: y(fraction * max)}));
+  const lines = data.lines.flatMap((line, index) => segments(line.values).map(segment => segment.length > 1
+    ? createShape('polyline', {class: 'line ' + colourClass(index), points: segment.map(bin => x(bin).toFixed(1) + ',' + y(line.values[bin]).toFixed(1)).join(' ')})
+    : createShape('line', {class: 'line single ' + colourClass(index), x1: x(segment[0]) - 0.01, x2: x(segment[0]) + 0.01, y1: y(line.values[segment[0]]), y2: y(line.values[segment[0]])})));
   svg.replaceChildren(...grid, ...lines);
-  svg.setAttribute('aria-label', chart.title + ' ' + chart.about + ', at most ' + (chart.high || 'nothing') + '. The table has all values.');
-  put(find('chart-high', part), chart.high || 'nothing known in this period');
-  put(find('chart-first', part), chart.starts[0] || '');
-  put(find('chart-last', part), (chart.starts[count - 1] || '') + ' ' + chart.zone);
-  legend(part, chart.lines.map(line => line.name));
-  fill(part.querySelector('table'), ['From', ...chart.lines.map(line => line.name)],
-    chart.starts.map((start, place) => [start, ...chart.lines.map(line => line.words[place])]));
-  hover(part, count, place => [chart.starts[place], ...chart.lines.map(line => line.name + ': ' + line.words[place])]);
-  return part;
+  svg.setAttribute('aria-label', data.title + ' ' + data.subtitle + ', maximum ' + (data.max_text || 'unknown') + '. The table lists all values.');
+  setText(byClass('chart-max', chart), data.max_text || 'No data in this period');
+  setText(byClass('chart-first', chart), data.bins[0] || '');
+  setText(byClass('chart-last', chart), (data.bins[count - 1] || '') + ' ' + data.zone);
+  drawLegend(chart, data.lines.map(line => line.name));
+  fillTable(chart.querySelector('table'), ['From', ...data.lines.map(line => line.name)],
+    data.bins.map((bin, index) => [bin, ...data.lines.map(line => line.texts[index])]));
+  addTooltip(chart, count, index => [data.bins[index], ...data.lines.map(line => line.name + ': ' + line.texts[index])]);
+  return chart;
 }
 
-function pieces(values) {  // runs of places that have a value
-  const found = [];
-  values.forEach((value, place) => {
+/** Returns the indices of each run of consecutive known values. */
+function segments(values) {
+  const result = [];
+  values.forEach((value, index) => {
     if (value === null) return;
-    if (place && values[place - 1] !== null) found[found.length - 1].push(place); else found.push([place]);
+    if (index && values[index - 1] !== null) result[result.length - 1].push(index); else result.push([index]);
   });
-  return found;
+  return result;
 }
 
-function legend(part, names) {
-  find('chart-legend', part).replaceChildren(...names.map((name, place) => {
-    const item = node('li', 'colour-' + place % 8);
-    item.append(node('i'), node('bdi', '', name));
+/** Draws a chart's legend. */
+function drawLegend(chart, names) {
+  byClass('chart-legend', chart).replaceChildren(...names.map((name, index) => {
+    const item = createNode('li', colourClass(index));
+    item.append(createNode('i'), createNode('bdi', '', name));
     return item;
   }));
 }
 
-function hover(part, count, words) {
-  const frame = find('chart-frame', part), tip = find('chart-tip', part), cursor = find('chart-cursor', part);
-  const leave = () => { tip.hidden = cursor.hidden = true; };
-  frame.addEventListener('pointerleave', leave);
+/** Shows the texts of the bin under the pointer. */
+function addTooltip(chart, count, textsOf) {
+  const frame = byClass('chart-frame', chart), tooltip = byClass('chart-tooltip', chart), cursor = byClass('chart-cursor', chart);
+  frame.addEventListener('pointerleave', () => { tooltip.hidden = cursor.hidden = true; });
   frame.addEventListener('pointermove', event => {
     if (!count) return;
-    const box = frame.getBoundingClientRect(), share = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
-    const place = count < 2 ? 0 : Math.round(share * (count - 1)), at = count < 2 ? 0.5 : place / (count - 1);
-    tip.replaceChildren(...words(place).map((text, index) => node(index ? 'span' : 'b', '', text)));
-    tip.hidden = cursor.hidden = false;
-    cursor.style.left = 100 * at + '%';
-    tip.style.left = Math.min(Math.max(0, at * box.width + 10), Math.max(0, box.width - tip.offsetWidth)) + 'px';
+    const box = frame.getBoundingClientRect(), fraction = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
+    const index = count < 2 ? 0 : Math.round(fraction * (count - 1)), position = count < 2 ? 0.5 : index / (count - 1);
+    tooltip.replaceChildren(...textsOf(index).map((text, row) => createNode(row ? 'span' : 'b', '', text)));
+    tooltip.hidden = cursor.hidden = false;
+    cursor.style.left = 100 * position + '%';
+    tooltip.style.left = Math.min(Math.max(0, position * box.width + 10), Math.max(0, box.width - tooltip.offsetWidth)) + 'px';
   });
 }
 
-function scatterOf(dots) {
-  const part = blank('Latency against reward', 'a dot per model: which gives most for its time'), svg = part.querySelector('svg');
-  const known = dots.filter(dot => dot.y !== null);
-  const wide = Math.max(1e-9, ...known.map(dot => dot.x)) * 1.1, most = Math.max(1, ...known.map(dot => dot.calls));
+/** Creates a scatter plot of mean reward against median latency. */
+function createScatter(points) {
+  const chart = createFrame('Reward and latency', 'one dot per model, its area is the number of calls'), svg = chart.querySelector('svg');
+  const scored = points.filter(point => point.y !== null);
+  const maxLatency = Math.max(1e-9, ...scored.map(point => point.x)) * 1.1, maxCalls = Math.max(1, ...scored.map(point => point.calls));
   svg.setAttribute('preserveAspectRatio', 'xMidYMid meet');
-  const grid = [0, 0.5, 1].map(share => shape('line', {class: 'grid', x1: 0, x2: 600, y1: 190 - share * 180, y2: 190 - share * 180}));
-  svg.replaceChildren(...grid, ...known.map((dot, place) => {
-    const circle = shape('circle', {class: 'dot colour-' + place % 8, cx: 8 + dot.x / wide * 580, cy: 190 - dot.y * 180, r: 5 + 8 * Math.sqrt(dot.calls / most)});
-    const title = document.createElementNS(SVG, 'title');
-    title.textContent = dot.name + ': reward ' + dot.cells[2] + ', median latency ' + dot.cells[1] + ', ' + dot.cells[3] + ' a request, ' + dot.cells[0] + ' calls';
+  const grid = [0, 0.5, 1].map(fraction => createShape('line', {class: 'grid', x1: 0, x2: 600, y1: 190 - fraction * 180, y2: 190 - fraction * 180}));
+  svg.replaceChildren(...grid, ...scored.map((point, index) => {
+    const circle = createShape('circle', {class: 'dot ' + colourClass(index), cx: 8 + point.x / maxLatency * 580, cy: 190 - point.y * 180, r: 5 + 8 * Math.sqrt(point.calls / maxCalls)});
+    const [calls, latency, reward, cost] = point.cells, title = document.createElementNS(SVG, 'title');
+    title.textContent = point.name + ': reward ' + reward + ', median latency ' + latency + ', ' + cost + ' per request, ' + calls + ' calls';
     circle.append(title);
     return circle;
   }));
-  svg.setAttribute('aria-label', 'Reward against latency of ' + known.length + ' models. The table has all values.');
-  put(find('chart-high', part), known.length ? 'reward 1' : 'No call in this period was scored.');
-  put(find('chart-first', part), 'faster');
-  put(find('chart-last', part), 'slower (median latency)');
-  legend(part, known.map(dot => dot.name));
-  fill(part.querySelector('table'), ['Model', 'Calls', 'Median latency', 'Mean reward', 'Cost per request'], dots.map(dot => [dot.name, ...dot.cells]));
-  return part;
+  svg.setAttribute('aria-label', 'Reward against latency of ' + scored.length + ' models. The table lists all values.');
+  setText(byClass('chart-max', chart), scored.length ? 'reward 1' : 'No call in this period has a reward.');
+  setText(byClass('chart-first', chart), 'faster');
+  setText(byClass('chart-last', chart), 'slower (median latency)');
+  drawLegend(chart, scored.map(point => point.name));
+  fillTable(chart.querySelector('table'), ['Model', 'Calls', 'Median latency', 'Mean reward', 'Cost per request'], points.map(point => [point.name, ...point.cells]));
+  return chart;
 }
 
-function barsOf(title, about, bars, none) {
-  const part = find('bars-template').content.firstElementChild.cloneNode(true);
-  put(find('chart-title', part), title);
-  put(find('chart-about', part), about);
-  find('dash-frame', part).setAttribute('aria-label', title);
-  put(find('bars-none', part), none);
-  find('bars-none', part).hidden = bars.length > 0;
-  part.querySelector('tbody').replaceChildren(...bars.map(bar => {
-    const made = row([bar.name, bar.words]), cell = made.lastElementChild, mark = node('i');
-    mark.style.width = (100 * bar.share).toFixed(1) + '%';
-    mark.hidden = !bar.share;
-    cell.prepend(mark);
-    return made;
+/** Creates a bar chart as a table with a bar in each row. */
+function createBars(title, subtitle, bars, emptyText) {
+  const chart = fromTemplate('bars-template');
+  setText(byClass('chart-title', chart), title);
+  setText(byClass('chart-subtitle', chart), subtitle);
+  byClass('table-scroll', chart).setAttribute('aria-label', title);
+  setText(byClass('bars-empty', chart), emptyText);
+  byClass('bars-empty', chart).hidden = bars.length > 0;
+  chart.querySelector('tbody').replaceChildren(...bars.map(bar => {
+    const row = createRow([bar.name, bar.text]), mark = createNode('i');
+    mark.style.width = (100 * bar.fraction).toFixed(1) + '%';
+    mark.hidden = !bar.fraction;
+    row.lastElementChild.prepend(mark);
+    return row;
   }));
-  return part;
+  return chart;
 }
 
-// ── Budgets, and what a person does ─────────────────────────────────────────────────────────────────────────────────
+// ── Budgets and input ───────────────────────────────────────────────────────────────────────────────────────────────
 
+/** Draws the budgets, if they have changed. */
 function drawBudgets(budgets) {
-  const list = find('dash-budget-list'), now = JSON.stringify(budgets);
-  if (now === shown) return;
-  shown = now;
-  if (list.contains(document.activeElement)) form.branch.focus();
-  find('dash-no-budget').hidden = budgets.length > 0;
+  const list = byClass('dash-budget-list'), json = JSON.stringify(budgets);
+  if (json === drawnBudgets) return;
+  drawnBudgets = json;
+  if (list.contains(document.activeElement)) budgetForm.branch.focus();
+  byClass('dash-no-budget').hidden = budgets.length > 0;
   list.replaceChildren(...budgets.map(budget => {
-    const item = node('li', 'dash-budget'), bar = node('div', 'budget-bar'), mark = node('i');
+    const item = createNode('li', 'dash-budget'), bar = createNode('div', 'budget-bar'), mark = createNode('i');
     item.dataset.state = budget.state;
-    mark.style.width = (100 * budget.share).toFixed(1) + '%';
+    mark.style.width = (100 * budget.fraction).toFixed(1) + '%';
     bar.append(mark);
-    const state = {ok: '', warning: ' · nearly spent', spent: budget.stop ? ' · spent: paid calls are stopped' : ' · spent'}[budget.state];
-    const remove = node('button', '', 'Remove');
+    const state = {ok: '', warning: ' · almost spent', spent: budget.stop ? ' · spent: paid calls are stopped' : ' · spent'}[budget.state];
+    const remove = createNode('button', '', 'Remove');
     remove.type = 'button';
     remove.setAttribute('aria-label', 'Remove the budget of ' + budget.name);
-    remove.addEventListener('click', () => trigger('budget', {do: 'remove', branch: budget.branch}));
-    const words = node('p');
-    words.append(node('bdi', 'budget-name', budget.name), ' ' + budget.words + state + (budget.stop && budget.state !== 'spent' ? ' · stops at 100 %' : ''));
-    item.append(words, bar, remove);
+    remove.addEventListener('click', () => trigger('budget', {action: 'remove', branch: budget.branch}));
+    const text = createNode('p');
+    text.append(createNode('bdi', 'budget-name', budget.name), ' ' + budget.text + state + (budget.stop && budget.state !== 'spent' ? ' · stops at 100 %' : ''));
+    item.append(text, bar, remove);
     return item;
   }));
 }
 
-form.addEventListener('submit', event => {
+budgetForm.addEventListener('submit', event => {
   event.preventDefault();
-  trigger('budget', {do: 'set', branch: form.branch.value, limit: form.limit.value, stop: form.stop.checked});
-  form.reset();
+  trigger('budget', {action: 'set', branch: budgetForm.branch.value, limit: budgetForm.limit.value, stop: budgetForm.stop.checked});
+  budgetForm.reset();
 });
-demo.addEventListener('click', () => { demo.disabled = true; put(find('dash-demo-state'), 'The demonstration model answers …'); trigger('demonstrate', {}); });
+generateButton.addEventListener('click', () => {
+  generateButton.disabled = true;
+  setText(byClass('dash-generate-status'), 'Generating sample traffic …');
+  trigger('generate', {});
+});
 watch('value', draw);
 draw();

@@ -1,9 +1,9 @@
-"""The Usage tab: what the calls were, how long they took and what they cost, per branch, model, skill and outcome."""
+"""The Usage tab: number, latency, tokens and cost of model calls per branch, model, skill and outcome."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,26 +18,36 @@ import gradio as gr
 from inference.types import Request
 from recipes import load_photo, shrink
 from storage.reward_functions import StoreError
-from training.data.bundled import bundled
-from ui.messages import refusal
+from training.data.bundled import bundled_photos
+from ui.events import PRIVATE, UNQUEUED, tab_selected
+from ui.messages import user_error
 from ui.services import AppServices, SharedComponents
-from ui.usage.view import dashboard_value, dashboard_view
-from usage.analytics import Options
+from ui.usage.view import dashboard_snapshot, dashboard_view
+from usage.analytics import FilterOptions
 from usage.budgets import Budget, BudgetError
-from usage.time_window import CUSTOM, PERIODS, Filter, FilterError
+from usage.time_window import CUSTOM, PERIODS, FilterError, UsageFilter
 
 TAB = "Usage"
-BY = ("branch", "model")
-RECENT = 50
-EVERY = 5.0  # seconds between two looks while the tab is open
-MANY = 50  # names of a kind that a filter takes
-DEMONSTRATION = ("recipe", "caption", "query", "detect")  # skills; each is asked of two photos
-LINK = "usage."  # how the names of the filters begin in the address
+GROUPINGS = ("branch", "model")
+RECENT_CALLS = 50
+REFRESH_SECONDS = 5.0  # while the tab is open
+MAX_NAMES = 50  # per filter
+SAMPLE_SKILLS = ("recipe", "caption", "query", "detect")  # of the sample traffic; two photos each
+SAMPLE_PROMPTS = {"query": "What is the main colour?", "detect": "the main subject"}
+LINK_PREFIX = "usage."  # of the filters' names in the page's URL
 
 
 @dataclass(frozen=True)
 class DashboardFilter:
-    """The filters as the page has them; start and end are on the wall's clock in the zone."""
+    """Values of the filter inputs.
+
+    Attributes:
+        period: A name in PERIODS, or "custom" with `start` and `end`.
+        branches: Names of branches; empty for all. Likewise `models`, `skills` and `outcomes`.
+        by: A name in GROUPINGS: what the charts have one line for each of.
+        zone: IANA name of a time zone.
+        start: Local time in `zone`, in ISO 8601; likewise `end`.
+    """
 
     period: str = "day"
     branches: tuple[str, ...] = ()
@@ -50,209 +60,263 @@ class DashboardFilter:
     end: str | None = None
 
     @classmethod
-    def of(cls, values: Sequence[Any]) -> DashboardFilter:
-        """From the components' values in the order of the fields."""
-        period, branches, models, skills, outcomes, by, zone, start, end = values
+    def from_inputs(cls, values: Mapping[str, Any]) -> DashboardFilter:
+        """Create a filter from the inputs' values by name; unknown groupings and time zones become the default."""
+        names = {name: tuple(str(item) for item in (values[name] or [])[:MAX_NAMES]) for name in NAME_FIELDS}
         return cls(
-            str(period),
-            *(tuple(str(name) for name in (some or [])[:MANY]) for some in (branches, models, skills, outcomes)),
-            by=by if by in BY else BY[0],
-            zone=zone if zone in available_timezones() else "UTC",
-            start=start or None,
-            end=end or None,
+            period=str(values["period"]),
+            by=_valid_grouping(values["by"]),
+            zone=_valid_zone(values["zone"]),
+            start=values["start"] or None,
+            end=values["end"] or None,
+            **names,
         )
 
-    def filter(self) -> Filter:
-        """As the queries take it. Raises FilterError."""
+    def to_query(self) -> UsageFilter:
+        """Return the filter for the queries in `usage.analytics`. Raises FilterError."""
         custom = self.period == CUSTOM
-        times = [_moment(text) if custom else None for text in (self.start, self.end)]
-        return Filter(self.period, self.branches, self.models, self.skills, self.outcomes, self.zone, *times)
+        start, end = (_parse_time(text) if custom else None for text in (self.start, self.end))
+        return UsageFilter(self.period, self.branches, self.models, self.skills, self.outcomes, self.zone, start, end)
 
 
 FIELDS = tuple(DashboardFilter.__dataclass_fields__)
-LISTS = ("branches", "models", "skills", "outcomes")
+NAME_FIELDS = ("branches", "models", "skills", "outcomes")
+OPTION_FIELDS = ("branches", "models", "skills")  # whose choices come from the database
 
 
-def _moment(text: str | None) -> datetime | None:
+def _parse_time(text: str | None) -> datetime | None:
     try:
         return datetime.fromisoformat(str(text)[:40]) if text else None
     except ValueError:
-        raise FilterError("Write a time like 2026-11-23 18:00.") from None
+        raise FilterError("Enter a time like 2026-11-23 18:00.") from None
+
+
+def _valid_zone(zone: Any) -> str:
+    return zone if zone in available_timezones() else "UTC"
+
+
+def _valid_grouping(by: Any) -> str:
+    return by if by in GROUPINGS else GROUPINGS[0]
 
 
 # ── Handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def look(services: AppServices, seen: Options | None, *values: Any) -> tuple[Any, ...]:
-    """The view, choices for branches, models and skills where there are new ones, and what there is to choose from."""
-    chosen = DashboardFilter.of(values)
+def refresh(services: AppServices, options: FilterOptions | None, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Query the dashboard.
+
+    Args:
+        services: The application's services.
+        options: The choices that the page's filters have now.
+        inputs: Values of the filter inputs by name.
+
+    Returns:
+        The dashboard's snapshot or an error; updates of the choices of OPTION_FIELDS; and the new options.
+    """
+    filters = DashboardFilter.from_inputs(inputs)
+    unchanged = [gr.skip()] * len(OPTION_FIELDS)
     try:
-        options = services.usage.options()
-        view = _value(services, chosen)
+        new_options = services.usage.options()
+        query = filters.to_query()
+        snapshot = dashboard_snapshot(
+            services.usage.dashboard(query, filters.by),
+            services.usage.recent(query, RECENT_CALLS),
+            services.budgets.list(),
+            filters.zone,
+            filters.by,
+        )
     except (StoreError, FilterError) as error:
-        return {"error": str(error)}, *[gr.skip()] * 3, seen
-    if options == seen:
-        return view, *[gr.skip()] * 3, seen
-    return view, *(gr.update(choices=list(getattr(options, name))) for name in LISTS[:3]), options
+        return {"error": str(error)}, *unchanged, options
+    if new_options == options:
+        return snapshot, *unchanged, options
+    choices = [gr.update(choices=list(getattr(new_options, name))) for name in OPTION_FIELDS]
+    return snapshot, *choices, new_options
 
 
-def _value(services: AppServices, chosen: DashboardFilter) -> dict[str, Any]:
-    wanted = chosen.filter()
-    shown, recent = services.usage.dashboard(wanted, chosen.by), services.usage.recent(wanted, RECENT)
-    here = services.meter.recorder.deployment.branch
-    return dashboard_value(shown, recent, services.budgets.list(), chosen.zone, chosen.by, here)
+def refresh_if_open(
+    services: AppServices, tab_open: bool, options: FilterOptions | None, inputs: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Refresh the dashboard if the tab is open."""
+    return refresh(services, options, inputs) if tab_open else (gr.skip(),) * (len(OPTION_FIELDS) + 2)
 
 
-def looked(services: AppServices, here: bool, seen: Options | None, *values: Any) -> tuple[Any, ...]:
-    """As `look`, but only where the tab is open."""
-    return look(services, seen, *values) if here else (gr.skip(),) * 5
+def filters_from_link(request: gr.Request, zone: str) -> dict[str, Any]:
+    """Read the filters from the page's URL.
 
+    Args:
+        request: The request for the page.
+        zone: The browser's time zone.
 
-def from_link(request: gr.Request, zone: str) -> tuple[Any, ...]:
-    """The filters of the page's address, the tab that it opens, and whether that is this one."""
-    query = request.query_params
-    linked = {name: query.getlist(LINK + name) for name in FIELDS}
+    Returns:
+        Values of the filters, of "tabs" and of "tab_open" by name. For a URL without filters only the time zone.
+    """
+    linked = {name: request.query_params.getlist(LINK_PREFIX + name) for name in FIELDS}
     if not any(linked.values()):
-        return *(gr.skip() if name != "zone" else _known(zone) for name in FIELDS), gr.skip(), gr.skip()
-    values: dict[str, Any] = {name: some[:MANY] if name in LISTS else some[-1] for name, some in linked.items() if some}
-    values["period"] = values["period"] if values.get("period") in (*PERIODS, CUSTOM) else DashboardFilter.period
-    values["by"] = values["by"] if values.get("by") in BY else BY[0]
-    values["zone"] = _known(values.get("zone", zone))
-    return *(values.get(name, [] if name in LISTS else None) for name in FIELDS), gr.Tabs(selected=TAB), True
+        return {"zone": _valid_zone(zone)}
+    values: dict[str, Any] = {}
+    for name, items in linked.items():
+        if name in NAME_FIELDS:
+            values[name] = items[:MAX_NAMES]
+        else:
+            values[name] = items[-1] if items else None
+    if values["period"] not in (*PERIODS, CUSTOM):
+        values["period"] = DashboardFilter.period
+    values["by"] = _valid_grouping(values["by"])
+    values["zone"] = _valid_zone(zone if values["zone"] is None else values["zone"])
+    return values | {"tabs": gr.Tabs(selected=TAB), "tab_open": True}
 
 
-def _known(zone: str) -> str:
-    return zone if zone in available_timezones() else "UTC"
-
-
-def period_chosen(period: str) -> dict[str, Any]:
-    """The inputs for a custom period, where one is wanted."""
+def period_changed(period: str) -> dict[str, Any]:
+    """Show the inputs for a custom period."""
     return gr.update(visible=period == CUSTOM)
 
 
-def tab_opened(event: gr.SelectData) -> bool:
-    """Whether it was this tab."""
-    return event.value == TAB
-
-
-def budget(services: AppServices, event: gr.EventData) -> None:
-    """Sets or removes a budget, as the form says; gr.Error says what to mend."""
-    asked = event._data if isinstance(event._data, dict) else {}
-    branch = str(asked.get("branch") or "").strip()
+def update_budget(services: AppServices, event: gr.EventData) -> None:
+    """Set or remove a budget. Raises gr.Error if the form is invalid."""
+    data = event._data if isinstance(event._data, dict) else {}
+    branch = str(data.get("branch") or "").strip()
     try:
-        if asked.get("do") == "remove":
+        if data.get("action") == "remove":
             services.budgets.remove(branch)
         else:
-            services.budgets.set(Budget(branch, float(asked.get("limit") or 0), bool(asked.get("stop"))))
+            services.budgets.set(Budget(branch, float(data.get("limit") or 0), bool(data.get("stop"))))
     except (BudgetError, StoreError) as error:
-        raise refusal(str(error), "Budget") from None
+        raise user_error(str(error), "Budget") from None
     except (TypeError, ValueError, OverflowError):
-        raise refusal("A budget is a number of US dollars.", "Budget") from None
+        raise user_error("Enter the budget as a number of US dollars.", "Budget") from None
 
 
-def demonstrate(services: AppServices) -> Iterator[None]:
-    """Lets the embedded model answer a few bundled photos; each call is recorded as any other."""
-    photos = [shrink(load_photo(info.path)) for info in bundled("held-out")[:2]]
-    for skill in DEMONSTRATION:
+def generate_sample_traffic(services: AppServices) -> Iterator[None]:
+    """Let the built-in model answer two bundled photos per skill; the calls are recorded like any other."""
+    photos = [shrink(load_photo(info.path)) for info in bundled_photos("held-out")[:2]]
+    for skill in SAMPLE_SKILLS:
         for seed, photo in enumerate(photos):
-            prompt = {"query": "What is the main colour?", "detect": "the main subject"}.get(skill, "")
+            prompt = SAMPLE_PROMPTS.get(skill, "")
             request = Request(photo, skill, prompt, n=2 if skill == "recipe" else 1, seed=seed)
             for _ in services.meter.compare(["moondream-tiny"], request, Event(), "demonstration"):
                 pass
-    with suppress(StoreError, OSError):  # what was recorded waits and comes later; the next look says what is wrong
+    with suppress(StoreError, OSError):  # the recorder retries, and the next refresh shows a lasting error
         services.meter.recorder.flush()
     yield None
 
 
 # ── Layout ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-QUICK: dict[str, Any] = {"queue": False, **PRIVATE}
 ZONE_JS = "() => [Intl.DateTimeFormat().resolvedOptions().timeZone]"
-# The address carries the filters while the tab is open, and only then.
+# Keeps the filters in the page's URL while the tab is open, and removes them when it is not.
 LINK_JS = """(...values) => {
-  const tab = document.querySelector('[role=tab][aria-selected=true]'), here = tab && tab.textContent.trim() === $TAB;
+  const tab = document.querySelector('[role=tab][aria-selected=true]');
+  const tabOpen = tab && tab.textContent.trim() === $TAB;
   const query = new URLSearchParams(location.search);
-  [...query.keys()].filter(name => name.startsWith($LINK)).forEach(name => query.delete(name));
-  if (here) $FIELDS.forEach((name, place) => {
-    [values[place]].flat().filter(value => (value ?? '') !== '').forEach(value => query.append($LINK + name, value));
+  [...query.keys()].filter(name => name.startsWith($PREFIX)).forEach(name => query.delete(name));
+  if (tabOpen) $FIELDS.forEach((name, index) => {
+    [values[index]].flat().filter(value => (value ?? '') !== '').forEach(value => query.append($PREFIX + name, value));
   });
-  const words = query.toString();
-  history.replaceState(history.state, '', location.pathname + (words ? '?' + words : ''));
+  const search = query.toString();
+  history.replaceState(history.state, '', location.pathname + (search ? '?' + search : ''));
   return [];
 }"""
-# The same filters as the address of a file with all events.
+# Downloads the filtered events from GET /v1/usage.csv or /v1/usage.parquet.
 EXPORT_JS = """(...values) => {
-  const query = new URLSearchParams(), asked = Object.fromEntries($FIELDS.map((name, place) => [name, values[place]]));
-  const names = {branches: 'branch', models: 'model', skills: 'skill', outcomes: 'outcome'};
-  query.set('period', asked.period);
-  query.set('zone', asked.zone);
-  for (const [name, one] of Object.entries(names)) for (const value of asked[name] || []) query.append(one, value);
-  if (asked.period === 'custom') for (const name of ['start', 'end']) if (asked[name]) query.set(name, asked[name]);
+  const query = new URLSearchParams();
+  const filters = Object.fromEntries($FIELDS.map((name, index) => [name, values[index]]));
+  const parameters = {branches: 'branch', models: 'model', skills: 'skill', outcomes: 'outcome'};
+  query.set('period', filters.period);
+  query.set('zone', filters.zone);
+  for (const [name, parameter] of Object.entries(parameters)) {
+    for (const value of filters[name] || []) query.append(parameter, value);
+  }
+  if (filters.period === 'custom') {
+    for (const name of ['start', 'end']) if (filters[name]) query.set(name, filters[name]);
+  }
   const link = document.createElement('a');
-  link.href = 'v1/usage.' + $KIND + '?' + query;
+  link.href = 'v1/usage.' + $FORMAT + '?' + query;
   link.download = '';
   document.body.append(link); link.click(); link.remove();
   return [];
 }"""
 
 
-def script(code: str, **values: Any) -> str:
-    """The code with its $NAMES replaced by values."""
+def fill_in(code: str, **values: Any) -> str:
+    """Replace $NAMES in JavaScript by values as JSON."""
     return Template(code).substitute({name: json.dumps(value) for name, value in values.items()})
 
 
 def build(services: AppServices, shared_components: SharedComponents) -> None:
-    """The tab: filters, the view, downloads."""
-    here, seen = gr.State(False), gr.State(None)
-    timer = gr.Timer(EVERY)
-    filters, custom = _filters()
-    view = dashboard_view()
-    with gr.Row(elem_id="usage-files"):
-        files = {kind: gr.Button(f"Download as {kind}", size="sm", min_width=140) for kind in ("csv", "parquet")}
-    chosen = [filters[name] for name in FIELDS]
-    shown = [view, *(filters[name] for name in LISTS[:3]), seen]
-    anew = partial(look, services)
-    to_link = script(LINK_JS, FIELDS=FIELDS, LINK=LINK, TAB=TAB)
-
-    def asked_budget(event: gr.EventData) -> None:
-        budget(services, event)
-
-    linked = gr.on(None, from_link, filters["zone"], [*chosen, shared_components.tabs, here], js=ZONE_JS, **QUICK)
-    linked.then(partial(looked, services), [here, seen, *chosen], shown, **QUICK)
-    opened = shared_components.tabs.select(tab_opened, None, here, **QUICK)
-    opened.then(partial(looked, services), [here, seen, *chosen], shown, **QUICK)
-    opened.then(None, chosen, None, js=to_link, **PRIVATE)
-    timer.tick(partial(looked, services), [here, seen, *chosen], shown, **QUICK)
-    filters["period"].input(period_chosen, filters["period"], custom, **QUICK)
-    filters["period"].change(period_chosen, filters["period"], custom, **QUICK)
-    changed = [component.input for component in chosen if not isinstance(component, gr.DateTime)]
-    changed += [filters[name].change for name in ("start", "end")]
-    gr.on(changed, anew, [seen, *chosen], shown, **QUICK)
-    gr.on(changed, None, chosen, None, js=to_link, **PRIVATE)
-    view.budget(asked_budget, None, None, **PRIVATE).then(anew, [seen, *chosen], shown, **QUICK)
-    load = view.demonstrate(partial(demonstrate, services), None, None, concurrency_limit=1, **PRIVATE)
-    load.then(anew, [seen, *chosen], shown, **QUICK)
-    for kind, button in files.items():
-        button.click(None, chosen, None, js=script(EXPORT_JS, FIELDS=FIELDS, KIND=kind.lower()), **PRIVATE)
-
-
-def _filters() -> tuple[dict[str, Any], gr.Row]:
-    """The filters by their names, and the row that is shown for a custom period only."""
-    many: dict[str, Any] = {"multiselect": True, "allow_custom_value": True, "max_choices": MANY, "min_width": 150}
+    """Build the tab: filters, dashboard and downloads."""
+    tab_open, options = gr.State(False), gr.State(None)
+    timer = gr.Timer(REFRESH_SECONDS)
+    filters: dict[str, Any] = {}
+    names: dict[str, Any] = {
+        "multiselect": True,
+        "allow_custom_value": True,
+        "max_choices": MAX_NAMES,
+        "min_width": 150,
+        "info": "Empty: all",
+    }
     with gr.Row(elem_id="usage-filters"):
-        period = gr.Radio(
+        filters["period"] = gr.Radio(
             [*PERIODS, CUSTOM], value=DashboardFilter.period, label="Period", min_width=300, elem_id="usage-period"
         )
-        by = gr.Radio(list(BY), value=BY[0], label="A line per", min_width=140)
+        filters["by"] = gr.Radio(list(GROUPINGS), value=GROUPINGS[0], label="Group by", min_width=140)
     with gr.Row(elem_id="usage-names"):
-        branches = gr.Dropdown([], value=[], label="Branches", info="None chosen means all", **many)
-        models = gr.Dropdown([], value=[], label="Models", info="None chosen means all", **many)
-        skills = gr.Dropdown([], value=[], label="Skills", info="None chosen means all", **many)
-        outcomes = gr.Dropdown(list(Options.outcomes), value=[], label="Outcomes", info="None chosen means all", **many)
-    with gr.Row(visible=False, elem_id="usage-custom") as custom:
-        start = gr.DateTime(label="From", type="string", min_width=160)
-        end = gr.DateTime(label="To", type="string", min_width=160)
-        zone = gr.Dropdown(sorted(available_timezones()), value="UTC", label="Time zone", min_width=160)
-    parts = (period, branches, models, skills, outcomes, by, zone, start, end)
-    return dict(zip(FIELDS, parts, strict=True)), custom
+        filters["branches"] = gr.Dropdown([], value=[], label="Branches", **names)
+        filters["models"] = gr.Dropdown([], value=[], label="Models", **names)
+        filters["skills"] = gr.Dropdown([], value=[], label="Skills", **names)
+        filters["outcomes"] = gr.Dropdown(list(FilterOptions.outcomes), value=[], label="Outcomes", **names)
+    with gr.Row(visible=False, elem_id="usage-custom") as custom_period:
+        filters["start"] = gr.DateTime(label="From", type="string", min_width=160)
+        filters["end"] = gr.DateTime(label="To", type="string", min_width=160)
+        filters["zone"] = gr.Dropdown(sorted(available_timezones()), value="UTC", label="Time zone", min_width=160)
+    dashboard = dashboard_view()
+    with gr.Row(elem_id="usage-downloads"):
+        downloads = {
+            "csv": gr.Button("Download CSV", size="sm", min_width=140),
+            "parquet": gr.Button("Download Parquet", size="sm", min_width=140),
+        }
+
+    # Refreshing
+    refresh_inputs = {tab_open, options, *filters.values()}
+    refresh_outputs = [dashboard, *(filters[name] for name in OPTION_FIELDS), options]
+
+    def refreshed(values: dict[Any, Any]) -> tuple[Any, ...]:
+        return refresh(services, values[options], {name: values[filters[name]] for name in FIELDS})
+
+    def refreshed_if_open(values: dict[Any, Any]) -> tuple[Any, ...]:
+        inputs = {name: values[filters[name]] for name in FIELDS}
+        return refresh_if_open(services, values[tab_open], values[options], inputs)
+
+    filter_list = [filters[name] for name in FIELDS]  # in the order that the JavaScript expects
+    link_js = fill_in(LINK_JS, FIELDS=FIELDS, PREFIX=LINK_PREFIX, TAB=TAB)
+    linked_components = {**filters, "tabs": shared_components.tabs, "tab_open": tab_open}
+
+    def link_opened(request: gr.Request, zone: str) -> dict[Any, Any]:
+        return {linked_components[name]: value for name, value in filters_from_link(request, zone).items()}
+
+    loaded = gr.on(None, link_opened, filters["zone"], list(linked_components.values()), js=ZONE_JS, **UNQUEUED)
+    loaded.then(refreshed_if_open, refresh_inputs, refresh_outputs, **UNQUEUED)
+    opened = shared_components.tabs.select(tab_selected(TAB), None, tab_open, **UNQUEUED)
+    opened.then(refreshed_if_open, refresh_inputs, refresh_outputs, **UNQUEUED)
+    opened.then(None, filter_list, None, js=link_js, **PRIVATE)
+    timer.tick(refreshed_if_open, refresh_inputs, refresh_outputs, **UNQUEUED)
+
+    # Filters
+    filters["period"].input(period_changed, filters["period"], custom_period, **UNQUEUED)
+    filters["period"].change(period_changed, filters["period"], custom_period, **UNQUEUED)
+    changes = [filters[name].input for name in FIELDS if name not in ("start", "end")]
+    changes += [filters[name].change for name in ("start", "end")]  # gr.DateTime has no `input` event
+    gr.on(changes, refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
+    gr.on(changes, None, filter_list, None, js=link_js, **PRIVATE)
+
+    # Actions
+    def budget_submitted(event: gr.EventData) -> None:
+        update_budget(services, event)
+
+    budget_updated = dashboard.budget(budget_submitted, None, None, **PRIVATE)
+    budget_updated.then(refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
+    generated = dashboard.generate(
+        partial(generate_sample_traffic, services), None, None, concurrency_limit=1, **PRIVATE
+    )
+    generated.then(refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
+    for file_format, button in downloads.items():
+        button.click(None, filter_list, None, js=fill_in(EXPORT_JS, FIELDS=FIELDS, FORMAT=file_format), **PRIVATE)

@@ -1,7 +1,7 @@
-"""The Usage dashboard as the page shows it: one gr.HTML whose value is a snapshot as JSON, drawn by dashboard.js.
+"""Dashboard of the Usage tab: one gr.HTML component whose value is a JSON snapshot, drawn by dashboard.js.
 
-Numbers become words here, with their unit, so that page, tables and tests say the same. The template is static: no name
-of a branch or a model passes through it.
+Numbers are formatted here, with their units, so that charts and tables agree. The template contains no placeholders:
+names of branches and models reach the page only as `textContent`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from zoneinfo import ZoneInfo
 
 import gradio as gr
 
-from usage.analytics import Amount, Count, Dashboard, Dot, Figure, Figures, Line, Series
+from usage.analytics import Dashboard, Metric, Metrics, ModelCost, ScatterPoint, Series, SeriesLine
 from usage.budgets import BudgetStatus
-from usage.events import Event
+from usage.events import UsageEvent
 
 HERE = Path(__file__).resolve().parent
-LINES = 8  # that a chart shows; the smaller ones beyond are one line together
-NAME = 120  # characters of a name that are shown
+MAX_LINES = 8  # per chart; smaller lines are added up to one
+MAX_NAME_LENGTH = 120  # displayed characters of a name
 FIGURES = {
     "calls": "Calls",
     "error_rate": "Error rate",
@@ -35,16 +35,15 @@ FIGURES = {
     "cost_per_request": "Cost per request",
     "reward_per_cent": "Reward per cent",
 }
-# What a rise means: good, bad, or neither.
-RISE = {
-    "reward_per_cent": 1,
-    **dict.fromkeys(("error_rate", "p50", "p95", "p99", "first_token", "cost_per_request"), -1),
-}
+HIGHER_IS_BETTER = ("reward_per_cent",)
+LOWER_IS_BETTER = ("error_rate", "p50", "p95", "p99", "first_token", "cost_per_request")
+MIN_CHANGE = 0.0005  # relative change below which a figure is neither better nor worse
+BIN_FORMATS = {"minute": "%H:%M", "hour": "%d %b %H:%M", "6 hours": "%d %b %H:%M", "day": "%d %b", "month": "%b %Y"}
 UNKNOWN = "–"
 
 
 def dashboard_view() -> gr.HTML:
-    """The component. It fires `budget` with {do, branch, limit, stop} and `demonstrate`."""
+    """Create the component. It fires `budget` with {action, branch, limit, stop}, and `generate`."""
     return gr.HTML(
         value=None,
         html_template=(HERE / "dashboard.html").read_text(encoding="utf-8"),
@@ -54,219 +53,226 @@ def dashboard_view() -> gr.HTML:
     )
 
 
-def dashboard_value(
-    shown: Dashboard, recent: Sequence[Event], budgets: Sequence[BudgetStatus], zone: str, by: str, here: str
+def dashboard_snapshot(
+    dashboard: Dashboard, recent: Sequence[UsageEvent], budgets: Sequence[BudgetStatus], zone: str, by: str
 ) -> dict[str, Any]:
-    """The snapshot. by: "branch" or "model", of which the charts have a line each; here: this deployment's branch."""
-    figures, largest = shown.figures, _largest(shown.volume)
+    """Return everything that the dashboard shows, as JSON.
+
+    Args:
+        dashboard: Figures and series of the filtered events.
+        recent: Latest events, newest first.
+        budgets: State of all budgets.
+        zone: IANA name of the time zone of all times.
+        by: "branch" or "model": what the charts of calls and cost have one line for each of.
+    """
+    figures, order = dashboard.metrics, _largest_first(dashboard.volume)
     return {
-        "quiet": not figures.calls.value,
-        "period": _period(figures, zone),
+        "empty": not figures.calls.value,
+        "period": _format_period(figures, zone),
         "figures": [_figure(name, getattr(figures, name)) for name in FIGURES],
         "notes": _notes(figures),
+        "columns": list(FIGURES.values()),
         "branches": [
-            {"name": _name(name), "cells": [words(of, getattr(one, of).value) for of in FIGURES]}
-            for name, one in shown.by_branch
+            {"name": _shorten(name), "cells": [format_value(key, getattr(branch, key).value) for key in FIGURES]}
+            for name, branch in dashboard.by_branch
         ],
-        "heads": list(FIGURES.values()),
         "charts": [
-            _chart("Calls", f"per {shown.volume.bin}, by {by}", _few(shown.volume, largest), zone),
-            _chart("Latency", f"percentiles per {shown.latency.bin}", shown.latency, zone),
-            _chart("Cost", f"per {shown.cost.bin}, by {by}", _few(shown.cost, largest), zone),
+            _chart("Calls", f"per {dashboard.volume.bin}, by {by}", _limit_lines(dashboard.volume, order), zone),
+            _chart("Latency", f"percentiles per {dashboard.latency.bin}", dashboard.latency, zone),
+            _chart("Cost", f"per {dashboard.cost.bin}, by {by}", _limit_lines(dashboard.cost, order), zone),
         ],
-        "dots": [_dot(dot) for dot in shown.scatter],
-        "amounts": _bars([(one.name, one.cost, _amount(one)) for one in shown.cost_per_model]),
-        "errors": _bars([(_error(one), one.calls, f"{one.calls:,}") for one in shown.errors]),
-        "recent": [_recent(event, zone) for event in recent],
+        "scatter": [_scatter_point(dot) for dot in dashboard.scatter],
+        "cost_per_model": _bars([(model.name, model.cost, _format_cost(model)) for model in dashboard.cost_per_model]),
+        "errors": _bars(
+            [(error.name or "unclassified", error.calls, f"{error.calls:,}") for error in dashboard.errors]
+        ),
+        "recent": [_recent_row(event, zone) for event in recent],
         "budgets": [_budget(status) for status in budgets],
-        "here": here,
     }
 
 
-# ── Words for numbers ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── Formatting ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def words(measure: str, value: float | None) -> str:
-    """A value of a measure of FIGURES, or of "latency", with its unit."""
+def format_value(measure: str, value: float | None) -> str:
+    """Format a value of a measure in FIGURES, or of "latency", with its unit."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
-    return _WORDS[measure](value)
+    return _FORMATTERS[measure](value)
 
 
-def money(dollars: float) -> str:
-    """US dollars with as many digits as it takes to tell small amounts apart: at least two, and three that count."""
+def format_money(dollars: float) -> str:
+    """Format US dollars with at least two decimals and three significant digits."""
     if dollars == 0:
         return "$0"
-    digits = max(2, 2 - math.floor(math.log10(abs(dollars))))
-    return f"${dollars:,.{min(digits, 12)}f}"
+    decimals = max(2, 2 - math.floor(math.log10(abs(dollars))))
+    return f"${dollars:,.{min(decimals, 12)}f}"
 
 
-def seconds(value: float) -> str:
-    """A duration in seconds; below one in milliseconds."""
-    if value < 1:
-        return f"{_three(value * 1000)} ms"
-    return f"{_three(value)} s"
+def format_seconds(seconds: float) -> str:
+    """Format a duration in seconds with three significant digits; below one second in milliseconds."""
+    return f"{_three_digits(seconds * 1000)} ms" if seconds < 1 else f"{_three_digits(seconds)} s"
 
 
-def _three(value: float) -> str:
-    """Three digits that count, and all before the point."""
+def _three_digits(value: float) -> str:
     if value == 0:
         return "0"
     return f"{value:,.{max(0, min(6, 2 - math.floor(math.log10(abs(value)))))}f}"
 
 
-_WORDS: dict[str, Callable[[float], str]] = {
+_FORMATTERS: dict[str, Callable[[float], str]] = {
     **dict.fromkeys(("calls", "tokens"), lambda value: f"{value:,.0f}"),
-    **dict.fromkeys(("latency", "p50", "p95", "p99", "first_token"), seconds),
-    **dict.fromkeys(("cost", "cost_per_request"), money),
+    **dict.fromkeys(("latency", "p50", "p95", "p99", "first_token"), format_seconds),
+    **dict.fromkeys(("cost", "cost_per_request"), format_money),
     "error_rate": lambda value: f"{100 * value:.{0 if value in (0, 1) else 2}f} %",
-    "reward_per_cent": _three,
+    "reward_per_cent": _three_digits,
 }
 
 
-def _name(text: str) -> str:
-    """A name of any length and in any script, at a length that a page can show."""
-    return text if len(text) <= NAME else text[: NAME - 1] + "…"
+def _shorten(name: str) -> str:
+    return name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1] + "…"
 
 
-# ── Parts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Parts of the snapshot ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _figure(name: str, figure: Figure) -> dict[str, Any]:
-    change = figure.change
-    judged = 0 if change is None or abs(change) < 0.0005 else RISE.get(name, 0) * (1 if change > 0 else -1)
-    told = "" if change is None else f"{100 * change:+,.1f} %"
+def _figure(name: str, figure: Metric) -> dict[str, Any]:
+    change, trend = figure.change, ""
+    if change is not None and abs(change) >= MIN_CHANGE:
+        if name in (HIGHER_IS_BETTER if change > 0 else LOWER_IS_BETTER):
+            trend = "better"
+        elif name in (LOWER_IS_BETTER if change > 0 else HIGHER_IS_BETTER):
+            trend = "worse"
     return {
         "name": FIGURES[name],
-        "value": words(name, figure.value),
-        "change": told,
-        "before": words(name, figure.before),
-        "judged": {1: "better", -1: "worse"}.get(judged, ""),
+        "value": format_value(name, figure.value),
+        "change": "" if change is None else f"{100 * change:+,.1f} %",
+        "previous": format_value(name, figure.previous),
+        "trend": trend,
     }
 
 
-def _period(figures: Figures, zone: str) -> str:
+def _format_period(figures: Metrics, zone: str) -> str:
     start, end = (moment.astimezone(ZoneInfo(zone)) for moment in (figures.window.start, figures.window.end))
-    return f"{start:%d %b %Y %H:%M} to {end:%d %b %Y %H:%M}, {zone}. Changes: against the period of that length before."
+    period = f"{start:%d %b %Y %H:%M} to {end:%d %b %Y %H:%M}, {zone}"
+    return f"{period}. Changes are relative to the preceding period of the same length."
 
 
-def _notes(figures: Figures) -> list[str]:
-    """What the figures do not know."""
+def _notes(figures: Metrics) -> list[str]:
+    """Return what the figures leave out or approximate, one sentence each."""
+
+    def calls_have(count: int) -> str:
+        return f"{count:,} call{' has' if count == 1 else 's have'}"
+
     notes = []
     if figures.unpriced:
-        notes.append(f"{_calls(figures.unpriced)} no known price: their cost is not counted.")
+        notes.append(f"{calls_have(figures.unpriced)} no known price. Their cost is not included.")
     if figures.uncounted:
-        notes.append(f"{_calls(figures.uncounted)} no known number of tokens: they are not counted.")
+        notes.append(f"{calls_have(figures.uncounted)} no known token count. Their tokens are not included.")
     if figures.estimated:
-        notes.append(f"The cost of {figures.estimated:,} calls is estimated from a price list.")
+        notes.append(f"The cost of {figures.estimated:,} calls is estimated from list prices.")
     if figures.percentile_error:
-        notes.append(f"Percentiles of so many calls are exact to {100 * figures.percentile_error:g} %.")
+        notes.append(f"Percentiles are approximate (±{100 * figures.percentile_error:g} %).")
     return notes
 
 
-def _calls(count: int) -> str:
-    return f"{count:,} call{' has' if count == 1 else 's have'}"
+def _largest_first(series: Series) -> list[str]:
+    """Return the names of the lines by their sum. All charts use this order, so that a name keeps its colour."""
+    lines = sorted(series.lines, key=lambda line: -sum(value or 0 for value in line.values))
+    return [line.name for line in lines]
 
 
-def _largest(series: Series) -> list[str]:
-    """The names of its lines, the largest first: every chart keeps this order, and so a line its colour."""
-    ranked = sorted(series.lines, key=lambda line: -sum(value or 0 for value in line.values))
-    return [line.name for line in ranked]
-
-
-def _few(series: Series, order: list[str]) -> Series:
-    """The lines in this order; of a measure that can be added up, those beyond LINES as one line."""
+def _limit_lines(series: Series, order: list[str]) -> Series:
+    """Sort the lines of an additive series, and add those beyond MAX_LINES up to one."""
     lines = sorted(series.lines, key=lambda line: order.index(line.name) if line.name in order else len(order))
-    if len(lines) > LINES:
-        rest = lines[LINES - 1 :]
-        columns = zip(*(line.values for line in rest), strict=True)
-        known = ([value for value in column if value is not None] for column in columns)
-        added = tuple(sum(values) if values else None for values in known)
-        lines = [*lines[: LINES - 1], Line(f"{len(rest)} others", added)]
+    if len(lines) > MAX_LINES:
+        rest = lines[MAX_LINES - 1 :]
+        sums = []
+        for bin_values in zip(*(line.values for line in rest), strict=True):
+            known = [value for value in bin_values if value is not None]
+            sums.append(sum(known) if known else None)
+        lines = [*lines[: MAX_LINES - 1], SeriesLine(f"{len(rest)} others", tuple(sums))]
     return replace(series, lines=tuple(lines))
 
 
-def _chart(title: str, about: str, series: Series, zone: str) -> dict[str, Any]:
-    """A chart over time: numbers to draw by, and the same in words for whoever hovers or reads the table."""
-    measure = series.measure
-    lines = [
-        {"name": _name(line.name), "values": list(line.values), "words": [words(measure, one) for one in line.values]}
-        for line in series.lines
-    ]
+def _chart(title: str, subtitle: str, series: Series, zone: str) -> dict[str, Any]:
+    """Return a chart over time, with each value as a number for its line and as text for tooltip and table."""
     known = [value for line in series.lines for value in line.values if value is not None]
-    top = max(known, default=0.0)
+    maximum = max(known, default=0.0)
     return {
         "title": title,
-        "about": about,
-        "unit": series.unit,
-        "starts": [_when(start, series.bin) for start in series.starts],
-        "lines": lines,
-        "top": top,
-        "high": words(measure, top) if known else "",
+        "subtitle": subtitle,
+        "bins": [_format_bin(start, series.bin) for start in series.starts],
+        "lines": [
+            {
+                "name": _shorten(line.name),
+                "values": list(line.values),
+                "texts": [format_value(series.measure, value) for value in line.values],
+            }
+            for line in series.lines
+        ],
+        "max": maximum,
+        "max_text": format_value(series.measure, maximum) if known else "",
         "zone": zone,
     }
 
 
-def _when(start: datetime, size: str) -> str:
-    form = {"minute": "%H:%M", "hour": "%d %b %H:%M", "6 hours": "%d %b %H:%M", "day": "%d %b", "month": "%b %Y"}
-    return start.strftime(form[size])
+def _format_bin(start: datetime, size: str) -> str:
+    return start.strftime(BIN_FORMATS[size])
 
 
-def _dot(dot: Dot) -> dict[str, Any]:
-    price = UNKNOWN if dot.cost_per_request is None else money(dot.cost_per_request)
-    cells = [f"{dot.calls:,}", seconds(dot.latency), UNKNOWN if dot.reward is None else f"{dot.reward:.3f}", price]
-    return {"name": _name(dot.model), "calls": dot.calls, "x": dot.latency, "y": dot.reward, "cells": cells}
+def _scatter_point(dot: ScatterPoint) -> dict[str, Any]:
+    cells = [
+        f"{dot.calls:,}",
+        format_seconds(dot.latency),
+        UNKNOWN if dot.reward is None else f"{dot.reward:.3f}",
+        format_value("cost_per_request", dot.cost_per_request),
+    ]
+    return {"name": _shorten(dot.model), "calls": dot.calls, "x": dot.latency, "y": dot.reward, "cells": cells}
 
 
-def _amount(amount: Amount) -> str:
+def _format_cost(amount: ModelCost) -> str:
     if amount.cost is None:
         return "unknown"
-    return money(amount.cost) + (f", and {amount.unpriced:,} calls without a known price" if amount.unpriced else "")
-
-
-def _error(count: Count) -> str:
-    return count.name or "no class told"
+    unpriced = f", plus {amount.unpriced:,} calls without a known price" if amount.unpriced else ""
+    return format_money(amount.cost) + unpriced
 
 
 def _bars(rows: Sequence[tuple[str, float | None, str]]) -> list[dict[str, Any]]:
-    """Names with a value, longest bar 1."""
-    top = max((value for _, value, _ in rows if value), default=0.0)
+    """Return a bar chart of (name, value, text) rows; the longest bar has the fraction 1."""
+    maximum = max((value for _, value, _ in rows if value), default=0.0)
     return [
-        {"name": _name(name), "share": (value or 0) / top if top else 0.0, "words": told} for name, value, told in rows
+        {"name": _shorten(name), "fraction": (value or 0) / maximum if maximum else 0.0, "text": text}
+        for name, value, text in rows
     ]
 
 
-def _recent(event: Event, zone: str) -> list[str]:
-    """The cells of one call; the heads are in the template."""
+def _recent_row(event: UsageEvent, zone: str) -> list[str]:
+    """Return the cells of an event in the table of recent calls, whose header is in the template."""
     tokens = UNKNOWN if event.tokens_in is None else f"{event.tokens_in:,} + {event.tokens_out:,}"
-    about = f" ({event.tokens_basis})" if event.tokens_basis == "estimated" else ""
-    cost = UNKNOWN if event.cost is None else money(event.cost)
-    cost += " (estimated)" if event.cost_basis == "estimated" else ""
-    outcome = f"{event.outcome}: {event.error}" if event.error else event.outcome
-    model = f"{event.model} + {event.adapter}" if event.adapter else event.model
+    cost = format_value("cost", event.cost)
     return [
         event.time.astimezone(ZoneInfo(zone)).strftime("%d %b %H:%M:%S"),
-        _name(event.branch),
-        _name(model),
-        _name(event.skill),
-        _name(outcome),
-        seconds(event.latency),
-        tokens + about,
-        cost,
+        _shorten(event.branch),
+        _shorten(f"{event.model} + {event.adapter}" if event.adapter else event.model),
+        _shorten(event.skill),
+        _shorten(f"{event.outcome}: {event.error}" if event.error else event.outcome),
+        format_seconds(event.latency),
+        f"{tokens} (estimated)" if event.tokens_basis == "estimated" else tokens,
+        f"{cost} (estimated)" if event.cost_basis == "estimated" else cost,
         UNKNOWN if event.reward is None else f"{event.reward:.3f}",
     ]
 
 
 def _budget(status: BudgetStatus) -> dict[str, Any]:
     budget = status.budget
-    spent = f"{money(status.spent)} of {money(budget.limit)} this month (UTC), {100 * status.share:.0f} %"
-    more = f"; {status.unpriced:,} calls have no known price" if status.unpriced else ""
+    spent = f"{format_money(status.spent)} of {format_money(budget.limit)} this month (UTC), {100 * status.share:.0f} %"
+    unpriced = f"; {status.unpriced:,} calls have no known price" if status.unpriced else ""
     return {
         "branch": budget.branch,
-        "name": _name(budget.branch) or "All branches",
-        "words": spent + more,
-        "share": min(1.0, status.share),
+        "name": _shorten(budget.branch) or "All branches",
+        "text": spent + unpriced,
+        "fraction": min(1.0, status.share),
         "state": status.state,
         "stop": budget.stop,
-        "limit": budget.limit,
     }

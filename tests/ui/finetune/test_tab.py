@@ -1,4 +1,4 @@
-"""The Fine-tune tab's handlers as plain functions, with runs whose process learns nothing."""
+"""Handlers and snapshots of the Fine-tune tab, with a fake training command."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ import pytest
 from inference.registry import MODELS
 from rewards import REWARDS
 from tests.support.fake_run import HOSTILE, write_adapter, write_result
-from tests.support.hub_server import TOKEN, StandInHub
-from tests.training.runs.test_queue import FAKE, until
+from tests.support.hub_server import TOKEN, HubServer
+from tests.support.runs import FAKE, until
 from training.runs.adapters import model_name
 from training.runs.run import MAX_STEPS, Run, RunConfig
 from ui.api import runs as api_runs
 from ui.finetune import run_view
 from ui.finetune import tab as finetune
-from ui.finetune.estimate import SHORT, estimate, guess
-from ui.finetune.form import place_chosen
-from ui.finetune.tab import RenderState, bases, retrain, show
+from ui.finetune.estimate import DEFAULT_STEPS, assumed_seconds, estimate
+from ui.finetune.form import backend_changed
+from ui.finetune.tab import RenderState, base_models, retrain
 from ui.playground import tab as playground
 from ui.playground.link import PlaygroundSettings
 from ui.services import AppServices
 from usage import ledger
 from usage.budgets import Budget
-from usage.events import Event
+from usage.events import UsageEvent
 
 HERE = Path(finetune.__file__).parent
-DEFAULT = list(PlaygroundSettings().models)
+DEFAULT_MODELS = list(PlaygroundSettings().models)
+JOBS, HOSTED = "Hugging Face Jobs", "Moondream's tuning API"
 FORM: dict[str, Any] = {
     "base": "moondream-tiny",
-    "kind": "Bundled photos",
+    "photo_source": "Bundled photos",
     "files": None,
     "dataset": "",
     "length": "Smoke test",
@@ -47,51 +48,65 @@ FORM: dict[str, Any] = {
     "beta": 0.02,
     "rollouts": 8,
     "rank": 16,
-    "place": "This machine",
+    "backend": "This machine",
     "hardware": None,
-    "token": "",
-    "key": "",
+    "hub_token": "",
+    "moondream_key": "",
     "budget": 5.0,
-    "examples": 10,
+    "sft_steps": 10,
 }
 
 
 @pytest.fixture
 def services(tmp_path: Path) -> Iterator[AppServices]:
-    made = AppServices.open(tmp_path / "data", f"sqlite:///{tmp_path / 'store.sqlite3'}", FAKE)
-    yield made
-    for run in made.runs.list():
-        if not run.status().over:
+    """Services with the fake training command; unfinished runs are cancelled at the end."""
+    services = AppServices.build(tmp_path / "data", f"sqlite:///{tmp_path / 'store.sqlite3'}", FAKE)
+    yield services
+    for run in services.runs.list():
+        if not run.status().finished:
             run.cancel()
-    until(lambda: not made.worker.waiting() and not any(run.alive() for run in made.runs.list()))
-    made.worker.stop()
+    until(lambda: not services.worker.unfinished() and not any(run.alive() for run in services.runs.list()))
+    services.worker.stop()
     for name in [name for name in MODELS if name.startswith("run-")]:
         del MODELS[name]
 
 
 @pytest.fixture
-def still(services: AppServices, monkeypatch: pytest.MonkeyPatch) -> AppServices:
-    """The same with a worker that does nothing: what is queued stays queued."""
+def idle(services: AppServices, monkeypatch: pytest.MonkeyPatch) -> AppServices:
+    """Services whose worker executes nothing: queued runs stay queued."""
     monkeypatch.setattr(services.worker, "wake", lambda: None)
     return services
 
 
-def press(services: AppServices, *weights: float, **changes: Any) -> str:
-    return retrain(services, *(FORM | changes).values(), *(weights or [1.0] * len(REWARDS)))
+def submit_form(services: AppServices, *weights: float, **changes: Any) -> str:
+    """Submit the form with `changes` and return the run's ID."""
+    return retrain(services, FORM | changes, weights or [1.0] * len(REWARDS))
 
 
-def finished(services: AppServices, wins: bool = True, **changes: Any) -> Run:
-    """A run that is over, without its process."""
-    asked = {"base": "moondream-tiny", "reward": {"sharpness": 1}, "seed": 1, "steps": 10, **changes}
-    run = services.runs.create(RunConfig.make(**asked))
+def finished_run(services: AppServices, wins: bool = True, **changes: Any) -> Run:
+    """Create a finished run with an adapter and a result, without a process."""
+    settings = {"base": "moondream-tiny", "reward": {"sharpness": 1}, "seed": 1, "steps": 10, **changes}
+    run = services.runs.create(RunConfig.create(**settings))
     write_adapter(run)
     write_result(run, wins=wins, alarm="")
     run.set_status(state="done", step=10, steps=10, started=100.0, ended=142.0)
     return run
 
 
-def clicked(**data: Any) -> gr.EventData:
+def event(**data: Any) -> gr.EventData:
     return gr.EventData(None, data)
+
+
+def refresh(
+    services: AppServices,
+    selected: str | None = None,
+    state: RenderState | None = None,
+    models: Any = DEFAULT_MODELS,
+    tab_open: bool = False,
+) -> dict[str, Any]:
+    """Refresh the tab and return the updates by name."""
+    updates = finetune.refresh(services, selected, state, models, tab_open)
+    return dict(zip(("view", "history", "picker", "bases", "state", "timer"), updates, strict=True))
 
 
 def is_skip(value: Any) -> bool:
@@ -99,14 +114,14 @@ def is_skip(value: Any) -> bool:
 
 
 @pytest.mark.parametrize("template", ["run.html", "history.html"])
-def test_templates_have_no_place_for_values(template: str) -> None:
-    """Gradio would run `${...}` in a value as JavaScript, and Handlebars would compile it."""
+def test_templates_contain_no_placeholders(template: str) -> None:
+    """Gradio runs `${...}` as JavaScript and Handlebars compiles `{{...}}`."""
     text = (HERE / template).read_text()
     assert not any(mark in text for mark in ("{{", "${", "`"))
 
 
 @pytest.mark.parametrize("script", ["run.js", "history.js"])
-def test_what_is_drawn_goes_in_as_text(script: str) -> None:
+def test_scripts_insert_no_html(script: str) -> None:
     text = (HERE / script).read_text()
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
 
@@ -114,20 +129,22 @@ def test_what_is_drawn_goes_in_as_text(script: str) -> None:
 # Retrain
 
 
-def test_the_button_queues_what_the_form_says(still: AppServices) -> None:
-    config = still.runs.get(press(still, 0.5, 0, 1, seed=7, name=" Mine ", rank=4, length="Custom", steps=33)).config()
+def test_submitting_the_form_queues_a_run_with_its_settings(idle: AppServices) -> None:
+    config = idle.runs.get(
+        submit_form(idle, 0.5, 0, 1, seed=7, name=" Mine ", rank=4, length="Custom", steps=33)
+    ).config()
     assert config.reward == {"sharpness": 0.5, "creativity": 1.0}
     assert (config.base, config.seed, config.name, config.rank, config.steps) == ("moondream-tiny", 7, "Mine", 4, 33)
     assert config.photos == "bundled" and (config.learning_rate, config.beta, config.rollouts) == (2e-3, 0.02, 8)
 
 
-@pytest.mark.parametrize(("length", "steps"), [("Smoke test", 10), ("Short run", SHORT)])
-def test_lengths_are_numbers_of_steps(still: AppServices, length: str, steps: int) -> None:
-    assert still.runs.get(press(still, length=length, steps=5)).config().steps == steps
+@pytest.mark.parametrize(("length", "steps"), [("Smoke test", 10), ("Short run", DEFAULT_STEPS)])
+def test_length_sets_the_number_of_steps(idle: AppServices, length: str, steps: int) -> None:
+    assert idle.runs.get(submit_form(idle, length=length, steps=5)).config().steps == steps
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"base": "gpt"}, "Choose a base"),
         ({"base": None}, "Choose a base"),
@@ -139,302 +156,305 @@ def test_lengths_are_numbers_of_steps(still: AppServices, length: str, steps: in
         ({"length": "Custom", "steps": MAX_STEPS + 1}, "steps"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"name": "x" * 81}, "name"),
-        ({"kind": "My photos"}, "Choose photos"),
-        ({"kind": "My photos", "files": []}, "Choose photos"),
-        ({"kind": "Hub dataset", "dataset": ""}, "owner/name"),
-        ({"kind": "Hub dataset", "dataset": "../../etc"}, "owner/name"),
-        ({"kind": "Hub dataset", "dataset": HOSTILE}, "owner/name"),
+        ({"photo_source": "My photos"}, "Choose photos"),
+        ({"photo_source": "My photos", "files": []}, "Choose photos"),
+        ({"photo_source": "Hub dataset", "dataset": ""}, "owner/name"),
+        ({"photo_source": "Hub dataset", "dataset": "../../etc"}, "owner/name"),
+        ({"photo_source": "Hub dataset", "dataset": HOSTILE}, "owner/name"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_in_words(still: AppServices, changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(gr.Error, match=words) as refused:
-        press(still, **changes)
+def test_invalid_form_raises_a_message_and_queues_nothing(
+    idle: AppServices, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(gr.Error, match=message) as refused:
+        submit_form(idle, **changes)
     assert "<img" not in refused.value.message
-    assert still.runs.list() == [] and not (still.runs.folder.parent / "uploads").exists()
+    assert idle.runs.list() == [] and not (idle.runs.folder.parent / "uploads").exists()
 
 
-def test_a_job_is_queued_with_its_hardware_and_a_token_that_is_written_nowhere(still: AppServices) -> None:
-    elsewhere = {"place": "Hugging Face Jobs", "hardware": "a10g-small"}
-    with pytest.raises(gr.Error, match="Give your Hugging Face token"):
-        press(still, **elsewhere, token="  ")
-    run = still.runs.get(press(still, **elsewhere, token=f" {TOKEN} "))
-    assert (run.config().where, run.config().hardware) == ("jobs", "a10g-small")
-    assert still.worker._tokens[run.id] == TOKEN and TOKEN not in repr(run.config())
+def test_job_is_queued_with_its_hardware_and_its_token_is_not_written_to_disk(idle: AppServices) -> None:
+    job = {"backend": JOBS, "hardware": "a10g-small"}
+    with pytest.raises(gr.Error, match="Enter your Hugging Face token"):
+        submit_form(idle, **job, hub_token="  ")
+    run = idle.runs.get(submit_form(idle, **job, hub_token=f" {TOKEN} "))
+    assert (run.config().backend, run.config().hardware) == ("jobs", "a10g-small")
+    assert idle.worker._tokens[run.id] == TOKEN and TOKEN not in repr(run.config())
     assert all(TOKEN.encode() not in file.read_bytes() for file in run.folder.rglob("*") if file.is_file())
     run.set_status(state="failed")
-    with pytest.raises(gr.Error, match="Give your Hugging Face token"):
-        finetune.act(still, "", "", clicked(run=run.id, do="resume"))
-    finetune.act(still, TOKEN, "", clicked(run=run.id, do="resume"))
+    with pytest.raises(gr.Error, match="Enter your Hugging Face token"):
+        finetune.act(idle, "", "", event(run=run.id, action="resume"))
+    finetune.act(idle, TOKEN, "", event(run=run.id, action="resume"))
     assert run.status().state == "queued"
 
 
 @pytest.mark.parametrize("hardware", ["../x", "L4", "x" * 41, "<b>"])
-def test_hardware_is_a_name(still: AppServices, hardware: str) -> None:
+def test_invalid_hardware_name_is_refused(idle: AppServices, hardware: str) -> None:
     with pytest.raises(gr.Error, match="hardware"):
-        press(still, place="Hugging Face Jobs", hardware=hardware, token=TOKEN)
+        submit_form(idle, backend=JOBS, hardware=hardware, hub_token=TOKEN)
 
 
-def test_the_place_shows_its_hardware_and_what_it_costs_at_most(still: AppServices, hub: StandInHub) -> None:
-    base, _, shown, other, offered, hourly = place_chosen("Hugging Face Jobs")
-    assert (
-        base["visible"]
-        and shown["visible"]
-        and not other["visible"]
-        and offered["choices"][0] == ("l4x1 · $0.80 an hour · 1 x L4 24 GB, 8 vCPU, 30 GB", "l4x1")
-    )
-    words = estimate(still, "Short run", None, 8, "Hugging Face Jobs", "l4x1", hourly)
-    assert "a time not known yet" in words and "$0.80 an hour" in words and "$1.60 at most" in words
-    assert "price is not known" in estimate(still, "Short run", None, 8, "Hugging Face Jobs", "h200", hourly)
-    assert not any(group["visible"] for group in place_chosen("This machine")[2:4])
+def test_jobs_backend_lists_hardware_with_prices_and_the_estimate_gives_the_maximum_cost(
+    idle: AppServices, hub: HubServer
+) -> None:
+    base, _, jobs_group, hosted_group, hardware, hourly_prices = backend_changed(JOBS)
+    assert base["visible"] and jobs_group["visible"] and not hosted_group["visible"]
+    assert hardware["choices"][0] == ("l4x1 · $0.80 an hour · 1 x L4 24 GB, 8 vCPU, 30 GB", "l4x1")
+    text = estimate(idle, "Short run", None, 8, JOBS, "l4x1", hourly_prices)
+    assert "an unknown time" in text and "$0.80 an hour" in text and "$1.60 at most" in text
+    assert "price is not known" in estimate(idle, "Short run", None, 8, JOBS, "h200", hourly_prices)
+    assert not any(group["visible"] for group in backend_changed("This machine")[2:4])
     hub.refuse["/api/jobs"] = 500
-    *_, offered, hourly = place_chosen("Hugging Face Jobs")
-    assert "error (500)" in offered["info"] and hourly == {}
+    *_, hardware, hourly_prices = backend_changed(JOBS)
+    assert "error (500)" in hardware["info"] and hourly_prices == {}
 
 
-def test_earlier_jobs_say_how_long_the_next_takes(still: AppServices) -> None:
-    run = finished(still, where="jobs", hardware="l4x1")
-    (run.folder / "result.json").write_text(json.dumps({"seconds": 2 * guess(10, 8), "steps": 10}))
-    there = estimate(still, "Short run", None, 8, "Hugging Face Jobs", "l4x1", {})
-    assert run_view.duration(2 * guess(SHORT, 8)) in there
-    assert "a first guess" in estimate(still, "Short run", None, 8), "and nothing of those here"
+def test_estimate_for_jobs_uses_earlier_runs_on_the_same_hardware_only(idle: AppServices) -> None:
+    run = finished_run(idle, where="jobs", hardware="l4x1")
+    (run.folder / "result.json").write_text(json.dumps({"seconds": 2 * assumed_seconds(10, 8), "steps": 10}))
+    text = estimate(idle, "Short run", None, 8, JOBS, "l4x1", {})
+    assert run_view.format_duration(2 * assumed_seconds(DEFAULT_STEPS, 8)) in text
+    assert "a first guess" in estimate(idle, "Short run", None, 8), "a job is no measure for this machine"
 
 
-def test_sliders_at_zero_train_nothing(still: AppServices) -> None:
+def test_sliders_at_zero_are_refused(idle: AppServices) -> None:
     with pytest.raises(gr.Error, match="All sliders are at zero"):
-        press(still, 0, 0, 0)
+        submit_form(idle, 0, 0, 0)
 
 
-def test_a_double_click_is_one_run_and_leaves_no_photos_behind(still: AppServices, tmp_path: Path) -> None:
-    press(still)
+def test_duplicate_run_is_refused_and_photos_of_a_refused_run_are_deleted(idle: AppServices, tmp_path: Path) -> None:
+    submit_form(idle)
     with pytest.raises(gr.Error, match="a moment ago"):
-        press(still)
+        submit_form(idle)
     (tmp_path / "one.jpg").write_bytes(b"x")
     with pytest.raises(gr.Error, match="seed"):
-        press(still, kind="My photos", files=[str(tmp_path / "one.jpg")], seed=-1)
-    assert list((still.runs.folder.parent / "uploads").iterdir()) == [] and len(still.runs.list()) == 1
+        submit_form(idle, photo_source="My photos", files=[str(tmp_path / "one.jpg")], seed=-1)
+    assert list((idle.runs.folder.parent / "uploads").iterdir()) == [] and len(idle.runs.list()) == 1
 
 
-def test_a_dataset_and_an_earlier_run_can_be_started_from(still: AppServices) -> None:
-    earlier = finished(still)
-    assert model_name(earlier.id) in [name for _, name in bases(still)]
-    config = still.runs.get(press(still, base=model_name(earlier.id), kind="Hub dataset", dataset="me/cats")).config()
+def test_run_starts_from_an_earlier_run_on_a_hub_dataset(idle: AppServices) -> None:
+    earlier = finished_run(idle)
+    assert model_name(earlier.id) in [name for _, name in base_models(idle)]
+    config = idle.runs.get(
+        submit_form(idle, base=model_name(earlier.id), photo_source="Hub dataset", dataset="me/cats")
+    ).config()
     assert Path(config.base) == earlier.folder.resolve() and config.photos == "hub:me/cats"
 
 
-def test_bases_are_local_models_with_weights_of_their_own(still: AppServices) -> None:
-    assert [name for _, name in bases(still)] == ["moondream-tiny"]
+def test_base_models_are_local_models_with_distinct_weights(idle: AppServices) -> None:
+    assert [name for _, name in base_models(idle)] == ["moondream-tiny"]
 
 
-def test_the_estimate_learns_from_earlier_runs(still: AppServices) -> None:
-    assert "25 s (a first guess" in estimate(still, "Smoke test", None, 8)
-    finished(still)
-    told = estimate(still, "Smoke test", None, 8)
-    assert "as earlier runs" in told and "42 s" in told
-    press(still)
-    assert "waits for 1 other run first" in estimate(still, "Custom", 20, 8)
+def test_estimate_uses_earlier_runs_and_counts_waiting_ones(idle: AppServices) -> None:
+    assert "25 s (a first guess" in estimate(idle, "Smoke test", None, 8)
+    finished_run(idle)
+    text = estimate(idle, "Smoke test", None, 8)
+    assert "based on earlier runs" in text and "42 s" in text
+    submit_form(idle)
+    assert "waits for 1 other run first" in estimate(idle, "Custom", 20, 8)
 
 
-# What is shown
+# Display
 
 
-def test_news_is_sent_once(still: AppServices) -> None:
-    first = show(still, None, None, DEFAULT, False)
-    assert first[0] is None and first[1]["runs"] == [] and not first[4].active
-    press(still)
-    second = show(still, None, first[4], DEFAULT, False)
-    assert second[0]["state"] == "queued" and len(second[1]["runs"]) == 1 and second[4].active
-    third = show(still, None, second[4], DEFAULT, False)
-    assert [is_skip(part) for part in third] == [True, True, True, True, False, True]
+def test_refresh_sends_only_changes(idle: AppServices) -> None:
+    first = refresh(idle)
+    assert first["view"] is None and first["history"]["runs"] == [] and not first["state"].polling
+    submit_form(idle)
+    second = refresh(idle, state=first["state"])
+    assert second["view"]["state"] == "queued" and len(second["history"]["runs"]) == 1 and second["state"].polling
+    third = refresh(idle, state=second["state"])
+    assert {name for name, update in third.items() if not is_skip(update)} == {"state"}
 
 
-def test_the_page_asks_on_only_while_something_happens(still: AppServices) -> None:
-    assert show(still, None, None, DEFAULT, True)[4].active
-    assert not show(still, None, RenderState(active=True), DEFAULT, False)[4].active
+def test_page_polls_only_while_the_tab_is_open_or_a_run_is_unfinished(idle: AppServices) -> None:
+    assert refresh(idle, tab_open=True)["state"].polling
+    assert not refresh(idle, state=RenderState(polling=True))["state"].polling
 
 
-def test_a_winner_comes_to_the_front_of_every_page(still: AppServices) -> None:
-    seen = show(still, None, None, DEFAULT, False)[4]
-    run = finished(still)
-    assert still.adapters.settle(run)
-    picker, seen = show(still, None, seen, DEFAULT, False)[2], show(still, None, seen, DEFAULT, False)[4]
+def test_newly_enabled_model_is_selected_with_its_base_until_it_is_disabled(idle: AppServices) -> None:
+    state = refresh(idle)["state"]
+    run = finished_run(idle)
+    assert idle.adapters.auto_enable(run)
+    updates = refresh(idle, state=state)
+    picker, state = updates["picker"], updates["state"]
     assert picker.value == ["moondream-tiny", model_name(run.id)]
     assert model_name(run.id) in [choice["name"] for choice in picker.props["choices"]]
-    still.adapters.revert(run.id)
-    picker = show(still, None, seen, picker.value, False)[2]
+    idle.adapters.disable(run.id)
+    picker = refresh(idle, state=state, models=picker.value)["picker"]
     assert picker.value == ["moondream-tiny"]
     assert model_name(run.id) not in [choice["name"] for choice in picker.props["choices"]]
 
 
-class Asked:
-    """A request with a query."""
+class FakeRequest:
+    """A request with query parameters."""
 
     def __init__(self, **query: str) -> None:
         self.query_params = query
 
 
-def test_a_new_page_shows_base_and_tuned_unless_its_address_says_else(still: AppServices) -> None:
-    run = finished(still)
-    still.adapters.use(run)
-    plain = playground.open_page(still, Asked())  # type: ignore[arg-type]
-    assert plain[0].value == ["moondream-tiny", model_name(run.id)]
-    told = playground.open_page(still, Asked(models="moondream-tiny"))  # type: ignore[arg-type]
-    assert told[0].value == ["moondream-tiny"]
+def test_page_selects_base_and_tuned_model_unless_its_link_names_models(idle: AppServices) -> None:
+    run = finished_run(idle)
+    idle.adapters.enable(run)
+    default = playground.open_page(idle, FakeRequest())  # type: ignore[arg-type]
+    assert default[0].value == ["moondream-tiny", model_name(run.id)]
+    linked = playground.open_page(idle, FakeRequest(models="moondream-tiny"))  # type: ignore[arg-type]
+    assert linked[0].value == ["moondream-tiny"]
 
 
-def test_the_run_that_works_is_shown_before_the_newest(still: AppServices) -> None:
-    queued = press(still)
-    newest = finished(still)
-    assert finetune.current(still, None).id == queued  # type: ignore[union-attr]
-    assert finetune.current(still, newest.id).id == newest.id  # type: ignore[union-attr]
-    assert finetune.current(still, "gone").id == queued  # type: ignore[union-attr]
+def test_unfinished_run_is_displayed_before_the_newest_unless_another_is_selected(idle: AppServices) -> None:
+    queued = submit_form(idle)
+    newest = finished_run(idle)
+    assert finetune.displayed_run(idle, None).id == queued  # type: ignore[union-attr]
+    assert finetune.displayed_run(idle, newest.id).id == newest.id  # type: ignore[union-attr]
+    assert finetune.displayed_run(idle, "gone").id == queued  # type: ignore[union-attr]
 
 
-def test_a_run_that_cannot_be_read_is_said(still: AppServices) -> None:
-    run = finished(still)
+def test_unreadable_run_shows_an_error_and_is_not_listed(idle: AppServices) -> None:
+    run = finished_run(idle)
     (run.folder / "config.json").write_text("{")
-    shown = show(still, run.id, None, DEFAULT, False)
-    assert "cannot be used" in shown[0]["error"] and shown[1]["runs"] == []
+    updates = refresh(idle, selected=run.id)
+    assert "cannot be used" in updates["view"]["error"] and updates["history"]["runs"] == []
 
 
-def test_a_view_is_plain_json_and_names_no_path(still: AppServices) -> None:
-    run = finished(still, name=HOSTILE)
-    run.add("metrics", {"step": 1, "reward": 0.5, "sharpness": None, "colour": "x", "kl": float("inf"), "seconds": 1})
-    run.add("probes", {"step": 1, "recipe": HOSTILE, "scores": None, "total": None})
+def test_snapshots_are_plain_json_without_paths(idle: AppServices) -> None:
+    run = finished_run(idle, name=HOSTILE)
+    run.append_metrics({"step": 1, "reward": 0.5, "sharpness": None, "colour": "x", "kl": float("inf"), "seconds": 1})
+    run.append_probe({"step": 1, "recipe": HOSTILE, "scores": None, "total": None})
     (run.folder / "probe.png").write_bytes((run.folder / "pair0.png").read_bytes())
-    value = run_view.run_value(still, run)
-    text = json.dumps(value, allow_nan=False) + json.dumps(run_view.history_value(still, run.id), allow_nan=False)
-    assert str(still.runs.folder) not in text
-    assert value["chart"]["kl"] == [None] and value["chart"]["series"][0]["values"] == [0.5]
-    assert value["probe"]["before"].startswith("data:image/jpeg") and HOSTILE in value["probe"]["words"]
-    assert value["result"]["pairs"][0]["sides"][1]["src"].startswith("data:image/jpeg")
+    snapshot = run_view.run_snapshot(idle, run)
+    history = run_view.history_snapshot(idle, run.id)
+    text = json.dumps(snapshot, allow_nan=False) + json.dumps(history, allow_nan=False)
+    assert str(idle.runs.folder) not in text
+    assert snapshot["chart"]["kl"] == [None] and snapshot["chart"]["series"][0]["values"] == [0.5]
+    assert snapshot["probe"]["before"].startswith("data:image/jpeg") and HOSTILE in snapshot["probe"]["description"]
+    assert snapshot["result"]["pairs"][0]["sides"][1]["src"].startswith("data:image/jpeg")
 
 
 @pytest.mark.parametrize(
     "result", [{}, {"wins": True}, {"pairs": [3, {}]}, {"base": {"total": None}, "difference": {"mean": None}}]
 )
-def test_a_poor_result_is_shown_as_far_as_it_goes(still: AppServices, result: dict[str, Any]) -> None:
-    run = finished(still)
+def test_incomplete_result_is_shown_without_a_comparison(idle: AppServices, result: dict[str, Any]) -> None:
+    run = finished_run(idle)
     (run.folder / "result.json").write_text(json.dumps(result))
-    value = run_view.run_value(still, run)
-    assert value["state"] == "done"
-    assert not result or "could not be compared" in value["result"]["verdict"]
+    snapshot = run_view.run_snapshot(idle, run)
+    assert snapshot["state"] == "done"
+    assert not result or "could not be compared" in snapshot["result"]["verdict"]
 
 
 @pytest.mark.parametrize(
-    ("wins", "low", "high", "words"),
+    ("wins", "low", "high", "text"),
     [
-        (True, 0.1, 0.3, "The tuned model wins: on 24 photos that it has not seen its reward is 0.200 higher"),
+        (True, 0.1, 0.3, "The tuned model wins: on 24 held-out photos its reward is 0.200 higher"),
         (False, -0.1, 0.5, "not clearly better"),
         (False, -0.5, -0.1, "The tuned model is worse"),
     ],
 )
-def test_the_verdict_is_honest(wins: bool, low: float, high: float, words: str) -> None:
+def test_verdict_follows_the_confidence_interval(wins: bool, low: float, high: float, text: str) -> None:
     result = {"wins": wins, "held_out": 24, "difference": {"mean": 0.2, "low": low, "high": high}}
-    assert words in run_view.verdict(result, used=False)
+    assert text in run_view.verdict(result, in_use=False)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0, "0 s"), (59.6, "1 min"), (200, "3 min 20 s"), (3900, "1 h 5 min"), (None, "–")]
+    ("seconds", "text"), [(0, "0 s"), (59.6, "1 min"), (200, "3 min 20 s"), (3900, "1 h 5 min"), (None, "–")]
 )
-def test_durations_are_said_as_people_do(seconds: float | None, words: str) -> None:
-    assert run_view.duration(seconds) == words
+def test_format_duration(seconds: float | None, text: str) -> None:
+    assert run_view.format_duration(seconds) == text
 
 
-def test_a_long_curve_is_thinned_with_its_ends() -> None:
-    thin = run_view.thinned(list(range(5000)), 100)
-    assert len(thin) == 100 and (thin[0], thin[-1]) == (0, 4999)
-    assert run_view.thinned([1, 2], 100) == [1, 2]
+def test_downsample_keeps_the_first_and_the_last_row() -> None:
+    rows = run_view.downsample(list(range(5000)), 100)
+    assert len(rows) == 100 and (rows[0], rows[-1]) == (0, 4999)
+    assert run_view.downsample([1, 2], 100) == [1, 2]
 
 
-# What is done
+# Actions
 
 
-def test_a_run_is_done_and_its_winner_used_by_itself(services: AppServices) -> None:
-    run = services.runs.get(press(services))
-    until(lambda: services.adapters.uses(run.id))
-    assert run.status().state == "done" and services.adapters.front()[1] == model_name(run.id)
+def test_winner_is_enabled_automatically(services: AppServices) -> None:
+    run = services.runs.get(submit_form(services))
+    until(lambda: services.adapters.is_enabled(run.id))
+    assert run.status().state == "done" and services.adapters.newest_with_base()[1] == model_name(run.id)
 
 
-def test_the_buttons_do_what_they_say(still: AppServices) -> None:
-    run = finished(still, wins=False)
-    shown = finetune.act(still, "", "", clicked(run=run.id, do="use"))
-    assert shown == run.id and still.adapters.uses(run.id)
-    finetune.act(still, "", "", clicked(run=run.id, do="rename", name="Better"))
+def test_use_rename_revert_and_delete(idle: AppServices) -> None:
+    run = finished_run(idle, wins=False)
+    displayed = finetune.act(idle, "", "", event(run=run.id, action="use"))
+    assert displayed == run.id and idle.adapters.is_enabled(run.id)
+    finetune.act(idle, "", "", event(run=run.id, action="rename", name="Better"))
     assert MODELS[model_name(run.id)].title == "Better"
     with pytest.raises(gr.Error, match="Revert it first"):
-        finetune.act(still, "", "", clicked(run=run.id, do="delete"))
-    finetune.act(still, "", "", clicked(run=run.id, do="revert"))
+        finetune.act(idle, "", "", event(run=run.id, action="delete"))
+    finetune.act(idle, "", "", event(run=run.id, action="revert"))
     assert model_name(run.id) not in MODELS
-    assert finetune.act(still, "", "", clicked(run=run.id, do="delete")) is None and still.runs.list() == []
+    assert finetune.act(idle, "", "", event(run=run.id, action="delete")) is None and idle.runs.list() == []
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("data", "message"),
     [
-        ({"do": "use"}, "There is no run"),
-        ({"run": "../..", "do": "delete"}, "There is no run"),
-        ({"do": "format"}, "no such button"),
-        ({"do": "cancel"}, "over already"),
-        ({"do": "resume"}, "Only a run that was stopped"),
-        ({"do": "revert"}, "not in service"),
-        ({"do": "rename", "name": "x" * 100}, "name"),
+        ({"run": None, "action": "use"}, "There is no run"),
+        ({"run": "../..", "action": "delete"}, "There is no run"),
+        ({"action": "format"}, "Unknown action"),
+        ({"action": "cancel"}, "already finished"),
+        ({"action": "resume"}, "Only a run that was stopped"),
+        ({"action": "revert"}, "not in service"),
+        ({"action": "rename", "name": "x" * 100}, "name"),
     ],
 )
-def test_what_a_button_cannot_do_is_said(still: AppServices, data: dict[str, Any], words: str) -> None:
-    run = finished(still)
-    if words not in ("There is no run",):
-        data = {"run": run.id, **data}
-    with pytest.raises(gr.Error, match=words):
-        finetune.act(still, "", "", clicked(**data))
-    assert [one.id for one in still.runs.list()] == [run.id]
+def test_impossible_action_raises_a_message(idle: AppServices, data: dict[str, Any], message: str) -> None:
+    run = finished_run(idle)
+    with pytest.raises(gr.Error, match=message):
+        finetune.act(idle, "", "", event(**{"run": run.id, **data}))
+    assert [listed.id for listed in idle.runs.list()] == [run.id]
 
 
-def test_a_queued_run_is_cancelled_and_resumed(still: AppServices) -> None:
-    run = still.runs.get(press(still))
-    with pytest.raises(gr.Error, match="not over yet"):
-        finetune.act(still, "", "", clicked(run=run.id, do="use"))
-    finetune.act(still, "", "", clicked(run=run.id, do="cancel"))
+def test_queued_run_is_cancelled_and_resumed(idle: AppServices) -> None:
+    run = idle.runs.get(submit_form(idle))
+    with pytest.raises(gr.Error, match="has not finished"):
+        finetune.act(idle, "", "", event(run=run.id, action="use"))
+    finetune.act(idle, "", "", event(run=run.id, action="cancel"))
     assert run.status().state == "cancelled"
-    finetune.act(still, "", "", clicked(run=run.id, do="resume"))
+    finetune.act(idle, "", "", event(run=run.id, action="resume"))
     assert run.status().state == "queued" and not run.cancelled
 
 
-def test_what_a_queued_run_starts_from_is_not_deleted(still: AppServices) -> None:
-    earlier = finished(still)
-    waiting = press(still, base=model_name(earlier.id))
-    with pytest.raises(gr.Error, match="Another run is waiting"):
-        finetune.act(still, "", "", clicked(run=earlier.id, do="delete"))
-    finetune.act(still, "", "", clicked(run=waiting, do="cancel"))
-    finetune.act(still, "", "", clicked(run=earlier.id, do="delete"))
-    assert [run.id for run in still.runs.list()] == [waiting]
+def test_base_of_a_queued_run_is_not_deleted(idle: AppServices) -> None:
+    earlier = finished_run(idle)
+    waiting = submit_form(idle, base=model_name(earlier.id))
+    with pytest.raises(gr.Error, match="An unfinished run starts from this one"):
+        finetune.act(idle, "", "", event(run=earlier.id, action="delete"))
+    finetune.act(idle, "", "", event(run=waiting, action="cancel"))
+    finetune.act(idle, "", "", event(run=earlier.id, action="delete"))
+    assert [run.id for run in idle.runs.list()] == [waiting]
 
 
-def test_a_download_is_a_zip_of_the_run(still: AppServices) -> None:
-    run = finished(still, name="So/me <b>")
-    path = Path(finetune.download(still, clicked(run=run.id)))
+def test_download_is_a_zip_named_after_the_run(idle: AppServices) -> None:
+    run = finished_run(idle, name="So/me <b>")
+    path = Path(finetune.download(idle, event(run=run.id)))
     assert path.suffix == ".zip" and path.name.startswith("So-me") and path.stat().st_size > 1000
 
 
-def test_a_push_without_a_run_or_a_name_is_refused(still: AppServices) -> None:
-    with pytest.raises(gr.Error, match="no run yet"):
-        finetune.push(still, None, "me/it", "hf_x", True)
-    finished(still)
+def test_push_without_a_run_or_a_repository_name_is_refused(idle: AppServices) -> None:
+    with pytest.raises(gr.Error, match="no run to push"):
+        finetune.push(idle, None, "me/it", "hf_x", True)
+    finished_run(idle)
     with pytest.raises(gr.Error, match="owner/name"):
-        finetune.push(still, None, "it", "hf_x", True)
+        finetune.push(idle, None, "it", "hf_x", True)
 
 
-# The endpoints
+# Named API endpoints
 
 
-def test_the_endpoints_do_the_same(still: AppServices) -> None:
-    told = api_runs.retrain(still, {"colour": 1}, "moondream-tiny", "bundled", 5, 3, "By program")
-    assert (told["state"], told["position"], told["steps"], told["reward"]) == ("queued", 0, 5, {"colour": 1.0})
-    assert api_runs.runs(still)[0]["name"] == "By program"
-    assert api_runs.cancel_run(still, told["run"])["state"] == "cancelled"
-    run = finished(still)
-    assert api_runs.use_run(still, run.id) == {"models": ["moondream-tiny", model_name(run.id)]}
-    assert api_runs.run_status(still, run.id)["in_use"] and api_runs.run_status(still, run.id)["result"]["wins"]
-    assert api_runs.revert(still, run.id) == {"models": []}
+def test_endpoints_start_cancel_use_and_revert_runs(idle: AppServices) -> None:
+    started = api_runs.retrain(idle, {"colour": 1}, "moondream-tiny", "bundled", 5, 3, "By program")
+    expected = {"state": "queued", "position": 0, "steps": 5, "reward": {"colour": 1.0}}
+    assert started | expected == started
+    assert api_runs.runs(idle)[0]["name"] == "By program"
+    assert api_runs.cancel_run(idle, started["run"])["state"] == "cancelled"
+    run = finished_run(idle)
+    assert api_runs.use_run(idle, run.id) == {"models": ["moondream-tiny", model_name(run.id)]}
+    assert api_runs.run_status(idle, run.id)["in_use"] and api_runs.run_status(idle, run.id)["result"]["wins"]
+    assert api_runs.revert(idle, run.id) == {"models": []}
 
 
 @pytest.mark.parametrize(
@@ -450,51 +470,57 @@ def test_the_endpoints_do_the_same(still: AppServices) -> None:
         {"seed": -1},
     ],
 )
-def test_the_endpoint_refuses_what_the_page_refuses(still: AppServices, changes: dict[str, Any]) -> None:
-    asked = {"reward": {"colour": 1}, "base": "moondream-tiny", "photos": "bundled", "steps": 5, "seed": 3} | changes
+def test_retrain_endpoint_refuses_invalid_arguments(idle: AppServices, changes: dict[str, Any]) -> None:
+    arguments = {
+        "reward": {"colour": 1},
+        "base": "moondream-tiny",
+        "photos": "bundled",
+        "steps": 5,
+        "seed": 3,
+    } | changes
     with pytest.raises(gr.Error):
-        api_runs.retrain(still, *asked.values())
-    assert still.runs.list() == []
+        api_runs.retrain(idle, *arguments.values())
+    assert idle.runs.list() == []
 
 
 @pytest.mark.parametrize("handler", [api_runs.run_status, api_runs.cancel_run, api_runs.use_run, api_runs.revert])
 @pytest.mark.parametrize("run", ["", "../../etc", HOSTILE, None])
-def test_an_endpoint_finds_only_runs(still: AppServices, handler: Any, run: Any) -> None:
+def test_endpoints_refuse_unknown_run_ids(idle: AppServices, handler: Any, run: Any) -> None:
     with pytest.raises(gr.Error, match="There is no run") as refused:
-        handler(still, run)
+        handler(idle, run)
     assert "<img" not in refused.value.message
 
 
-# On Moondream's tuning API
+# Moondream's tuning API
+
+HOSTED_FORM = {"backend": HOSTED, "moondream_key": "md-secret-7777"}
 
 
-HOSTED = {"place": "Moondream's tuning API", "key": "md-secret-7777"}
-
-
-def test_the_tuning_api_trains_its_own_base_within_a_budget(still: AppServices) -> None:
-    run = still.runs.get(press(still, **HOSTED, budget=2.5, examples=3))
+def test_hosted_run_trains_the_apis_base_within_a_budget_and_its_key_is_not_written(idle: AppServices) -> None:
+    run = idle.runs.get(submit_form(idle, **HOSTED_FORM, budget=2.5, sft_steps=3))
     config = run.config()
-    assert (config.where, config.base, config.budget, config.sft_steps) == ("hosted", "moondream3-preview", 2.5, 3)
+    assert (config.backend, config.base, config.budget, config.sft_steps) == ("hosted", "moondream3-preview", 2.5, 3)
     assert "md-secret" not in "".join(file.read_text() for file in run.folder.iterdir() if file.is_file())
 
 
-def test_the_tuning_api_needs_a_key_a_budget_and_money(still: AppServices) -> None:
-    with pytest.raises(gr.Error, match="Give your Moondream key"):
-        press(still, **HOSTED | {"key": " "})
+def test_hosted_run_needs_a_key_and_an_unspent_budget(idle: AppServices) -> None:
+    with pytest.raises(gr.Error, match="Enter your Moondream API key"):
+        submit_form(idle, **HOSTED_FORM | {"moondream_key": " "})
     with pytest.raises(gr.Error, match="Fill in: budget"):
-        press(still, **HOSTED, budget=None)
-    branch = still.meter.recorder.deployment.branch
-    still.budgets.set(Budget(branch, 0.01, stop=True))
-    spent = Event(datetime.now(timezone.utc), "m", "query", branch=branch, cost=0.02, cost_basis="reported")
-    ledger.add(still.usage.database, [spent])
+        submit_form(idle, **HOSTED_FORM, budget=None)
+    branch = idle.meter.recorder.deployment.branch
+    idle.budgets.set(Budget(branch, 0.01, stop=True))
+    paid = UsageEvent(datetime.now(timezone.utc), "m", "query", branch=branch, cost=0.02, cost_basis="reported")
+    ledger.add(idle.usage.database, [paid])
     with pytest.raises(gr.Error, match="is spent"):
-        press(still, **HOSTED)
-    assert press(still), "what costs nothing goes on"
+        submit_form(idle, **HOSTED_FORM)
+    assert submit_form(idle), "a run that costs nothing is allowed"
 
 
-def test_the_form_says_what_the_tuning_api_costs_at_most(still: AppServices) -> None:
-    base, rate, job, api, *_ = place_chosen(HOSTED["place"])
-    assert (base["visible"], rate["value"], job["visible"], api["visible"]) == (False, 2e-4, False, True)
-    assert place_chosen("This machine")[1]["value"] == RunConfig.model_fields["learning_rate"].default
-    words = estimate(still, "Short run", None, 8, HOSTED["place"], None, {}, 2.0, 10)
-    assert "at most" in words and "stops at your budget of $2.00" in words and "assumed" in words
+def test_estimate_for_the_tuning_api_gives_the_maximum_cost(idle: AppServices) -> None:
+    base, learning_rate, jobs_group, hosted_group, *_ = backend_changed(HOSTED)
+    assert not base["visible"] and not jobs_group["visible"] and hosted_group["visible"]
+    assert learning_rate["value"] == 2e-4
+    assert backend_changed("This machine")[1]["value"] == RunConfig.model_fields["learning_rate"].default
+    text = estimate(idle, "Short run", None, 8, HOSTED, None, {}, 2.0, 10)
+    assert "at most" in text and "stops at your budget of $2.00" in text and "assumed" in text
