@@ -1,7 +1,8 @@
-"""A training run that learns nothing: it obeys a run's protocol without a model.
+"""Fake training process: follows the protocol of a run's folder without a model.
 
-The seed says how it goes: 1xx loses on held-out photos, 2xx fails, 3xx waits at step 3 until it is ended or cancelled,
-4xx writes hostile words, 5xx wins but with an alarm; any other wins. FAKE_RUN_PAUSE is its seconds per step.
+The hundreds of the seed choose the outcome: 1xx loses on held-out photos, 2xx fails at step 2, 3xx waits at step 3
+until it is cancelled or killed, 4xx writes hostile text, 5xx wins with a warning, any other wins. FAKE_RUN_PAUSE sets
+the seconds per step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from filelock import FileLock
 from safetensors.numpy import save_file
 
 from recipes import Recipe, random_recipe, save_picture
-from training.data.bundled import bundled
+from training.data.bundled import bundled_photos
 from training.runs.run import Run
 
 HOSTILE = "<img src=x onerror=window.hacked=1>${window.hacked=2}{{constructor}}"
@@ -26,43 +27,43 @@ PAUSE = float(os.environ.get("FAKE_RUN_PAUSE", "0"))
 
 
 def main(folder: str) -> int:
-    """Everything that the real one writes. Exit status 3 where it is asked to fail."""
+    """Execute a run: write everything that real training writes. Exits with status 3 if it is to fail."""
     run = Run(folder)
     with FileLock(run.folder / "lock", timeout=1):
         config = run.config()
-        kind, first = config.seed // 100, last_checkpoint(run)
-        run.forget_after(first)
-        run.set_status(state="running", phase="loading the model", step=first, steps=config.steps, started=time.time())
+        kind, start = config.seed // 100, last_checkpoint(run)
+        run.truncate_after(start)
+        run.set_status(state="running", phase="loading the model", step=start, steps=config.steps, started=time.time())
         (run.folder / "pid").write_text(str(os.getpid()))
-        print(f"begins at step {first}", flush=True)
-        photo = probe_photo(run)
-        for step in range(first, config.steps):
+        print(f"begins at step {start}", flush=True)
+        photo = write_probe_photo(run)
+        for step in range(start, config.steps):
             if run.cancelled:
-                return end(run, "cancelled", "Cancelled; what was learned is kept.")
+                return end(run, "cancelled", "Cancelled. The training so far is kept.")
             if kind == 2 and step == 2:
                 raise SystemExit(3)
             while kind == 3 and step == 3 and not run.cancelled:
                 time.sleep(0.02)
-            learn(run, step + 1, config.steps, photo, HOSTILE if kind == 4 else "")
-        run.set_status(phase="measuring the tuned model")
+            write_step(run, step + 1, config.steps, photo, HOSTILE if kind == 4 else "")
+        run.set_status(phase="evaluating the tuned model")
         write_adapter(run)
         write_result(run, wins=kind != 1, alarm="The reward rose, but not on new photos." if kind == 5 else "")
         return end(run, "done", "")
 
 
-def learn(run: Run, step: int, steps: int, photo: str, hostile: str) -> None:
-    """One step's lines; every fifth is a checkpoint."""
+def write_step(run: Run, step: int, steps: int, photo: str, hostile: str) -> None:
+    """Write the metrics of a step, a probe at every third and a checkpoint at every fifth."""
     time.sleep(PAUSE)
     rng = np.random.default_rng(step)
-    rise = 0.3 + 0.4 * step / steps
-    parts = {name: round(rise + float(rng.normal(0, 0.03)), 4) for name in ("sharpness", "colour", "creativity")}
-    line = {"step": step, "seconds": 0.5, "reward": rise, **parts, "kl": 0.01 * step, "entropy": 2 - step / steps}
-    run.add("metrics", {**line, "distinct": 0.9, "valid": 1.0, "learning_rate": 0.002})
+    reward = 0.3 + 0.4 * step / steps
+    scores = {name: round(reward + float(rng.normal(0, 0.03)), 4) for name in ("sharpness", "colour", "creativity")}
+    row = {"step": step, "seconds": 0.5, "reward": reward, **scores, "kl": 0.01 * step, "entropy": 2 - step / steps}
+    run.append_metrics({**row, "distinct": 0.9, "valid": 1.0, "learning_rate": 0.002})
     if step == 1 or step % 3 == 0:
         recipe = hostile or str(random_recipe(rng))
-        run.add("probes", {"step": step, "photo": photo, "recipe": recipe, "scores": parts, "total": rise})
+        run.append_probe({"step": step, "photo": photo, "recipe": recipe, "scores": scores, "total": reward})
     run.set_status(phase=hostile or "training", step=step)
-    print(f"step {step}: reward {rise:.3f} {hostile}", flush=True)
+    print(f"step {step}: reward {reward:.3f} {hostile}", flush=True)
     if step % 5 == 0:
         (run.folder / f"checkpoint-{step}").mkdir(exist_ok=True)
         write_adapter(run)
@@ -72,15 +73,19 @@ def last_checkpoint(run: Run) -> int:
     return max((int(folder.name.split("-")[1]) for folder in run.folder.glob("checkpoint-*")), default=0)
 
 
-def probe_photo(run: Run) -> str:
-    photo = bundled("held-out")[0].path
-    small = cv2.resize(cv2.cvtColor(cv2.imread(str(photo)), cv2.COLOR_BGR2RGB), (512, 384))
-    save_picture(small, Recipe(), run.folder / "probe.png")
-    return photo.name
+def small_photo(path: Path) -> np.ndarray:
+    return cv2.resize(cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB), (512, 384))
+
+
+def write_probe_photo(run: Run) -> str:
+    """Write the first held-out photo as the probe photo; return its name."""
+    path = bundled_photos("held-out")[0].path
+    save_picture(small_photo(path), Recipe(), run.folder / "probe.png")
+    return path.name
 
 
 def write_adapter(run: Run) -> None:
-    """An adapter for moondream-tiny that changes nothing: its second factor is zero."""
+    """Write an adapter for moondream-tiny that changes nothing: its second factor is zero."""
     run.adapter.mkdir(exist_ok=True)
     config = {
         "peft_type": "LORA",
@@ -88,8 +93,9 @@ def write_adapter(run: Run) -> None:
         "r": 4,
         "lora_alpha": 8,
         "target_modules": ["text.blocks.0.attn.qkv"],
+        "base_model_name_or_path": "moondream-tiny",
+        "inference_mode": True,
     }
-    config |= {"base_model_name_or_path": "moondream-tiny", "inference_mode": True}
     module = "base_model.model.model.text.blocks.0.attn.qkv"
     tensors = {
         f"{module}.lora_A.weight": np.full((4, 192), 0.01, np.float32),
@@ -100,25 +106,25 @@ def write_adapter(run: Run) -> None:
 
 
 def write_result(run: Run, wins: bool, alarm: str) -> None:
+    """Write result.json with its pictures."""
     names = ("sharpness", "colour", "creativity", "total")
     base = {name: {"mean": 0.41, "low": 0.38, "high": 0.44} for name in names} | {"valid": 1.0}
-    lift = 0.2 if wins else -0.01
-    tuned = {name: {"mean": 0.41 + lift, "low": 0.38 + lift, "high": 0.44 + lift} for name in names} | {"valid": 1.0}
+    gain = 0.2 if wins else -0.01
+    tuned = {name: {"mean": 0.41 + gain, "low": 0.38 + gain, "high": 0.44 + gain} for name in names} | {"valid": 1.0}
     pairs = []
-    for place, info in enumerate(bundled("held-out")[:3]):
-        small = cv2.resize(cv2.cvtColor(cv2.imread(str(info.path)), cv2.COLOR_BGR2RGB), (512, 384))
-        save_picture(small, Recipe(), run.folder / f"pair{place}.png")
-        recipes = [str(random_recipe(np.random.default_rng(seed + place))) for seed in (10, 20)]
+    for index, info in enumerate(bundled_photos("held-out")[:3]):
+        save_picture(small_photo(info.path), Recipe(), run.folder / f"pair{index}.png")
+        recipes = [str(random_recipe(np.random.default_rng(seed + index))) for seed in (10, 20)]
         pairs.append(
-            {"photo": info.path.name, "picture": f"pair{place}.png", "base": recipes[0], "tuned": recipes[1]}
-            | {"base_total": 0.41, "tuned_total": 0.41 + lift}
+            {"photo": info.path.name, "picture": f"pair{index}.png", "base": recipes[0], "tuned": recipes[1]}
+            | {"base_total": 0.41, "tuned_total": 0.41 + gain}
         )
     result = {
         "base_model": "moondream-tiny",
         "held_out": 24,
         "base": base,
         "tuned": tuned,
-        "difference": {"mean": lift, "low": lift - 0.03, "high": lift + 0.03},
+        "difference": {"mean": gain, "low": gain - 0.03, "high": gain + 0.03},
         "wins": wins,
         "alarm": alarm,
         "pairs": pairs,
