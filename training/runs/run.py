@@ -37,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rewards import RewardFunction, RewardFunctionError
 from storage.files import write_atomically
 
-State = Literal["queued", "running", "done", "cancelled", "failed", "interrupted"]
+RunState = Literal["queued", "running", "done", "cancelled", "failed", "interrupted"]
 BACKENDS = ("here", "jobs", "hosted")
 FINISHED_STATES = ("done", "cancelled", "failed", "interrupted")
 MAX_RUNS = 50
@@ -163,7 +163,7 @@ class Status:
         message: Reason for a failure, or a note for the user.
     """
 
-    state: State = "queued"
+    state: RunState = "queued"
     phase: str = ""
     step: int = 0
     steps: int = 0

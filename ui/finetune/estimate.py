@@ -8,9 +8,9 @@ from statistics import median
 from inference.types import DEFAULT_RATE
 from training.data.bundled import bundled_photos
 from training.hosted.client import BASE
-from training.hosted.cost import PROBE_PHOTOS, CostTracker
+from training.hosted.cost import CostTracker
 from training.runs import hf_jobs
-from training.runs.run import Run, RunConfig, RunError
+from training.runs.run import PROBE_PHOTOS, Run, RunConfig, RunError
 from ui.finetune.run_view import format_duration
 from ui.services import AppServices
 
