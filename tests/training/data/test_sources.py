@@ -1,4 +1,4 @@
-"""Photos for a run: from wherever they come, in good order, and what cannot be read is told and left out."""
+"""Photo sources: order, sampling, splits and errors of folders, zip files and Hub datasets."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from recipes import PREVIEW_SIDE
-from training.data import sources as collecting
-from training.data.bundled import bundled
-from training.data.sources import CollectError, collect, train_eval_split
+from training.data import sources
+from training.data.bundled import bundled_photos
+from training.data.sources import PhotoSourceError, load_photos, train_eval_split
 
 
-def picture(shade: int, side: int = 40) -> bytes:
+def png(shade: int, side: int = 40) -> bytes:
+    """Return a grey PNG file."""
     file = io.BytesIO()
     Image.new("RGB", (side, side), (shade, shade, shade)).save(file, "PNG")
     return file.getvalue()
@@ -26,127 +27,127 @@ def picture(shade: int, side: int = 40) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    made = tmp_path / "photos"
-    (made / "more").mkdir(parents=True)
-    for place in range(4):
-        (made / f"{place}.png").write_bytes(picture(10 * place))
-    (made / "more" / "4.png").write_bytes(picture(40))
-    (made / "half.jpg").write_bytes(b"\xff\xd8\xff\xe0 no photo")
-    (made / "notes.txt").write_text("not asked for")
-    return made
+    """Create a folder with five photos, one of them in a subfolder, a damaged photo and a text file."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for index in range(4):
+        (folder / f"{index}.png").write_bytes(png(10 * index))
+    (folder / "more" / "4.png").write_bytes(png(40))
+    (folder / "half.jpg").write_bytes(b"\xff\xd8\xff\xe0 no photo")
+    (folder / "notes.txt").write_text("not a photo")
+    return folder
 
 
-def test_the_bundled_photos_come_by_split_at_preview_size() -> None:
+def test_bundled_photos_are_loaded_by_split_at_preview_size() -> None:
     train, held_out = train_eval_split("bundled", "bundled", 200, 0)
-    assert len(train.photos) == len(bundled("train"))
-    assert len(held_out.photos) == len(bundled("held-out"))
+    assert len(train.photos) == len(bundled_photos("train"))
+    assert len(held_out.photos) == len(bundled_photos("held-out"))
     assert not set(train.names) & set(held_out.names)
     assert max(max(photo.shape) for photo in train.photos) <= PREVIEW_SIDE
 
 
-def test_a_folder_is_read_whole_and_the_damaged_file_is_told(folder: Path) -> None:
-    found = collect(str(folder))
-    assert found.names == ["0.png", "1.png", "2.png", "3.png", "4.png"]
-    assert [photo[0, 0, 0] for photo in found.photos] == [0, 10, 20, 30, 40]
-    assert len(found.unreadable) == 1
-    assert "half.jpg" in found.words() and "5 photos" in found.words()
+def test_folder_is_read_recursively_and_damaged_files_are_reported(folder: Path) -> None:
+    photo_set = load_photos(str(folder))
+    assert photo_set.names == ["0.png", "1.png", "2.png", "3.png", "4.png"]
+    assert [photo[0, 0, 0] for photo in photo_set.photos] == [0, 10, 20, 30, 40]
+    assert len(photo_set.unreadable) == 1
+    assert "half.jpg" in photo_set.describe() and "5 photos" in photo_set.describe()
 
 
-def test_of_too_many_a_random_part_is_taken_by_seed(folder: Path) -> None:
-    one, again, other = (collect(str(folder), limit=2, seed=seed) for seed in (1, 1, 2))
-    assert one.names == again.names
-    assert len(one.photos) == len(other.photos) == 2
-    assert "out of 6" in one.words()
-    assert len({tuple(collect(str(folder), limit=2, seed=seed).names) for seed in range(8)}) > 1
+def test_limit_takes_a_random_sample_by_seed(folder: Path) -> None:
+    first, repeated, other = (load_photos(str(folder), limit=2, seed=seed) for seed in (1, 1, 2))
+    assert first.names == repeated.names
+    assert len(first.photos) == len(other.photos) == 2
+    assert "out of 6" in first.describe()
+    assert len({tuple(load_photos(str(folder), limit=2, seed=seed).names) for seed in range(8)}) > 1
 
 
-def test_ten_thousand_files_are_not_all_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in range(30):
-        (tmp_path / f"{place:03}.png").write_bytes(picture(place))
+def test_only_as_many_files_as_the_limit_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(30):
+        (tmp_path / f"{index:03}.png").write_bytes(png(index))
     opened: list[str] = []
-    load = collecting.load_photo
-    monkeypatch.setattr(collecting, "load_photo", lambda path: (opened.append(str(path)), load(path))[1])
-    assert len(collect(str(tmp_path), limit=3).photos) == len(opened) == 3
+    load = sources.load_photo
+    monkeypatch.setattr(sources, "load_photo", lambda path: (opened.append(str(path)), load(path))[1])
+    assert len(load_photos(str(tmp_path), limit=3).photos) == len(opened) == 3
 
 
-def test_a_zip_file_is_read_in_place(folder: Path, tmp_path: Path) -> None:
+def test_zip_file_is_read_without_extracting_to_disk(folder: Path, tmp_path: Path) -> None:
     archive = tmp_path / "photos.zip"
     with zipfile.ZipFile(archive, "w") as file:
         for path in sorted(folder.rglob("*.*")):
             file.write(path, path.relative_to(folder))
-        file.writestr("../../outside.png", picture(99))
+        file.writestr("../../outside.png", png(99))
         file.writestr("__MACOSX/._0.png", b"junk")
-    found = collect(str(archive))
-    assert sorted(found.names) == ["0.png", "1.png", "2.png", "3.png", "4.png", "outside.png"]
+    photo_set = load_photos(str(archive))
+    assert sorted(photo_set.names) == ["0.png", "1.png", "2.png", "3.png", "4.png", "outside.png"]
     assert not (tmp_path.parent / "outside.png").exists()
-    assert [message.split(":")[0] for message in found.unreadable] == ["half.jpg"]
+    assert [message.split(":")[0] for message in photo_set.unreadable] == ["half.jpg"]
 
 
-def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collecting, "MAX_BYTES", 1_000)
+def test_zip_bomb_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_BYTES", 1_000)
     archive = tmp_path / "bomb.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("big.png", b"\0" * 1_000_000)
-        file.writestr("good.png", picture(5))
-    found = collect(str(archive))
-    assert found.names == ["good.png"]
-    assert "big.png" in found.unreadable[0]
+        file.writestr("good.png", png(5))
+    photo_set = load_photos(str(archive))
+    assert photo_set.names == ["good.png"]
+    assert "big.png" in photo_set.unreadable[0]
 
 
-@pytest.mark.parametrize("what", ["nothing", "empty", "broken", "text"])
-def test_no_photos_is_an_error_that_says_what_to_do(tmp_path: Path, what: str) -> None:
-    path = tmp_path / what
-    if what == "empty":
+@pytest.mark.parametrize("kind", ["nothing", "empty", "broken", "text"])
+def test_source_without_photos_raises_with_advice_and_without_local_path(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / kind
+    if kind == "empty":
         path.mkdir()
-    elif what == "broken":
+    elif kind == "broken":
         path.mkdir()
         (path / "a.jpg").write_bytes(b"not a photo")
-    elif what == "text":
+    elif kind == "text":
         path.write_text("not a zip file")
-    with pytest.raises(CollectError) as told:
-        collect(str(path))
-    assert "hoose" in str(told.value)
-    assert str(tmp_path) not in str(told.value)
+    with pytest.raises(PhotoSourceError) as raised:
+        load_photos(str(path))
+    assert "hoose" in str(raised.value)
+    assert str(tmp_path) not in str(raised.value)
 
 
-def test_one_set_for_both_is_divided(folder: Path) -> None:
+def test_one_source_for_both_splits_is_divided(folder: Path) -> None:
     train, held_out = train_eval_split(str(folder), str(folder), 100, 0)
     assert held_out.names == ["0.png"]
     assert train.names == ["1.png", "2.png", "3.png", "4.png"]
     for path in folder.rglob("*.*"):
         if path.name != "1.png":
             path.unlink()
-    with pytest.raises(CollectError, match="One photo"):
+    with pytest.raises(PhotoSourceError, match="One photo"):
         train_eval_split(str(folder), str(folder), 100, 0)
 
 
-def test_a_dataset_of_the_hub_gives_its_image_column(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Hub is simulated by a dataset in memory; that it is streamed and cast is the library's own code."""
+def test_hub_dataset_yields_its_image_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataset in memory replaces the Hub; streaming and casting are the library's own code."""
     features = Features({"label": Value("int64"), "photo": ImageFeature()})
-    rows = {"label": [0, 1, 2], "photo": [{"bytes": picture(50 * k), "path": None} for k in range(3)]}
+    rows = {"label": [0, 1, 2], "photo": [{"bytes": png(50 * k), "path": None} for k in range(3)]}
     data = Dataset.from_dict(rows, features=features).to_iterable_dataset()
     monkeypatch.setattr("datasets.load_dataset", lambda name, streaming: {"train": data})
-    found = collect("hub:someone/pictures", limit=2)
-    assert [photo[0, 0, 0] for photo in found.photos] == [0, 50]
-    assert found.names == ["someone-pictures-0", "someone-pictures-1"]
+    photo_set = load_photos("hub:someone/pictures", limit=2)
+    assert [photo[0, 0, 0] for photo in photo_set.photos] == [0, 50]
+    assert photo_set.names == ["someone-pictures-0", "someone-pictures-1"]
 
 
-def test_a_dataset_without_images_or_out_of_reach_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Dataset.from_dict({"label": [1]}).to_iterable_dataset()
-    monkeypatch.setattr("datasets.load_dataset", lambda name, streaming: {"train": plain})
-    with pytest.raises(CollectError, match="no column of images"):
-        collect("hub:someone/numbers")
+def test_hub_dataset_without_images_or_unreachable_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = Dataset.from_dict({"label": [1]}).to_iterable_dataset()
+    monkeypatch.setattr("datasets.load_dataset", lambda name, streaming: {"train": numbers})
+    with pytest.raises(PhotoSourceError, match="no column of images"):
+        load_photos("hub:someone/numbers")
 
-    def away(name: str, streaming: bool) -> None:
+    def unreachable(name: str, streaming: bool) -> None:
         raise ConnectionError("https://hub.example/secret-token")
 
-    monkeypatch.setattr("datasets.load_dataset", away)
-    with pytest.raises(CollectError, match="could not be read") as told:
-        collect("hub:someone/gone")
-    assert "secret" not in str(told.value)
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(PhotoSourceError, match="could not be read") as raised:
+        load_photos("hub:someone/gone")
+    assert "secret" not in str(raised.value)
 
 
-def test_photos_are_re_decoded(tmp_path: Path) -> None:
-    """What reaches the trainer are pixels, whatever else was in the file."""
-    (tmp_path / "a.png").write_bytes(picture(7) + b"<script>")
-    assert isinstance(collect(str(tmp_path)).photos[0], np.ndarray)
+def test_photos_are_decoded_to_pixels(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(7) + b"<script>")
+    assert isinstance(load_photos(str(tmp_path)).photos[0], np.ndarray)

@@ -1,4 +1,4 @@
-"""Photos that people bring: what is kept, what is refused in words, when it goes."""
+"""Uploaded photos: how they are stored, what is refused, and when they are deleted."""
 
 from __future__ import annotations
 
@@ -8,26 +8,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.runs import make_config
 from training.data import uploads
-from training.data.bundled import bundled
-from training.runs.run import RunConfig, RunError, Runs
-
-ASKED = {"base": "moondream-tiny", "reward": {"sharpness": 1.0}, "seed": 7}
+from training.data.bundled import bundled_photos
+from training.runs.run import RunError, RunStore
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> Runs:
-    return Runs(tmp_path / "data" / "runs")
+def runs(tmp_path: Path) -> RunStore:
+    return RunStore(tmp_path / "data" / "runs")
 
 
-def photo(folder: Path, name: str) -> Path:
-    """A bundled photo under another name."""
+def write_photo(folder: Path, name: str) -> Path:
+    """Copy a bundled photo under another name."""
     path = folder / name
-    path.write_bytes(bundled()[0].path.read_bytes())
+    path.write_bytes(bundled_photos()[0].path.read_bytes())
     return path
 
 
-def zipped(folder: Path, names: list[str]) -> Path:
+def write_zip(folder: Path, names: list[str]) -> Path:
     path = folder / "photos.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for name in names:
@@ -35,22 +34,23 @@ def zipped(folder: Path, names: list[str]) -> Path:
     return path
 
 
-def test_photos_are_kept_under_harmless_names(runs: Runs, tmp_path: Path) -> None:
-    files = [photo(tmp_path, name) for name in ("a b.JPG", "; rm -rf.png", "notes.jpeg")]
+def test_photos_are_stored_under_sanitised_names(runs: RunStore, tmp_path: Path) -> None:
+    files = [write_photo(tmp_path, name) for name in ("a b.JPG", "; rm -rf.png", "notes.jpeg")]
     (tmp_path / "notes.txt").write_text("no photo")
-    kept = Path(uploads.keep(runs, [*files, tmp_path / "notes.txt"]))
-    assert kept.parent == uploads.folder_of(runs)
-    assert sorted(file.name for file in kept.iterdir()) == ["0000-a-b.jpg", "0001--rm--rf.png", "0002-notes.jpeg"]
-    assert (kept / "0000-a-b.jpg").read_bytes() == files[0].read_bytes()
+    folder = Path(uploads.save_photos(runs, [*files, tmp_path / "notes.txt"]))
+    assert folder.parent == uploads.uploads_folder(runs)
+    assert sorted(file.name for file in folder.iterdir()) == ["0000-a-b.jpg", "0001--rm--rf.png", "0002-notes.jpeg"]
+    assert (folder / "0000-a-b.jpg").read_bytes() == files[0].read_bytes()
 
 
-def test_a_zip_is_kept_as_it_is(runs: Runs, tmp_path: Path) -> None:
-    kept = Path(uploads.keep(runs, [zipped(tmp_path, ["in/one.jpg", "two.txt"])]))
-    assert kept.suffix == ".zip" and zipfile.is_zipfile(kept)
+def test_zip_file_is_stored_unchanged(runs: RunStore, tmp_path: Path) -> None:
+    upload = write_zip(tmp_path, ["in/one.jpg", "two.txt"])
+    stored = Path(uploads.save_photos(runs, [upload]))
+    assert stored.suffix == ".zip" and stored.read_bytes() == upload.read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("names", "words"),
+    ("names", "message"),
     [
         ([], "Choose photos"),
         (["notes.txt"], "None of these files is a photo"),
@@ -59,54 +59,54 @@ def test_a_zip_is_kept_as_it_is(runs: Runs, tmp_path: Path) -> None:
         (["photos.zip", "one.jpg"], "not both"),
     ],
 )
-def test_what_holds_no_photos_is_refused(runs: Runs, tmp_path: Path, names: list[str], words: str) -> None:
-    zipped(tmp_path, ["readme.txt"]).rename(tmp_path / "empty.zip")
-    zipped(tmp_path, ["one.jpg"])
+def test_files_without_photos_are_refused(runs: RunStore, tmp_path: Path, names: list[str], message: str) -> None:
+    write_zip(tmp_path, ["readme.txt"]).rename(tmp_path / "empty.zip")
+    write_zip(tmp_path, ["one.jpg"])
     (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 and no more")
     (tmp_path / "notes.txt").write_text("no photo")
-    photo(tmp_path, "one.jpg")
-    with pytest.raises(RunError, match=words):
-        uploads.keep(runs, [tmp_path / name for name in names])
-    assert not uploads.folder_of(runs).exists()
+    write_photo(tmp_path, "one.jpg")
+    with pytest.raises(RunError, match=message):
+        uploads.save_photos(runs, [tmp_path / name for name in names])
+    assert not uploads.uploads_folder(runs).exists()
 
 
-def test_too_many_and_too_large_is_refused(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [photo(tmp_path, f"{place}.jpg") for place in range(3)]
+def test_uploads_over_a_limit_are_refused(runs: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [write_photo(tmp_path, f"{index}.jpg") for index in range(3)]
     monkeypatch.setattr(uploads, "MAX_PHOTOS", 2)
     monkeypatch.setattr(uploads, "MAX_FILES", 2)
     with pytest.raises(RunError, match="at most 2 photos; these are 3"):
-        uploads.keep(runs, files)
-    with pytest.raises(RunError, match="2 are the limit"):
-        uploads.keep(runs, [zipped(tmp_path, ["1.jpg", "2.jpg", "3.jpg"])])
-    monkeypatch.setattr(uploads, "MAX_UNPACKED", 1)
+        uploads.save_photos(runs, files)
+    with pytest.raises(RunError, match="the limit is 2"):
+        uploads.save_photos(runs, [write_zip(tmp_path, ["1.jpg", "2.jpg", "3.jpg"])])
+    monkeypatch.setattr(uploads, "MAX_EXTRACTED_BYTES", 1)
     with pytest.raises(RunError, match="unpacks to more"):
-        uploads.keep(runs, [zipped(tmp_path, ["1.jpg", "2.jpg"])])
-    monkeypatch.setattr(uploads, "MAX_TOTAL", os.path.getsize(files[0]) - 1)
+        uploads.save_photos(runs, [write_zip(tmp_path, ["1.jpg", "2.jpg"])])
+    monkeypatch.setattr(uploads, "MAX_UPLOAD_BYTES", os.path.getsize(files[0]) - 1)
     with pytest.raises(RunError, match="fewer or smaller"):
-        uploads.keep(runs, files[:1])
+        uploads.save_photos(runs, files[:1])
 
 
-def test_an_upload_goes_with_the_last_run_that_uses_it(runs: Runs, tmp_path: Path) -> None:
-    kept = uploads.keep(runs, [photo(tmp_path, "one.jpg")])
-    first, second = (runs.create(RunConfig.make(**ASKED, photos=kept)) for _ in range(2))
+def test_upload_is_deleted_with_the_last_run_that_uses_it(runs: RunStore, tmp_path: Path) -> None:
+    upload = uploads.save_photos(runs, [write_photo(tmp_path, "one.jpg")])
+    first, second = (runs.create(make_config(photos=upload)) for _ in range(2))
     runs.delete(first.id)
-    uploads.forget(runs, kept)
-    assert Path(kept).is_dir()
+    uploads.delete_unused(runs, upload)
+    assert Path(upload).is_dir()
     runs.delete(second.id)
-    uploads.forget(runs, kept)
-    assert not Path(kept).exists()
+    uploads.delete_unused(runs, upload)
+    assert not Path(upload).exists()
 
 
-def test_nothing_but_uploads_is_ever_removed(runs: Runs, tmp_path: Path) -> None:
-    mine = photo(tmp_path, "mine.jpg")
-    for source in (str(tmp_path), str(mine), "bundled", "hub:owner/name", str(uploads.folder_of(runs))):
-        uploads.forget(runs, source)
-    assert mine.is_file()
+def test_only_uploads_are_deleted(runs: RunStore, tmp_path: Path) -> None:
+    photo = write_photo(tmp_path, "mine.jpg")
+    for source in (str(tmp_path), str(photo), "bundled", "hub:owner/name", str(uploads.uploads_folder(runs))):
+        uploads.delete_unused(runs, source)
+    assert photo.is_file()
 
 
-def test_what_a_person_reads_holds_no_path(runs: Runs, tmp_path: Path) -> None:
-    kept = uploads.keep(runs, [photo(tmp_path, "one.jpg")])
-    assert uploads.words(runs, kept) == "uploaded photos"
-    assert uploads.words(runs, str(tmp_path)) == "a folder of photos"
-    assert uploads.words(runs, "bundled") == "bundled photos"
-    assert uploads.words(runs, "hub:owner/name") == "Hub dataset owner/name"
+def test_description_of_a_source_contains_no_path(runs: RunStore, tmp_path: Path) -> None:
+    upload = uploads.save_photos(runs, [write_photo(tmp_path, "one.jpg")])
+    assert uploads.describe_source(runs, upload) == "uploaded photos"
+    assert uploads.describe_source(runs, str(tmp_path)) == "a folder of photos"
+    assert uploads.describe_source(runs, "bundled") == "bundled photos"
+    assert uploads.describe_source(runs, "hub:owner/name") == "Hub dataset owner/name"
