@@ -1,136 +1,168 @@
-"""Where a local model's files lie, and why it cannot be used here: cheap looks at the disk, no torch, no network."""
+"""Whether a model can be used on this machine, and where its files are. Imports no torch and uses no network."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from inference.registry import ModelSpec
+from inference.types import ModelSpec
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-NVIDIA = ("/proc/driver/nvidia/version", "/dev/nvidia0", "/dev/dxg")
+NVIDIA_DEVICES = ("/proc/driver/nvidia/version", "/dev/nvidia0", "/dev/dxg")
+PHOTON_CAPABILITY = 8.0  # minimum CUDA compute capability (Ampere)
 
 
-def unavailable(entry: ModelSpec) -> str | None:
-    """Why a local model cannot be used on this machine, and what to do about it; None when it can."""
-    if entry.backend != "local":
+def unavailable(spec: ModelSpec) -> str | None:
+    """Return why a model cannot be used and what to do about it, or None if it can be used."""
+    if spec.backend == "hosted":
+        if spec.needs_key and spec.key is None:
+            return "it needs a Moondream key. Enter one under “Your own Moondream key”, or set MOONDREAM_API_KEY."
         return None
-    return _missing_torch() or _missing_gpu(entry) or missing_files(entry) or _missing_memory(entry)
-
-
-@cache
-def _missing_torch() -> str | None:
-    if find_spec("torch") and find_spec("transformers"):
+    if spec.backend == "photon":
+        return photon_unavailable()
+    if spec.backend != "local":
         return None
-    return "this deployment has no torch (requirements-slim.txt): hosted models alone answer here."
-
-
-def missing_files(entry: ModelSpec) -> str | None:
-    """What to do to get the files of a model that are not here; None when all are."""
-    if model_folder(entry) is None:
-        return _how_to_get(entry)
-    if entry.tokenizer and tokenizer_folder(entry) is None:
-        return f"its tokenizer is not on this machine. Run `hf download {entry.tokenizer}` once."
-    if entry.adapter and not (Path(entry.adapter) / "adapter_config.json").is_file():
-        return f"its adapter {Path(entry.adapter).name!r} is not there (any more)."
+    if not _has_torch():
+        return "this deployment has no torch (requirements-slim.txt); only hosted models are available."
+    if spec.needs_gpu and not has_gpu():
+        return "it needs a GPU, and this machine has none (on a CPU a single answer would take minutes)."
+    reason = missing_files(spec)
+    if reason:
+        return reason
+    free = free_memory()
+    if free is not None and free < spec.memory_bytes:
+        return f"it needs {spec.memory_bytes / 2**30:.0f} GB of memory, but only {free / 2**30:.1f} GB are free."
     return None
 
 
-def model_folder(entry: ModelSpec) -> Path | None:
-    """The folder with config and weights: the one the user named, else the source, else the Hub's cache."""
-    named = _named_folder(entry)
-    if named:
-        return named if _is_model(named) else None
-    if _is_repository(entry.source):
-        config = _cached(entry.source, CONFIG, entry.revision)
-        return config.parent if config and _is_model(config.parent) else None
-    return Path(entry.source) if _is_model(Path(entry.source)) else None
+@cache
+def photon_unavailable() -> str | None:
+    """Return why Photon cannot run on this machine, or None if it can. Cached for the process."""
+    apple = _is_apple_silicon()
+    capability = None if apple else compute_capability()
+    if not apple and capability is None:
+        return "it needs an NVIDIA GPU with compute capability 8.0 or higher, or Apple silicon; here is neither."
+    if capability is not None and capability < PHOTON_CAPABILITY:
+        return f"it needs an NVIDIA GPU with compute capability 8.0 or higher; this one has {capability}."
+    if find_spec("kestrel") is None or find_spec("moondream") is None:
+        return "its engine is not installed. Run `pip install -r requirements-gpu.txt` once."
+    return None
 
 
-def weights_file(folder: Path) -> Path:
-    """The file that the weights begin in: the only one, or the list of several."""
-    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
-
-
-def tokenizer_folder(entry: ModelSpec) -> Path | None:
-    """The folder with the tokenizer: the model's own, or that of the tokenizer's repository in the Hub's cache.
-
-    A folder that the user named may hold the right tokenizer or a stale one; whether its ids are right is checked
-    when it is loaded, so the repository's is preferred.
-    """
-    if not entry.tokenizer:
-        return model_folder(entry)
-    cached = _cached(entry.tokenizer, TOKENIZER, None)
-    named = _named_folder(entry)
-    if cached:
-        return cached.parent
-    return named if named and (named / TOKENIZER).is_file() else None
+def compute_capability() -> float | None:
+    """Return the highest CUDA compute capability reported by nvidia-smi, or None without an NVIDIA GPU."""
+    nvidia_smi = shutil.which("nvidia-smi")
+    if nvidia_smi is None:
+        return None
+    command = [nvidia_smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
+        return max((float(line) for line in output.split()), default=None)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 def has_gpu() -> bool:
-    """Whether an accelerator's driver is here; torch decides later whether it can be used."""
-    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
-    return apple or any(os.path.exists(path) for path in NVIDIA)
+    """Whether a GPU driver is present. PyTorch may still be unable to use it."""
+    return _is_apple_silicon() or any(os.path.exists(path) for path in NVIDIA_DEVICES)
 
 
-def _named_folder(entry: ModelSpec) -> Path | None:
-    named = os.environ.get(entry.folder_variable or "", "").strip() if entry.folder_variable else ""
-    return Path(named).expanduser() if named else None
+def free_memory() -> int | None:
+    """Return the available main memory in bytes, or None if the system does not report it."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def missing_files(spec: ModelSpec) -> str | None:
+    """Return which files of a local model are missing and how to get them, or None if all are present."""
+    if model_folder(spec) is None:
+        return _missing_weights(spec)
+    if spec.tokenizer and tokenizer_folder(spec) is None:
+        return f"its tokenizer is not on this machine. Run `hf download {spec.tokenizer}` once."
+    if spec.adapter and not (Path(spec.adapter) / "adapter_config.json").is_file():
+        return f"its adapter {Path(spec.adapter).name!r} does not exist."
+    return None
+
+
+def model_folder(spec: ModelSpec) -> Path | None:
+    """Return the folder with config and weights, or None if they are missing.
+
+    The folder named by the environment variable takes precedence over `spec.source`; repositories are looked up in the
+    Hugging Face cache.
+    """
+    folder = _folder_from_environment(spec)
+    if folder is None and _is_repository(spec.source):
+        config = _cached_file(spec.source, CONFIG, spec.revision)
+        folder = config.parent if config else None
+    elif folder is None:
+        folder = Path(spec.source)
+    return folder if folder and (folder / CONFIG).is_file() and weights_file(folder).is_file() else None
+
+
+def weights_file(folder: Path) -> Path:
+    """Return the safetensors file of a folder, or the index of a sharded checkpoint."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
+
+
+def tokenizer_folder(spec: ModelSpec) -> Path | None:
+    """Return the folder with the tokenizer, or None if it is missing.
+
+    The tokenizer repository in the Hugging Face cache is preferred: a folder named by the environment variable may
+    contain a stale tokenizer, which is only detected when it is loaded.
+    """
+    if not spec.tokenizer:
+        return model_folder(spec)
+    cached = _cached_file(spec.tokenizer, TOKENIZER, None)
+    if cached:
+        return cached.parent
+    folder = _folder_from_environment(spec)
+    return folder if folder and (folder / TOKENIZER).is_file() else None
+
+
+@cache
+def _has_torch() -> bool:
+    return bool(find_spec("torch") and find_spec("transformers"))
+
+
+def _is_apple_silicon() -> bool:
+    return platform.system() == "Darwin" and platform.machine() == "arm64"
+
+
+def _folder_from_environment(spec: ModelSpec) -> Path | None:
+    folder = os.environ.get(spec.folder_variable or "", "").strip() if spec.folder_variable else ""
+    return Path(folder).expanduser() if folder else None
 
 
 def _is_repository(source: str) -> bool:
     return not os.path.isabs(source) and source.count("/") == 1 and not os.path.isdir(source)
 
 
-def _is_model(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and weights_file(folder).is_file()
-
-
-def _cached(repository: str, name: str, revision: str | None) -> Path | None:
+def _cached_file(repository: str, name: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repository, name, revision=revision)
-    return Path(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache(repository, name, revision=revision)
+    return Path(path) if isinstance(path, str) else None
 
 
-def _missing_gpu(entry: ModelSpec) -> str | None:
-    if entry.needs_gpu and not has_gpu():
-        return "it needs a GPU, and this machine has none (without one a single answer would take minutes)."
-    return None
-
-
-def _how_to_get(entry: ModelSpec) -> str:
-    named = _named_folder(entry)
-    if named:
-        return f"{entry.folder_variable} names {named}, where {CONFIG} and {WEIGHTS[0]} were not found."
-    if not _is_repository(entry.source):
-        return f"its weights are missing in {Path(entry.source).name}; get the project's files again."
-    revision = f" --revision {entry.revision}" if entry.revision else ""
-    commands = [f"`hf download {entry.source}{revision}`"]
-    if entry.tokenizer:
-        commands.append(f"`hf download {entry.tokenizer}`")
-    folder = f", or set {entry.folder_variable} to a folder that holds them" if entry.folder_variable else ""
-    return f"its weights are not on this machine. Run {' and '.join(commands)} once{folder}."
-
-
-def _missing_memory(entry: ModelSpec) -> str | None:
-    free = free_memory()
-    if free is None or free >= entry.memory_bytes:
-        return None
-    return f"it takes {entry.memory_bytes / 2**30:.0f} GB of memory, and {free / 2**30:.1f} GB are free."
-
-
-def free_memory() -> int | None:
-    """Bytes of main memory that are available; None where the system does not tell."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return None
+def _missing_weights(spec: ModelSpec) -> str:
+    folder = _folder_from_environment(spec)
+    if folder:
+        return f"{spec.folder_variable} is set to {folder}, which does not contain {CONFIG} and {WEIGHTS[0]}."
+    if not _is_repository(spec.source):
+        return f"its weights are missing in {Path(spec.source).name}. Restore the project's files."
+    revision = f" --revision {spec.revision}" if spec.revision else ""
+    commands = [f"`hf download {spec.source}{revision}`"]
+    if spec.tokenizer:
+        commands.append(f"`hf download {spec.tokenizer}`")
+    hint = f", or set {spec.folder_variable} to a folder that contains them" if spec.folder_variable else ""
+    return f"its weights are not on this machine. Run {' and '.join(commands)} once{hint}."

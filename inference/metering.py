@@ -1,4 +1,4 @@
-"""Counts model calls: every call becomes one event, whatever way it ends."""
+"""Usage metering: records one usage event per model call, whatever its outcome."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from datetime import datetime, timezone
 from uuid import uuid4
 
 from inference.registry import MODELS
-from inference.types import Answer, InferenceError, Queued, Request
-from inference.types import Event as Said
+from inference.types import Answer, Event, InferenceError, Queued, Request
 from storage.database import StoreError
-from usage.budgets import BudgetExceeded, Budgets
-from usage.events import Basis, Event
+from usage.budgets import BudgetExceededError, Budgets
+from usage.events import Basis, UsageEvent
 from usage.prices import Prices
 from usage.recorder import Recorder
 
-Ask = Callable[[str, Request, threading.Event], Iterator[Said]]
+AnswerFunction = Callable[[str, Request, threading.Event], Iterator[Event]]
+"""The signature of `registry.answer` for a model's name."""
 
 
 @dataclass(frozen=True)
 class UsageMeter:
-    """Where calls are recorded, and what a second of this machine costs: `hardware` is None where it is not known.
+    """Records the usage of model calls.
 
-    budgets: asked before each paid call.
+    Attributes:
+        recorder: Receives the events.
+        prices: Prices of paid calls and of this machine's hardware.
+        hardware: Hardware of this machine, None if unknown.
+        budgets: Checked before each paid call.
     """
 
     recorder: Recorder
@@ -33,120 +37,157 @@ class UsageMeter:
     hardware: str | None = None
     budgets: Budgets | None = None
 
-    def ask(
-        self, name: str, request: Request, cancel: threading.Event, ask: Ask, source: str, request_id: str = ""
-    ) -> Iterator[Said]:
-        """What `ask` says of one model, its event recorded when it ends."""
-        calls = CallTracker(self, request, ask, source, "", request_id)
-        calls.close()
-        yield from calls.ask(name, request, cancel)
+    def answer(
+        self,
+        name: str,
+        request: Request,
+        cancel: threading.Event,
+        answer: AnswerFunction,
+        source: str,
+        request_id: str = "",
+    ) -> Iterator[Event]:
+        """Run one model with `answer` and record its usage event at the end.
+
+        Args:
+            name: Name of the model.
+            request: What to generate.
+            cancel: Set by the caller to cancel.
+            answer: Function that runs the model.
+            source: Origin of the call, for the usage event.
+            request_id: Id of the request. Default: a new id.
+
+        Yields:
+            The events of `answer`.
+
+        Raises:
+            InferenceError: If the model fails or the budget is exceeded.
+        """
+        tracker = CallTracker(self, request, answer, source, "", request_id)
+        tracker.close()
+        yield from tracker.answer(name, request, cancel)
 
 
 class CallTracker:
-    """The calls of one question: an event waits for its scores, but not for a page that has gone."""
+    """Tracks the calls of one request to several models.
+
+    The usage event of a call is held back until `record_reward` or `close`.
+    """
 
     def __init__(
-        self, meter: UsageMeter, request: Request, ask: Ask, source: str, session: str, request_id: str = ""
+        self,
+        meter: UsageMeter,
+        request: Request,
+        answer: AnswerFunction,
+        source: str,
+        session: str,
+        request_id: str = "",
     ) -> None:
-        self.meter, self.request, self._ask = meter, request, ask
-        self.common = {"source": source, "session": session, "request_id": request_id or uuid4().hex}
+        self.meter, self.request, self._answer = meter, request, answer
+        self.common_fields = {"source": source, "session": session, "request_id": request_id or uuid4().hex}
         self._lock = threading.Lock()
-        self._waiting: dict[str, Event] = {}
+        self._pending: dict[str, UsageEvent] = {}
         self._closed = False
 
-    def ask(self, name: str, request: Request, cancel: threading.Event) -> Iterator[Said]:
-        """What the model says; its event is made when it ends."""
-        began, answers, wait = time.perf_counter(), [], 0.0
-        outcome, error = "cancelled", ""
+    def answer(self, name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
+        """Run a model and yield its events. Creates its usage event at the end."""
+        start, answers, queue_seconds = time.perf_counter(), [], 0.0
+        outcome, error_kind = "cancelled", ""
         try:
             self._check_budget(name)
-            for said in self._ask(name, request, cancel):
-                if isinstance(said, Answer):
-                    answers.append(said)
-                elif isinstance(said, Queued):
-                    wait = time.perf_counter() - began
-                yield said
+            for event in self._answer(name, request, cancel):
+                if isinstance(event, Answer):
+                    answers.append(event)
+                elif isinstance(event, Queued):
+                    queue_seconds = time.perf_counter() - start
+                yield event
             outcome = "cancelled" if cancel.is_set() and len(answers) < request.n else "ok"
-        except InferenceError as failure:
-            stopped = failure.kind == "cancelled" or cancel.is_set()
-            outcome, error = ("cancelled", "") if stopped else ("error", failure.kind)
+        except InferenceError as error:
+            cancelled = error.kind == "cancelled" or cancel.is_set()
+            outcome, error_kind = ("cancelled", "") if cancelled else ("error", error.kind)
             raise
-        except Exception as failure:
-            outcome, error = "error", type(failure).__name__
+        except Exception as error:
+            outcome, error_kind = "error", type(error).__name__
             raise
         finally:
-            event = _event(self.meter, name, request, answers, time.perf_counter() - began, wait)
-            self._end(name, replace(event, outcome=outcome, error=error, **self.common))
+            seconds = time.perf_counter() - start
+            usage = _usage_event(self.meter, name, request, answers, seconds, queue_seconds)
+            self._hold_or_record(name, replace(usage, outcome=outcome, error=error_kind, **self.common_fields))
 
-    def _check_budget(self, name: str) -> None:
-        """Raises InferenceError where a paid call would be beyond the budget of this branch."""
-        entry = MODELS.get(name)
-        if self.meter.budgets and entry is not None and entry.needs_key:
-            try:
-                self.meter.budgets.check(self.meter.recorder.deployment.branch)
-            except (BudgetExceeded, StoreError) as error:
-                raise InferenceError("budget", str(error)) from None
-
-    def settle(self, name: str, reward: float | None) -> None:
-        """Records a model's event, once it is there, with its reward."""
+    def record_reward(self, name: str, reward: float | None) -> None:
+        """Record the held-back event of a model with its reward. Does nothing before the call has ended."""
         with self._lock:
-            event = self._waiting.pop(name, None)
+            event = self._pending.pop(name, None)
         if event:
             self.meter.recorder.record(replace(event, reward=reward))
 
     def close(self) -> None:
-        """Records what waits; what ends later is recorded at once."""
+        """Record all held-back events; later events are recorded at once."""
         with self._lock:
             self._closed = True
-            waiting, self._waiting = self._waiting, {}
-        for event in waiting.values():
+            pending, self._pending = self._pending, {}
+        for event in pending.values():
             self.meter.recorder.record(event)
 
-    def _end(self, name: str, event: Event) -> None:
+    def _check_budget(self, name: str) -> None:
+        """Raise InferenceError if the model is paid and the budget of this branch is exceeded."""
+        spec = MODELS.get(name)
+        if self.meter.budgets and spec is not None and spec.needs_key:
+            try:
+                self.meter.budgets.check(self.meter.recorder.deployment.branch)
+            except (BudgetExceededError, StoreError) as error:
+                raise InferenceError("budget", str(error)) from None
+
+    def _hold_or_record(self, name: str, event: UsageEvent) -> None:
         with self._lock:
             if not self._closed:
-                self._waiting[name] = event
+                self._pending[name] = event
                 return
         self.meter.recorder.record(event)
 
 
-def _event(meter: UsageMeter, name: str, request: Request, answers: list[Answer], seconds: float, wait: float) -> Event:
-    """The call's numbers: as the answers report them, else (nothing was answered) the time that passed.
+def _usage_event(
+    meter: UsageMeter, name: str, request: Request, answers: list[Answer], seconds: float, queue_seconds: float
+) -> UsageEvent:
+    """Build the usage event of a call from its answers, or from the elapsed time if there are none.
 
-    Local candidates are answered in one batch: the prompt is computed once for all. An answer that stands for several
-    candidates (temperature 0, boxes, points) was computed once. A hosted model computes, and charges, each call. The
-    device's time is the cost of a local model.
+    Local candidates share one batch: the prompt counts once, and the cost is the machine's time. Each call of a hosted
+    model counts and is charged separately. An answer that stands for all candidates (temperature 0, boxes, points)
+    counts once.
+
+    Args:
+        meter: Prices, hardware and deployment.
+        name: Name of the model.
+        request: The request.
+        answers: The answers received.
+        seconds: Duration of the call.
+        queue_seconds: Part of it spent in the queue; used if there are no answers.
     """
-    entry = MODELS.get(name)
-    queue = answers[0].queue_seconds if answers else wait
-    latency = max(answer.seconds for answer in answers) if answers else max(0.0, seconds - wait)
-    once = answers[:1] if answers and _computed_once(request, name) else answers
-    hosted = entry if entry is not None and entry.backend == "hosted" else None
-    came = sum(answer.tokens_in for answer in once) if hosted else answers[0].tokens_in if answers else None
-    went = sum(answer.tokens_out for answer in once)
+    spec = MODELS.get(name)
+    hosted = spec is not None and spec.backend == "hosted"
+    temperature = request.temperature * (spec.temperature if spec else 1.0)
+    single_call = request.skill in ("detect", "point") or temperature == 0
+    billed = answers[:1] if single_call else answers
+    tokens_in = sum(answer.tokens_in for answer in (billed if hosted else answers[:1]))
+    tokens_out = sum(answer.tokens_out for answer in billed)
+    latency = max(answer.seconds for answer in answers) if answers else max(0.0, seconds - queue_seconds)
     basis: Basis = "estimated" if any(answer.estimated for answer in answers) else "reported"
-    if hosted:
-        paid = bool(answers) and hosted.needs_key
-        cost = meter.prices.call(hosted.remote_id or hosted.name, came, went) if paid else None
-    else:
-        cost = meter.prices.machine(meter.hardware, latency) if answers else None
-    return Event(
+    cost = None
+    if answers and spec is not None and hosted:
+        cost = meter.prices.call(spec.remote_id or spec.name, tokens_in, tokens_out) if spec.needs_key else None
+    elif answers:
+        cost = meter.prices.machine(meter.hardware, latency)
+    return UsageEvent(
         time=datetime.now(timezone.utc),
         model=name,
         skill=request.skill,
         latency=latency,
         first_token=min(answer.first_token_seconds for answer in answers) if answers else None,
-        queue=queue,
-        tokens_in=came if answers else None,
-        tokens_out=went if answers else None,
+        queue=answers[0].queue_seconds if answers else queue_seconds,
+        tokens_in=tokens_in if answers else None,
+        tokens_out=tokens_out if answers else None,
         tokens_basis=basis if answers else "unknown",
         cost=cost,
         cost_basis="unknown" if cost is None else "estimated",
         candidates=request.n,
-        adapter=name if entry is not None and entry.adapter else "",
-    ).at(meter.recorder.deployment)
-
-
-def _computed_once(request: Request, name: str) -> bool:
-    entry = MODELS.get(name)
-    return request.skill in ("detect", "point") or request.temperature * (entry.temperature if entry else 1.0) == 0
+        adapter=name if spec is not None and spec.adapter else "",
+    ).with_deployment(meter.recorder.deployment)

@@ -1,6 +1,6 @@
-"""Answers from Photon, Moondream's own engine, where there is a GPU that it runs on. It sends telemetry to Moondream.
+"""Backend for Photon, Moondream's own inference engine. It needs a supported GPU and sends telemetry to Moondream.
 
-It has never run here: the tests put another client in its place.
+Tested only with a fake client; it has not been run on a real Photon engine.
 """
 
 from __future__ import annotations
@@ -13,42 +13,58 @@ from typing import Any
 
 from PIL import Image
 
-from inference.hosted.backend import MAX_TOKENS, read
+from inference.hosted.backend import MAX_TOKENS, parse_answer
 from inference.local.device_queue import Cancelled, DeviceQueue
-from inference.registry import ModelSpec
-from inference.types import MAX_OBJECTS, SKILLS, Answer, Event, InferenceError, Queued, Request, recipe_prompt
+from inference.types import (
+    MAX_OBJECTS,
+    SKILLS,
+    Answer,
+    Event,
+    InferenceError,
+    ModelSpec,
+    Queued,
+    Request,
+    recipe_prompt,
+)
 
-_TURNS = DeviceQueue()  # one engine, one queue
+_QUEUE = DeviceQueue()
 
 
-def answer(entry: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
-    """Yields Waiting and, per candidate, one Answer. Raises InferenceError."""
-    yield Queued(len(_TURNS))
+def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
+    """Run a model on Photon.
+
+    Yields:
+        Queued and, per candidate, one Answer.
+
+    Raises:
+        InferenceError: If Photon fails or the request is cancelled.
+    """
+    yield Queued(len(_QUEUE))
     try:
-        with _TURNS.turn(cancel.is_set, lambda position: None):
-            yield from _answers(entry, request, cancel)
+        with _QUEUE.acquire(cancel.is_set, lambda position: None):
+            yield from _answers(spec, request, cancel)
     except Cancelled:
         raise InferenceError("cancelled", "Cancelled.") from None
 
 
-def _answers(entry: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Answer]:
-    client, photo = _client(entry.source), Image.fromarray(request.photo)
-    once = SKILLS[request.skill].output == "regions" or request.temperature * entry.temperature == 0
-    for group in [range(request.n)] if once else [[place] for place in range(request.n)]:
+def _answers(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Answer]:
+    client, photo = _client(spec.source), Image.fromarray(request.photo)
+    single_call = SKILLS[request.skill].output == "regions" or request.temperature * spec.temperature == 0
+    for indices in [range(request.n)] if single_call else [[index] for index in range(request.n)]:
         if cancel.is_set():
             raise Cancelled
-        began = time.perf_counter()
-        found = read(request, _ask(client, entry, request, photo))
-        seconds = time.perf_counter() - began
-        yield from (Answer(place, **found, seconds=seconds, first_token_seconds=seconds) for place in group)
+        start = time.perf_counter()
+        fields = parse_answer(request, _generate(client, spec, request, photo))
+        seconds = time.perf_counter() - start
+        yield from (Answer(index, **fields, seconds=seconds, first_token_seconds=seconds) for index in indices)
 
 
-def _ask(client: Any, entry: ModelSpec, request: Request, photo: Image.Image) -> dict[str, Any]:
+def _generate(client: Any, spec: ModelSpec, request: Request, photo: Image.Image) -> dict[str, Any]:
     skill = request.skill
     settings: dict[str, Any] = {"max_objects": MAX_OBJECTS}
     if skill in MAX_TOKENS:
-        temperature = request.temperature * entry.temperature
-        settings = {"temperature": temperature, "top_p": entry.top_p, "max_tokens": MAX_TOKENS[skill]}
+        temperature = request.temperature * spec.temperature
+        settings = {"temperature": temperature, "top_p": spec.top_p, "max_tokens": MAX_TOKENS[skill]}
     try:
         match skill:
             case "recipe":
@@ -60,13 +76,13 @@ def _ask(client: Any, entry: ModelSpec, request: Request, photo: Image.Image) ->
             case "detect" | "point":
                 return getattr(client, skill)(photo, request.prompt, settings=settings)
     except Exception as error:
-        raise InferenceError("failed", f"Photon failed ({type(error).__name__}). The log has the details.") from error
-    raise InferenceError("unsupported", f"{entry.title} cannot {skill}. Choose a model of Moondream Cloud.")
+        raise InferenceError("failed", f"Photon failed ({type(error).__name__}). See the log for details.") from error
+    raise InferenceError("unsupported", f"{spec.title} cannot {skill}. Choose a Moondream Cloud model.")
 
 
 @lru_cache(maxsize=1)
 def _client(model: str) -> Any:
-    """The engine, started at the first answer."""
-    import moondream  # not among the requirements: see requirements-gpu.txt
+    """Start the engine on first use."""
+    import moondream  # optional, see requirements-gpu.txt
 
     return moondream.photon(model)

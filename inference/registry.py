@@ -1,82 +1,28 @@
-"""MODELS: every model on offer, one entry each, and `answer`, which asks one. No torch until an answer is wanted."""
+"""The model registry: MODELS, the backends, and `answer`, which runs a model. Loads no torch until a model runs."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import SecretStr
 
-from inference import availability as weights
-from inference.places import CLOUD_URL, RATE, photon_unavailable
-from inference.types import Event, InferenceError, Request
+from inference.availability import unavailable
+from inference.types import CLOUD_URL, DEFAULT_RATE, Event, InferenceError, ModelSpec, Request
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """One model as it is offered.
-
-    name: its key in MODELS. title and note: what a person reads. backend: a key of BACKENDS.
-    source: a folder, or a repository of the Hugging Face Hub; revision: of that repository.
-    tokenizer: the repository of its tokenizer, where that is another one.
-    folder_variable: an environment variable that names a folder to use instead of the repository.
-    adapter: the folder of a PEFT adapter to put on top. temperature: factor on the temperature asked for.
-    top_p: words are drawn from the likeliest ones that make up this share of the probability.
-    constrained: recipes are decoded under the grammar; otherwise the answer is read as prose.
-    explained: the grammar is told in the prompt (for a model that was not trained from the start to write recipes).
-    needs_gpu: too slow without one to be offered. memory_bytes: free memory that loading it takes.
-
-    Of a hosted model: source: its server's address, up to /v1. remote: the id by which that server knows it, where it
-    is not its name. key: of the server; needs_key: whether it wants one. rate: requests a second at most.
-    """
-
-    name: str
-    title: str
-    note: str
-    backend: str
-    source: str
-    revision: str | None = None
-    tokenizer: str | None = None
-    folder_variable: str | None = None
-    adapter: str | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    grammar_constrained: bool = True
-    grammar_in_prompt: bool = False
-    needs_gpu: bool = False
-    memory_bytes: int = 0
-    remote_id: str = ""
-    key: SecretStr | None = field(default=None, repr=False)
-    needs_key: bool = False
-    rate: float = RATE
-
-    def unavailable(self) -> str | None:
-        """Why it cannot be used here, in plain words; None when it can. Quick, and asks no network."""
-        if self.backend == "hosted":
-            return NEEDS_KEY if self.needs_key and self.key is None else None
-        return photon_unavailable() if self.backend == "photon" else weights.unavailable(self)
-
-    def with_key(self, key: SecretStr | None) -> ModelSpec:
-        """The same with somebody's own key, where it takes one: a key goes to no server that does not ask for it."""
-        return replace(self, key=key) if key and self.needs_key else self
-
-
 TINY = str(ASSETS / "moondream-tiny")
 
-NEEDS_KEY = "it needs a Moondream key. Type yours under “Your own Moondream key”, or set MOONDREAM_API_KEY."
 
-
-def _cloud(name: str, title: str, note: str) -> ModelSpec:
+def _cloud_spec(name: str, title: str, note: str) -> ModelSpec:
     return ModelSpec(
         name=name,
         title=title,
-        note=f"{note}, on Moondream Cloud. The photo is sent there, each candidate is a paid call, seeds do not count.",
+        note=f"{note}, on Moondream Cloud. Photos are uploaded, each candidate is a paid call, and seeds are ignored.",
         backend="hosted",
         source=CLOUD_URL,
         temperature=0.5,
@@ -91,15 +37,15 @@ MODELS: dict[str, ModelSpec] = {
     "moondream-tiny": ModelSpec(
         name="moondream-tiny",
         title="moondream-tiny",
-        note="A demonstration model: Moondream 2's architecture at a five-hundredth of its size, trained for this "
-        "playground. It knows light, colour, sharpness and framing, and nothing about the world.",
+        note="A demonstration model: the Moondream 2 architecture at 1/500 of its size, trained for this playground. "
+        "It recognises light, colour, sharpness and framing, but no objects.",
         backend="local",
         source=TINY,
     ),
     "moondream-tiny-steady": ModelSpec(
         name="moondream-tiny-steady",
         title="moondream-tiny, steady",
-        note="The same weights as moondream-tiny at 0.4 times the temperature: fewer surprises, less variety.",
+        note="moondream-tiny with 0.4 times the temperature: more consistent, less varied.",
         backend="local",
         source=TINY,
         temperature=0.4,
@@ -107,8 +53,8 @@ MODELS: dict[str, ModelSpec] = {
     "moondream2": ModelSpec(
         name="moondream2",
         title="Moondream 2",
-        note="The open 2 B model of June 2025. It was not trained to write recipes: it is told the grammar, and its "
-        "prose is read with tolerance. Temperatures are halved, as Moondream does by default.",
+        note="The open 2 B model of June 2025. It was not trained on recipes: the prompt explains the grammar, and the "
+        "answer is parsed leniently. Temperatures are halved, as in Moondream's defaults.",
         backend="local",
         source="vikhyatk/moondream2",
         revision="2025-06-21",
@@ -124,8 +70,8 @@ MODELS: dict[str, ModelSpec] = {
     "moondream2-photon": ModelSpec(
         name="moondream2-photon",
         title="Moondream 2 on Photon",
-        note="The same model on Moondream's own engine, several times as fast. Photon always sends telemetry to "
-        "Moondream: host name, GPU, model, numbers of tokens.",
+        note="Moondream 2 on Moondream's own engine, several times as fast. Photon always sends telemetry to "
+        "Moondream: host name, GPU, model and token counts.",
         backend="photon",
         source="moondream2",
         temperature=0.5,
@@ -133,11 +79,11 @@ MODELS: dict[str, ModelSpec] = {
         grammar_constrained=False,
         grammar_in_prompt=True,
     ),
-    "moondream3.1-9B-A2B": _cloud("moondream3.1-9B-A2B", "Moondream 3.1", "The newest model"),
-    "moondream3-preview": _cloud("moondream3-preview", "Moondream 3 preview", "The base of hosted fine-tunes"),
+    "moondream3.1-9B-A2B": _cloud_spec("moondream3.1-9B-A2B", "Moondream 3.1", "The newest model"),
+    "moondream3-preview": _cloud_spec("moondream3-preview", "Moondream 3 preview", "The base of hosted fine-tunes"),
 }
 
-# Backend -> the module whose `answer(entry, request, cancel)` runs it; imported at the first answer.
+# Backend -> module with `answer(spec, request, cancel)`, imported on first use.
 BACKENDS: dict[str, str] = {
     "local": "inference.local.engine",
     "hosted": "inference.hosted.backend",
@@ -145,25 +91,92 @@ BACKENDS: dict[str, str] = {
 }
 
 
-def loaded_models() -> list[str]:
-    """The entries whose weights are in memory, without their adapters. Loads nothing to find out."""
-    local = sys.modules.get(BACKENDS["local"])
-    sources = local.loaded_sources() if local else ()
-    return [name for name, entry in MODELS.items() if entry.backend == "local" and entry.source in sources]
-
-
 def answer(model: str | ModelSpec, request: Request, cancel: threading.Event | None = None) -> Iterator[Event]:
-    """Asks a model (a name in MODELS, or an entry) and yields Waiting, Partial and, per candidate, one Answer.
+    """Run a model on a request and stream its events.
 
-    Set `cancel`, or close the iterator, and the computing stops at the next token. Raises InferenceError.
+    Setting `cancel` or closing the iterator stops generation at the next token.
+
+    Args:
+        model: Name in `MODELS`, or a spec.
+        request: What to generate.
+        cancel: Set by the caller to cancel.
+
+    Yields:
+        Queued, TextUpdate and, per candidate, one Answer or CandidateFailed.
+
+    Raises:
+        InferenceError: If the model is unknown, unavailable or fails.
     """
-    entry = model if isinstance(model, ModelSpec) else MODELS.get(model)
-    if entry is None:
+    spec = model if isinstance(model, ModelSpec) else MODELS.get(model)
+    if spec is None:
         raise InferenceError("unknown_model", f"There is no model called {model!r}. Choose one of {', '.join(MODELS)}.")
-    reason = entry.unavailable()
+    reason = unavailable(spec)
     if reason:
-        raise InferenceError("unavailable", f"{entry.title} cannot be used: {reason}")
-    if request.skill == "segment" and entry.backend != "hosted":
-        raise InferenceError("unsupported", f"{entry.title} cannot segment. Choose a model of Moondream Cloud.")
-    backend = importlib.import_module(BACKENDS[entry.backend])
-    yield from backend.answer(entry, request, cancel or threading.Event())
+        raise InferenceError("unavailable", f"{spec.title} cannot be used: {reason}")
+    if request.skill == "segment" and spec.backend != "hosted":
+        raise InferenceError("unsupported", f"{spec.title} cannot segment. Choose a Moondream Cloud model.")
+    backend = importlib.import_module(BACKENDS[spec.backend])
+    yield from backend.answer(spec, request, cancel or threading.Event())
+
+
+def loaded_models() -> list[str]:
+    """Return the names of the local models whose base weights are in memory. Imports no backend."""
+    engine = sys.modules.get(BACKENDS["local"])
+    sources = engine.loaded_sources() if engine else ()
+    return [name for name, spec in MODELS.items() if spec.backend == "local" and spec.source in sources]
+
+
+def register_hosted_models(
+    url: str | None,
+    key: str | None,
+    rate: float | None,
+    endpoints: Mapping[str, str],
+    models: MutableMapping[str, ModelSpec] = MODELS,
+) -> None:
+    """Apply the deployment's server, key and rate limit to the Cloud models, and add its custom endpoints.
+
+    Args:
+        url: Base URL of the Cloud models; None for Moondream Cloud.
+        key: API key of the Cloud models.
+        rate: Maximum requests per second; None for `DEFAULT_RATE`.
+        endpoints: Base URLs of custom servers by model name.
+        models: The registry to update.
+    """
+    url, rate, secret = url or CLOUD_URL, rate or DEFAULT_RATE, SecretStr(key) if key else None
+    for name, spec in list(models.items()):
+        if spec.backend == "hosted" and spec.needs_key:
+            models[name] = replace(spec, source=url, key=secret, rate=rate)
+    for name, endpoint in endpoints.items():
+        models[name] = ModelSpec(
+            name=name,
+            title=name,
+            note=f"A custom server of this deployment with Moondream's API: {endpoint}. Photos are uploaded to it.",
+            backend="hosted",
+            source=endpoint,
+            temperature=0.5,
+            top_p=0.9,
+            grammar_constrained=False,
+            grammar_in_prompt=True,
+            rate=rate,
+        )
+
+
+def discover_hosted_models(models: MutableMapping[str, ModelSpec] = MODELS) -> threading.Thread:
+    """Start a thread that registers the other models that Moondream Cloud lists for the deployment's key."""
+
+    def discover() -> None:
+        from inference.hosted.backend import model_ids
+        from inference.hosted.client import MoondreamClient
+
+        with_key = (spec for spec in list(models.values()) if spec.backend == "hosted" and spec.key is not None)
+        spec = next(with_key, None)
+        if spec is None:
+            return
+        for name in model_ids(MoondreamClient(spec.source, spec.key, spec.rate)):
+            if name not in models:
+                note = "Listed by Moondream Cloud for this deployment's key. Each candidate is a paid call."
+                models[name] = replace(spec, name=name, title=name, note=note, remote_id="")
+
+    thread = threading.Thread(target=discover, name="discover-models", daemon=True)
+    thread.start()
+    return thread

@@ -1,13 +1,14 @@
-"""What can be asked of a model and what comes back: skills, requests, events and errors. No torch here."""
+"""Types of the inference API: model specs, skills, requests, events and errors. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
+from pydantic import SecretStr
 
 import recipes
 
@@ -20,13 +21,72 @@ MAX_OBJECTS = 50
 LENGTHS = ("short", "normal", "long")
 RECIPE_QUESTION = "How should this photo be finished?"
 
+CLOUD_URL = "https://api.moondream.ai/v1"
+DEFAULT_RATE = 2.0  # requests per second and key; Moondream Cloud allows 10 with a balance of at least $10
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A registered model: where its weights or its server are, and how it is sampled.
+
+    Attributes:
+        name: Key in `registry.MODELS`.
+        title: Name shown in the interface.
+        note: Description shown in the interface.
+        backend: Key in `registry.BACKENDS`.
+        source: Folder or Hugging Face Hub repository of the weights. Hosted models: base URL of the server, up to /v1.
+        revision: Revision of the Hub repository.
+        tokenizer: Hub repository of the tokenizer, if it is not in `source`.
+        folder_variable: Environment variable that names a local folder to load instead of the repository.
+        adapter: Folder of a PEFT adapter to apply to the weights.
+        temperature: Factor applied to the temperature of each request.
+        top_p: Nucleus sampling threshold, in (0, 1].
+        grammar_constrained: Whether recipes are decoded under the recipe grammar. If not, the text is parsed leniently.
+        grammar_in_prompt: Whether the prompt explains the recipe grammar (for models not trained on recipes).
+        needs_gpu: Whether the model is unavailable without a GPU.
+        memory_bytes: Free main memory needed to load the weights.
+        remote_id: Id of a hosted model on its server, if it differs from `name`.
+        key: API key of the server of a hosted model.
+        needs_key: Whether the server of a hosted model requires a key.
+        rate: Maximum number of requests per second to the server of a hosted model.
+    """
+
+    name: str
+    title: str
+    note: str
+    backend: str
+    source: str
+    revision: str | None = None
+    tokenizer: str | None = None
+    folder_variable: str | None = None
+    adapter: str | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    grammar_constrained: bool = True
+    grammar_in_prompt: bool = False
+    needs_gpu: bool = False
+    memory_bytes: int = 0
+    remote_id: str = ""
+    key: SecretStr | None = field(default=None, repr=False)
+    needs_key: bool = False
+    rate: float = DEFAULT_RATE
+
+    def with_key(self, key: SecretStr | None) -> ModelSpec:
+        """Return a copy that uses `key`. Unchanged if `key` is empty or the server requires no key."""
+        return replace(self, key=key) if key and self.needs_key else self
+
 
 @dataclass(frozen=True)
 class Skill:
-    """One way of asking. `output` is what an answer holds: a recipe to render, text, or regions (boxes or points).
+    """A task that a model can perform on a photo.
 
-    `prompt` tells whether words are needed. `default_prompt` is what a screen may fill in at first, and what is
-    asked when an optional prompt is left empty.
+    Attributes:
+        name: Key in `SKILLS`.
+        title: Name shown in the interface.
+        output: Content of the answers: a recipe to render, text, or regions (boxes, points or an outline).
+        prompt: Whether a prompt is required, optional or ignored.
+        placeholder: Hint for an empty prompt field.
+        default_prompt: Initial prompt in the interface; also replaces an empty optional prompt.
     """
 
     name: str
@@ -38,18 +98,18 @@ class Skill:
 
 
 SKILLS: dict[str, Skill] = {
-    "recipe": Skill("recipe", "Recipe", "recipe", "optional", "Leave empty, or say what you wish", RECIPE_QUESTION),
+    "recipe": Skill("recipe", "Recipe", "recipe", "optional", "Describe the edit (optional)", RECIPE_QUESTION),
     "query": Skill("query", "Question", "text", "required", "Ask about the photo", "Is the photo bright or dark?"),
     "caption": Skill("caption", "Caption", "text", "none"),
-    "detect": Skill("detect", "Detect", "regions", "required", "What to put a box around", "the main subject"),
-    "point": Skill("point", "Point", "regions", "required", "What to point at", "the brightest area"),
-    "segment": Skill("segment", "Segment", "regions", "required", "What to outline", "the main subject"),
+    "detect": Skill("detect", "Detect", "regions", "required", "Object to detect", "the main subject"),
+    "point": Skill("point", "Point", "regions", "required", "Object to point at", "the brightest area"),
+    "segment": Skill("segment", "Segment", "regions", "required", "Object to outline", "the main subject"),
 }
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle; coordinates are shares of the photo's width and height, 0..1 from the top left corner."""
+    """A rectangle in fractions of the photo's width and height, 0..1, with the origin at the top left."""
 
     x_min: float
     y_min: float
@@ -59,25 +119,34 @@ class Box:
 
 @dataclass(frozen=True)
 class Point:
-    """A spot; coordinates are shares of the photo's width and height, 0..1 from the top left corner."""
+    """A point in fractions of the photo's width and height, 0..1, with the origin at the top left."""
 
     x: float
     y: float
 
 
 class RequestError(ValueError):
-    """A request that cannot be asked; the message says what to change."""
+    """Raised for invalid request parameters. The message tells the user what to change."""
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One question about one photo, checked when it is made: RequestError says in plain words what is wrong.
+    """A validated request to run one skill on one photo.
 
-    photo: uint8 [height, width, 3], RGB. n: candidates, 1..8. temperature: 0 (always the likeliest word, so all
-    candidates are the same) to 2. seed: 0..2**31-1; candidate i is drawn with seed + i, whatever n is, so the
-    fourth card of seed 7 is the first card of seed 10. The prompt is cleaned of control characters. reasoning: whether
-    a question is thought over first; only hosted models do. max_tokens: of a text, 1..768, and max_objects: boxes or
-    points, 1..50, at most; only local models are told.
+    Attributes:
+        photo: RGB image, uint8 [height, width, 3].
+        skill: Key in `SKILLS`.
+        prompt: Prompt; control characters are removed.
+        length: Caption length, one of `LENGTHS`.
+        n: Number of candidates, 1..8.
+        temperature: Sampling temperature, 0..2. At 0 decoding is greedy and all candidates are equal.
+        seed: Random seed, 0..2**31-1. Candidate i is sampled with `seed + i`, independently of `n`.
+        reasoning: Whether the model reasons before it answers a question. Hosted models only.
+        max_tokens: Maximum number of generated tokens per text, 1..768. Local models only.
+        max_objects: Maximum number of boxes or points, 1..50. Local models only.
+
+    Raises:
+        RequestError: If a value is invalid.
     """
 
     photo: np.ndarray = field(repr=False)
@@ -94,30 +163,30 @@ class Request:
     def __post_init__(self) -> None:
         _check_photo(self.photo)
         if self.skill not in SKILLS:
-            raise RequestError(f"There is no skill called {self.skill!r}. Choose one of {', '.join(SKILLS)}.")
+            raise RequestError(f"Unknown skill {self.skill!r}. Choose one of {', '.join(SKILLS)}.")
         if self.length not in LENGTHS:
             raise RequestError(f"The length must be one of {', '.join(LENGTHS)}.")
         for name, value in {
-            "prompt": _prompt(SKILLS[self.skill], self.prompt),
-            "n": _whole("number of candidates", self.n, 1, MAX_CANDIDATES),
+            "prompt": _clean_prompt(SKILLS[self.skill], self.prompt),
+            "n": _integer("number of candidates", self.n, 1, MAX_CANDIDATES),
             "temperature": _temperature(self.temperature),
-            "seed": _whole("seed", self.seed, 0, MAX_SEED),
-            "max_tokens": _whole("number of tokens", self.max_tokens, 1, MAX_NEW_TOKENS),
-            "max_objects": _whole("number of objects", self.max_objects, 1, MAX_OBJECTS),
+            "seed": _integer("seed", self.seed, 0, MAX_SEED),
+            "max_tokens": _integer("number of tokens", self.max_tokens, 1, MAX_NEW_TOKENS),
+            "max_objects": _integer("number of objects", self.max_objects, 1, MAX_OBJECTS),
         }.items():
             object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
 class Queued:
-    """The request has to wait: `position` others are before it; 0 means that it is about to run."""
+    """The request waits for the device. `position` is the number of requests ahead; 0 means that it runs next."""
 
     position: int
 
 
 @dataclass(frozen=True)
 class TextUpdate:
-    """All the text of candidate `index` so far."""
+    """The text generated so far for candidate `index`."""
 
     index: int
     text: str
@@ -125,15 +194,25 @@ class TextUpdate:
 
 @dataclass(frozen=True)
 class Answer:
-    """Candidate `index`, finished. Times in seconds.
+    """A finished candidate.
 
-    `seconds` counts from the start of the computing to this candidate's last token, `first_token_seconds` to its
-    first one; `queue_seconds` was spent waiting before. `tokens_in` counts the image's tokens, too.
-
-    path: an outline as SVG path data in shares of the photo. reasoning: what was thought first, with the spans of it
-    (from, to) that `points` show on the photo. estimated: the tokens are an estimate. request_id: the provider's.
-    perhaps_charged: earlier tries that were lost and may have been charged as well. cut: whether a limit of tokens or
-    objects ended it.
+    Attributes:
+        index: Index of the candidate, 0..n-1.
+        text: Generated text.
+        boxes: Detected boxes.
+        points: Detected points. With `reasoning`: the points that the reasoning refers to.
+        tokens_in: Prompt tokens, including image tokens.
+        tokens_out: Generated tokens.
+        seconds: Time from the start of generation to the last token of this candidate.
+        first_token_seconds: Time from the start of generation to the first token.
+        queue_seconds: Time spent waiting before generation.
+        path: Outline as SVG path data, in fractions of the photo.
+        reasoning: Reasoning text that precedes the answer.
+        grounded: Spans (start, end) of `reasoning` that refer to points on the photo.
+        estimated: Whether the token counts are estimates.
+        request_id: Id assigned by the provider.
+        possible_extra_charges: Number of failed attempts that the provider may have charged as well.
+        truncated: Whether the limit on tokens or objects ended the answer.
     """
 
     index: int
@@ -150,13 +229,13 @@ class Answer:
     grounded: tuple[tuple[int, int], ...] = ()
     estimated: bool = False
     request_id: str = ""
-    perhaps_charged: int = 0
-    cut: bool = False
+    possible_extra_charges: int = 0
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
 class CandidateFailed:
-    """Candidate `index` could not be answered, while others may be; the message tells a person what to do."""
+    """Candidate `index` failed; the others may still succeed. `message` tells the user what to do."""
 
     index: int
     message: str
@@ -166,10 +245,12 @@ Event = Queued | TextUpdate | Answer | CandidateFailed
 
 
 class InferenceError(Exception):
-    """A model could not answer. `kind` is for programs, the message tells a person what to do.
+    """Raised when a model cannot answer.
 
-    Kinds: unknown_model, unavailable, missing_weights, bad_weights, wrong_tokenizer, unsupported, too_long,
-    out_of_memory, cancelled, provider, failed.
+    Attributes:
+        kind: Error code: unknown_model, unavailable, missing_weights, bad_weights, wrong_tokenizer, unsupported,
+            too_long, out_of_memory, cancelled, budget, provider or failed.
+        message: Message that tells the user what to do.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -178,15 +259,16 @@ class InferenceError(Exception):
         self.message = message
 
 
-def recipe_prompt(wish: str = "") -> str:
-    """The question that explains the grammar to a model that was not trained to write recipes.
+def recipe_prompt(instructions: str = "") -> str:
+    """Build the prompt that explains the recipe grammar to a model that was not trained on recipes.
 
-    wish: what the user asked for; the default question counts as no wish.
+    Args:
+        instructions: The user's instructions. Ignored if empty or equal to `RECIPE_QUESTION`.
     """
     ranges = "; ".join(
         f"{name} ({_range(operation)}: {operation.doc})" for name, operation in recipes.OPERATIONS.items()
     )
-    wish = "" if wish in ("", RECIPE_QUESTION) else f" The wish: {wish}"
+    wish = "" if instructions in ("", RECIPE_QUESTION) else f" The wish: {instructions}"
     return (
         "You are a photo editor. Say how this photo should be finished, as one line in exactly this form, with your "
         f"own values: {recipes.Recipe(crop=(5, 0, 95, 100), exposure=20, contrast=10, warmth=-10, sharpening=30)}. "
@@ -201,41 +283,41 @@ def _range(operation: recipes.Operation) -> str:
 
 
 def clean(text: str) -> str:
-    """The text without control characters, lone surrogates and marks that turn the direction of writing around."""
-    kept = (" " if mark in "\n\r\t" else mark for mark in str(text) if mark in "\n\r\t" or not _is_control(mark))
+    """Strip whitespace, control characters, lone surrogates and bidirectional formatting characters from a text."""
+    kept = (" " if char in "\n\r\t" else char for char in str(text) if char in "\n\r\t" or not _is_control(char))
     return "".join(kept).strip()
 
 
-def _is_control(mark: str) -> bool:
-    """Categories Cc and Cs, and the bidirectional embeddings, overrides and isolates of Unicode."""
-    return unicodedata.category(mark) in ("Cc", "Cs") or "\u202a" <= mark <= "\u202e" or "\u2066" <= mark <= "\u2069"
+def _is_control(char: str) -> bool:
+    """Whether a character is in category Cc or Cs or is a bidirectional embedding, override or isolate."""
+    return unicodedata.category(char) in ("Cc", "Cs") or "\u202a" <= char <= "\u202e" or "\u2066" <= char <= "\u2069"
 
 
-def _prompt(skill: Skill, prompt: str | None) -> str:
+def _clean_prompt(skill: Skill, prompt: str | None) -> str:
     text = clean(prompt or "")
     if skill.prompt == "none":
         return ""
     if len(text) > MAX_PROMPT:
-        raise RequestError(f"The prompt has {len(text):,} characters, and {MAX_PROMPT:,} can be read. Shorten it.")
+        raise RequestError(f"The prompt has {len(text):,} characters; the limit is {MAX_PROMPT:,}. Shorten it.")
     if not text and skill.prompt == "required":
-        raise RequestError(f"{skill.title} needs a prompt: {skill.placeholder[0].lower()}{skill.placeholder[1:]}.")
+        raise RequestError(f"{skill.title} needs a prompt, for example “{skill.default_prompt}”.")
     return text or skill.default_prompt
 
 
 def _check_photo(photo: np.ndarray) -> None:
     if not isinstance(photo, np.ndarray) or photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
-        raise RequestError("There is no photo to look at. Choose one first.")
+        raise RequestError("There is no photo. Choose one first.")
     if 0 in photo.shape:
         raise RequestError("The photo is empty. Choose another one.")
 
 
-def _whole(what: str, value: float, low: int, high: int) -> int:
+def _integer(name: str, value: float, low: int, high: int) -> int:
     try:
         number = int(value)
     except (TypeError, ValueError, OverflowError):
         number = low - 1
     if number != value or not low <= number <= high:
-        raise RequestError(f"The {what} must be a whole number from {low} to {high}.")
+        raise RequestError(f"The {name} must be a whole number from {low} to {high}.")
     return number
 
 

@@ -2,7 +2,16 @@
 
 from recipes.grammar import LOOKS, OPERATIONS, Operation, Slot, grammar_segments
 from recipes.parsing import Parsed, parse
-from recipes.photo_io import MAX_BYTES, MAX_PIXELS, MIN_SIDE, PhotoError, load_photo, read_recipe, save_picture
+from recipes.photo_io import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    MIN_SIDE,
+    PhotoError,
+    jpeg_data_url,
+    load_photo,
+    read_recipe,
+    save_picture,
+)
 from recipes.recipe import Recipe, describe, random_recipe
 from recipes.render import PREVIEW_SIDE, crop_box, render, render_all, shrink
 
@@ -21,6 +30,7 @@ __all__ = [
     "crop_box",
     "describe",
     "grammar_segments",
+    "jpeg_data_url",
     "load_photo",
     "parse",
     "random_recipe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import os
@@ -9,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
@@ -201,3 +203,19 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe | None:
     text = picture.getexif().get(_IMAGE_DESCRIPTION) or picture.info.get("Description") or ""
     parsed = parse(text)
     return parsed.recipe if str(parsed.recipe) == text else None
+
+
+def jpeg_data_url(photo: np.ndarray, quality: int = 92) -> str:
+    """Encode a photo as a JPEG data URL.
+
+    Args:
+        photo: RGB image, uint8 [height, width, 3].
+        quality: JPEG quality, 0..100.
+
+    Raises:
+        PhotoError: If the photo cannot be encoded.
+    """
+    encoded, data = cv2.imencode(".jpg", cv2.cvtColor(photo, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not encoded:
+        raise PhotoError("The photo could not be encoded as a JPEG. Choose another one.")
+    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode("ascii")

@@ -179,5 +179,5 @@ def photo_of(url: str) -> np.ndarray:
 
 def common(answer: Answer, model: str, request_id: str) -> dict[str, Any]:
     """The fields of `Answered`."""
-    reason = "length" if answer.cut else "stop"
+    reason = "length" if answer.truncated else "stop"
     return {"request_id": request_id, "model": model, "finish_reason": reason, "metrics": Metrics.of(answer)}

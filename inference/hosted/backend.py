@@ -1,4 +1,4 @@
-"""Answers from Moondream Cloud, or any server that speaks its API: candidates side by side, each in its own call."""
+"""Backend for Moondream Cloud and other servers with its API. Candidates run concurrently, one call each."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from inference.hosted.client import CloudError, MoondreamClient, photo_url
-from inference.registry import ModelSpec
+from inference.hosted.client import CloudError, MoondreamClient, photo_data_url
 from inference.types import (
     MAX_OBJECTS,
     SKILLS,
@@ -22,6 +21,7 @@ from inference.types import (
     CandidateFailed,
     Event,
     InferenceError,
+    ModelSpec,
     Point,
     Queued,
     Request,
@@ -30,125 +30,144 @@ from inference.types import (
     recipe_prompt,
 )
 
-IMAGE_TOKENS = 730  # of a photo, whatever its size
-TEMPLATES = {"caption": 5, "query": 4, "recipe": 4, "detect": 5, "point": 4, "segment": 5}
-CHARACTERS = 4  # per token of text, for estimates
+IMAGE_TOKENS = 730  # of a photo of any size
+TEMPLATE_TOKENS = {"caption": 5, "query": 4, "recipe": 4, "detect": 5, "point": 4, "segment": 5}
+CHARACTERS_PER_TOKEN = 4  # for estimates
 MAX_TOKENS = {"recipe": 192, "query": 768, "caption": 768}
-MAX_PATH = 100_000  # characters
-PATH = re.compile(r"[MmLlHhVvCcSsQqTtAaZz0-9eE.,+\-\s]*")  # all that SVG path data is made of
-SIDES = ("x_min", "y_min", "x_max", "y_max")
-LOOK = 0.1  # seconds between two looks whether somebody still waits
-Cancelled = Callable[[], bool]
+MAX_PATH_LENGTH = 100_000  # characters
+SVG_PATH = re.compile(r"[MmLlHhVvCcSsQqTtAaZz0-9eE.,+\-\s]*")
+BOX_KEYS = ("x_min", "y_min", "x_max", "y_max")
+POLL_SECONDS = 0.1  # poll interval for cancellation
 
 
-def answer(entry: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
-    """Yields Waiting, Partial and, per candidate, one Answer or Failed, as they come.
+def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
+    """Run a hosted model.
 
-    Boxes, points and outlines are a model's best guess, and so is everything at temperature 0: one call stands for all
-    candidates. Raises InferenceError where every candidate failed, and where it is cancelled.
+    Regions, and everything at temperature 0, are deterministic: one call answers all candidates.
+
+    Yields:
+        Queued, TextUpdate and, per candidate, one Answer or CandidateFailed, as they arrive.
+
+    Raises:
+        InferenceError: If all candidates fail, or if cancelled.
     """
-    calls = _Calls(entry, request, cancel)
+    calls = _CandidateCalls(spec, request, cancel)
     yield Queued(0)
     try:
-        yield from calls.events()
+        yield from calls.run()
     finally:
-        calls.gone.set()
+        calls.closed.set()
 
 
 @dataclass(frozen=True)
-class _Lost:
-    """A call that failed, and the candidates for which it stood."""
+class _CallFailed:
+    """A failed call and the indices of the candidates that it was for."""
 
-    places: list[int]
+    indices: list[int]
     error: CloudError
 
 
-class _Calls:
-    """The calls of one request, each in a thread of its own."""
+class _CandidateCalls:
+    """The calls of one request, each in its own thread."""
 
-    def __init__(self, entry: ModelSpec, request: Request, cancel: threading.Event) -> None:
-        self.entry, self.request, self.cancel = entry, request, cancel
+    def __init__(self, spec: ModelSpec, request: Request, cancel: threading.Event) -> None:
+        self.spec, self.request, self.cancel = spec, request, cancel
         try:
-            self.server = MoondreamClient(entry.source, entry.key, entry.rate)
+            self.client = MoondreamClient(spec.source, spec.key, spec.rate)
         except ValueError as error:
-            raise InferenceError("provider", f"{entry.title} cannot be asked: {error}") from None
-        once = SKILLS[request.skill].output == "regions" or request.temperature * entry.temperature == 0
-        self.places = [list(range(request.n))] if once else [[place] for place in range(request.n)]
-        self.gone = threading.Event()
-        self.inbox: queue.SimpleQueue[Event | _Lost] = queue.SimpleQueue()
+            raise InferenceError("provider", f"{spec.title} is misconfigured: {error}") from None
+        single_call = SKILLS[request.skill].output == "regions" or request.temperature * spec.temperature == 0
+        self.groups = [list(range(request.n))] if single_call else [[index] for index in range(request.n)]
+        self.closed = threading.Event()
+        self.events: queue.SimpleQueue[Event | _CallFailed] = queue.SimpleQueue()
 
-    def events(self) -> Iterator[Event]:
-        """See `answer`."""
-        photo = photo_url(self.request.photo)
-        for places in self.places:
-            threading.Thread(target=self._one, args=(places, photo), name=f"ask-{self.entry.name}", daemon=True).start()
-        left, lost = self.request.n, 0
-        while left:
-            event = self._next()
-            if isinstance(event, _Lost):
-                lost += 1
-                if lost == len(self.places):
+    def run(self) -> Iterator[Event]:
+        """Start the calls and yield their events. See `answer`."""
+        photo = photo_data_url(self.request.photo)
+        for indices in self.groups:
+            threading.Thread(
+                target=self._call, args=(indices, photo), name=f"hosted-{self.spec.name}", daemon=True
+            ).start()
+        pending, failures = self.request.n, 0
+        while pending:
+            event = self._next_event()
+            if isinstance(event, _CallFailed):
+                failures += 1
+                if failures == len(self.groups):
                     raise event.error
-                left -= len(event.places)
-                yield from (CandidateFailed(place, event.error.message) for place in event.places)
+                pending -= len(event.indices)
+                yield from (CandidateFailed(index, event.error.message) for index in event.indices)
             else:
-                left -= isinstance(event, Answer)
+                pending -= isinstance(event, Answer)
                 yield event
 
-    def _next(self) -> Event | _Lost:
+    def _next_event(self) -> Event | _CallFailed:
         while True:
             if self.cancel.is_set():
                 raise InferenceError("cancelled", "Cancelled.")
             try:
-                return self.inbox.get(timeout=LOOK)
+                return self.events.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 continue
 
-    def _stopped(self) -> bool:
-        return self.gone.is_set() or self.cancel.is_set()
+    def _is_cancelled(self) -> bool:
+        return self.closed.is_set() or self.cancel.is_set()
 
-    def _one(self, places: list[int], photo: str) -> None:
-        """One call, for these candidates."""
+    def _call(self, indices: list[int], photo: str) -> None:
+        """Make one call for these candidates."""
+        streamed = self.request.skill in ("query", "caption") and not self.request.reasoning
         try:
-            found = self._streamed(places, photo) if self._can_stream() else self._whole(photo)
+            fields = self._stream(indices, photo) if streamed else self._post(photo)
         except CloudError as error:
-            self.inbox.put(_Lost(places, error))
+            self.events.put(_CallFailed(indices, error))
             return
-        for place in places:
-            self.inbox.put(Answer(place, **found))
+        for index in indices:
+            self.events.put(Answer(index, **fields))
 
-    def _can_stream(self) -> bool:
-        return self.request.skill in ("query", "caption") and not self.request.reasoning
+    def _post(self, photo: str) -> dict[str, Any]:
+        """Make a call without streaming. Returns the fields of the Answer."""
+        start = time.monotonic()
+        response = self.client.post(self._endpoint(), self._body(photo), self._is_cancelled)
+        fields = parse_answer(self.request, response.data)
+        return {
+            **fields,
+            "seconds": response.seconds,
+            "first_token_seconds": _first_token_seconds(response.data, response.seconds),
+            "queue_seconds": max(0.0, time.monotonic() - start - response.seconds),
+            "request_id": response.request_id,
+            "possible_extra_charges": response.possible_extra_charges,
+            **self._token_counts(response.data, fields),
+        }
 
-    def _whole(self, photo: str) -> dict[str, Any]:
-        asked = time.monotonic()
-        reply = self.server.post(_path(self.request), self._body(photo), self._stopped)
-        waited = max(0.0, time.monotonic() - asked - reply.seconds)
-        found = read(self.request, reply.data)
-        times = {"seconds": reply.seconds, "first_token_seconds": _first(reply.data, reply.seconds)}
-        facts = {"request_id": reply.request_id, "perhaps_charged": reply.perhaps_charged, "queue_seconds": waited}
-        return found | times | facts | self._tokens(reply.data, found)
+    def _stream(self, indices: list[int], photo: str) -> dict[str, Any]:
+        """Make a streaming call and emit text updates. Returns the fields of the Answer."""
+        start = time.monotonic()
+        text, first_token_seconds, last_event = "", 0.0, {}
+        for event in self.client.stream(self._endpoint(), self._body(photo) | {"stream": True}, self._is_cancelled):
+            last_event = event
+            chunk = event.get("chunk", event.get("text"))
+            text += chunk if isinstance(chunk, str) else ""
+            first_token_seconds = first_token_seconds or time.monotonic() - start
+            if chunk:
+                for index in indices:
+                    self.events.put(TextUpdate(index, clean(text)))
+        full_text = last_event.get("answer", last_event.get("caption"))
+        fields = {"text": clean(text or (full_text if isinstance(full_text, str) else ""))}
+        return {
+            **fields,
+            "seconds": time.monotonic() - start,
+            "first_token_seconds": first_token_seconds,
+            "request_id": str(last_event.get("request_id") or "")[:64],
+            **self._token_counts(last_event, fields),
+        }
 
-    def _streamed(self, places: list[int], photo: str) -> dict[str, Any]:
-        asked = time.monotonic()
-        text, first, last = "", 0.0, {}
-        for event in self.server.stream(_path(self.request), self._body(photo) | {"stream": True}, self._stopped):
-            last = event
-            piece = event.get("chunk", event.get("text"))
-            text += piece if isinstance(piece, str) else ""
-            first = first or time.monotonic() - asked
-            if piece:
-                for place in places:
-                    self.inbox.put(TextUpdate(place, clean(text)))
-        whole = last.get("answer", last.get("caption"))
-        found = {"text": clean(text or (whole if isinstance(whole, str) else ""))}
-        seconds = time.monotonic() - asked
-        facts = {"seconds": seconds, "first_token_seconds": first, "request_id": str(last.get("request_id") or "")[:64]}
-        return found | facts | self._tokens(last, found)
+    def _endpoint(self) -> str:
+        return "query" if self.request.skill == "recipe" else self.request.skill
 
     def _body(self, photo: str) -> dict[str, Any]:
         request, skill = self.request, self.request.skill
-        body: dict[str, Any] = {"model": self._model(), "image_url": photo, "stream": False}
+        model = self.spec.remote_id or (self.spec.name if self.spec.needs_key else _default_model(self.client))
+        body: dict[str, Any] = {"model": model, "image_url": photo, "stream": False}
         if skill == "caption":
             body["length"] = request.length
         elif skill in ("query", "recipe"):
@@ -157,109 +176,112 @@ class _Calls:
         else:
             body["object"] = request.prompt
         if skill in MAX_TOKENS:
-            temperature = request.temperature * self.entry.temperature
-            settings = {"temperature": temperature, "top_p": self.entry.top_p, "max_tokens": MAX_TOKENS[skill]}
-            return body | {"settings": settings}
-        return body | ({"settings": {"max_objects": MAX_OBJECTS}} if skill != "segment" else {})
+            temperature = request.temperature * self.spec.temperature
+            body["settings"] = {"temperature": temperature, "top_p": self.spec.top_p, "max_tokens": MAX_TOKENS[skill]}
+        elif skill != "segment":
+            body["settings"] = {"max_objects": MAX_OBJECTS}
+        return body
 
     def _question(self) -> str:
-        grammar_in_prompt = self.request.skill == "recipe" and self.entry.grammar_in_prompt
-        return recipe_prompt(self.request.prompt) if grammar_in_prompt else self.request.prompt
+        explain_grammar = self.request.skill == "recipe" and self.spec.grammar_in_prompt
+        return recipe_prompt(self.request.prompt) if explain_grammar else self.request.prompt
 
-    def _model(self) -> str:
-        return self.entry.remote_id or (self.entry.name if self.entry.needs_key else _first_model(self.server))
+    def _token_counts(self, data: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the reported token counts, or estimates."""
+        metrics = data.get("metrics")
+        metrics = metrics if isinstance(metrics, dict) else {}
+        tokens_in, tokens_out = metrics.get("input_tokens"), metrics.get("output_tokens")
+        if _is_count(tokens_in) and _is_count(tokens_out):
+            return {"tokens_in": tokens_in, "tokens_out": tokens_out}
+        prompt = self._question() if self.request.skill in ("query", "recipe") else self.request.prompt
+        prompt_tokens = math.ceil(len(prompt) / CHARACTERS_PER_TOKEN)
+        region_tokens = 3 * len(fields.get("boxes", ())) + 2 * len(fields.get("points", ()))
+        characters = sum(len(fields.get(name, "")) for name in ("text", "reasoning", "path"))
+        return {
+            "tokens_in": IMAGE_TOKENS + TEMPLATE_TOKENS[self.request.skill] + prompt_tokens,
+            "tokens_out": region_tokens + math.ceil(characters / CHARACTERS_PER_TOKEN) + 1,
+            "estimated": True,
+        }
 
-    def _tokens(self, data: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-        """Tokens as they are reported, else an estimate."""
-        told = data.get("metrics")
-        metrics = told if isinstance(told, dict) else {}
-        came, went = metrics.get("input_tokens"), metrics.get("output_tokens")
-        if _is_count(came) and _is_count(went):
-            return {"tokens_in": came, "tokens_out": went}
-        words = self._question() if self.request.skill in ("query", "recipe") else self.request.prompt
-        asked = IMAGE_TOKENS + TEMPLATES[self.request.skill] + math.ceil(len(words) / CHARACTERS)
-        regions = 3 * len(found.get("boxes", ())) + 2 * len(found.get("points", ()))
-        length = sum(len(found.get(part, "")) for part in ("text", "reasoning", "path"))
-        return {"tokens_in": asked, "tokens_out": regions + math.ceil(length / CHARACTERS) + 1, "estimated": True}
 
+def parse_answer(request: Request, data: dict[str, Any]) -> dict[str, Any]:
+    """Parse a response to fields of Answer. Malformed optional parts are skipped.
 
-def read(request: Request, data: dict[str, Any]) -> dict[str, Any]:
-    """What an answer holds, as keywords of Answer. Takes what is there and passes over what makes no sense."""
+    Raises:
+        CloudError: If the text is missing or an outline is malformed.
+    """
     match request.skill:
         case "detect":
-            return {"text": "", "boxes": tuple(_boxes(data.get("objects")))}
+            return {"text": "", "boxes": tuple(_parse_boxes(data.get("objects")))}
         case "point":
-            return {"text": "", "points": tuple(_points(data.get("points")))}
+            return {"text": "", "points": tuple(_parse_points(data.get("points")))}
         case "segment":
-            return {"text": "", "path": _outline(data.get("path")), "boxes": tuple(_boxes([data.get("bbox")]))}
+            path, boxes = _parse_path(data.get("path")), tuple(_parse_boxes([data.get("bbox")]))
+            return {"text": "", "path": path, "boxes": boxes}
         case "caption":
-            return {"text": _text(data, "caption")}
+            return {"text": _parse_text(data, "caption")}
         case _:
-            return {"text": _text(data, "answer")} | _reasoning(data.get("reasoning"))
+            return {"text": _parse_text(data, "answer")} | _parse_reasoning(data.get("reasoning"))
 
 
-def _path(request: Request) -> str:
-    return "query" if request.skill == "recipe" else request.skill
+def _parse_text(data: dict[str, Any], key: str) -> str:
+    if not isinstance(data.get(key), str):
+        raise CloudError("provider", "The response contains no text. Try again, or choose another model.", 200)
+    return clean(data[key])
 
 
-def _text(data: dict[str, Any], name: str) -> str:
-    if not isinstance(data.get(name), str):
-        raise CloudError("provider", "The answer has no text in it. Try another model, or later.", 200)
-    return clean(data[name])
-
-
-def _reasoning(told: Any) -> dict[str, Any]:
-    """What was thought, the spans of it that refer to the photo, and where. A string is a thought without either."""
-    if isinstance(told, str):
-        told = {"text": told}
-    if not isinstance(told, dict) or not isinstance(told.get("text"), str):
+def _parse_reasoning(reasoning: Any) -> dict[str, Any]:
+    """Parse the reasoning text, its spans that refer to the photo, and the points of these. A string has no spans."""
+    if isinstance(reasoning, str):
+        reasoning = {"text": reasoning}
+    if not isinstance(reasoning, dict) or not isinstance(reasoning.get("text"), str):
         return {}
     spans: list[tuple[int, int]] = []
     points: list[Point] = []
-    grounding = told.get("grounding")
-    for part in grounding if isinstance(grounding, list) else []:
-        if isinstance(part, dict) and _is_count(part.get("start_idx")) and _is_count(part.get("end_idx")):
-            spans.append((part["start_idx"], part["end_idx"]))
-            points += _points(part.get("points"))
-    return {"reasoning": told["text"], "grounded": tuple(spans), "points": tuple(points)}
+    grounding = reasoning.get("grounding")
+    for item in grounding if isinstance(grounding, list) else []:
+        if isinstance(item, dict) and _is_count(item.get("start_idx")) and _is_count(item.get("end_idx")):
+            spans.append((item["start_idx"], item["end_idx"]))
+            points += _parse_points(item.get("points"))
+    return {"reasoning": reasoning["text"], "grounded": tuple(spans), "points": tuple(points)}
 
 
-def _boxes(told: Any) -> Iterator[Box]:
-    for one in told if isinstance(told, list) else []:
-        sides = [
-            _share(one.get(name)) if isinstance(one, dict) else None for name in ("x_min", "y_min", "x_max", "y_max")
-        ]
+def _parse_boxes(items: Any) -> Iterator[Box]:
+    for item in items if isinstance(items, list) else []:
+        sides = [_parse_fraction(item.get(key)) if isinstance(item, dict) else None for key in BOX_KEYS]
         if None not in sides:
             yield Box(*sides)  # type: ignore[arg-type]
 
 
-def _points(told: Any) -> Iterator[Point]:
-    for one in told if isinstance(told, list) else []:
-        pair = (one.get("x"), one.get("y")) if isinstance(one, dict) else one
+def _parse_points(items: Any) -> Iterator[Point]:
+    for item in items if isinstance(items, list) else []:
+        pair = (item.get("x"), item.get("y")) if isinstance(item, dict) else item
         if isinstance(pair, list | tuple) and len(pair) == 2:
-            x, y = map(_share, pair)
+            x, y = map(_parse_fraction, pair)
             if x is not None and y is not None:
                 yield Point(x, y)
 
 
-def _outline(told: Any) -> str:
-    if not isinstance(told, str) or not told.strip():
+def _parse_path(path: Any) -> str:
+    if not isinstance(path, str) or not path.strip():
         return ""
-    if len(told) > MAX_PATH or not PATH.fullmatch(told):
-        raise CloudError("provider", "The outline that came back is no SVG path. Try again.", 200)
-    return told
+    if len(path) > MAX_PATH_LENGTH or not SVG_PATH.fullmatch(path):
+        raise CloudError("provider", "The outline in the response is not a valid SVG path. Try again.", 200)
+    return path
 
 
-def _share(value: Any) -> float | None:
+def _parse_fraction(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return min(1.0, max(0.0, float(value)))
 
 
-def _first(data: dict[str, Any], seconds: float) -> float:
+def _first_token_seconds(data: dict[str, Any], seconds: float) -> float:
     metrics = data.get("metrics")
-    told = metrics.get("ttft_ms") if isinstance(metrics, dict) else None
-    return told / 1000 if isinstance(told, int | float) and 0 < told / 1000 <= seconds else seconds
+    milliseconds = metrics.get("ttft_ms") if isinstance(metrics, dict) else None
+    if isinstance(milliseconds, int | float) and 0 < milliseconds / 1000 <= seconds:
+        return milliseconds / 1000
+    return seconds
 
 
 def _is_count(value: Any) -> bool:
@@ -267,17 +289,17 @@ def _is_count(value: Any) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _first_model(server: MoondreamClient) -> str:
-    """The first model that a server lists; Moondream 2, which Station serves, where it does not say."""
-    return next(iter(model_ids(server)), "moondream2")
+def _default_model(client: MoondreamClient) -> str:
+    """Return the first model that a server lists, or moondream2 (the model of Moondream Station) if it lists none."""
+    return next(iter(model_ids(client)), "moondream2")
 
 
-def model_ids(server: MoondreamClient) -> list[str]:
-    """The models that a server lists, in OpenAI's shape or in Moondream Station's; none where it cannot be asked."""
+def model_ids(client: MoondreamClient) -> list[str]:
+    """Return the ids of the models of a server (OpenAI or Moondream Station format), or [] if the call fails."""
     try:
-        data = server.get("models").data
+        data = client.get("models").data
     except CloudError:
         return []
-    listed = data.get("data", data.get("models"))
-    ids = [one.get("id") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-    return [one for one in ids if isinstance(one, str) and re.fullmatch(r"[A-Za-z0-9._/@:-]{1,200}", one)][:50]
+    items = data.get("data", data.get("models"))
+    ids = [item.get("id") for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+    return [id_ for id_ in ids if isinstance(id_, str) and re.fullmatch(r"[A-Za-z0-9._/@:-]{1,200}", id_)][:50]

@@ -1,5 +1,4 @@
-"""HTTP to Moondream Cloud and whatever speaks its API: timeouts that hold, retries that cannot hurt, a shared limiter,
-and errors that tell a person what to do. No key is ever in a text that leaves this file."""
+"""HTTP client for the Moondream API: timeouts, retries, rate limit and readable errors. Never exposes the API key."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ import json
 import re
 import threading
 import time
-from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,398 +13,432 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any
 
-import cv2
 import httpx
 import numpy as np
 import tenacity
 from pydantic import SecretStr
 
-from inference.places import CLOUD_URL, RATE
-from inference.types import InferenceError, clean
-from recipes import shrink
+from inference.types import CLOUD_URL, DEFAULT_RATE, InferenceError, clean
+from recipes import jpeg_data_url, shrink
 
-RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525)})
-UNDONE = frozenset({408, 425, 429, 503})  # of these: nothing has been computed, nothing is charged
-TRIES = 4
-MAX_WAIT = 30.0  # seconds between two tries; who says to wait longer is not waited for
-MAX_REPLY = 32_000_000  # bytes
-MAX_SIDE = 2048  # px; Moondream cuts a photo into tiles of some 1.8 megapixels together
-MAX_WORDS = 300  # characters of a provider's own words that are shown
-AGENT = "moondream-playground"
+RETRYABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525)})
+NOT_EXECUTED_STATUSES = frozenset({408, 425, 429, 503})  # nothing was computed, so nothing is charged
+MAX_ATTEMPTS = 4
+MAX_RETRY_WAIT = 30.0  # seconds; if the server demands a longer wait, the call fails at once
+MAX_RESPONSE_BYTES = 32_000_000
+MAX_PHOTO_SIDE = 2048  # pixels; Moondream's tiles hold about 1.8 megapixels in total
+MAX_PROVIDER_MESSAGE = 300  # characters
+USER_AGENT = "moondream-playground"
 
-# What a status means to a person. {0} is the server's host name.
-ADVICE = {
-    401: "{0} does not accept the key. Check it, or make a new one.",
-    402: "The account at {0} has no credit. Add some there, or use another key.",
-    403: "The key has no right to do this at {0}, or its account has no credit. Check both there.",
-    404: "{0} knows no such model or function. Choose another model.",
-    408: "{0} waited too long for the request. Try again.",
-    410: "This is not kept at {0} any more.",
-    413: "The photo is too large for {0}. Take a smaller one.",
-    429: "{0} is asked too often. Wait a little and try again, or ask for fewer candidates.",
+# Messages by HTTP status; {0} is the host name.
+STATUS_MESSAGES = {
+    401: "{0} does not accept the key. Check it, or create a new one.",
+    402: "The account at {0} has no credit. Add credit, or use another key.",
+    403: "The key has no permission for this at {0}, or its account has no credit. Check both there.",
+    404: "{0} does not have this model or function. Choose another model.",
+    408: "{0} timed out waiting for the request. Try again.",
+    410: "{0} no longer has this.",
+    413: "The photo is too large for {0}. Use a smaller one.",
+    429: "The rate limit of {0} is exceeded. Wait a moment and try again, or request fewer candidates.",
 }
-TROUBLE = "{0} has trouble (status {1}). Try again later; if it stays, its status page may know more."
-REFUSED = "{0} refused the request (status {1})."
+SERVER_ERROR_MESSAGE = "{0} has a problem (status {1}). Try again later, or check its status page."
+CLIENT_ERROR_MESSAGE = "{0} rejected the request (status {1})."
+ERROR_KINDS = {401: "key", 402: "credit", 403: "credit", 404: "unknown_model", 413: "too_large", 429: "busy"}
 
 
 class CloudError(InferenceError):
-    """A call that failed. `status` is HTTP's, or None where none came.
+    """Raised when a call fails.
 
-    uncertain: the request may have been carried out, and charged, all the same. Kinds (see InferenceError): provider,
-    cancelled; `key` (401), `credit` (402, 403), `unknown_model` (404), `too_large` (413), `busy` (429), `timeout`.
+    Attributes:
+        kind: provider, cancelled, key (401), credit (402, 403), unknown_model (404), too_large (413), busy (429),
+            timeout or failed.
+        message: Message that tells the user what to do; never contains the key.
+        status: HTTP status, or None without a response.
+        uncertain: Whether the server may have executed, and charged, the request anyway.
+        retry_after: Seconds that the server asks to wait before the next request.
     """
 
-    def __init__(self, kind: str, message: str, status: int | None = None, uncertain: bool = False) -> None:
+    def __init__(
+        self,
+        kind: str,
+        message: str,
+        status: int | None = None,
+        uncertain: bool = False,
+        retry_after: float | None = None,
+    ) -> None:
         super().__init__(kind, message)
         self.status = status
         self.uncertain = uncertain
-
-
-KINDS = {401: "key", 402: "credit", 403: "credit", 404: "unknown_model", 413: "too_large", 429: "busy"}
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds: to connect; between two pieces of an answer; for one try; for all tries together.
+    """Timeouts in seconds.
 
-    A try whose pieces come too slowly is given up with the first piece after its time, so after `read` more at most.
+    An attempt that exceeds `attempt` ends when the next chunk arrives, hence at most `read` seconds later.
+
+    Attributes:
+        connect: To open the connection.
+        read: Between two chunks of a response.
+        attempt: For one attempt.
+        total: For all attempts of a call.
     """
 
     connect: float = 10.0
     read: float = 30.0
-    one: float = 120.0
-    all: float = 240.0
+    attempt: float = 120.0
+    total: float = 240.0
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What came back: the JSON object, its request id, seconds of the last try and how many tries it took.
+class ApiResponse:
+    """The response of a successful call.
 
-    perhaps_charged: how many earlier tries were lost in a way that they may have been carried out, and charged, too.
+    Attributes:
+        data: The JSON object.
+        request_id: Id assigned by the server.
+        seconds: Duration of the last attempt.
+        attempts: Number of attempts.
+        possible_extra_charges: Number of failed attempts that the server may have executed, and charged, as well.
     """
 
     data: dict[str, Any]
     request_id: str = ""
     seconds: float = 0.0
-    tries: int = 1
-    perhaps_charged: int = 0
+    attempts: int = 1
+    possible_extra_charges: int = 0
 
 
-class Limiter:
-    """At most `rate` requests a second, whoever asks; first come, first served."""
+class RateLimiter:
+    """Limits all threads together to `rate` requests per second, first come, first served."""
 
     def __init__(self, rate: float) -> None:
-        self._gap = 1 / rate
+        self._interval = 1 / rate
         self._lock = threading.Lock()
-        self._next = 0.0
+        self._next_slot = 0.0
 
-    def wait(self, stopped: Callable[[], bool], until: float) -> None:
-        """Returns when it is one's turn. Raises CloudError when `stopped`, or when the turn is later than `until`."""
+    def acquire(self, is_cancelled: Callable[[], bool], deadline: float) -> None:
+        """Block until a request may be sent.
+
+        Args:
+            is_cancelled: Polled while waiting.
+            deadline: Latest start of the request, by `time.monotonic()`.
+
+        Raises:
+            CloudError: If cancelled, or if the next slot is after the deadline.
+        """
         with self._lock:
-            turn = max(self._next, time.monotonic())
-            if turn > until:
-                raise CloudError("busy", "Too many requests are waiting already. Try again in a moment.")
-            self._next = turn + self._gap
-        _sleep(turn - time.monotonic(), stopped)
+            slot = max(self._next_slot, time.monotonic())
+            if slot > deadline:
+                raise CloudError("busy", "Too many requests are already waiting. Try again in a moment.")
+            self._next_slot = slot + self._interval
+        while True:
+            if is_cancelled():
+                raise CloudError("cancelled", "Cancelled.")
+            remaining = slot - time.monotonic()
+            if remaining <= 0:
+                return
+            time.sleep(min(remaining, 0.1))
 
     def pause(self, seconds: float) -> None:
-        """Nobody asks for so long: the server wants it so."""
+        """Block all requests for a number of seconds."""
         with self._lock:
-            self._next = max(self._next, time.monotonic() + seconds)
+            self._next_slot = max(self._next_slot, time.monotonic() + seconds)
 
 
 @lru_cache(maxsize=64)
-def limiter(url: str, rate: float) -> Limiter:
-    """The limiter of a server: one per process."""
-    return Limiter(rate)
+def rate_limiter(url: str, rate: float) -> RateLimiter:
+    """Return the rate limiter of a server, shared by all clients of this process."""
+    return RateLimiter(rate)
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Retries of one call with exponential backoff, jitter and the server's Retry-After.
+
+    Attributes:
+        deadline: Latest start of an attempt, by `time.monotonic()`.
+        repeatable: Whether an attempt that the server may have executed is repeated.
+    """
+
+    deadline: float
+    repeatable: bool = True
+
+    def should_retry(self, error: BaseException) -> bool:
+        """Whether another attempt can succeed and is safe."""
+        if not isinstance(error, CloudError) or error.kind == "cancelled" or (error.uncertain and not self.repeatable):
+            return False
+        wait = error.retry_after or 0.0
+        if wait > MAX_RETRY_WAIT or time.monotonic() + wait >= self.deadline:
+            return False
+        return error.status in RETRYABLE_STATUSES if error.status else error.kind in ("provider", "timeout")
+
+    def attempts(self, may_retry: Callable[[], bool] = lambda: True) -> tenacity.Retrying:
+        """Return an iterator of attempts; `may_retry` is checked before each retry."""
+        backoff = tenacity.wait_random_exponential(multiplier=0.25, max=MAX_RETRY_WAIT / 4)
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception(lambda error: may_retry() and self.should_retry(error)),
+            stop=tenacity.stop_after_attempt(MAX_ATTEMPTS),
+            wait=lambda state: (getattr(_exception(state), "retry_after", None) or 0.0) + backoff(state),
+            sleep=lambda seconds: time.sleep(max(0.0, min(seconds, self.deadline - time.monotonic()))),
+            reraise=True,
+        )
+
+
+class ResponseStream:
+    """The body of a response as chunks of bytes. Iterating enforces cancellation, the deadline and the size limit.
+
+    Attributes:
+        headers: Headers of the response.
+        sent_at: When the request was sent, by `time.monotonic()`, after waiting for the rate limiter.
+    """
+
+    def __init__(
+        self, response: httpx.Response, sent_at: float, deadline: float, is_cancelled: Callable[[], bool], host: str
+    ) -> None:
+        self.headers, self.sent_at = response.headers, sent_at
+        self._response, self._deadline, self._is_cancelled, self._host = response, deadline, is_cancelled, host
+
+    def __iter__(self) -> Iterator[bytes]:
+        size = 0
+        for chunk in self._response.iter_bytes():
+            size += len(chunk)
+            if self._is_cancelled():
+                raise CloudError("cancelled", "Cancelled.", uncertain=True)
+            if time.monotonic() > self._deadline:
+                raise CloudError("timeout", f"{self._host} did not finish in time. Try again.", uncertain=True)
+            if size > MAX_RESPONSE_BYTES:
+                raise CloudError("provider", f"The response of {self._host} is too large.", 200, uncertain=True)
+            yield chunk
 
 
 @dataclass(frozen=True)
 class MoondreamClient:
-    """A server that speaks Moondream's API. url: up to and with /v1. key: of Moondream Cloud, or of a deployment."""
+    """A client of a server with Moondream's API.
+
+    Attributes:
+        url: Base URL, up to /v1.
+        key: API key.
+        rate: Maximum requests per second, shared by all clients of the same URL and rate.
+        timeouts: Timeouts of each call.
+
+    Raises:
+        ValueError: If the URL, the rate or the key is malformed. The message does not contain the key.
+    """
 
     url: str = CLOUD_URL
     key: SecretStr | None = None
-    rate: float = RATE
+    rate: float = DEFAULT_RATE
     timeouts: Timeouts = field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an address or a key that cannot be one; the message does not contain the key."""
-        address = httpx.URL(self.url)
-        if address.scheme not in ("http", "https") or not address.host or address.query or address.userinfo:
-            raise ValueError("A server's address looks like https://api.moondream.ai/v1.")
+        url = httpx.URL(self.url)
+        if url.scheme not in ("http", "https") or not url.host or url.query or url.userinfo:
+            raise ValueError("A server URL looks like https://api.moondream.ai/v1.")
         if not self.rate > 0:
-            raise ValueError("The rate is a number of requests a second, more than 0.")
+            raise ValueError("The rate is a number of requests per second, greater than 0.")
         if self.key and not re.fullmatch(r"[!-~]{1,500}", self.key.get_secret_value()):
-            raise ValueError("The key has characters that no key has. Copy it again.")
+            raise ValueError("The key contains invalid characters. Copy it again.")
 
     @property
     def host(self) -> str:
+        """Host name of the server."""
         return httpx.URL(self.url).host
 
-    def get(self, path: str, params: Mapping[str, Any] | None = None) -> Reply:
-        """One GET. Raises CloudError."""
-        return self._tried("GET", path, None, params, _never, repeatable=True)
+    def get(self, path: str, params: Mapping[str, Any] | None = None) -> ApiResponse:
+        """Send a GET request. Raises CloudError."""
+        return self._call("GET", path, params=params)
 
-    def delete(self, path: str) -> Reply:
-        """One DELETE. Raises CloudError."""
-        return self._tried("DELETE", path, None, None, _never, repeatable=True)
+    def delete(self, path: str) -> ApiResponse:
+        """Send a DELETE request. Raises CloudError."""
+        return self._call("DELETE", path)
 
-    def post(self, path: str, body: Any, stopped: Callable[[], bool] = lambda: False, repeatable: bool = True) -> Reply:
-        """One POST with a JSON body. Raises CloudError.
+    def post(
+        self, path: str, body: Any, is_cancelled: Callable[[], bool] = lambda: False, repeatable: bool = True
+    ) -> ApiResponse:
+        """Send a POST request with a JSON body.
 
-        repeatable: whether a try that may have been carried out is repeated (it may then be charged twice, which
-        `Reply.perhaps_charged` tells). Otherwise it raises CloudError with `uncertain`.
+        Args:
+            path: Path below the base URL.
+            body: JSON body.
+            is_cancelled: Polled during the call.
+            repeatable: Whether an attempt that the server may have executed is repeated. It may then be charged twice,
+                see `ApiResponse.possible_extra_charges`. If not, the call fails with an `uncertain` CloudError.
+
+        Raises:
+            CloudError: If the call fails.
         """
-        return self._tried("POST", path, body, None, stopped, repeatable)
+        return self._call("POST", path, body, is_cancelled=is_cancelled, repeatable=repeatable)
 
-    def stream(self, path: str, body: Any, stopped: Callable[[], bool] = lambda: False) -> Iterator[dict[str, Any]]:
-        """One POST whose answer comes in pieces (server-sent events), as JSON objects up to that with "completed".
+    def stream(
+        self, path: str, body: Any, is_cancelled: Callable[[], bool] = lambda: False
+    ) -> Iterator[dict[str, Any]]:
+        """Send a POST request and yield the JSON objects of its server-sent events, up to the one with "completed".
 
-        Repeated only as long as nothing has come. Raises CloudError, also for a stream that ends early.
+        The call is retried only until the first event.
+
+        Raises:
+            CloudError: If the call fails or the stream ends early.
         """
-        until = time.monotonic() + self.timeouts.all
-        tries = RetryPolicy(until, repeatable=True)
-        for attempt in tries:
-            with attempt, self._sent("POST", path, body, None, stopped, until) as pieces:
-                tries.begun = False
-                for event in self._events(pieces):
-                    tries.begun = True
+        deadline = time.monotonic() + self.timeouts.total
+        started = False
+        for attempt in RetryPolicy(deadline).attempts(may_retry=lambda: not started):  # noqa: B023 (read on each retry)
+            with attempt, self._send("POST", path, body, None, is_cancelled, deadline) as response:
+                for event in self._parse_events(response):
+                    started = True
                     yield event
                     if event.get("completed") is True:
                         return
-                raise CloudError("provider", f"The answer of {self.host} broke off.", uncertain=True)
+                raise CloudError("provider", f"The response of {self.host} ended early.", uncertain=True)
 
-    def _tried(
+    def redact(self, text: str) -> str:
+        """Replace the key in a text by [key]."""
+        return text.replace(self.key.get_secret_value(), "[key]") if self.key else text
+
+    def _call(
         self,
         method: str,
         path: str,
-        body: Any,
-        params: Mapping[str, Any] | None,
-        stopped: Callable[[], bool],
-        repeatable: bool,
-    ) -> Reply:
-        until = time.monotonic() + self.timeouts.all
-        tries = RetryPolicy(until, repeatable)
-        for attempt in tries:
+        body: Any = None,
+        params: Mapping[str, Any] | None = None,
+        is_cancelled: Callable[[], bool] = lambda: False,
+        repeatable: bool = True,
+    ) -> ApiResponse:
+        deadline = time.monotonic() + self.timeouts.total
+        possible_extra_charges = 0
+        for attempt in RetryPolicy(deadline, repeatable).attempts():
             with attempt:
-                with self._sent(method, path, body, params, stopped, until) as pieces:
-                    data = self._object(b"".join(pieces))
-                    request_id = str(data.get("request_id") or pieces.headers.get("x-request-id") or "")[:64]
-                return Reply(data, request_id, time.monotonic() - pieces.began, tries.number, tries.perhaps)
-        raise AssertionError("tenacity ends with a result or an exception")
+                with self._send(method, path, body, params, is_cancelled, deadline) as response:
+                    data = self._parse_object(b"".join(response))
+                    request_id = str(data.get("request_id") or response.headers.get("x-request-id") or "")[:64]
+                seconds = time.monotonic() - response.sent_at
+                return ApiResponse(
+                    data, request_id, seconds, attempt.retry_state.attempt_number, possible_extra_charges
+                )
+            possible_extra_charges += bool(getattr(_exception(attempt.retry_state), "uncertain", False))
+        raise AssertionError("tenacity returns or raises")
 
     @contextmanager
-    def _sent(
+    def _send(
         self,
         method: str,
         path: str,
         body: Any,
         params: Mapping[str, Any] | None,
-        stopped: Callable[[], bool],
-        until: float,
-    ) -> Iterator[_Pieces]:
-        """One try: waits for its turn, sends, checks the status and hands out the answer's bytes. Raises CloudError."""
-        if time.monotonic() >= until:
+        is_cancelled: Callable[[], bool],
+        deadline: float,
+    ) -> Iterator[ResponseStream]:
+        """Make one attempt: wait for the rate limiter, send the request, check the status. Raises CloudError."""
+        if time.monotonic() >= deadline:
             raise CloudError("timeout", f"{self.host} did not answer in time. Try again.", uncertain=True)
-        limit = limiter(self.url, self.rate)
-        limit.wait(stopped, until)
-        over = min(until, time.monotonic() + self.timeouts.one)
-        times = self.timeouts
-        timeout = httpx.Timeout(min(times.read, times.one), connect=min(times.connect, times.one))
-        sent, began = False, time.monotonic()
+        limiter = rate_limiter(self.url, self.rate)
+        limiter.acquire(is_cancelled, deadline)
+        limits = self.timeouts
+        timeout = httpx.Timeout(min(limits.read, limits.attempt), connect=min(limits.connect, limits.attempt))
+        sent_at = time.monotonic()
+        attempt_deadline = min(deadline, sent_at + limits.attempt)
+        responded = False
         try:
             with (
                 httpx.Client(timeout=timeout, follow_redirects=False) as client,
-                client.stream(method, f"{self.url}/{path}", json=body, params=params, headers=self._headers) as reply,
+                client.stream(
+                    method, f"{self.url}/{path}", json=body, params=params, headers=self._headers()
+                ) as response,
             ):
-                sent = True
-                pieces = _Pieces(reply, began, over, stopped, self.host)
-                if not reply.is_success:
-                    error = self._error(reply.status_code, b"".join(pieces), reply.headers)
-                    if error.wait:
-                        limit.pause(error.wait)
+                responded = True
+                stream = ResponseStream(response, sent_at, attempt_deadline, is_cancelled, self.host)
+                if not response.is_success:
+                    error = self._status_error(response.status_code, b"".join(stream), response.headers)
+                    if error.retry_after:
+                        limiter.pause(error.retry_after)
                     raise error
-                yield pieces
+                yield stream
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout):
             raise CloudError("provider", f"{self.host} cannot be reached. Check the network and the address.") from None
         except httpx.TimeoutException:
             raise CloudError("timeout", f"{self.host} did not answer in time. Try again.", uncertain=True) from None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError):
-            words = "The connection to {0} broke off." if sent else "{0} ended the connection without an answer."
-            raise CloudError("provider", f"{words.format(self.host)} Try again.", uncertain=True) from None
+            if responded:
+                message = f"The connection to {self.host} was lost. Try again."
+            else:
+                message = f"{self.host} closed the connection without a response. Try again."
+            raise CloudError("provider", message, uncertain=True) from None
 
-    @property
     def _headers(self) -> dict[str, str]:
         if self.key is None:
-            return {"User-Agent": AGENT}
+            return {"User-Agent": USER_AGENT}
         key = self.key.get_secret_value()
-        return {"User-Agent": AGENT, "X-Moondream-Auth": key, "Authorization": f"Bearer {key}"}
+        return {"User-Agent": USER_AGENT, "X-Moondream-Auth": key, "Authorization": f"Bearer {key}"}
 
-    def _error(self, status: int, body: bytes, headers: Mapping[str, str]) -> _Refused:
-        """A status as an error for a person, with the provider's own words where they may help."""
-        if status in ADVICE:
-            words = ADVICE[status].format(self.host)
-        else:
-            words = (TROUBLE if status >= 500 else REFUSED).format(self.host, status)
-        theirs = self.redacted(_their_words(body))
-        if theirs and (status >= 500 or status not in (401, 429)):
-            words += f" It says: {theirs}"
-        wait = retry_after(headers.get("retry-after"))
-        return _Refused(KINDS.get(status, "provider"), words, status, status in RETRIED - UNDONE, wait)
-
-    def _events(self, pieces: _Pieces) -> Iterator[dict[str, Any]]:
-        """The JSON objects of server-sent events; other lines (comments, names, [DONE]) are passed over."""
-        rest = b""
-        for piece in pieces:
-            *lines, rest = (rest + piece).split(b"\n")
-            for line in lines:
-                words = line.strip().removeprefix(b"data:").strip()
-                if line.startswith(b"data:") and words and words != b"[DONE]":
-                    yield self._object(words)
-        if rest.strip() and not rest.startswith(b"data:"):
-            yield self._object(rest) | {"completed": True}  # no stream: the whole answer, or an error
-
-    def _object(self, body: bytes) -> dict[str, Any]:
-        """A JSON object that tells no error. Raises CloudError."""
-        try:
-            found = json.loads(body)
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
-            raise CloudError("provider", f"{self.host} answered with something else than JSON. Check its address.", 200)
-        if found.get("error"):  # Moondream Station says so with status 200
-            words = self.redacted(_their_words(body))
-            raise CloudError("provider", f"{self.host} failed. It says: {words}", 200)
-        return found
-
-    def redacted(self, text: str) -> str:
-        """The text without the key, however it came in."""
-        return text.replace(self.key.get_secret_value(), "[key]") if self.key else text
-
-
-class _Refused(CloudError):
-    """A status that is no success; `wait`: the seconds that the server wants to be left alone."""
-
-    def __init__(self, kind: str, message: str, status: int, uncertain: bool, wait: float | None) -> None:
-        super().__init__(kind, message, status, uncertain)
-        self.wait = wait
-
-
-class RetryPolicy(tenacity.Retrying):
-    """Tries of one call: only where another one can help and cannot hurt, with jitter, and as the server wishes.
-
-    begun: set while something of an answer has come, after which there is no other try. perhaps: tries that were lost
-    and may have been carried out.
-    """
-
-    def __init__(self, until: float, repeatable: bool) -> None:
-        self.until, self.repeatable, self.begun = until, repeatable, False
-        self.number, self.perhaps = 0, 0
-        backoff = tenacity.wait_random_exponential(multiplier=0.25, max=MAX_WAIT / 4)
-        super().__init__(
-            retry=tenacity.retry_if_exception(self._again),
-            stop=tenacity.stop_after_attempt(TRIES),
-            wait=lambda state: (getattr(_failure(state), "wait", None) or 0.0) + backoff(state),
-            before=self._count,
-            before_sleep=self._lost,
-            sleep=self._sleep,
-            reraise=True,
+    def _status_error(self, status: int, body: bytes, headers: Mapping[str, str]) -> CloudError:
+        default = SERVER_ERROR_MESSAGE if status >= 500 else CLIENT_ERROR_MESSAGE
+        message = STATUS_MESSAGES.get(status, default).format(self.host, status)
+        provider_message = self.redact(_provider_message(body))
+        if provider_message and status not in (401, 429):
+            message += f" Its message: {provider_message}"
+        return CloudError(
+            ERROR_KINDS.get(status, "provider"),
+            message,
+            status,
+            uncertain=status in RETRYABLE_STATUSES - NOT_EXECUTED_STATUSES,
+            retry_after=parse_retry_after(headers.get("retry-after")),
         )
 
-    def _count(self, state: tenacity.RetryCallState) -> None:
-        self.number = state.attempt_number
+    def _parse_events(self, chunks: ResponseStream) -> Iterator[dict[str, Any]]:
+        """Parse server-sent events. Skips comments, event names and [DONE]; accepts a single JSON object as well."""
+        buffer = b""
+        for chunk in chunks:
+            *lines, buffer = (buffer + chunk).split(b"\n")
+            for line in lines:
+                data = line.strip().removeprefix(b"data:").strip()
+                if line.startswith(b"data:") and data and data != b"[DONE]":
+                    yield self._parse_object(data)
+        if buffer.strip() and not buffer.startswith(b"data:"):
+            yield self._parse_object(buffer) | {"completed": True}
 
-    def _again(self, error: BaseException) -> bool:
-        if not isinstance(error, CloudError) or self.begun or error.kind == "cancelled":
-            return False
-        if error.uncertain and not self.repeatable:
-            return False
-        wait = getattr(error, "wait", None) or 0.0
-        if wait > MAX_WAIT or time.monotonic() + wait >= self.until:
-            return False
-        return error.status in RETRIED if error.status else error.kind in ("provider", "timeout")
-
-    def _lost(self, state: tenacity.RetryCallState) -> None:
-        self.perhaps += bool(getattr(_failure(state), "uncertain", False))
-
-    def _sleep(self, seconds: float) -> None:
-        time.sleep(max(0.0, min(seconds, self.until - time.monotonic())))
-
-
-def _failure(state: tenacity.RetryCallState) -> BaseException | None:
-    return state.outcome.exception() if state.outcome else None
-
-
-class _Pieces:
-    """The bytes of an answer as they come, up to MAX_REPLY, until it takes too long or nobody wants them any more.
-
-    began: when the request was sent, after it had waited for its turn.
-    """
-
-    def __init__(
-        self, reply: httpx.Response, began: float, over: float, stopped: Callable[[], bool], host: str
-    ) -> None:
-        self.headers, self.began = reply.headers, began
-        self._reply, self._over, self._stopped, self._host = reply, over, stopped, host
-
-    def __iter__(self) -> Iterator[bytes]:
-        size = 0
-        for piece in self._reply.iter_bytes():
-            size += len(piece)
-            if self._stopped():
-                raise CloudError("cancelled", "Cancelled.", uncertain=True)
-            if time.monotonic() > self._over:
-                raise CloudError("timeout", f"{self._host} did not finish in time. Try again.", uncertain=True)
-            if size > MAX_REPLY:
-                raise CloudError("provider", f"The answer of {self._host} is too large.", 200, uncertain=True)
-            yield piece
+    def _parse_object(self, body: bytes) -> dict[str, Any]:
+        """Parse a JSON object. Raises CloudError if it is invalid or reports an error."""
+        try:
+            data = json.loads(body)
+        except (ValueError, RecursionError):
+            data = None
+        if not isinstance(data, dict):
+            raise CloudError("provider", f"{self.host} did not return a JSON object. Check its address.", 200)
+        if data.get("error"):  # Moondream Station reports errors with status 200
+            message = self.redact(_provider_message(body))
+            raise CloudError("provider", f"{self.host} failed. Its message: {message}", 200)
+        return data
 
 
-def _their_words(body: bytes) -> str:
-    """What a provider says of an error, in one line; nothing where it says it in HTML."""
-    try:
-        said: Any = json.loads(body)
-    except (ValueError, RecursionError):
-        text = body[:2000].decode("utf-8", "replace")
-        return "" if "<" in text else clean(text)[:MAX_WORDS]
-    while isinstance(said, dict):
-        said = next((said[name] for name in ("error", "message", "detail", "code") if name in said), "")
-    return clean(said if isinstance(said, str) else json.dumps(said))[:MAX_WORDS]
-
-
-def retry_after(text: str | None) -> float | None:
-    """Seconds, from seconds or a date; None where neither is said."""
-    if not text:
+def parse_retry_after(value: str | None) -> float | None:
+    """Parse a Retry-After header (seconds or a date) to seconds. Returns None if missing or malformed."""
+    if not value:
         return None
-    if text.strip().isdecimal():
-        return float(text)
+    if value.strip().isdecimal():
+        return float(value)
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, TypeError):
         return None
 
 
-def photo_url(photo: np.ndarray, side: int = MAX_SIDE) -> str:
-    """A photo (uint8 [H, W, 3], RGB) as a JPEG data URL of at most `side` pixels on its longer side."""
-    picture = cv2.cvtColor(shrink(photo, side), cv2.COLOR_RGB2BGR)
-    done, coded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])
-    if not done:
-        raise CloudError("failed", "The photo could not be written as a JPEG. Choose another one.")
-    return "data:image/jpeg;base64," + b64encode(coded.tobytes()).decode("ascii")
+def photo_data_url(photo: np.ndarray) -> str:
+    """Encode a photo (RGB, uint8 [H, W, 3]) as a JPEG data URL with a long side of at most `MAX_PHOTO_SIDE` pixels."""
+    return jpeg_data_url(shrink(photo, MAX_PHOTO_SIDE))
 
 
-def _never() -> bool:
-    return False
+def _provider_message(body: bytes) -> str:
+    """Extract the error message from a response body as one line; empty for HTML."""
+    try:
+        message: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        text = body[:2000].decode("utf-8", "replace")
+        return "" if "<" in text else clean(text)[:MAX_PROVIDER_MESSAGE]
+    while isinstance(message, dict):
+        message = next((message[key] for key in ("error", "message", "detail", "code") if key in message), "")
+    return clean(message if isinstance(message, str) else json.dumps(message))[:MAX_PROVIDER_MESSAGE]
 
 
-def _sleep(seconds: float, stopped: Callable[[], bool]) -> None:
-    """Sleeps, and wakes up every tenth of a second to see whether it is still wanted. Raises CloudError."""
-    end = time.monotonic() + seconds
-    while True:
-        if stopped():
-            raise CloudError("cancelled", "Cancelled.")
-        left = end - time.monotonic()
-        if left <= 0:
-            return
-        time.sleep(min(left, 0.1))
+def _exception(state: tenacity.RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome else None

@@ -1,4 +1,4 @@
-"""RecipeConstraint: keeps what a model writes inside a grammar, the same way for generating and for training."""
+"""RecipeConstraint: grammar-constrained decoding for generation and training."""
 
 from __future__ import annotations
 
@@ -9,64 +9,82 @@ import torch
 from transformers import LogitsProcessor
 
 Position = tuple[int, tuple[int, ...]]
-"""(segment, the tokens of it that are written)."""
+"""(segment, its tokens written so far)."""
 
 
 class RecipeConstraint:
     """A finite automaton over token ids, compiled from a grammar.
 
-    grammar: segments, each a list of alternatives, as `recipes.grammar()` gives it; "".join of one choice per segment
-    is a text of the language. An alternative may be one token or several. After the last segment only the end token
-    is allowed, and after an end token nothing but more of them.
-    tokenizer: anything with `encode` and `decode` in the manner of `tokenizers` or `transformers`.
-    end_id: the end token; by default the tokenizer's `eos_token_id`.
-    Raises ValueError when the tokenizer cannot write an alternative.
+    After the last segment, after an end token and after a token outside the language, only the end token is allowed.
 
-    A token outside the language leads to a state where only the end is allowed: `mask` gives such a token no
-    probability, and a text that broke the rules earlier ends at once.
+    Args:
+        tokenizer: Any object with the `encode` and `decode` of a `tokenizers` or `transformers` tokenizer.
+        grammar: Segments, each a list of alternatives, as returned by `recipes.grammar_segments()`. A text of the
+            language is the concatenation of one alternative per segment. An alternative may take several tokens.
+        end_id: The end token. Default: the tokenizer's `eos_token_id`.
+
+    Attributes:
+        end_id: The end token.
+        max_tokens: Maximum length of a text in tokens, including the end token.
+
+    Raises:
+        ValueError: If the tokenizer cannot encode an alternative.
     """
 
     def __init__(self, tokenizer: Any, grammar: Sequence[Sequence[str]], end_id: int | None = None) -> None:
         self.end_id = int(tokenizer.eos_token_id if end_id is None else end_id)
         segments = [[_encode(tokenizer, text) for text in alternatives] for alternatives in grammar]
-        self.max_tokens = sum(max(map(len, segment)) for segment in segments) + 1  # with the end token
-        edges, final = _automaton(segments)
-        tokens = sorted({token for ways in edges for token in ways} | {self.end_id})
-        column = {token: place for place, token in enumerate(tokens)}
-        ended = len(edges)  # one more state: the text has ended, or has left the language
+        self.max_tokens = sum(max(map(len, segment)) for segment in segments) + 1
+        transitions, final_states = _build_automaton(segments)
+        tokens = sorted({token for edges in transitions for token in edges} | {self.end_id})
+        column = {token: index for index, token in enumerate(tokens)}
+        ended = len(transitions)  # state after the end token or after a token outside the language
         self._tokens = torch.tensor(tokens)
-        # _next[state, column] -> state; the last column stands for all the tokens that the grammar does not have.
+        # _next[state, column] -> state. The last column stands for all tokens that the grammar does not contain.
         self._next = torch.full((ended + 1, len(tokens) + 1), ended)
-        for state, ways in enumerate(edges):
-            for token, target in ways.items():
+        for state, edges in enumerate(transitions):
+            for token, target in edges.items():
                 self._next[state, column[token]] = target
-        self._allowed = self._next[:, :-1] != ended  # [states, tokens of the grammar]
-        self._allowed[[*final, ended], column[self.end_id]] = True
+        self._allowed = self._next[:, :-1] != ended  # [states, tokens]
+        self._allowed[[*final_states, ended], column[self.end_id]] = True
 
     def mask(self, completion_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """bool [B, T, vocab_size]: the tokens allowed at each place of completions [B, T], given those before it."""
-        states = self._states(completion_ids)[:, :-1]
-        return self._spread(states, vocab_size)
+        """Return the tokens allowed at each position of completions, given the tokens before it.
+
+        Args:
+            completion_ids: [B, T].
+            vocab_size: V, the size of the logits.
+
+        Returns:
+            bool [B, T, V].
+        """
+        return self._masks(self._states(completion_ids)[:, :-1], vocab_size)
+
+    def next_mask(self, completion_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """Return the tokens allowed after completions [B, T], T >= 0, as bool [B, vocab_size]."""
+        return self._masks(self._states(completion_ids)[:, -1], vocab_size)
 
     def apply(self, logits: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
-        """Logits [B, T, V] of the completions [B, T] with the forbidden tokens at a very low, finite value.
+        """Set the logits of forbidden tokens to a very low value, so that log-probabilities match those of sampling.
 
-        For a trainer: log-probabilities of the result are those that were sampled from. Finite, so that an entropy
-        (probability times log-probability) stays a number.
+        The value is finite, which keeps entropies finite.
+
+        Args:
+            logits: [B, T, V].
+            completion_ids: [B, T].
+
+        Returns:
+            Logits [B, T, V].
         """
         low = max(-1e9, torch.finfo(logits.dtype).min / 2)
         return logits.masked_fill(~self.mask(completion_ids, logits.shape[-1]), low)
 
     def processor(self, prompt_length: int) -> LogitsProcessor:
-        """For `generate(logits_processor=[...])`; prompt_length: columns of input_ids before the answer, with pads."""
-        return _Processor(self, prompt_length)
-
-    def next_mask(self, completion_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """bool [B, vocab_size]: the tokens allowed after completions [B, T]; T may be 0."""
-        return self._spread(self._states(completion_ids)[:, -1], vocab_size)
+        """Return a logits processor for `generate`. `prompt_length` is the number of prompt columns, with padding."""
+        return _ConstraintLogitsProcessor(self, prompt_length)
 
     def _states(self, completion_ids: torch.Tensor) -> torch.Tensor:
-        """The automaton's states [B, T + 1] before each token and after the last."""
+        """Return the states [B, T + 1] before each token and after the last."""
         device = completion_ids.device
         table, tokens = self._next.to(device), self._tokens.to(device)
         columns = torch.searchsorted(tokens, completion_ids.contiguous()).clamp_(max=len(tokens) - 1)
@@ -76,14 +94,14 @@ class RecipeConstraint:
             states.append(table[states[-1], column])
         return torch.stack(states, 1)
 
-    def _spread(self, states: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """The masks [..., vocab_size] of states [...]."""
+    def _masks(self, states: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """Return the masks [..., vocab_size] of states [...]."""
         mask = torch.zeros(*states.shape, vocab_size, dtype=torch.bool, device=states.device)
         mask[..., self._tokens.to(states.device)] = self._allowed.to(states.device)[states]
         return mask
 
 
-class _Processor(LogitsProcessor):
+class _ConstraintLogitsProcessor(LogitsProcessor):
     def __init__(self, constraint: RecipeConstraint, prompt_length: int) -> None:
         self.constraint = constraint
         self.prompt_length = prompt_length
@@ -94,45 +112,46 @@ class _Processor(LogitsProcessor):
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:
-    encoded = tokenizer.encode(text, add_special_tokens=False)
-    ids = tuple(getattr(encoded, "ids", encoded))
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    ids = tuple(getattr(encoding, "ids", encoding))
     if not ids or tokenizer.decode(list(ids)) != text:
-        raise ValueError(f"this tokenizer cannot write {text!r}")
+        raise ValueError(f"The tokenizer cannot encode {text!r}.")
     return ids
 
 
-def _automaton(segments: Sequence[Sequence[tuple[int, ...]]]) -> tuple[list[dict[int, int]], list[int]]:
-    """The deterministic automaton of a sequence of choices, by subset construction.
+def _build_automaton(segments: Sequence[Sequence[tuple[int, ...]]]) -> tuple[list[dict[int, int]], list[int]]:
+    """Build the deterministic automaton of a sequence of choices by subset construction.
 
-    Returns the edges (per state: token -> state; state 0 is the start) and the states where the text is complete.
+    Returns:
+        The transitions (token -> state, per state; state 0 is the start) and the final states.
     """
     start = _close(segments, {(0, ())})
-    numbers = {start: 0}
-    edges: list[dict[int, int]] = []
-    todo = [start]
-    for positions in todo:  # grows while it is walked
-        reached: dict[int, set[Position]] = {}
-        for segment, written in positions:
+    state_ids = {start: 0}
+    transitions: list[dict[int, int]] = []
+    pending = [start]
+    for positions in pending:  # grows during iteration
+        successors: dict[int, set[Position]] = {}
+        for segment, prefix in positions:
             for choice in segments[segment] if segment < len(segments) else ():
-                if len(choice) > len(written) and choice[: len(written)] == written:
-                    reached.setdefault(choice[len(written)], set()).add((segment, choice[: len(written) + 1]))
-        targets = {token: _close(segments, found) for token, found in reached.items()}
+                if len(choice) > len(prefix) and choice[: len(prefix)] == prefix:
+                    successors.setdefault(choice[len(prefix)], set()).add((segment, choice[: len(prefix) + 1]))
+        targets = {token: _close(segments, reached) for token, reached in successors.items()}
         for target in targets.values():
-            if target not in numbers:
-                numbers[target] = len(numbers)
-                todo.append(target)
-        edges.append({token: numbers[target] for token, target in targets.items()})
-    complete = [number for positions, number in numbers.items() if (len(segments), ()) in positions]
-    return edges, complete
+            if target not in state_ids:
+                state_ids[target] = len(state_ids)
+                pending.append(target)
+        transitions.append({token: state_ids[target] for token, target in targets.items()})
+    final_states = [state for positions, state in state_ids.items() if (len(segments), ()) in positions]
+    return transitions, final_states
 
 
 def _close(segments: Sequence[Sequence[tuple[int, ...]]], positions: set[Position]) -> frozenset[Position]:
-    """A finished choice is also the start of the next segment; one that no choice goes on from is nothing else."""
+    """Add the start of the next segment to each complete choice; drop prefixes that no choice continues."""
     closed: set[Position] = set()
-    for segment, written in positions:
+    for segment, prefix in positions:
         choices = segments[segment]
-        if written in choices:
+        if prefix in choices:
             closed.add((segment + 1, ()))
-        if any(len(choice) > len(written) and choice[: len(written)] == written for choice in choices):
-            closed.add((segment, written))
+        if any(len(choice) > len(prefix) and choice[: len(prefix)] == prefix for choice in choices):
+            closed.add((segment, prefix))
     return frozenset(closed)

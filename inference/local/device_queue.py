@@ -1,4 +1,4 @@
-"""Turns: one at a time on a device, first come first served, with a position that can be seen while waiting."""
+"""A first-come, first-served queue for one device, with visible positions and cancellation."""
 
 from __future__ import annotations
 
@@ -7,51 +7,51 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-POLL_SECONDS = 0.1  # how often somebody who waits looks whether he still wants to
+POLL_SECONDS = 0.1  # poll interval for cancellation
 
 
-class Cancelled(Exception):
-    """Whoever waited or computed does not want to any more."""
+class Cancelled(Exception):  # noqa: N818
+    """Raised when the caller cancels."""
 
 
 class DeviceQueue:
-    """The queue before one device."""
+    """The queue of one device. `len(queue)` counts the running and the waiting requests."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._line: deque[object] = deque()
+        self._tickets: deque[object] = deque()
 
     def __len__(self) -> int:
-        """How many compute or wait."""
-        return len(self._line)
+        return len(self._tickets)
 
     @contextmanager
-    def turn(self, stopped: Callable[[], bool], moved: Callable[[int], None]) -> Iterator[None]:
-        """Waits for a turn, and holds it inside the `with` block.
+    def acquire(self, is_cancelled: Callable[[], bool], on_position: Callable[[int], None]) -> Iterator[None]:
+        """Wait for the device and hold it inside the `with` block.
 
-        moved(position): called at the start and at every change; so many are before, 0 is the last call.
-        stopped(): asked about ten times a second; when true, the place in the line is given up with Stopped.
+        Args:
+            is_cancelled: Polled about ten times per second while waiting.
+            on_position: Called with the number of requests ahead, at first and at each change. The last call gets 0.
+
+        Raises:
+            Cancelled: If `is_cancelled` returns True before the device is acquired.
         """
         ticket = object()
         with self._condition:
-            self._line.append(ticket)
+            self._tickets.append(ticket)
         try:
-            self._wait(ticket, stopped, moved)
+            last_position = -1
+            while last_position != 0:
+                if is_cancelled():
+                    raise Cancelled
+                with self._condition:
+                    if self._tickets.index(ticket) == last_position:
+                        self._condition.wait(POLL_SECONDS)
+                    position = self._tickets.index(ticket)
+                if position != last_position:
+                    last_position = position
+                    on_position(position)
             yield
         finally:
             with self._condition:
-                self._line.remove(ticket)
+                self._tickets.remove(ticket)
                 self._condition.notify_all()
-
-    def _wait(self, ticket: object, stopped: Callable[[], bool], moved: Callable[[int], None]) -> None:
-        seen = -1
-        while seen != 0:
-            if stopped():
-                raise Cancelled
-            with self._condition:
-                if self._line.index(ticket) == seen:
-                    self._condition.wait(POLL_SECONDS)
-                position = self._line.index(ticket)
-            if position != seen:
-                seen = position
-                moved(position)

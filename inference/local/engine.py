@@ -1,4 +1,4 @@
-"""Answers from models on this machine: one turn at a time, streamed, stopped at the next token when nobody listens."""
+"""Backend for local models: one device, a queue, batching of concurrent requests, streaming and cancellation."""
 
 from __future__ import annotations
 
@@ -12,145 +12,152 @@ from contextlib import ExitStack, suppress
 
 import torch
 
-from inference.local import generation as decoding
-from inference.local import model_cache as loading
+from inference.local import generation
 from inference.local.device_queue import Cancelled, DeviceQueue
 from inference.local.generation import Job
-from inference.local.model_cache import LoadedModel, ModelCache, pick_device
-from inference.registry import ModelSpec
-from inference.types import Event, InferenceError, Queued, Request
+from inference.local.model_cache import LoadedModel, ModelCache, pick_device, wrap_errors
+from inference.types import Event, InferenceError, ModelSpec, Queued, Request
 
-# Small models gain nothing from a second thread, and beside a training run two threads that wait for each other at
-# every operation are many times slower than one.
+# Small models do not benefit from a second thread. Beside a training run, two threads that synchronise at every
+# operation are many times slower than one.
 THREADS = 1
-MAX_BATCH = 32  # requests that are computed together
+MAX_BATCH = 32  # jobs
 logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """One device with the queue before it and the models on it.
+    """One device with its queue and its cached models.
 
-    A request waits, loads and computes in a thread of its own, which holds the device until the computing has really
-    ended: neither a slow reader nor one that went away keeps it from the others. Single answers that wait and differ in
-    photo, words and seed alone are computed together by the first of them.
+    Each request waits, loads and generates in its own thread, which holds the device until generation has ended, so
+    a slow or disconnected consumer does not block others. Waiting jobs that can share a batch run with the first.
+
+    Args:
+        device: Device to run on. Default: the fastest available.
+        model_cache: Cache of loaded models.
     """
 
-    def __init__(self, device: torch.device | None = None, shelf: ModelCache | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, model_cache: ModelCache | None = None) -> None:
         self.device = device or pick_device()
-        self.shelf = shelf or ModelCache()
-        self.turns = DeviceQueue()
+        self.model_cache = model_cache or ModelCache()
+        self.device_queue = DeviceQueue()
         self._waiting: list[Job] = []
-        self._taking = threading.Lock()
+        self._claim_lock = threading.Lock()
 
-    def answer(self, entry: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
-        """Yields Waiting, Partial and, per candidate, one Answer, as they come. Raises InferenceError."""
-        gone = threading.Event()
+    def answer(self, spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
+        """Run a model on a request.
+
+        Yields:
+            Queued, TextUpdate and, per candidate, one Answer, as they come.
+
+        Raises:
+            InferenceError: If generation fails or is cancelled.
+        """
+        closed = threading.Event()
         events: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()
-        job = Job(entry, request, lambda: gone.is_set() or cancel.is_set(), events.put, time.perf_counter())
-        # The caller's context goes along: a hosted GPU is accounted to the visitor in it.
+        job = Job(spec, request, lambda: closed.is_set() or cancel.is_set(), events.put, time.perf_counter())
+        # The thread inherits the caller's context: ZeroGPU bills the visitor found there.
         run = contextvars.copy_context().run
-        threading.Thread(target=run, args=(self._work, job), name=f"answer-{entry.name}", daemon=True).start()
+        threading.Thread(target=run, args=(self._run, job), name=f"answer-{spec.name}", daemon=True).start()
         try:
             while (event := events.get()) is not None:
                 if isinstance(event, Exception):
                     raise event
                 yield event
         finally:
-            gone.set()
+            closed.set()
 
-    def _work(self, job: Job) -> None:
-        """Waits for the device, then computes the job and whatever else waits that goes with it."""
+    def _run(self, job: Job) -> None:
+        """Wait for the device, then run the job and the waiting jobs that can share its batch."""
+
+        def send_position(position: int) -> None:
+            if not job.claimed:
+                job.send(Queued(position))
+
         self._waiting.append(job)
         try:
-            with self.turns.turn(lambda: job.taken or job.stopped(), lambda position: _tell_place(job, position)):
-                together = self._take(job)
-                if together:
-                    self._compute(together)
+            with self.device_queue.acquire(lambda: job.claimed or job.is_cancelled(), send_position):
+                jobs = self._claim(job)
+                if len(jobs) == 1:
+                    self._generate(jobs)
+                    if not job.finished:
+                        raise Cancelled
+                elif jobs:
+                    self._run_batch(jobs)
         except Exception as error:
-            if not job.shared:
-                job.emit(explain(error, job.entry))
+            if not job.batched:
+                job.send(as_inference_error(error, job.spec))
         finally:
             with suppress(ValueError):
                 self._waiting.remove(job)
-            if not job.shared:
-                job.emit(None)
+            if not job.batched:
+                job.send(None)
 
-    def _take(self, job: Job) -> list[Job]:
-        """The job, and those behind it that go into one batch with it; none where another one has taken it along."""
-        with self._taking:
-            if job.taken:
+    def _claim(self, job: Job) -> list[Job]:
+        """Claim the job and the waiting jobs that can share its batch. Empty if another thread has claimed the job."""
+        with self._claim_lock:
+            if job.claimed:
                 return []
-            others = [other for other in list(self._waiting) if other is not job and not other.taken]
-            together = [job, *(other for other in others if job.goes_with(other))][:MAX_BATCH]
-            for one in together:
-                one.taken, one.shared = True, len(together) > 1
-            return together
+            others = [other for other in list(self._waiting) if other is not job and not other.claimed]
+            jobs = [job, *(other for other in others if job.can_batch_with(other))][:MAX_BATCH]
+            for member in jobs:
+                member.claimed, member.batched = True, len(jobs) > 1
+            return jobs
 
-    def _compute(self, jobs: list[Job]) -> None:
-        """Several jobs end each by itself; where their batch fails, each one is computed alone, or fails alone."""
-        if len(jobs) == 1:
-            self._compute_batch(jobs)
-            if not jobs[0].over:
-                raise Cancelled
-            return
+    def _run_batch(self, jobs: list[Job]) -> None:
+        """Run several jobs as one batch; if it fails, run the unfinished ones one by one. Sends errors to each job."""
         with suppress(Exception):
-            self._compute_batch(jobs)
+            self._generate(jobs)
         for job in jobs:
             try:
-                if not job.over and not job.stopped():
-                    self._compute_batch([job])
-                if not job.over:
+                if not job.finished and not job.is_cancelled():
+                    self._generate([job])
+                if not job.finished:
                     raise Cancelled
             except Exception as error:
-                job.emit(explain(error, job.entry))
+                job.send(as_inference_error(error, job.spec))
             finally:
-                job.emit(None)
+                job.send(None)
 
-    def _compute_batch(self, jobs: list[Job]) -> None:
+    def _generate(self, jobs: list[Job]) -> None:
         torch.set_num_threads(THREADS)
-        loaded = self.shelf.get(jobs[0].entry, self.device)
+        spec = jobs[0].spec
+        loaded = self.model_cache.get(spec, self.device)
         with ExitStack() as stack:
-            self._adapt(stack, loaded, jobs[0].entry)
-            if all(job.stopped() for job in jobs):
+            self._use_adapter(stack, loaded, spec)
+            if all(job.is_cancelled() for job in jobs):
                 return
             stack.enter_context(torch.inference_mode())
-            decoding.answer(loaded, jobs)
+            generation.answer(loaded, jobs)
 
-    def _adapt(self, stack: ExitStack, loaded: LoadedModel, entry: ModelSpec) -> None:
+    def _use_adapter(self, stack: ExitStack, loaded: LoadedModel, spec: ModelSpec) -> None:
         try:
-            with loading.wrap_errors("bad_weights", f"The adapter of {entry.title} does not fit its model."):
-                stack.enter_context(loaded.adapted(entry.adapter))
+            with wrap_errors("bad_weights", f"The adapter of {spec.title} does not fit its model."):
+                stack.enter_context(loaded.use_adapter(spec.adapter))
         except Exception:
-            self.shelf.drop(loaded)  # half an adapter may be on it
+            self.model_cache.drop(loaded)  # the adapter may be partially loaded
             raise
 
 
-def _tell_place(job: Job, position: int) -> None:
-    if not job.taken:
-        job.emit(Queued(position))
-
-
-def explain(error: Exception, entry: ModelSpec) -> InferenceError:
-    """Any failure as an InferenceError: its message is for a person and names no path or secret of the machine."""
+def as_inference_error(error: Exception, spec: ModelSpec) -> InferenceError:
+    """Convert any exception to an InferenceError whose message contains no paths or secrets."""
     if isinstance(error, InferenceError):
         return error
     if isinstance(error, Cancelled):
         return InferenceError("cancelled", "Cancelled.")
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return InferenceError("out_of_memory", f"{entry.title} ran out of memory. Ask for fewer candidates.")
-    logger.error("%s failed", entry.name, exc_info=error)
-    return InferenceError("failed", f"{entry.title} failed ({type(error).__name__}). The log has the details.")
+        return InferenceError("out_of_memory", f"{spec.title} ran out of memory. Request fewer candidates.")
+    logger.error("%s failed", spec.name, exc_info=error)
+    return InferenceError("failed", f"{spec.title} failed ({type(error).__name__}). See the log for details.")
+
+
+_ENGINE = Engine()  # one device and one queue per process
 
 
 def loaded_sources() -> tuple[str, ...]:
-    """The sources of the models that are in memory."""
-    return _ENGINE.shelf.sources
+    """Return the sources of the models in memory."""
+    return _ENGINE.model_cache.sources
 
 
-# The machine has one device, so the process has one queue.
-_ENGINE = Engine()
-
-
-def answer(entry: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
-    """See `Engine.answer`; all callers of this process share one queue."""
-    return _ENGINE.answer(entry, request, cancel)
+def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
+    """Run a model on the engine of this process. See `Engine.answer`."""
+    return _ENGINE.answer(spec, request, cancel)

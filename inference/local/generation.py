@@ -1,4 +1,4 @@
-"""From a request to answers, token by token: prompts, drawing candidates, streaming and stopping."""
+"""Batched generation: prompts, per-row sampling, streaming and cancellation for jobs on one loaded model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from transformers import (
 )
 
 from inference.local.model_cache import LoadedModel
-from inference.registry import ModelSpec
 from inference.types import (
     SKILLS,
     Answer,
     Box,
     Event,
     InferenceError,
+    ModelSpec,
     Point,
     Request,
     TextUpdate,
@@ -34,285 +34,290 @@ from inference.types import (
     recipe_prompt,
 )
 
-CONTROL_IDS = range(15)  # Moondream's end token and its marks around words and regions
-MIN_NEW_TOKENS = 16  # less room than this for an answer is none
-STEPS_PER_OBJECT = {"detect": 3, "point": 2}
-PARTIALS_PER_SECOND = 12
+CONTROL_IDS = range(15)  # Moondream's end token and its markers of prompts and regions
+MIN_NEW_TOKENS = 16  # a prompt that leaves less room is too long
+TOKENS_PER_OBJECT = {"detect": 3, "point": 2}
+UPDATES_PER_SECOND = 12
+BATCH_KEYS = ("skill", "n", "temperature", "max_tokens", "max_objects")  # request fields that a batch has in common
 
 
 @dataclass(eq=False)
 class Job:
-    """One request on its way: whether it is still wanted, where its events go and when (by perf_counter) it came.
+    """One request in the engine.
 
-    taken: it is being computed, or was; shared: in a batch with others. left: so many answers are to come.
+    Attributes:
+        spec: The model.
+        request: What to generate.
+        is_cancelled: Whether the caller has cancelled.
+        send: Receives events, then an exception on failure, then None at the end.
+        queued_at: Arrival time, by `time.perf_counter()`.
+        claimed: Whether a thread computes the job or has computed it.
+        batched: Whether the job shares its batch with others.
+        remaining: Number of candidates without an answer.
     """
 
-    entry: ModelSpec
+    spec: ModelSpec
     request: Request
-    stopped: Callable[[], bool]
-    emit: Callable[[Event | Exception | None], None]
-    arrived: float
-    taken: bool = False
-    shared: bool = False
-    left: int = field(init=False)
+    is_cancelled: Callable[[], bool]
+    send: Callable[[Event | Exception | None], None]
+    queued_at: float
+    claimed: bool = False
+    batched: bool = False
+    remaining: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.left = self.request.n
+        self.remaining = self.request.n
 
     @property
-    def over(self) -> bool:
-        """Whether every candidate was answered."""
-        return self.left == 0
+    def finished(self) -> bool:
+        """Whether all candidates are answered."""
+        return self.remaining == 0
 
-    def tell(self, event: TextUpdate | Answer) -> None:
-        """Emits something of an answer; one of a batch ends with its last answer, whatever the others still do."""
-        self.left -= isinstance(event, Answer)
-        self.emit(event)
-        if self.shared and self.over:
-            self.emit(None)
+    def emit(self, event: TextUpdate | Answer) -> None:
+        """Send an event. The last answer of a batched job ends its stream while the rest of the batch continues."""
+        self.remaining -= isinstance(event, Answer)
+        self.send(event)
+        if self.batched and self.finished:
+            self.send(None)
 
-    def goes_with(self, other: Job) -> bool:
-        """Whether both can be computed in one batch: single answers that differ in photo, words and seed alone."""
-        one, two = self.request, other.request
-        same = ("skill", "n", "temperature", "max_tokens", "max_objects")
-        return self.entry == other.entry and one.n == 1 and all(getattr(one, x) == getattr(two, x) for x in same)
+    def can_batch_with(self, other: Job) -> bool:
+        """Whether both jobs can share a batch: one candidate each, differing only in photo, prompt and seed."""
+        a, b = self.request, other.request
+        return self.spec == other.spec and a.n == 1 and all(getattr(a, key) == getattr(b, key) for key in BATCH_KEYS)
 
 
 def answer(loaded: LoadedModel, jobs: Sequence[Job]) -> None:
-    """Emits the Partial and Answer events of one job, or of several that go with each other, in one batch.
+    """Run one job, or several that can share a batch, and emit their events. The caller holds the device.
 
-    The caller holds the device. A job that is not wanted any more is not over at the end. Raises InferenceError.
+    Each candidate i is sampled with its own generator, seeded with `seed + i`: equal requests give equal answers, and a
+    candidate does not depend on the number of candidates (up to rounding of batched arithmetic). Regions, and texts at
+    temperature 0, are deterministic: computed once and emitted for all candidates.
 
-    Candidate i is drawn with a generator of its own, seeded with seed + i: the same request gives the same answers,
-    and a candidate does not depend on how many others there are (up to the rounding of batched arithmetic).
-    At temperature 0 all candidates are the same, and so are boxes and points at any temperature, since a model's best
-    guess is wanted there: one is computed and told n times.
+    A cancelled job is left unfinished.
+
+    Raises:
+        InferenceError: If a prompt is too long.
     """
-    started = time.perf_counter()
-    work = _regions if SKILLS[jobs[0].request.skill].output == "regions" else _texts
-    asked = [ask(loaded, job.request, job.entry) for job in jobs]
-    if len(jobs) > 1 and not work(loaded, jobs, asked, started):
-        for job, inputs in zip(jobs, asked):
-            work(loaded, [job], [inputs], started)
-    elif len(jobs) == 1:
-        work(loaded, jobs, asked, started)
+    start = time.perf_counter()
+    generate = _generate_regions if SKILLS[jobs[0].request.skill].output == "regions" else _generate_texts
+    inputs = [prepare_inputs(loaded, job.request, job.spec) for job in jobs]
+    if len(jobs) == 1:
+        generate(loaded, jobs, inputs, start)
+    elif not generate(loaded, jobs, inputs, start):
+        for job, job_inputs in zip(jobs, inputs):
+            generate(loaded, [job], [job_inputs], start)
 
 
-def ask(loaded: LoadedModel, request: Request, entry: ModelSpec) -> dict[str, torch.Tensor]:
-    """The model's inputs for a request, on its device: one row of ids with its mask, and the photo's crops."""
-    skill, words = request.skill, request.prompt
+def prepare_inputs(loaded: LoadedModel, request: Request, spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """Return the model inputs of a request on the model's device: one row of ids, its mask, and the photo's crops."""
+    skill, prompt = request.skill, request.prompt
     if skill == "recipe":
-        skill, words = "query", recipe_prompt(words) if entry.grammar_in_prompt else words
-    inputs = loaded.processor.prepare(request.photo, skill, words, request.length)
+        skill, prompt = "query", recipe_prompt(prompt) if spec.grammar_in_prompt else prompt
+    inputs = loaded.processor.prepare(request.photo, skill, prompt, request.length)
     return {name: tensor.to(loaded.model.device) for name, tensor in inputs.items()}
 
 
-def _room(loaded: LoadedModel, prompt: int, least: int) -> int:
-    """How many tokens fit behind a prompt of that many. Raises InferenceError when that is less than `least`."""
-    room = loaded.model.config.text_config.max_context - prompt
-    if room < least:
-        raise InferenceError(
-            "too_long", f"The prompt is too long for this model by {least - room} tokens. Use fewer words."
-        )
-    return room
+def _remaining_context(loaded: LoadedModel, prompt_length: int, required: int) -> int:
+    """Return the number of tokens that fit after the prompt. Raises InferenceError if fewer than `required`."""
+    remaining = loaded.model.config.text_config.max_context - prompt_length
+    if remaining < required:
+        message = f"The prompt is {required - remaining} tokens too long for this model. Use fewer words."
+        raise InferenceError("too_long", message)
+    return remaining
 
 
-def _together(loaded: LoadedModel, asked: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Several inputs as the rows of one batch, padded at the left."""
-    longest = max(inputs["input_ids"].shape[1] for inputs in asked)
-    fills = {"input_ids": loaded.model.config.eos_id, "attention_mask": 0}
-
-    def rows(name: str) -> torch.Tensor:
-        if name not in fills:
-            return torch.cat([inputs[name] for inputs in asked])
-        padded = [pad(inputs[name], (longest - inputs[name].shape[1], 0), value=fills[name]) for inputs in asked]
-        return torch.cat(padded)
-
-    return asked[0] if len(asked) == 1 else {name: rows(name) for name in asked[0]}
+def _collate(loaded: LoadedModel, inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Stack inputs to one batch, padded at the left."""
+    if len(inputs) == 1:
+        return inputs[0]
+    length = max(row["input_ids"].shape[1] for row in inputs)
+    fill_values = {"input_ids": loaded.model.config.eos_id, "attention_mask": 0}
+    batch = {}
+    for name in inputs[0]:
+        tensors = [row[name] for row in inputs]
+        if name in fill_values:
+            tensors = [pad(tensor, (length - tensor.shape[1], 0), value=fill_values[name]) for tensor in tensors]
+        batch[name] = torch.cat(tensors)
+    return batch
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of a batch: whose it is, the candidates that it stands for, and the tokens of its prompt."""
+    """A row of a batch: its job, the candidates that it answers, and the length of its prompt in tokens."""
 
     job: Job
-    places: list[int]
-    prompt: int
+    candidates: list[int]
+    prompt_length: int
 
 
-def _texts(loaded: LoadedModel, jobs: Sequence[Job], asked: Sequence[dict[str, torch.Tensor]], started: float) -> bool:
-    """False, and nothing done, where a batch's padding would leave one of them less room than it has alone."""
-    request, entry = jobs[0].request, jobs[0].entry
-    inputs = _together(loaded, asked)
-    prompt = inputs["input_ids"].shape[1]
-    constraint = loaded.constraint if request.skill == "recipe" and entry.grammar_constrained else None
+def _generate_texts(
+    loaded: LoadedModel, jobs: Sequence[Job], inputs: Sequence[dict[str, torch.Tensor]], start: float
+) -> bool:
+    """Generate the texts of a batch. Returns False, without generating, if padding leaves a job too little room."""
+    request, spec, config = jobs[0].request, jobs[0].spec, loaded.model.config
+    batch = _collate(loaded, inputs)
+    padded_length = batch["input_ids"].shape[1]
+    constraint = loaded.constraint if request.skill == "recipe" and spec.grammar_constrained else None
     limit = constraint.max_tokens if constraint else request.max_tokens
-    room = _room(loaded, prompt, constraint.max_tokens if constraint else min(MIN_NEW_TOKENS, limit))
+    room = _remaining_context(loaded, padded_length, limit if constraint else min(MIN_NEW_TOKENS, limit))
     if len(jobs) > 1 and room < limit:
         return False
-    temperature = request.temperature * entry.temperature
-    prompts = [inputs["attention_mask"].shape[1] for inputs in asked]
-    places = [[i] for i in range(request.n)] if temperature else [list(range(request.n))]
-    rows = [_Row(job, stands_for, prompt) for job, prompt in zip(jobs, prompts) for stands_for in places]
-    processors = [constraint.processor(prompt)] if constraint else []
+    temperature = request.temperature * spec.temperature
+    candidates = [[index] for index in range(request.n)] if temperature else [list(range(request.n))]
+    prompt_lengths = [row["attention_mask"].shape[1] for row in inputs]
+    rows = [_Row(job, indices, length) for job, length in zip(jobs, prompt_lengths) for indices in candidates]
+    processors: list[LogitsProcessor] = [constraint.processor(padded_length)] if constraint else []
     if temperature:
-        processors += _drawing(temperature, entry.top_p, [row.job.request.seed + row.places[0] for row in rows])
-    watcher = _Watcher(loaded, rows, started)
+        processors.append(TemperatureLogitsWarper(temperature))
+        if spec.top_p < 1:
+            processors.append(TopPLogitsWarper(spec.top_p))
+        processors.append(PerRowSampler([row.job.request.seed + row.candidates[0] for row in rows]))
+    # The processors leave one token per row, so `generate` itself must not warp the scores. It needs `do_sample` to
+    # return several rows.
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature and len(rows) > 1:
+        sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    callback = StreamCallback(loaded, rows, start)
     loaded.model.generate(
-        **inputs,
-        generation_config=_generation(loaded, len(places), bool(temperature) and len(rows) > 1, min(room, limit)),
+        **batch,
+        generation_config=GenerationConfig(
+            **sampling,
+            num_return_sequences=len(candidates),
+            max_new_tokens=min(room, limit),
+            eos_token_id=config.eos_id,
+            pad_token_id=config.eos_id,
+            bos_token_id=config.bos_id,
+            suppress_tokens=[token for token in CONTROL_IDS if token != config.eos_id],
+        ),
         logits_processor=LogitsProcessorList(processors),
-        stopping_criteria=StoppingCriteriaList([watcher]),
+        stopping_criteria=StoppingCriteriaList([callback]),
     )
-    watcher.finish()
+    callback.finish()
     return True
 
 
-def _generation(loaded: LoadedModel, each: int, sample: bool, new_tokens: int) -> GenerationConfig:
-    """Takes whatever the processors leave, without warping of its own; never a control token but the end.
+class PerRowSampler(LogitsProcessor):
+    """Samples each row's token with its own generator and masks all others (`generate` supports one generator only).
 
-    Several rows need `do_sample`, which then has nothing left to choose: the processors leave one token per row.
-    """
-    config = loaded.model.config
-    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-    return GenerationConfig(
-        **plain,
-        num_return_sequences=each,
-        max_new_tokens=new_tokens,
-        eos_token_id=config.eos_id,
-        pad_token_id=config.eos_id,
-        bos_token_id=config.bos_id,
-        suppress_tokens=[i for i in CONTROL_IDS if i != config.eos_id],
-    )
+    Sampling is by the Gumbel-max trick: the argmax of log-probabilities plus Gumbel noise is a sample.
 
-
-def _drawing(temperature: float, top_p: float, seeds: Sequence[int]) -> list[LogitsProcessor]:
-    cut = [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    return [TemperatureLogitsWarper(temperature), *cut, _Draw(seeds)]
-
-
-class _Draw(LogitsProcessor):
-    """Draws each row's token with the row's own generator and forbids all others (`generate` knows but one generator).
-
-    The likeliest token after adding Gumbel noise to the log-probabilities is a sample of them.
+    Args:
+        seeds: One seed per row.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
-        waits = [torch.empty(scores.shape[1]).exponential_(generator=generator) for generator in self.generators]
-        noise = -torch.stack(waits).clamp(min=torch.finfo(torch.float32).tiny).log()
-        drawn = (scores.float() + noise.to(scores.device)).argmax(-1, keepdim=True)
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+        """Mask all but one sampled token per row."""
+        samples = [torch.empty(scores.shape[1]).exponential_(generator=generator) for generator in self.generators]
+        noise = -torch.stack(samples).clamp(min=torch.finfo(torch.float32).tiny).log()
+        tokens = (scores.float() + noise.to(scores.device)).argmax(-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
 
-class _Watcher(StoppingCriteria):
-    """Sees every token: tells the texts so far, tells an answer when its row has ended, stops when nobody listens."""
+class StreamCallback(StoppingCriteria):
+    """Called after each token: emits text updates and answers, and stops when all rows have ended or are cancelled."""
 
-    def __init__(self, loaded: LoadedModel, rows: Sequence[_Row], started: float) -> None:
-        self.loaded, self.rows, self.started = loaded, rows, started
-        self.ids: list[list[int]] = [[] for _ in rows]
-        self.open = set(range(len(rows)))
-        self.first = 0.0
-        self.told = -1.0
+    def __init__(self, loaded: LoadedModel, rows: Sequence[_Row], start: float) -> None:
+        self.loaded, self.rows, self.start = loaded, rows, start
+        self.tokens: list[list[int]] = [[] for _ in rows]
+        self.active = set(range(len(rows)))
+        self.first_token_seconds = 0.0
+        self.last_update = -1.0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
-        now = time.perf_counter() - self.started
-        self.first = self.first or now
+        """Process the last token of each row. Returns True for all rows once none is active."""
+        seconds = time.perf_counter() - self.start
+        self.first_token_seconds = self.first_token_seconds or seconds
         for row, token in enumerate(input_ids[:, -1].tolist()):
-            if row in self.open:
-                self._take(row, token, now)
-        if now - self.told >= 1 / PARTIALS_PER_SECOND:
-            self.told = now
-            self._tell()
-        self._forget_stopped()
-        return torch.full((len(input_ids),), not self.open, dtype=torch.bool, device=input_ids.device)
+            if row not in self.active:
+                continue
+            if token == self.loaded.model.config.eos_id:
+                self.active.remove(row)
+                self._emit_answer(row, seconds)
+            else:
+                self.tokens[row].append(token)
+        if seconds - self.last_update >= 1 / UPDATES_PER_SECOND:
+            self.last_update = seconds
+            for row in sorted(self.active):
+                for index in self.rows[row].candidates:
+                    self.rows[row].job.emit(TextUpdate(index, self._text(row)))
+        self._drop_cancelled()
+        return torch.full((len(input_ids),), not self.active, dtype=torch.bool, device=input_ids.device)
 
     def finish(self) -> None:
-        """Tells the answers that were cut off by the limit of tokens."""
-        self._forget_stopped()
-        for row in sorted(self.open):
-            self._answer(row, time.perf_counter() - self.started, cut=True)
+        """Emit the answers that reached the token limit."""
+        self._drop_cancelled()
+        for row in sorted(self.active):
+            self._emit_answer(row, time.perf_counter() - self.start, truncated=True)
 
-    def _forget_stopped(self) -> None:
-        self.open = {row for row in self.open if not self.rows[row].job.stopped()}
+    def _drop_cancelled(self) -> None:
+        self.active = {row for row in self.active if not self.rows[row].job.is_cancelled()}
 
-    def _take(self, row: int, token: int, now: float) -> None:
-        if token == self.loaded.model.config.eos_id:
-            self.open.remove(row)
-            self._answer(row, now)
-        else:
-            self.ids[row].append(token)
-
-    def _tell(self) -> None:
-        for row in sorted(self.open):
-            for index in self.rows[row].places:
-                self.rows[row].job.tell(TextUpdate(index, self._text(row)))
-
-    def _answer(self, row: int, seconds: float, cut: bool = False) -> None:
-        mine = self.rows[row]
-        for index in mine.places:
-            mine.job.tell(
+    def _emit_answer(self, row: int, seconds: float, truncated: bool = False) -> None:
+        job = self.rows[row].job
+        for index in self.rows[row].candidates:
+            job.emit(
                 Answer(
                     index=index,
                     text=self._text(row),
-                    tokens_in=mine.prompt,
-                    tokens_out=len(self.ids[row]),
+                    tokens_in=self.rows[row].prompt_length,
+                    tokens_out=len(self.tokens[row]),
                     seconds=seconds,
-                    first_token_seconds=self.first,
-                    queue_seconds=self.started - mine.job.arrived,
-                    cut=cut,
+                    first_token_seconds=self.first_token_seconds,
+                    queue_seconds=self.start - job.queued_at,
+                    truncated=truncated,
                 )
             )
 
     def _text(self, row: int) -> str:
-        """The row's text, without control tokens and characters, and without a letter that is only half there."""
-        ids = [token for token in self.ids[row] if token not in CONTROL_IDS]
-        lines = self.loaded.processor.tokenizer.decode(ids).rstrip("\ufffd").split("\n")
+        """Decode a row without control tokens, control characters and an incomplete last character."""
+        tokens = [token for token in self.tokens[row] if token not in CONTROL_IDS]
+        lines = self.loaded.processor.tokenizer.decode(tokens).rstrip("\ufffd").split("\n")
         return "\n".join(clean(line) for line in lines).strip()
 
 
-def _regions(
-    loaded: LoadedModel, jobs: Sequence[Job], asked: Sequence[dict[str, torch.Tensor]], started: float
+def _generate_regions(
+    loaded: LoadedModel, jobs: Sequence[Job], inputs: Sequence[dict[str, torch.Tensor]], start: float
 ) -> bool:
-    """False, and nothing done, where a batch's padding would leave one of them less room than it has alone."""
-    skill, wanted = jobs[0].request.skill, jobs[0].request.max_objects
-    inputs = _together(loaded, asked)
-    steps = STEPS_PER_OBJECT[skill]
-    objects = _room(loaded, inputs["input_ids"].shape[1], steps + 1) // steps
-    if len(jobs) > 1 and objects < wanted:
+    """Generate the regions of a batch. Returns False, without generating, if padding leaves a job too little room."""
+    skill, max_objects = jobs[0].request.skill, jobs[0].request.max_objects
+    batch = _collate(loaded, inputs)
+    tokens_per_object = TOKENS_PER_OBJECT[skill]
+    room = _remaining_context(loaded, batch["input_ids"].shape[1], tokens_per_object + 1) // tokens_per_object
+    if len(jobs) > 1 and room < max_objects:
         return False
-    find = loaded.model.detect if skill == "detect" else loaded.model.point
-    found = find(**inputs, max_objects=min(wanted, objects), stop=lambda: all(job.stopped() for job in jobs))
-    seconds = time.perf_counter() - started
-    for job, alone, regions in zip(jobs, asked, found):
-        if not job.stopped():
-            first = _regions_answer(skill, regions, seconds)
-            first = replace(first, tokens_in=alone["input_ids"].shape[1], queue_seconds=started - job.arrived)
-            for index in range(job.request.n):
-                job.tell(replace(first, index=index, cut=len(regions) >= min(wanted, objects)))
+    max_objects = min(max_objects, room)
+    generate = loaded.model.detect if skill == "detect" else loaded.model.point
+    results = generate(**batch, max_objects=max_objects, stop=lambda: all(job.is_cancelled() for job in jobs))
+    seconds = time.perf_counter() - start
+    for job, job_inputs, regions in zip(jobs, inputs, results):
+        if job.is_cancelled():
+            continue
+        boxes = tuple(Box(**_clip(region)) for region in regions if skill == "detect")
+        points = tuple(Point(**_clip(region)) for region in regions if skill == "point")
+        result = Answer(
+            index=0,
+            text=_count(len(boxes), "box", "boxes") if skill == "detect" else _count(len(points), "point", "points"),
+            boxes=boxes,
+            points=points,
+            tokens_in=job_inputs["input_ids"].shape[1],
+            tokens_out=tokens_per_object * len(regions),
+            seconds=seconds,
+            first_token_seconds=seconds,
+            queue_seconds=start - job.queued_at,
+            truncated=len(regions) >= max_objects,
+        )
+        for index in range(job.request.n):
+            job.emit(replace(result, index=index))
     return True
 
 
-def _regions_answer(skill: str, regions: Sequence[dict[str, float]], seconds: float) -> Answer:
-    boxes = tuple(Box(**_clipped(region)) for region in regions if skill == "detect")
-    points = tuple(Point(**_clipped(region)) for region in regions if skill == "point")
-    return Answer(
-        index=0,
-        text=_count(len(boxes), "box", "boxes") if skill == "detect" else _count(len(points), "point", "points"),
-        boxes=boxes,
-        points=points,
-        tokens_out=STEPS_PER_OBJECT[skill] * len(regions),
-        seconds=seconds,
-        first_token_seconds=seconds,
-    )
-
-
-def _clipped(region: dict[str, float]) -> dict[str, float]:
-    """A box may reach beyond the photo, as the model gives it; what is shown does not."""
+def _clip(region: dict[str, float]) -> dict[str, float]:
+    """Clip coordinates to 0..1; the model's boxes may extend beyond the photo."""
     return {name: min(max(float(value), 0.0), 1.0) for name, value in region.items()}
 
 
-def _count(number: int, one: str, many: str) -> str:
-    return f"1 {one}" if number == 1 else f"{number or 'no'} {many}"
+def _count(number: int, singular: str, plural: str) -> str:
+    return f"1 {singular}" if number == 1 else f"{number or 'no'} {plural}"

@@ -1,10 +1,9 @@
-"""Loading local models and their adapters, a few of which are kept for the next question."""
+"""Loads local models and their adapters, and caches the most recently used ones."""
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -12,64 +11,61 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from safetensors import safe_open
 
 import recipes
-from inference import availability as weights
+from inference.availability import missing_files, model_folder, tokenizer_folder, weights_file
 from inference.local.constraint import RecipeConstraint
 from inference.moondream import MoondreamForConditionalGeneration, MoondreamProcessor
 from inference.moondream.processing_moondream import load_tokenizer
-from inference.registry import ModelSpec
-from inference.types import InferenceError
+from inference.types import InferenceError, ModelSpec
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-MAX_ADAPTERS = 8  # kept on one base
+MAX_ADAPTERS = 8  # per base model
 logger = logging.getLogger(__name__)
 
 
 class LoadedModel:
-    """A model on its device, with what reads photos and words for it. For one thread at a time.
+    """A base model on its device with its processor and adapters. Not thread-safe.
 
-    Adapters are put on the same base, so that switching between them costs milliseconds.
+    All adapters share one copy of the base model; switching between cached adapters takes milliseconds.
+
+    Attributes:
+        model: The base model.
+        processor: Its processor.
+        cache_key: Key in the `ModelCache`.
     """
 
     def __init__(self, model: MoondreamForConditionalGeneration, processor: MoondreamProcessor) -> None:
-        self.model: Any = model  # the library's own annotations of generate() fit no model
+        self.model: Any = model  # transformers' annotations of generate() do not fit
         self.processor = processor
-        self.source = ""  # of the entry that it was loaded for
-        self._peft: Any = None  # a PeftModel, once there is an adapter
-        self._adapters: OrderedDict[tuple[str, int], str] = OrderedDict()
-        self._named = 0
+        self.cache_key: tuple = ()
+        self._peft: Any = None  # a PeftModel, once an adapter is loaded
+        self._adapters = _AdapterNames(self)
+        self._adapters_loaded = 0
 
     @cached_property
     def constraint(self) -> RecipeConstraint:
-        """Keeps an answer inside the recipe grammar."""
-        return RecipeConstraint(self.processor.tokenizer, recipes.grammar(), end_id=self.model.config.eos_id)
+        """The recipe grammar, compiled for this tokenizer."""
+        return RecipeConstraint(self.processor.tokenizer, recipes.grammar_segments(), end_id=self.model.config.eos_id)
 
     @contextmanager
-    def adapted(self, folder: str | None) -> Iterator[None]:
-        """Inside, the model has the adapter of this folder switched on, or none. Raises InferenceError."""
+    def use_adapter(self, folder: str | None) -> Iterator[None]:
+        """Activate the adapter in `folder`, or none, inside the `with` block. Loads the adapter if needed."""
         if folder is not None:
-            self._switch_to(Path(folder))
-        bare = self._peft.disable_adapter() if self._peft and folder is None else nullcontext()
-        with bare:
+            key = _file_version(Path(folder) / ADAPTER_WEIGHTS)
+            name = self._adapters.get(key) or self._load_adapter(Path(folder))
+            self._peft.set_adapter(name)
+            self._adapters[key] = name
+        with self._peft.disable_adapter() if self._peft and folder is None else nullcontext():
             yield
 
-    def _switch_to(self, folder: Path) -> None:
-        key = _version(folder / ADAPTER_WEIGHTS)
-        if key not in self._adapters:
-            self._adapters[key] = self._add(folder)
-        self._adapters.move_to_end(key)
-        self._peft.set_adapter(self._adapters[key])
-        while len(self._adapters) > MAX_ADAPTERS:
-            _, oldest = self._adapters.popitem(last=False)
-            self._peft.delete_adapter(oldest)
+    def _load_adapter(self, folder: Path) -> str:
+        from peft import PeftModel, get_peft_model_state_dict  # slow import, needed for adapters only
 
-    def _add(self, folder: Path) -> str:
-        from peft import PeftModel, get_peft_model_state_dict  # seconds that the first answer need not wait for
-
-        self._named += 1
-        name = f"adapter{self._named}"
+        self._adapters_loaded += 1
+        name = f"adapter{self._adapters_loaded}"
         if self._peft is None:
             self._peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name)
         else:
@@ -81,49 +77,71 @@ class LoadedModel:
         return name
 
 
+class _AdapterNames(LRUCache):
+    """Names of the loaded adapters by file version; evicted adapters are removed from the model."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__(MAX_ADAPTERS)
+        self._loaded = loaded
+
+    def popitem(self) -> tuple[Any, str]:
+        key, name = super().popitem()
+        self._loaded._peft.delete_adapter(name)
+        return key, name
+
+
 class ModelCache:
-    """The models that are loaded, at most `limit`; the one that was not asked for the longest gives way."""
+    """An LRU cache of loaded base models. Used by one thread at a time, except for `sources`.
+
+    Args:
+        limit: Maximum number of models in memory.
+
+    Attributes:
+        sources: Sources of the models in memory; can be read from any thread.
+    """
 
     def __init__(self, limit: int = 2) -> None:
-        self.limit = limit
-        self._kept: OrderedDict[tuple, LoadedModel] = OrderedDict()
+        self.sources: tuple[str, ...] = ()
+        self._models: LRUCache[tuple, LoadedModel] = LRUCache(limit)
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The sources of the models that are loaded now; to be looked at from any thread."""
-        return tuple(loaded.source for loaded in list(self._kept.values()))
+    def get(self, spec: ModelSpec, device: torch.device) -> LoadedModel:
+        """Return the base model of a spec, loading it if needed.
 
-    def get(self, entry: ModelSpec, device: torch.device) -> LoadedModel:
-        """The entry's base model, loaded if need be. Raises InferenceError."""
-        folder = weights.model_folder(entry)
-        tokenizer = weights.tokenizer_folder(entry)
-        if folder is None or tokenizer is None:
-            raise InferenceError("missing_weights", f"{entry.title}: {weights.missing_files(entry)}")
-        if entry.needs_gpu and device.type == "cpu":
-            raise InferenceError("unavailable", f"{entry.title} needs a GPU, and PyTorch cannot use one here.")
-        key = (*_version(weights.weights_file(folder)), str(tokenizer), device, _dtype(entry, device))
-        if key not in self._kept:
-            self._make_room()
-            self._kept[key] = _load(entry, folder, tokenizer, device)
-            self._kept[key].source = entry.source
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        Raises:
+            InferenceError: If files are missing or invalid, or if the model needs a GPU and `device` is a CPU.
+        """
+        weights, tokenizer = model_folder(spec), tokenizer_folder(spec)
+        if weights is None or tokenizer is None:
+            raise InferenceError("missing_weights", f"{spec.title}: {missing_files(spec)}")
+        if spec.needs_gpu and device.type == "cpu":
+            raise InferenceError("unavailable", f"{spec.title} needs a GPU, and PyTorch cannot use one here.")
+        key = (spec.source, *_file_version(weights_file(weights)), str(tokenizer), device, _dtype(spec, device))
+        loaded = self._models.get(key)
+        if loaded is None:
+            while len(self._models) >= self._models.maxsize:  # free the memory before loading
+                self._models.popitem()
+            self._update_sources()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            loaded = _load(spec, weights, tokenizer, device)
+            loaded.cache_key = key
+            self._models[key] = loaded
+            self._update_sources()
+        return loaded
 
     def drop(self, loaded: LoadedModel) -> None:
-        """Forgets a model that is in no good state."""
-        self._kept = OrderedDict((key, kept) for key, kept in self._kept.items() if kept is not loaded)
+        """Remove a model that is in an invalid state."""
+        self._models.pop(loaded.cache_key, None)
+        self._update_sources()
 
-    def _make_room(self) -> None:
-        while len(self._kept) >= self.limit:
-            self._kept.popitem(last=False)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def _update_sources(self) -> None:
+        self.sources = tuple(source for source, *_ in self._models)
 
 
 @contextmanager
 def wrap_errors(kind: str, message: str) -> Iterator[None]:
-    """Whatever goes wrong inside is logged as it is and told as an InferenceError."""
+    """Log any exception except out-of-memory and raise it as an InferenceError of this kind and message."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
@@ -134,30 +152,29 @@ def wrap_errors(kind: str, message: str) -> Iterator[None]:
 
 
 def pick_device() -> torch.device:
-    """The fastest device that this installation of PyTorch can use."""
+    """Return the fastest device that PyTorch can use: cuda, mps or cpu."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _load(entry: ModelSpec, folder: Path, tokenizer_folder: Path, device: torch.device) -> LoadedModel:
-    with wrap_errors("bad_weights", f"The weights of {entry.title} cannot be read. Get them again."):
+def _load(spec: ModelSpec, weights: Path, tokenizer: Path, device: torch.device) -> LoadedModel:
+    with wrap_errors("bad_weights", f"The weights of {spec.title} cannot be read. Download them again."):
         model = MoondreamForConditionalGeneration.from_pretrained(
-            folder, dtype=_dtype(entry, device), local_files_only=True, trust_remote_code=False
+            weights, dtype=_dtype(spec, device), local_files_only=True, trust_remote_code=False
         )
-    right = f"that of {entry.tokenizer}" if entry.tokenizer else "the one that came with its weights"
-    with wrap_errors("wrong_tokenizer", f"The tokenizer of {entry.title} is not the right one. It needs {right}."):
-        tokenizer = load_tokenizer(str(tokenizer_folder), model.config.templates)
-        processor = MoondreamProcessor.from_config(model.config, tokenizer)
+    expected = f"the tokenizer of {spec.tokenizer}" if spec.tokenizer else "the tokenizer shipped with its weights"
+    with wrap_errors("wrong_tokenizer", f"The tokenizer does not match {spec.title}, which needs {expected}."):
+        processor = MoondreamProcessor.from_config(model.config, load_tokenizer(str(tokenizer), model.config.templates))
     return LoadedModel(model.to(device).eval(), processor)
 
 
-def _dtype(entry: ModelSpec, device: torch.device) -> torch.dtype:
-    if not entry.needs_gpu:
+def _dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
+    if not spec.needs_gpu:
         return torch.float32
     return torch.bfloat16 if device.type == "cuda" else torch.float16
 
 
-def _version(path: Path) -> tuple[str, int]:
-    """A file, and when it was last written: another version is another model."""
+def _file_version(path: Path) -> tuple[str, int]:
+    """Return path and modification time, which identify a version of a file."""
     return str(path), path.stat().st_mtime_ns

@@ -18,6 +18,7 @@ from inference.local.constraint import RecipeConstraint
 from inference.moondream import MoondreamForConditionalGeneration, MoondreamImageProcessor
 from inference.types import LENGTHS, RECIPE_QUESTION
 from recipes import Recipe, grammar_segments, load_photo, parse, render, shrink
+from rewards.image_metrics import box_iou
 from training.data.bundled import bundled_photos
 from training.pretrain import image_facts as facts
 from training.pretrain.degradation import ERROR_SIDE, Degraded, error, random_undo, spoil
@@ -145,15 +146,6 @@ def statements(reader: ModelEvaluator, photos: Sequence[np.ndarray]) -> dict[str
     return result
 
 
-def overlap(found: dict, box: tuple[float, float, float, float]) -> float:
-    """Intersection over union of a found box and (x_min, y_min, x_max, y_max)."""
-    x0, y0 = max(found["x_min"], box[0]), max(found["y_min"], box[1])
-    x1, y1 = min(found["x_max"], box[2]), min(found["y_max"], box[3])
-    shared = max(0.0, x1 - x0) * max(0.0, y1 - y0)
-    area = max(0.0, found["x_max"] - found["x_min"]) * max(0.0, found["y_max"] - found["y_min"])
-    return shared / max(1e-9, area + (box[2] - box[0]) * (box[3] - box[1]) - shared)
-
-
 def regions(reader: ModelEvaluator, photos: Sequence[np.ndarray]) -> dict[str, float]:
     """Per area: mean IoU of `detect` (0 where nothing is found) and share of `point` inside the true box."""
     truth = [facts.areas(photo) for photo in photos]
@@ -162,7 +154,14 @@ def regions(reader: ModelEvaluator, photos: Sequence[np.ndarray]) -> dict[str, f
         boxes = reader.regions(photos, "detect", "the " + name)
         points = reader.regions(photos, "point", "the " + name)
         result[f"iou_{name}"] = float(
-            np.mean([overlap(b[0], t[name].box) if b else 0.0 for b, t in zip(boxes, truth, strict=True)])
+            np.mean(
+                [
+                    box_iou(tuple(b[0][side] for side in ("x_min", "y_min", "x_max", "y_max")), t[name].box)
+                    if b
+                    else 0.0
+                    for b, t in zip(boxes, truth, strict=True)
+                ]
+            )
         )
         result[f"hit_{name}"] = float(np.mean([hit(p, t[name].box) for p, t in zip(points, truth, strict=True)]))
     for kind in ("iou", "hit"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rewards.image_metrics import box_iou
 from training.grpo.policy import Policy
 
 TOKENS_PER_OBJECT = {"detect": 3, "point": 2}
@@ -160,11 +161,5 @@ def _match_score(predicted: Region, true: Region) -> float:
     if "x" in predicted:
         inside = true["x_min"] <= predicted["x"] <= true["x_max"] and true["y_min"] <= predicted["y"] <= true["y_max"]
         return float(inside)
-    width = min(predicted["x_max"], true["x_max"]) - max(predicted["x_min"], true["x_min"])
-    height = min(predicted["y_max"], true["y_max"]) - max(predicted["y_min"], true["y_min"])
-    intersection = max(0.0, width) * max(0.0, height)
-    return intersection / max(1e-9, _area(predicted) + _area(true) - intersection)
-
-
-def _area(box: Region) -> float:
-    return max(0.0, box["x_max"] - box["x_min"]) * max(0.0, box["y_max"] - box["y_min"])
+    first, second = (tuple(box[side] for side in ("x_min", "y_min", "x_max", "y_max")) for box in (predicted, true))
+    return box_iou(first, second)
