@@ -1,4 +1,4 @@
-"""What tests of training share: a few small photos."""
+"""Fixtures for tests of training: a few small photos."""
 
 from pathlib import Path
 
@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 
 from recipes import Recipe, load_photo, save_picture, shrink
-from training.data.bundled import bundled
+from training.data.bundled import bundled_photos
 
 
 @pytest.fixture(scope="module")
 def photos() -> list[np.ndarray]:
-    """Three small photos."""
-    return [shrink(load_photo(info.path), 240) for info in bundled("held-out")[:3]]
+    """Return three small photos."""
+    return [shrink(load_photo(photo.path), 240) for photo in bundled_photos("held-out")[:3]]
 
 
 @pytest.fixture
-def few(tmp_path: Path, photos: list[np.ndarray]) -> str:
-    """A folder of three small photos."""
+def photo_folder(tmp_path: Path, photos: list[np.ndarray]) -> str:
+    """Return a folder of three small photos."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    for place, photo in enumerate(photos):
-        save_picture(photo, Recipe(), folder / f"{place}.png")
+    for index, photo in enumerate(photos):
+        save_picture(photo, Recipe(), folder / f"{index}.png")
     return str(folder)

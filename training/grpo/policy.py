@@ -24,7 +24,7 @@ from inference.moondream import (
     MoondreamForConditionalGeneration,
     MoondreamImageProcessor,
     MoondreamProcessor,
-    register_names,
+    register_key_mapping,
 )
 from inference.moondream.processing_moondream import load_tokenizer
 from recipes import grammar_segments
@@ -277,13 +277,13 @@ class Policy(MoondreamForConditionalGeneration):
         causal = order[:, None] >= order[None]
         own = ((owner[:, None] == owner[None]) | (owner == 0)[None]) & causal
         attention = own[None].repeat(len(prompts), 1, 1)
-        prefix = self.model.prefix_of(prompts, mask.long())
+        prefix = self.model.prefix_mask(prompts, mask.long())
         attention[:, :prompt_length, :prompt_length] |= prefix[:, :, None] & prefix[:, None]
         attention[:, :, :prompt_length] &= mask[:, None]
         return (attention | torch.eye(len(owner), dtype=torch.bool, device=device))[:, None]
 
 
-register_names(Policy)
+register_key_mapping(Policy)
 
 
 def _group_rows(prompts: torch.Tensor, masks: torch.Tensor, features: torch.Tensor) -> tuple[list[int], list[int]]:

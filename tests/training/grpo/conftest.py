@@ -13,13 +13,13 @@ SETTINGS = {"base": "moondream-tiny", "reward": {"sharpness": 1.0}, "seed": 7, "
 
 
 @pytest.fixture
-def make_run(tmp_path: Path, few: str) -> Callable[..., Run]:
+def make_run(tmp_path: Path, photo_folder: str) -> Callable[..., Run]:
     """Create a run of a small fine-tune on three photos; keyword arguments change its config."""
 
     def make(**changes: object) -> Run:
         folder = tmp_path / "run"
         folder.mkdir()
-        config = RunConfig.create(**SETTINGS | {"photos": few, "held_out": few + "/"} | changes)
+        config = RunConfig.create(**SETTINGS | {"photos": photo_folder, "held_out": photo_folder + "/"} | changes)
         (folder / "config.json").write_text(config.model_dump_json())
         return Run(folder)
 

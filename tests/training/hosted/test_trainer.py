@@ -30,9 +30,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[TuningServer]:
         yield running
 
 
-def make_run(folder: Path, few: str, **changes: Any) -> Run:
+def make_run(folder: Path, photo_folder: str, **changes: Any) -> Run:
     (folder / "run").mkdir()
-    config = RunConfig.create(**QUICK | {"photos": few, "held_out": few + "/"} | changes)
+    config = RunConfig.create(**QUICK | {"photos": photo_folder, "held_out": photo_folder + "/"} | changes)
     (folder / "run" / "config.json").write_text(config.model_dump_json())
     return Run(folder / "run")
 
@@ -46,8 +46,8 @@ def all_text(run: Run) -> str:
     return "".join(path.read_text(errors="replace") for path in run.folder.rglob("*") if path.is_file())
 
 
-def test_reward_on_held_out_photos_rises(tmp_path: Path, few: str, server: TuningServer) -> None:
-    run = make_run(tmp_path, few, steps=12)
+def test_reward_on_held_out_photos_rises(tmp_path: Path, photo_folder: str, server: TuningServer) -> None:
+    run = make_run(tmp_path, photo_folder, steps=12)
     train(run)
     result, status = run.result(), run.status()
     assert (status.state, status.step) == ("done", 12) and result
@@ -61,8 +61,8 @@ def test_reward_on_held_out_photos_rises(tmp_path: Path, few: str, server: Tunin
     assert KEY not in all_text(run)
 
 
-def test_cost_is_recorded_and_bounded(tmp_path: Path, few: str, server: TuningServer) -> None:
-    run = make_run(tmp_path, few)
+def test_cost_is_recorded_and_bounded(tmp_path: Path, photo_folder: str, server: TuningServer) -> None:
+    run = make_run(tmp_path, photo_folder)
     train(run)
     result, bound = run.result(), CostTracker("moondream3-preview").max_cost(run.config(), 3)
     assert result and bound and 0 < result["dollars"] <= bound < 5 * result["dollars"]
@@ -73,19 +73,19 @@ def test_cost_is_recorded_and_bounded(tmp_path: Path, few: str, server: TuningSe
     assert sum(event.cost or 0 for event in events) == pytest.approx(spent[-1])
 
 
-def test_budget_ends_the_run_and_keeps_its_result(tmp_path: Path, few: str, server: TuningServer) -> None:
+def test_budget_ends_the_run_and_keeps_its_result(tmp_path: Path, photo_folder: str, server: TuningServer) -> None:
     costs = CostTracker("moondream3-preview")
     step, rest = costs.max_step_cost(RunConfig.create(**QUICK)), costs.max_evaluation_cost(3 + 8)
     assert step and rest
-    run = make_run(tmp_path, few, budget=3.2 * step + rest, probe_every=1, steps=50)
+    run = make_run(tmp_path, photo_folder, budget=3.2 * step + rest, probe_every=1, steps=50)
     train(run)
     result, budget = run.result(), run.config().budget
     assert run.status().state == "done" and result and "budget ended the run" in result["alarm"]
     assert budget and result["dollars"] <= budget and 1 <= len(run.metrics()) < 50
 
 
-def test_resumed_run_does_not_pay_for_its_base_again(tmp_path: Path, few: str, server: TuningServer) -> None:
-    run = make_run(tmp_path, few)
+def test_resumed_run_does_not_pay_for_its_base_again(tmp_path: Path, photo_folder: str, server: TuningServer) -> None:
+    run = make_run(tmp_path, photo_folder)
     train(run)
     base_requests = sum(isinstance(body, dict) and body.get("model") == run.config().base for body in server.bodies)
     resumed = HostedTrainer(run, run.config(), client_from_env(), lambda phase: None)
@@ -93,17 +93,19 @@ def test_resumed_run_does_not_pay_for_its_base_again(tmp_path: Path, few: str, s
     assert base_requests == len(resumed.evaluate_base()) == 3 and len(server.requests) == count
 
 
-def test_budget_without_a_known_price_is_refused(tmp_path: Path, few: str, server: TuningServer) -> None:
-    run = make_run(tmp_path, few, base="moondream-tiny", budget=1.0)
+def test_budget_without_a_known_price_is_refused(tmp_path: Path, photo_folder: str, server: TuningServer) -> None:
+    run = make_run(tmp_path, photo_folder, base="moondream-tiny", budget=1.0)
     with pytest.raises(SystemExit):
         train(run)
     assert "No price is known" in run.status().message
 
 
-def test_groups_without_reward_variance_are_skipped_and_counted(tmp_path: Path, few: str, server: TuningServer) -> None:
+def test_groups_without_reward_variance_are_skipped_and_counted(
+    tmp_path: Path, photo_folder: str, server: TuningServer
+) -> None:
     server.finetunes["01HX"] = Finetune("playground-run", 8)
     server.finetunes["01HX"].preferences[0] = 50.0  # every answer is the same
-    run = make_run(tmp_path, few, steps=3)
+    run = make_run(tmp_path, photo_folder, steps=3)
     with pytest.raises(SystemExit):
         train(run)
     assert "Nothing was learned" in run.status().message
@@ -113,27 +115,27 @@ def test_groups_without_reward_variance_are_skipped_and_counted(tmp_path: Path, 
 
 @pytest.mark.parametrize("reports_step", [True, False])
 def test_step_with_a_lost_response_is_not_sent_again(
-    tmp_path: Path, few: str, server: TuningServer, reports_step: bool
+    tmp_path: Path, photo_folder: str, server: TuningServer, reports_step: bool
 ) -> None:
     drops, server.reports_step = [Drop(after=True)], reports_step
     server.inject_fault = lambda path: drops.pop() if drops and path.endswith("train_step") else None
-    run = make_run(tmp_path, few)
+    run = make_run(tmp_path, photo_folder)
     train(run)
     assert run.status().state == "done" and server.finetunes["01HX0000"].step == 6
     assert sum("train_step" in path for path in server.requests) == 6
 
 
-def test_step_that_was_not_applied_is_sent_again(tmp_path: Path, few: str, server: TuningServer) -> None:
+def test_step_that_was_not_applied_is_sent_again(tmp_path: Path, photo_folder: str, server: TuningServer) -> None:
     drops = [Drop(after=False), 500, 429]
     server.inject_fault = lambda path: drops.pop() if drops and path.endswith("train_step") else None
-    run = make_run(tmp_path, few)
+    run = make_run(tmp_path, photo_folder)
     train(run)
     assert run.status().state == "done" and server.finetunes["01HX0000"].step == 6
     assert sum("train_step" in path for path in server.requests) == 9
 
 
 def test_step_applied_twice_is_reported(
-    tmp_path: Path, few: str, server: TuningServer, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, photo_folder: str, server: TuningServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     apply, repeat = server.train, [True]
 
@@ -143,14 +145,16 @@ def test_step_applied_twice_is_reported(
         return apply(body)
 
     server.train = twice  # type: ignore[method-assign]
-    run = make_run(tmp_path, few)
+    run = make_run(tmp_path, photo_folder)
     train(run)
     result = run.result()
     assert result and result["twice"] == 1 and "charged, 1 extra step" in capsys.readouterr().out
 
 
-def test_killed_run_continues_where_the_finetune_stands(tmp_path: Path, few: str, server: TuningServer) -> None:
-    run = make_run(tmp_path, few)
+def test_killed_run_continues_where_the_finetune_stands(
+    tmp_path: Path, photo_folder: str, server: TuningServer
+) -> None:
+    run = make_run(tmp_path, photo_folder)
     faults: list[Any] = [None, None, 402]
     server.inject_fault = lambda path: faults.pop(0) if faults and path.endswith("train_step") else None
     with pytest.raises(SystemExit):
@@ -164,15 +168,15 @@ def test_killed_run_continues_where_the_finetune_stands(tmp_path: Path, few: str
     assert len(server.finetunes) == 1
 
 
-def test_cancelled_run_sends_no_more_requests(tmp_path: Path, few: str, server: TuningServer) -> None:
-    run = make_run(tmp_path, few, steps=200)
+def test_cancelled_run_sends_no_more_requests(tmp_path: Path, photo_folder: str, server: TuningServer) -> None:
+    run = make_run(tmp_path, photo_folder, steps=200)
     server.inject_fault = lambda path: run.cancel() if path.endswith("train_step") else None
     train(run)
     assert run.status().state == "cancelled" and server.finetunes["01HX0000"].step == 1
 
 
-def test_supervised_steps_come_first(tmp_path: Path, few: str, server: TuningServer) -> None:
-    run = make_run(tmp_path, few, sft_steps=3, steps=2)
+def test_supervised_steps_come_first(tmp_path: Path, photo_folder: str, server: TuningServer) -> None:
+    run = make_run(tmp_path, photo_folder, sft_steps=3, steps=2)
     train(run)
     sent = [body for path, body in zip(server.requests, server.bodies, strict=True) if "train_step" in path]
     assert [step["groups"][0]["mode"] for step in sent] == ["sft"] * 3 + ["rl"] * 2
@@ -190,11 +194,16 @@ def test_supervised_steps_come_first(tmp_path: Path, few: str, server: TuningSer
     ],
 )
 def test_invalid_environment_fails_the_run_with_a_remedy(
-    tmp_path: Path, few: str, server: TuningServer, monkeypatch: pytest.MonkeyPatch, environment: Any, message: str
+    tmp_path: Path,
+    photo_folder: str,
+    server: TuningServer,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: Any,
+    message: str,
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    run = make_run(tmp_path, few)
+    run = make_run(tmp_path, photo_folder)
     with pytest.raises(SystemExit):
         train(run)
     assert message in run.status().message and KEY not in all_text(run)
@@ -202,16 +211,16 @@ def test_invalid_environment_fails_the_run_with_a_remedy(
 
 @pytest.mark.parametrize(("changes", "message"), [({"rank": 7}, "ranks 8"), ({"rollouts": 20}, "at most 16")])
 def test_settings_unsupported_by_the_api_are_refused_before_any_request(
-    tmp_path: Path, few: str, server: TuningServer, changes: Any, message: str
+    tmp_path: Path, photo_folder: str, server: TuningServer, changes: Any, message: str
 ) -> None:
-    run = make_run(tmp_path, few, **changes)
+    run = make_run(tmp_path, photo_folder, **changes)
     with pytest.raises(RunAborted, match=message):
         train_hosted(run, run.config(), print)
     assert not server.requests
 
 
-def test_base_and_tuned_model_get_identical_requests(tmp_path: Path, few: str, server: TuningServer) -> None:
-    train(make_run(tmp_path, few))
+def test_base_and_tuned_model_get_identical_requests(tmp_path: Path, photo_folder: str, server: TuningServer) -> None:
+    train(make_run(tmp_path, photo_folder))
     queries = [body for path, body in zip(server.requests, server.bodies, strict=True) if path.endswith("/query")]
     models = {body.pop("model") for body in queries}
     assert len(models) == 2 and "moondream3-preview" in models

@@ -19,10 +19,10 @@ from training.runs.queue import RunQueue
 from training.runs.run import RunStore
 
 
-def test_run_inline_trains_in_the_calling_process(tmp_path: Path, few: str) -> None:
+def test_run_inline_trains_in_the_calling_process(tmp_path: Path, photo_folder: str) -> None:
     niceness, ended = os.nice(0), []
     queue = RunQueue(RunStore(tmp_path), inline=run_inline, on_end=ended.append)
-    run = queue.submit(make_config(reward={"colour": 1.0}, steps=2, photos=few, held_out=few))
+    run = queue.submit(make_config(reward={"colour": 1.0}, steps=2, photos=photo_folder, held_out=photo_folder))
     assert (run.status().state, run.alive(), len(queue.unfinished())) == ("queued", False, 1)
     queue.run_inline(run)
     status, result = run.status(), run.result()
