@@ -1,30 +1,33 @@
-"""GET /v1/usage: the figures as JSON. GET /v1/usage.csv and .parquet: the events. GET /metrics: for Prometheus."""
+"""Routes for usage: GET /v1/usage (metrics as JSON), /v1/usage.csv and .parquet (events), /metrics (Prometheus)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from itertools import chain
+from typing import Annotated, Literal, TypeVar
 
-from fastapi import APIRouter, HTTPException, Query
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi import APIRouter, HTTPException, Query, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage.reward_functions import StoreError
-from usage.analytics import Usage
+from storage.database import StoreError
+from usage.analytics import UsageAnalytics
 from usage.budgets import Budgets
-from usage.export import export
+from usage.export import UsageCollector, export_events, metrics_report
 from usage.recorder import Recorder
-from usage.report import figures_report, prometheus
-from usage.time_window import Filter, FilterError
+from usage.time_window import FilterError, UsageFilter
 
 Names = Annotated[list[str], Field(max_length=50)]
-MEDIA = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
+MEDIA_TYPES = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
+T = TypeVar("T")
 
 
 class UsageFilterQuery(BaseModel):
-    """A filter as an address has it; see usage.time_window.Filter. A start or end without an offset is in `zone`."""
+    """Query parameters of a filter; see `usage.time_window.UsageFilter`. Times without an offset are in `zone`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,53 +40,57 @@ class UsageFilterQuery(BaseModel):
     start: datetime | None = None
     end: datetime | None = None
 
-    def filter(self) -> Filter:
-        """Raises HTTPException with what to change."""
-        names = {
-            "branches": tuple(self.branch),
-            "models": tuple(self.model),
-            "skills": tuple(self.skill),
-            "outcomes": tuple(self.outcome),
-        }
+    def to_filter(self) -> UsageFilter:
+        """Convert to a filter.
+
+        Raises:
+            HTTPException: A value is invalid (400).
+        """
         try:
-            return Filter(self.period, zone=self.zone, start=self.start, end=self.end, **names)
+            return UsageFilter(
+                self.period,
+                branches=tuple(self.branch),
+                models=tuple(self.model),
+                skills=tuple(self.skill),
+                outcomes=tuple(self.outcome),
+                zone=self.zone,
+                start=self.start,
+                end=self.end,
+            )
         except FilterError as error:
             raise HTTPException(400, str(error)) from None
 
 
-def router(usage: Usage, budgets: Budgets, recorder: Recorder) -> APIRouter:
-    """The routes. They only read."""
+def router(analytics: UsageAnalytics, budgets: Budgets, recorder: Recorder) -> APIRouter:
+    """Create the routes, which only read."""
     routes = APIRouter()
+    registry = CollectorRegistry()
+    registry.register(UsageCollector(analytics.database, budgets, recorder))
 
     @routes.get("/v1/usage")
-    def figures(asked: Annotated[UsageFilterQuery, Query()]) -> JSONResponse:
-        wanted = asked.filter()
-        return JSONResponse(_answered(lambda: figures_report(usage.figures(wanted))))
+    def usage_metrics(query: Annotated[UsageFilterQuery, Query()]) -> JSONResponse:
+        usage_filter = query.to_filter()
+        return JSONResponse(_or_unavailable(lambda: metrics_report(analytics.metrics(usage_filter))))
 
     @routes.get("/v1/usage.{kind}")
-    def events(kind: Literal["csv", "parquet"], asked: Annotated[UsageFilterQuery, Query()]) -> StreamingResponse:
-        wanted = asked.filter()
-        pieces = export(usage.database, wanted, kind)
-        first = _answered(lambda: next(pieces))  # a database that is down is an error, not an empty file
-        name = f"usage-{re.sub(r'[^a-z0-9]+', '-', wanted.period)}.{kind}"
+    def usage_events(kind: Literal["csv", "parquet"], query: Annotated[UsageFilterQuery, Query()]) -> StreamingResponse:
+        usage_filter = query.to_filter()
+        chunks = export_events(analytics.database, usage_filter, kind)
+        first = _or_unavailable(lambda: next(chunks))  # an unreachable database is an error, not an empty file
+        name = f"usage-{re.sub(r'[^a-z0-9]+', '-', usage_filter.period)}.{kind}"
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-        return StreamingResponse(_from(first, pieces), media_type=MEDIA[kind], headers=headers)
+        return StreamingResponse(chain([first], chunks), media_type=MEDIA_TYPES[kind], headers=headers)
 
     @routes.get("/metrics")
-    def metrics() -> PlainTextResponse:
-        text = _answered(lambda: prometheus(usage, budgets, recorder))
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    def prometheus_metrics() -> Response:
+        return Response(_or_unavailable(lambda: generate_latest(registry)), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     return routes
 
 
-def _answered(question: Any) -> Any:
+def _or_unavailable(query: Callable[[], T]) -> T:
+    """Run a query. Raises HTTPException (503) if the database cannot be used."""
     try:
-        return question()
+        return query()
     except StoreError as error:
         raise HTTPException(503, str(error)) from None
-
-
-def _from(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    yield first
-    yield from rest

@@ -1,6 +1,13 @@
-"""The tables as queries see them. What creates and changes them is in storage/migrations/versions."""
+"""SQLAlchemy tables for queries. The schema is created and changed by storage/migrations/versions."""
 
 from sqlalchemy import BigInteger, Boolean, Column, DateTime, Integer, LargeBinary, MetaData, String, Table, Text
+
+# Numbers are stored as integers, so that sums are the same in every database. Times and durations are in microseconds
+# (times since 1970), costs in billionths of a US dollar, rewards in millionths.
+SECOND = 1_000_000
+HOUR = 3600 * SECOND
+DOLLAR = 1_000_000_000
+REWARD = 1_000_000
 
 MAX_NAME = 80
 METADATA = MetaData()
@@ -14,19 +21,18 @@ REWARD_FUNCTIONS = Table(
     Column("created", DateTime(timezone=True), nullable=False),
     Column("updated", DateTime(timezone=True), nullable=False),
 )
-# What many events have in common, in words, once: few kinds stand for millions of events. A digest of the words is
-# what is unique, for words of 10 kB are too long for an index.
-WORDS = ("branch", "commit", "space", "source", "model", "adapter", "skill", "outcome", "error")
-BASES = ("tokens_basis", "cost_basis")
+# Attributes that many events share: few kinds stand for millions of events. The digest of all names is unique; the
+# names themselves (up to 10 kB) are too long for an index.
+NAME_COLUMNS = ("branch", "commit", "space", "source", "model", "adapter", "skill", "outcome", "error")
+BASIS_COLUMNS = ("tokens_basis", "cost_basis")
 KINDS = Table(
     "usage_kinds",
     METADATA,
     Column("id", BigInteger, primary_key=True),
     Column("digest", String(64)),
-    *(Column(name, Text) for name in (*WORDS, *BASES)),
+    *(Column(name, Text) for name in (*NAME_COLUMNS, *BASIS_COLUMNS)),
 )
-# Whole numbers, so that sums are the same in every database: time, latency, first_token and queue in microseconds
-# (time since 1970), cost in billionths of a US dollar, reward in millionths. What is not known is NULL.
+# Unknown numbers are NULL. `kind` is an id in usage_kinds.
 EVENTS = Table(
     "usage_events",
     METADATA,
@@ -36,8 +42,8 @@ EVENTS = Table(
     Column("request", String(64)),
     Column("session", String(64)),
 )
-# One row per hour (microseconds since 1970). `changes` counts the batches that brought events of this hour; `cells` is
-# the hour's roll-up, true as long as `built` equals `changes`. `sealed`: the events themselves may have gone.
+# One row per hour (microseconds since 1970). `changes` counts the batches with events of this hour. `cells` is the
+# hour's roll-up, valid while `built` equals `changes`. `sealed`: the events themselves may have been deleted.
 HOURS = Table(
     "usage_hours",
     METADATA,
@@ -47,7 +53,7 @@ HOURS = Table(
     Column("sealed", Boolean),
     Column("cells", LargeBinary),
 )
-# `limit` per calendar month (UTC), in billionths of a US dollar; branch "" means all branches together.
+# `limit` per calendar month (UTC), in billionths of a US dollar. The branch "" stands for all branches.
 BUDGETS = Table(
     "usage_budgets",
     METADATA,

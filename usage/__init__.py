@@ -1,1 +1,1 @@
-"""What is kept: saved reward functions, in SQLite or PostgreSQL."""
+"""Usage tracking: events of model calls, their recorder, analytics, prices, budgets and exports."""

@@ -1,4 +1,4 @@
-"""What the events say: figures, series, latency against reward, errors, recent calls. Read-only."""
+"""Usage analytics: metrics, time series, latency against reward, errors and recent calls. Read-only queries."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ import numpy as np
 from sqlalchemy import Select, select
 
 from storage.database import Database
-from storage.tables import EVENTS, KINDS
-from usage.cells import Cells, Kind, exact_sums
-from usage.events import OUTCOMES, Event
-from usage.rollups import Reader
-from usage.sketch import ERROR, MANY, grouped
-from usage.time_window import SECOND, Filter, FilterError, Window, bin_size, bins, micros, moment
+from storage.tables import DOLLAR, EVENTS, KINDS, REWARD, SECOND
+from usage.column_store import ColumnStore, EventKind, exact_sums
+from usage.events import OUTCOMES, UsageEvent
+from usage.rollups import RollupReader
+from usage.sketch import MAX_SORTED, RELATIVE_ERROR, grouped_quantiles
+from usage.time_window import FilterError, UsageFilter, Window, bin_size, bin_starts, from_micros, to_micros
 
 MAX_RECENT = 500
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
-CENT = 10_000_000  # in billionths of a dollar
-DOLLAR = 100 * CENT
+CENT = DOLLAR // 100
 UNITS = {
     "calls": "calls",
     "error_rate": "share of calls",
@@ -31,45 +30,60 @@ UNITS = {
     "cost_per_request": "US dollars",
     "reward_per_cent": "reward per US cent",
 }
+GROUPINGS = ("branch", "model", "skill", "outcome")
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A value and the one of the period before; None where there is nothing to tell, or it is not known."""
+class Metric:
+    """A metric and its value in the previous period of the same length.
+
+    Attributes:
+        value: The value; None if unknown or undefined, for example a mean of no calls.
+        previous: The previous value, likewise.
+        unit: A value of `UNITS`.
+    """
 
     value: float | None
-    before: float | None
+    previous: float | None
     unit: str
 
     @property
     def change(self) -> float | None:
-        """The relative change, 0.1 for 10 % more; None where one of the two is not there, or the one before is 0."""
-        return None if self.value is None or not self.before else self.value / self.before - 1
+        """Relative change, 0.1 for +10 %; None if a value is unknown or the previous one is 0."""
+        return None if self.value is None or not self.previous else self.value / self.previous - 1
 
 
 @dataclass(frozen=True)
-class Figures:
-    """The figures of a filter and of the period before. Seconds, US dollars, shares of 1.
+class Metrics:
+    """The metrics of a filter.
 
-    calls · error_rate: share of calls that ended with an error (a cancelled call is none) · p50, p95, p99: latency of
-    all calls in the filter, by nearest rank · first_token: its median, where known · tokens: in and out, where known ·
-    cost: of the calls with a known price, None without any · cost_per_request: the same per such call ·
-    reward_per_cent: sum of the calls' mean rewards per cent that they cost, of calls that have both.
-    unpriced, uncounted: calls whose cost or tokens are not known; estimated: calls whose cost is estimated.
-    percentile_error: the relative error that a percentile can have: 0.0 where they are exact.
+    Attributes:
+        window: The time window.
+        calls: Number of calls.
+        error_rate: Fraction of calls that failed. Cancelled calls did not fail.
+        p50: Median latency in seconds by nearest rank; `p95` and `p99` likewise.
+        first_token: Median time to the first token in seconds, of calls that report it.
+        tokens: Input and output tokens, of calls with known counts.
+        cost: US dollars, of calls with a known price; None without any.
+        cost_per_request: Mean cost of these calls.
+        reward_per_cent: Sum of mean rewards per US cent, of calls with a reward and a known price.
+        unpriced: Number of calls without a known cost.
+        uncounted: Number of calls without known token counts.
+        estimated: Number of calls whose cost is estimated.
+        percentile_error: Largest relative error of a percentile; 0.0 if exact.
     """
 
     window: Window
-    calls: Figure
-    error_rate: Figure
-    p50: Figure
-    p95: Figure
-    p99: Figure
-    first_token: Figure
-    tokens: Figure
-    cost: Figure
-    cost_per_request: Figure
-    reward_per_cent: Figure
+    calls: Metric
+    error_rate: Metric
+    p50: Metric
+    p95: Metric
+    p99: Metric
+    first_token: Metric
+    tokens: Metric
+    cost: Metric
+    cost_per_request: Metric
+    reward_per_cent: Metric
     unpriced: int
     uncounted: int
     estimated: int
@@ -77,8 +91,8 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of a chart: a value for each bin; None where a bin has nothing to tell."""
+class SeriesLine:
+    """One line of a chart: a value per bin, None for bins without data."""
 
     name: str
     values: tuple[float | None, ...]
@@ -86,18 +100,34 @@ class Line:
 
 @dataclass(frozen=True)
 class Series:
-    """A measure over time. starts: where each bin begins, in the filter's zone; bin: "minute" to "month"."""
+    """A metric over time.
+
+    Attributes:
+        measure: Name of the metric.
+        unit: Its unit.
+        bin: Bin size: "minute", "hour", "6 hours", "day" or "month".
+        starts: Start of each bin, in the filter's time zone.
+        lines: One line per group.
+    """
 
     measure: str
     unit: str
     bin: str
     starts: tuple[datetime, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[SeriesLine, ...]
 
 
 @dataclass(frozen=True)
-class Dot:
-    """One model: its calls, median latency (s), mean reward (0..1) of the scored calls, cost per request ($)."""
+class ScatterPoint:
+    """A model in the chart of latency against reward.
+
+    Attributes:
+        model: Name of the model.
+        calls: Number of calls.
+        latency: Median latency in seconds.
+        reward: Mean reward of the scored calls, 0..1.
+        cost_per_request: Mean cost in US dollars.
+    """
 
     model: str
     calls: int
@@ -107,16 +137,16 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Count:
-    """How many calls have this name (an error class, "" where none was told)."""
+class ErrorCount:
+    """Number of failed calls with an error class; `name` is "" for unclassified errors."""
 
     name: str
     calls: int
 
 
 @dataclass(frozen=True)
-class Amount:
-    """What a model cost in US dollars, where known, and how many of its calls have no known price."""
+class ModelCost:
+    """Known cost of a model in US dollars, and the number of its calls without a known price."""
 
     name: str
     cost: float | None
@@ -125,25 +155,32 @@ class Amount:
 
 @dataclass(frozen=True)
 class Dashboard:
-    """All that the page shows of a filter, from one look at the data.
+    """The content of the Usage tab for one filter, read in one pass.
 
-    by_branch: a branch's own figures, for each that was chosen where those are several. volume and cost have a line per
-    branch or model (`by`); latency has p50, p95 and p99.
+    Attributes:
+        metrics: Metrics of the filter.
+        by_branch: Metrics per branch if the filter names several branches.
+        volume: Calls over time, one line per group.
+        latency: Latency percentiles over time.
+        cost: Cost over time, one line per group.
+        cost_per_model: Cost per model.
+        scatter: Latency against reward, one point per model.
+        errors: Error classes, most frequent first.
     """
 
-    figures: Figures
-    by_branch: tuple[tuple[str, Figures], ...]
+    metrics: Metrics
+    by_branch: tuple[tuple[str, Metrics], ...]
     volume: Series
     latency: Series
     cost: Series
-    cost_per_model: tuple[Amount, ...]
-    scatter: tuple[Dot, ...]
-    errors: tuple[Count, ...]
+    cost_per_model: tuple[ModelCost, ...]
+    scatter: tuple[ScatterPoint, ...]
+    errors: tuple[ErrorCount, ...]
 
 
 @dataclass(frozen=True)
-class Options:
-    """What there is to choose from: every name that any event has."""
+class FilterOptions:
+    """Choices of the filters: every recorded name, sorted."""
 
     branches: tuple[str, ...]
     models: tuple[str, ...]
@@ -151,131 +188,158 @@ class Options:
     outcomes: tuple[str, ...] = OUTCOMES
 
 
-class Usage:
-    """Answers questions about the events in a database. Every method raises StoreError when that is down."""
+class UsageAnalytics:
+    """Queries on recorded events. Every method raises StoreError if the database cannot be used.
+
+    `now` is the end of the filter's period in all methods; the default is the current time.
+    """
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._reader = Reader(database)
+        self._reader = RollupReader(database)
 
-    def options(self) -> Options:
-        """The names for the filters, sorted."""
+    def options(self) -> FilterOptions:
+        """Return the choices of the filters."""
         kinds = self._reader.kinds().values()
-        names = {part: tuple(sorted({getattr(kind, part) for kind in kinds})) for part in ("branch", "model", "skill")}
-        return Options(names["branch"], names["model"], names["skill"])
+        names = {field: tuple(sorted({getattr(kind, field) for kind in kinds})) for field in GROUPINGS}
+        return FilterOptions(names["branch"], names["model"], names["skill"])
 
-    def dashboard(self, wanted: Filter, by: str = "branch", now: datetime | None = None) -> Dashboard:
-        """Everything of the page; `by`: "branch" or "model"; `now`: the end of the period, if not this moment."""
-        window = wanted.window(now or datetime.now(timezone.utc))
-        cells, before = self._cells(wanted, window), self._cells(wanted, window.before)
-        starts = bins(window, wanted.zone)
-        tally = Tally(cells, starts)
-        models = list(_models(tally))
-        split = wanted.branches if len(wanted.branches) > 1 else ()
+    def dashboard(self, usage_filter: UsageFilter, by: str = "branch", now: datetime | None = None) -> Dashboard:
+        """Query the content of the Usage tab. Charts have one line per value of `by`: "branch" or "model"."""
+        window = _window(usage_filter, now)
+        current, previous = self._read(usage_filter, window), self._read(usage_filter, window.previous)
+        starts = bin_starts(window, usage_filter.zone)
+        aggregate = Aggregate(current, starts)
+        models = list(_models(aggregate))
+        branches = usage_filter.branches if len(usage_filter.branches) > 1 else ()
         return Dashboard(
-            _figures(window, cells, before),
-            tuple((name, _figures(window, cells.only("branch", name), before.only("branch", name))) for name in split),
-            _series(tally, starts, window, "calls", by),
-            _latencies(tally, starts, window),
-            _series(tally, starts, window, "cost", by),
-            tuple(amount for amount, _ in models),
-            tuple(dot for _, dot in models),
-            _errors(tally),
+            _metrics(window, current, previous),
+            tuple(
+                (name, _metrics(window, current.only("branch", name), previous.only("branch", name)))
+                for name in branches
+            ),
+            _series(aggregate, starts, window, "calls", by),
+            _latency_series(aggregate, starts, window),
+            _series(aggregate, starts, window, "cost", by),
+            tuple(cost for cost, _ in models),
+            tuple(point for _, point in models),
+            _errors(aggregate),
         )
 
-    def figures(self, wanted: Filter, now: datetime | None = None) -> Figures:
-        """The figures alone."""
-        window = wanted.window(now or datetime.now(timezone.utc))
-        return _figures(window, self._cells(wanted, window), self._cells(wanted, window.before))
+    def metrics(self, usage_filter: UsageFilter, now: datetime | None = None) -> Metrics:
+        """Query the metrics of a filter."""
+        window = _window(usage_filter, now)
+        return _metrics(window, self._read(usage_filter, window), self._read(usage_filter, window.previous))
 
-    def series(self, wanted: Filter, measure: str, by: str = "", now: datetime | None = None) -> Series:
-        """One measure (a name of UNITS) over time; `by`: "branch", "model", "skill", "outcome", or "" for one line."""
-        window = wanted.window(now or datetime.now(timezone.utc))
-        if measure not in UNITS or by not in ("", "branch", "model", "skill", "outcome"):
-            raise FilterError(f"A series is one of {', '.join(UNITS)}, by branch, model, skill or outcome.")
-        starts = bins(window, wanted.zone)
-        return _series(Tally(self._cells(wanted, window), starts), starts, window, measure, by)
+    def series(self, usage_filter: UsageFilter, measure: str, by: str = "", now: datetime | None = None) -> Series:
+        """Query a metric over time.
 
-    def recent(self, wanted: Filter, limit: int = 50, now: datetime | None = None) -> tuple[Event, ...]:
-        """The newest events of the filter, newest first; at most MAX_RECENT."""
-        window = wanted.window(now or datetime.now(timezone.utc))
-        query = select_events(wanted, window).order_by(EVENTS.c.time.desc(), EVENTS.c.id.desc())
+        Args:
+            usage_filter: The selected events.
+            measure: A name in `UNITS`.
+            by: A name in `GROUPINGS` for one line per value, or "" for a single line.
+            now: End of the period.
+
+        Raises:
+            FilterError: `measure` or `by` is unknown.
+        """
+        window = _window(usage_filter, now)
+        if measure not in UNITS or by not in ("", *GROUPINGS):
+            raise FilterError(f"measure must be one of {', '.join(UNITS)}, and by one of {', '.join(GROUPINGS)}.")
+        starts = bin_starts(window, usage_filter.zone)
+        return _series(Aggregate(self._read(usage_filter, window), starts), starts, window, measure, by)
+
+    def recent(self, usage_filter: UsageFilter, limit: int = 50, now: datetime | None = None) -> tuple[UsageEvent, ...]:
+        """Return the latest events, newest first; at most `MAX_RECENT`."""
+        query = select_events(usage_filter, _window(usage_filter, now))
+        query = query.order_by(EVENTS.c.time.desc(), EVENTS.c.id.desc()).limit(max(0, min(limit, MAX_RECENT)))
         with self.database.transaction() as connection:
-            rows = connection.execute(query.limit(max(0, min(limit, MAX_RECENT)))).mappings().all()
-        return tuple(event_of(row) for row in rows)
+            rows = connection.execute(query).mappings().all()
+        return tuple(to_event(row) for row in rows)
 
-    def _cells(self, wanted: Filter, window: Window) -> Cells:
-        return self._reader.cells(micros(window.start), micros(window.end), lambda kind: matches(kind, wanted))
-
-
-def matches(kind: Kind, wanted: Filter) -> bool:
-    """Whether events of this kind are meant by the filter."""
-    pairs = (
-        (kind.branch, wanted.branches),
-        (kind.model, wanted.models),
-        (kind.skill, wanted.skills),
-        (kind.outcome, wanted.outcomes),
-    )
-    return all(not names or name in names for name, names in pairs)
+    def _read(self, usage_filter: UsageFilter, window: Window) -> ColumnStore:
+        start, end = to_micros(window.start), to_micros(window.end)
+        return self._reader.read(start, end, lambda kind: matches(kind, usage_filter))
 
 
-def select_events(wanted: Filter, window: Window) -> Select:
-    """The query for the filter's events with their words, in no order. `event_of` reads its rows."""
+def _window(usage_filter: UsageFilter, now: datetime | None) -> Window:
+    return usage_filter.window(now or datetime.now(timezone.utc))
+
+
+def _filter_names(usage_filter: UsageFilter) -> dict[str, tuple[str, ...]]:
+    """Return the selected names by field of `EventKind`, of which () selects all."""
+    return {
+        "branch": usage_filter.branches,
+        "model": usage_filter.models,
+        "skill": usage_filter.skills,
+        "outcome": usage_filter.outcomes,
+    }
+
+
+def matches(kind: EventKind, usage_filter: UsageFilter) -> bool:
+    """Check whether a filter selects events of this kind."""
+    return all(not names or getattr(kind, field) in names for field, names in _filter_names(usage_filter).items())
+
+
+def select_events(usage_filter: UsageFilter, window: Window) -> Select:
+    """Return the unordered SELECT of a filter's events. Convert its rows with `to_event`."""
     query = select(EVENTS, *(column for column in KINDS.c if column.name not in ("id", "digest")))
     query = query.join(KINDS, KINDS.c.id == EVENTS.c.kind)
-    query = query.where(EVENTS.c.time >= micros(window.start), EVENTS.c.time < micros(window.end))
-    names = {"branch": wanted.branches, "model": wanted.models, "skill": wanted.skills, "outcome": wanted.outcomes}
-    for column, chosen in names.items():
-        if chosen:
-            query = query.where(KINDS.c[column].in_(chosen))
+    query = query.where(EVENTS.c.time >= to_micros(window.start), EVENTS.c.time < to_micros(window.end))
+    for column, names in _filter_names(usage_filter).items():
+        if names:
+            query = query.where(KINDS.c[column].in_(names))
     return query
 
 
-def event_of(row: Mapping[Any, Any]) -> Event:
-    """A row of `select_events` as the event that was recorded."""
+def to_event(row: Mapping[Any, Any]) -> UsageEvent:
+    """Convert a row of `select_events` to the recorded event."""
     values = {name: value for name, value in row.items() if name not in ("kind", "request")}
-    for name, one in {"latency": SECOND, "first_token": SECOND, "queue": SECOND, "cost": DOLLAR}.items():
-        values[name] = None if values[name] is None else values[name] / one
+    for name, unit in {"latency": SECOND, "first_token": SECOND, "queue": SECOND, "cost": DOLLAR}.items():
+        values[name] = None if values[name] is None else values[name] / unit
     reward = values["reward"]
-    values |= {"time": moment(values["time"]), "reward": None if reward is None else reward / 1_000_000}
-    return Event(**values, request_id=row["request"])
+    values |= {"time": from_micros(values["time"]), "reward": None if reward is None else reward / REWARD}
+    return UsageEvent(**values, request_id=row["request"])
 
 
-# ── From cells to figures ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Aggregation ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Tally:
-    """Cells added up by bin and kind: sums for any part of them are then small work."""
+class Aggregate:
+    """Sums of rows by bin and kind, from which the totals of any selection of kinds are computed."""
 
-    def __init__(self, cells: Cells, starts: Sequence[datetime]) -> None:
-        """starts: where each bin begins."""
-        self.cells, self.count = cells, len(starts)
-        numbers = np.array(sorted(cells.kinds), np.int64)
-        self.kinds = [cells.kinds[int(number)] for number in numbers]
-        order = np.zeros(int(numbers.max(initial=0)) + 1, np.int64)
-        order[numbers] = np.arange(len(numbers))
-        edges = np.array([micros(start) for start in starts])
-        self.bins = np.maximum(np.searchsorted(edges, cells.columns["time"], side="right") - 1, 0)
-        self.kind = order[cells.columns["kind"]]
-        self.sums = self._summed()
+    def __init__(self, rows: ColumnStore, starts: Sequence[datetime]) -> None:
+        """Sum rows.
 
-    def _summed(self) -> np.ndarray:
-        """int64 [bins, kinds, 6]: calls, tokens, cost, scored calls, their rewards (millionths), their cost."""
-        columns, size = self.cells.columns, self.count * len(self.kinds)
-        places, rewarded = self.bins * len(self.kinds) + self.kind, columns["rewarded"]
+        Args:
+            rows: The rows.
+            starts: Start of each bin.
+        """
+        self.rows, self.bin_count = rows, len(starts)
+        kind_ids = np.array(sorted(rows.kinds), np.int64)
+        self.kinds = [rows.kinds[int(kind_id)] for kind_id in kind_ids]
+        kind_indices = np.zeros(int(kind_ids.max(initial=0)) + 1, np.int64)
+        kind_indices[kind_ids] = np.arange(len(kind_ids))
+        edges = np.array([to_micros(start) for start in starts])
+        columns = rows.columns
+        self.bins = np.maximum(np.searchsorted(edges, columns["time"], side="right") - 1, 0)  # bin of each row
+        self.kind = kind_indices[columns["kind"]]  # index in `kinds` of each row
+        # int64 [bins, kinds, 6]: calls, tokens, cost; and calls, rewards (millionths) and cost of the scored calls.
+        size = self.bin_count * len(self.kinds)
+        groups, rewarded = self.bins * len(self.kinds) + self.kind, columns["rewarded"]
         tokens = columns["tokens_in"] + columns["tokens_out"]
-        sums = [exact_sums(places, column, size) for column in (columns["calls"], tokens, columns["cost"])]
-        sums += [exact_sums(places[rewarded], columns[c][rewarded], size) for c in ("calls", "reward", "cost")]
-        return np.stack(sums, axis=-1).reshape(self.count, len(self.kinds), 6)
+        sums = [exact_sums(groups, column, size) for column in (columns["calls"], tokens, columns["cost"])]
+        sums += [exact_sums(groups[rewarded], columns[c][rewarded], size) for c in ("calls", "reward", "cost")]
+        self.sums = np.stack(sums, axis=-1).reshape(self.bin_count, len(self.kinds), 6)
 
-    def names(self, part: str) -> list[str]:
-        """The names that calls have in this part, sorted."""
-        there = np.flatnonzero(self.sums[:, :, 0].sum(axis=0))
-        return sorted({getattr(self.kinds[place], part) for place in there})
+    def names(self, field: str) -> list[str]:
+        """Return the names in a field of `EventKind` that have calls, sorted."""
+        indices = np.flatnonzero(self.sums[:, :, 0].sum(axis=0))
+        return sorted({getattr(self.kinds[index], field) for index in indices})
 
-    def totals(self, meant: Callable[[Kind], bool] = lambda _: True) -> list[Totals]:
-        """For each bin the totals of the kinds that are meant."""
-        masks = [np.array([meant(kind) and check(kind) for kind in self.kinds], bool) for check in CHECKS]
+    def totals(self, selected: Callable[[EventKind], bool] = lambda _: True) -> list[Totals]:
+        """Return the totals of the selected kinds for each bin."""
+        masks = [np.array([selected(kind) and check(kind) for kind in self.kinds], bool) for check in CHECKS]
         everything, failed, priced, counted, estimated = (self.sums[:, mask].sum(axis=1) for mask in masks)
         columns = (
             everything[:, 0], failed[:, 0], priced[:, 0], priced[:, 2], counted[:, 0], counted[:, 1],
@@ -284,24 +348,27 @@ class Tally:
         return [Totals(*map(int, row)) for row in np.stack(columns, axis=-1)]
 
     def latency(self, groups: np.ndarray, count: int, shares: Sequence[float]) -> list[list[float | None]]:
-        """The latency in seconds at these shares, for each group of cells."""
-        columns = self.cells.columns
-        found = grouped(columns["latency"], columns["calls"], columns["latency_bucket"], groups, count, shares)
-        return [[_in_seconds(value) for value in row] for row in found]
+        """Return quantiles of the latency in seconds for each of `count` groups; `groups` has the group of each row."""
+        columns = self.rows.columns
+        values = grouped_quantiles(
+            columns["latency"], columns["calls"], columns["latency_bucket"], groups, count, shares
+        )
+        return [[_to_seconds(value) for value in row] for row in values]
 
     def first_token(self, groups: np.ndarray, count: int) -> list[float | None]:
-        """The median time to the first token in seconds, where known, for each group of cells."""
-        known = self.cells.columns["first_bucket"] >= 0
-        value, calls, bucket = (self.cells.columns[name][known] for name in ("first_token", "calls", "first_bucket"))
-        return [_in_seconds(row[0]) for row in grouped(value, calls, bucket, groups[known], count, [0.5])]
+        """Return the median time to the first token in seconds for each group, of calls that report it."""
+        known = self.rows.columns["first_bucket"] >= 0
+        sums, calls, buckets = (self.rows.columns[name][known] for name in ("first_token", "calls", "first_bucket"))
+        medians = grouped_quantiles(sums, calls, buckets, groups[known], count, [0.5])
+        return [_to_seconds(median) for (median,) in medians]
 
-    def groups(self, part: str, names: Sequence[str]) -> np.ndarray:
-        """For each cell the place of its name in `names`."""
-        places = {name: place for place, name in enumerate(names)}
-        return np.array([places.get(getattr(kind, part), 0) for kind in self.kinds], np.int64)[self.kind]
+    def groups(self, field: str, names: Sequence[str]) -> np.ndarray:
+        """Return for each row the index in `names` of its kind's name."""
+        indices = {name: index for index, name in enumerate(names)}
+        return np.array([indices.get(getattr(kind, field), 0) for kind in self.kinds], np.int64)[self.kind]
 
 
-CHECKS: tuple[Callable[[Kind], bool], ...] = (
+CHECKS: tuple[Callable[[EventKind], bool], ...] = (
     lambda _: True,
     lambda kind: kind.failed,
     lambda kind: kind.priced,
@@ -312,7 +379,21 @@ CHECKS: tuple[Callable[[Kind], bool], ...] = (
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums of calls. Cost in billionths of a dollar, rewards in millionths; rewarded and spent: of priced calls."""
+    """Sums over calls. Costs are in billionths of a US dollar, rewards in millionths.
+
+    Attributes:
+        calls: Number of calls.
+        failed: Number of failed calls.
+        priced: Number of calls with a known cost.
+        cost: Their cost.
+        counted: Number of calls with known token counts.
+        tokens: Their tokens.
+        estimated: Number of calls with an estimated cost.
+        scored: Number of calls with a reward.
+        reward: Their rewards.
+        priced_reward: Rewards of the calls with a reward and a known cost.
+        priced_reward_cost: Cost of these calls.
+    """
 
     calls: int
     failed: int
@@ -323,11 +404,11 @@ class Totals:
     estimated: int
     scored: int
     reward: int
-    rewarded: int
-    spent: int
+    priced_reward: int
+    priced_reward_cost: int
 
     def measure(self, name: str) -> float | None:
-        """One of UNITS that is no percentile."""
+        """Return a metric of `UNITS` that is not a percentile."""
         match name:
             case "calls":
                 return self.calls
@@ -340,75 +421,79 @@ class Totals:
             case "cost_per_request":
                 return self.cost / (DOLLAR * self.priced) if self.priced else None
             case _:
-                return self.rewarded * CENT / (1_000_000 * self.spent) if self.spent else None
+                cost = self.priced_reward_cost
+                return self.priced_reward * CENT / (REWARD * cost) if cost else None
 
 
-def _in_seconds(value: float | None) -> float | None:
-    return None if value is None else value / SECOND
+def _to_seconds(micros: float | None) -> float | None:
+    return None if micros is None else micros / SECOND
 
 
-def measure(cells: Cells) -> tuple[dict[str, float | None], Totals]:
-    """Every measure of UNITS over these cells, and the totals."""
-    tally = Tally(cells, [moment(0)])
-    (totals,) = tally.totals()
-    (latency,) = tally.latency(tally.bins, 1, list(QUANTILES.values()))
-    timed = {**dict(zip(QUANTILES, latency, strict=True)), "first_token": tally.first_token(tally.bins, 1)[0]}
-    return {name: timed[name] if name in timed else totals.measure(name) for name in UNITS}, totals
+def measure_all(rows: ColumnStore) -> tuple[dict[str, float | None], Totals]:
+    """Return every metric of `UNITS` over these rows, and the totals."""
+    aggregate = Aggregate(rows, [from_micros(0)])
+    (totals,) = aggregate.totals()
+    (latency,) = aggregate.latency(aggregate.bins, 1, list(QUANTILES.values()))
+    (first_token,) = aggregate.first_token(aggregate.bins, 1)
+    percentiles = {**dict(zip(QUANTILES, latency, strict=True)), "first_token": first_token}
+    return {name: percentiles[name] if name in percentiles else totals.measure(name) for name in UNITS}, totals
 
 
-def _figures(window: Window, cells: Cells, before: Cells) -> Figures:
-    (now, totals), (then, _) = measure(cells), measure(before)
-    exact = all(part.exact and len(part) <= MANY for part in (cells, before))
-    return Figures(
+def _metrics(window: Window, current: ColumnStore, previous: ColumnStore) -> Metrics:
+    (values, totals), (previous_values, _) = measure_all(current), measure_all(previous)
+    exact = all(rows.exact and len(rows) <= MAX_SORTED for rows in (current, previous))
+    return Metrics(
         window,
-        **{name: Figure(now[name], then[name], unit) for name, unit in UNITS.items()},
+        **{name: Metric(values[name], previous_values[name], unit) for name, unit in UNITS.items()},
         unpriced=totals.calls - totals.priced,
         uncounted=totals.calls - totals.counted,
         estimated=totals.estimated,
-        percentile_error=0.0 if exact else ERROR,
+        percentile_error=0.0 if exact else RELATIVE_ERROR,
     )
 
 
-def _series(tally: Tally, starts: list[datetime], window: Window, what: str, by: str) -> Series:
-    names = tally.names(by) if by else [""]
-    if what in (*QUANTILES, "first_token"):
-        groups = (tally.groups(by, names) if by else 0) * tally.count + tally.bins
-        count = len(names) * tally.count
-        if what == "first_token":
-            flat = tally.first_token(groups, count)
+def _series(aggregate: Aggregate, starts: list[datetime], window: Window, measure: str, by: str) -> Series:
+    names = aggregate.names(by) if by else [""]
+    bin_count = aggregate.bin_count
+    if measure in (*QUANTILES, "first_token"):
+        groups = (aggregate.groups(by, names) if by else 0) * bin_count + aggregate.bins
+        count = len(names) * bin_count
+        if measure == "first_token":
+            flat = aggregate.first_token(groups, count)
         else:
-            flat = [row[0] for row in tally.latency(groups, count, [QUANTILES[what]])]
-        values = [flat[place * tally.count : (place + 1) * tally.count] for place in range(len(names))]
+            flat = [row[0] for row in aggregate.latency(groups, count, [QUANTILES[measure]])]
+        values = [flat[index * bin_count : (index + 1) * bin_count] for index in range(len(names))]
     else:
-        values = [[totals.measure(what) for totals in tally.totals(_named(by, name))] for name in names]
-    lines = tuple(Line(name, tuple(line)) for name, line in zip(names, values, strict=True))
-    return Series(what, UNITS[what], bin_size(window), tuple(starts), lines)
+        values = [[totals.measure(measure) for totals in aggregate.totals(_has_name(by, name))] for name in names]
+    lines = tuple(SeriesLine(name, tuple(line)) for name, line in zip(names, values, strict=True))
+    return Series(measure, UNITS[measure], bin_size(window), tuple(starts), lines)
 
 
-def _named(part: str, name: str) -> Callable[[Kind], bool]:
-    return (lambda kind: getattr(kind, part) == name) if part else (lambda _: True)
+def _has_name(field: str, name: str) -> Callable[[EventKind], bool]:
+    return (lambda kind: getattr(kind, field) == name) if field else (lambda _: True)
 
 
-def _latencies(tally: Tally, starts: list[datetime], window: Window) -> Series:
-    found = tally.latency(tally.bins, tally.count, list(QUANTILES.values()))
-    lines = tuple(Line(name, tuple(values[place] for values in found)) for place, name in enumerate(QUANTILES))
+def _latency_series(aggregate: Aggregate, starts: list[datetime], window: Window) -> Series:
+    by_bin = aggregate.latency(aggregate.bins, aggregate.bin_count, list(QUANTILES.values()))
+    lines = tuple(SeriesLine(name, tuple(row[index] for row in by_bin)) for index, name in enumerate(QUANTILES))
     return Series("latency", "s", bin_size(window), tuple(starts), lines)
 
 
-def _models(tally: Tally) -> Iterator[tuple[Amount, Dot]]:
-    names = tally.names("model")
-    medians = tally.latency(tally.groups("model", names), len(names), [0.5])
+def _models(aggregate: Aggregate) -> Iterator[tuple[ModelCost, ScatterPoint]]:
+    names = aggregate.names("model")
+    medians = aggregate.latency(aggregate.groups("model", names), len(names), [0.5])
     for name, (median,) in zip(names, medians, strict=True):
-        parts = tally.totals(_named("model", name))
-        total = Totals(*(sum(getattr(part, field.name) for part in parts) for field in fields(Totals)))
-        reward = total.reward / 1_000_000 / total.scored if total.scored else None
-        dot = Dot(name, total.calls, median or 0.0, reward, total.measure("cost_per_request"))
-        yield Amount(name, total.measure("cost"), total.calls - total.priced), dot
+        by_bin = aggregate.totals(_has_name("model", name))
+        totals = Totals(*(sum(getattr(part, field.name) for part in by_bin) for field in fields(Totals)))
+        reward = totals.reward / REWARD / totals.scored if totals.scored else None
+        point = ScatterPoint(name, totals.calls, median or 0.0, reward, totals.measure("cost_per_request"))
+        yield ModelCost(name, totals.measure("cost"), totals.calls - totals.priced), point
 
 
-def _errors(tally: Tally) -> tuple[Count, ...]:
-    found: dict[str, int] = {}
-    for kind, calls in zip(tally.kinds, tally.sums[:, :, 0].sum(axis=0), strict=True):
+def _errors(aggregate: Aggregate) -> tuple[ErrorCount, ...]:
+    counts: dict[str, int] = {}
+    for kind, calls in zip(aggregate.kinds, aggregate.sums[:, :, 0].sum(axis=0), strict=True):
         if kind.failed and calls:
-            found[kind.error] = found.get(kind.error, 0) + int(calls)
-    return tuple(sorted((Count(*each) for each in found.items()), key=lambda count: (-count.calls, count.name)))
+            counts[kind.error] = counts.get(kind.error, 0) + int(calls)
+    errors = (ErrorCount(name, calls) for name, calls in counts.items())
+    return tuple(sorted(errors, key=lambda error: (-error.calls, error.name)))

@@ -1,4 +1,4 @@
-"""Budgets: what a branch may spend in a calendar month (UTC), the warning at 80 %, and the stop at 100 %."""
+"""Monthly budgets per branch: a warning at 80 %, and an optional stop of paid calls at 100 %."""
 
 from __future__ import annotations
 
@@ -9,27 +9,32 @@ from typing import Literal
 from sqlalchemy import delete, func, select
 
 from storage.database import Database
-from storage.tables import BUDGETS, EVENTS, KINDS
-from usage.events import MAX_WORD, storable
-from usage.ledger import DOLLAR, digest
-from usage.time_window import micros
+from storage.tables import BUDGETS, DOLLAR, EVENTS, KINDS
+from usage.events import MAX_NAME_LENGTH, name_digest, sanitize
+from usage.time_window import to_micros
 
-WARN_AT = 0.8
-MAX_LIMIT = 1_000_000.0  # dollars
-ALL = ""  # as a branch: all of them together
+WARNING_SHARE = 0.8
+MAX_LIMIT = 1_000_000.0  # US dollars
+ALL_BRANCHES = ""
 
 
 class BudgetError(ValueError):
-    """A budget that cannot be; the message says what to change."""
+    """Raised for an invalid budget. The message says what to change."""
 
 
-class BudgetExceeded(Exception):
-    """A paid call may not be made; the message says which budget is spent and who can lift it."""
+class BudgetExceededError(Exception):
+    """Raised if a budget does not allow a paid call. The message names the budget and how to continue."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit in US dollars per calendar month (UTC). branch: "" for all. stop: refuse paid calls beyond it."""
+    """A limit per calendar month (UTC).
+
+    Attributes:
+        branch: Git branch, or "" for all branches together.
+        limit: US dollars per month.
+        stop: Whether to refuse paid calls once the limit is reached.
+    """
 
     branch: str
     limit: float
@@ -38,9 +43,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class BudgetStatus:
-    """A budget and what was spent of it this month, in US dollars. unpriced: calls whose cost is not known.
+    """A budget and its use in the current month.
 
-    state: "ok", "warning" from 80 %, "spent" from 100 %.
+    Attributes:
+        budget: The budget.
+        spent: US dollars spent this month.
+        unpriced: Number of calls without a known cost, which `spent` does not include.
     """
 
     budget: Budget
@@ -49,71 +57,82 @@ class BudgetStatus:
 
     @property
     def share(self) -> float:
-        """Of the limit, 1.0 for all of it."""
+        """Spent fraction of the limit; 1.0 is all of it."""
         return self.spent / self.budget.limit
 
     @property
     def state(self) -> Literal["ok", "warning", "spent"]:
-        return "spent" if self.share >= 1 else "warning" if self.share >= WARN_AT else "ok"
+        """State: "warning" from 80 % and "spent" from 100 % of the limit."""
+        return "spent" if self.share >= 1 else "warning" if self.share >= WARNING_SHARE else "ok"
 
 
 class Budgets:
-    """The budgets in a database. Every method raises StoreError when that is down."""
+    """Budgets stored in a database. Every method raises StoreError if the database cannot be used."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
 
     def set(self, budget: Budget) -> None:
-        """Keep a budget in place of the one that the branch had. Raises BudgetError."""
+        """Create or replace the budget of a branch.
+
+        Raises:
+            BudgetError: The limit is out of range.
+        """
         if not 0 < budget.limit <= MAX_LIMIT or round(budget.limit * DOLLAR) == 0:
-            raise BudgetError(f"A budget is more than 0 and at most {MAX_LIMIT:,.0f} US dollars.")
-        branch = storable(budget.branch, MAX_WORD)
+            raise BudgetError(f"A budget must be more than 0 and at most {MAX_LIMIT:,.0f} US dollars.")
+        branch = sanitize(budget.branch, MAX_NAME_LENGTH)
         values = {"branch": branch, "limit": round(budget.limit * DOLLAR), "stop": budget.stop}
-        statement = self.database.insert(BUDGETS).values(digest=digest(branch), **values)
+        statement = self.database.insert(BUDGETS).values(digest=name_digest(branch), **values)
         with self.database.transaction(write=True) as connection:
             connection.execute(statement.on_conflict_do_update(index_elements=["digest"], set_=values))
 
     def remove(self, branch: str) -> None:
-        """Forget the branch's budget, if it has one."""
+        """Delete the budget of a branch, if there is one."""
+        digest = name_digest(sanitize(branch, MAX_NAME_LENGTH))
         with self.database.transaction(write=True) as connection:
-            connection.execute(delete(BUDGETS).where(BUDGETS.c.digest == digest(storable(branch, MAX_WORD))))
+            connection.execute(delete(BUDGETS).where(BUDGETS.c.digest == digest))
 
     def list(self, now: datetime | None = None) -> tuple[BudgetStatus, ...]:
-        """All budgets and how they stand, by branch, the one for all first. `now`: in which month, if not this one."""
+        """Return the status of all budgets in the month of `now`, sorted by branch; the one for all branches first."""
         with self.database.transaction() as connection:
             rows = connection.execute(select(BUDGETS.c.branch, BUDGETS.c.limit, BUDGETS.c.stop)).all()
-        budgets = sorted((Budget(row.branch, row.limit / DOLLAR, row.stop) for row in rows), key=lambda b: b.branch)
-        return tuple(self._status(budget, now or datetime.now(timezone.utc)) for budget in budgets)
+        budgets = [Budget(row.branch, row.limit / DOLLAR, row.stop) for row in rows]
+        now = now or datetime.now(timezone.utc)
+        return tuple(self._status(budget, now) for budget in sorted(budgets, key=lambda budget: budget.branch))
 
     def check(self, branch: str, now: datetime | None = None) -> None:
-        """Return if the branch may make a paid call now; raise BudgetExceeded otherwise.
+        """Check that a branch may make a paid call.
 
-        To be called right before each paid call (hosted inference, rollouts, training steps), never by local models.
-        Only recorded calls count: those on their way may carry the sum past the limit by their own cost.
+        Call this before each paid call (hosted inference, rollouts, training steps), not for local models. Only
+        recorded calls count: calls in flight can exceed the limit by their own cost.
+
+        Raises:
+            BudgetExceeded: A budget with `stop` is spent.
         """
         for status in self.list(now):
-            mine = status.budget.branch in (ALL, storable(branch, MAX_WORD))
-            if mine and status.budget.stop and status.state == "spent":
-                whose = f"of the branch “{status.budget.branch}”" if status.budget.branch else "of all branches"
-                raise BudgetExceeded(
-                    f"The budget {whose} for this month (${status.budget.limit:g}) is spent, so paid calls are "
-                    "stopped. Raise it in the Usage tab, or wait for the next month (UTC)."
+            budget = status.budget
+            applies = budget.branch in (ALL_BRANCHES, sanitize(branch, MAX_NAME_LENGTH))
+            if applies and budget.stop and status.state == "spent":
+                scope = f"of the branch “{budget.branch}”" if budget.branch else "of all branches"
+                raise BudgetExceededError(
+                    f"The monthly budget {scope} (${budget.limit:g}) is spent, so paid calls are stopped. "
+                    "Raise it in the Usage tab, or wait for the next month (UTC)."
                 )
 
     def _status(self, budget: Budget, now: datetime) -> BudgetStatus:
-        start, end = month(now)
+        start, end = month_of(now)
         query = select(func.sum(EVENTS.c.cost), func.count() - func.count(EVENTS.c.cost))
         query = query.join(KINDS, KINDS.c.id == EVENTS.c.kind)
-        query = query.where(EVENTS.c.time >= micros(start), EVENTS.c.time < micros(end))
-        if budget.branch != ALL:
+        query = query.where(EVENTS.c.time >= to_micros(start), EVENTS.c.time < to_micros(end))
+        if budget.branch != ALL_BRANCHES:
             query = query.where(KINDS.c.branch == budget.branch)
         with self.database.transaction() as connection:
             spent, unpriced = connection.execute(query).one()
         return BudgetStatus(budget, int(spent or 0) / DOLLAR, unpriced)
 
 
-def month(now: datetime) -> tuple[datetime, datetime]:
-    """The calendar month around a moment, in UTC: from its first moment up to the next month's."""
+def month_of(now: datetime) -> tuple[datetime, datetime]:
+    """Return the start of the calendar month of `now` and of the next one, in UTC."""
     start = now.astimezone(timezone.utc).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-    year, number = (start.year + 1, 1) if start.month == 12 else (start.year, start.month + 1)
-    return start, start.replace(year=year, month=number)
+    year, month = (start.year + 1, 1) if start.month == 12 else (start.year, start.month + 1)
+    return start, start.replace(year=year, month=month)

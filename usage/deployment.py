@@ -1,52 +1,43 @@
-"""Where this process runs: the branch and commit that the deployer states, else git's, else "local"."""
+"""Detection of the running deployment: branch and commit from the settings, else from git."""
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 from usage.events import Deployment
 
 
-def deployment(branch: str | None, commit: str | None, space: str | None, root: Path) -> Deployment:
-    """What is stated goes first; what is missing is read from git's files in `root`, without running git."""
+def resolve_deployment(branch: str | None, commit: str | None, space: str | None, root: Path) -> Deployment:
+    """Return the deployment.
+
+    Args:
+        branch: Branch from the settings; without one, git is asked.
+        commit: Commit from the settings.
+        space: Hugging Face Space as owner/name.
+        root: Folder of the repository.
+    """
     if branch:
         return Deployment(branch, commit or "", space or "")
-    found = from_git(root)
-    return Deployment(found.branch, commit or found.commit, space or "")
+    checkout = git_checkout(root)
+    return Deployment(checkout.branch, commit or checkout.commit, space or "")
 
 
-def from_git(root: Path) -> Deployment:
-    """The branch and commit that are checked out; branch "local" without git, "detached" without a branch."""
-    try:
-        folder = _git_folder(root / ".git")
-        head = (folder / "HEAD").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+def git_checkout(root: Path) -> Deployment:
+    """Return the checked-out branch and commit; branch "local" without a repository, "detached" without a branch."""
+    branch = _git(root, "symbolic-ref", "--short", "HEAD")
+    commit = _git(root, "rev-parse", "--verify", "HEAD")
+    if branch is None and commit is None:
         return Deployment()
-    if not head.startswith("ref: "):
-        return Deployment("detached", head[:40])
-    name = head.removeprefix("ref: ")
-    return Deployment(name.removeprefix("refs/heads/"), _commit(folder, name))
+    return Deployment(branch or "detached", commit or "")
 
 
-def _git_folder(path: Path) -> Path:
-    """In a worktree .git is a file that names the folder."""
-    if path.is_file():
-        return (path.parent / path.read_text(encoding="utf-8").removeprefix("gitdir:").strip()).resolve()
-    return path
-
-
-def _commit(folder: Path, name: str) -> str:
-    """The commit of a branch, from its own file or from the packed ones; "" before the first commit."""
-    common = folder / "commondir"
+def _git(root: Path, *arguments: str) -> str | None:
+    """Run git; return its output, or None if it fails or is not installed."""
     try:
-        places = [folder, (folder / common.read_text().strip()).resolve()] if common.is_file() else [folder]
-        for place in places:
-            if (place / name).is_file():
-                return (place / name).read_text().strip()[:40]
-            if (place / "packed-refs").is_file():
-                for line in (place / "packed-refs").read_text().splitlines():
-                    if line.endswith(f" {name}"):
-                        return line[:40]
-    except (OSError, UnicodeDecodeError):
-        pass
-    return ""
+        # With --git-dir git neither searches the folders above nor checks the owner of the repository.
+        command = ["git", f"--git-dir={root / '.git'}", *arguments]
+        result = subprocess.run(command, capture_output=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.decode("utf-8", "replace").strip() or None if result.returncode == 0 else None

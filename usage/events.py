@@ -1,7 +1,9 @@
-"""What is recorded of one model call: numbers and names, never a prompt, an image, an answer or a key."""
+"""Usage events: the metadata of one model call, without prompts, images, answers or keys."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import uuid
 from dataclasses import dataclass, field, replace
@@ -11,14 +13,20 @@ from typing import Literal
 Outcome = Literal["ok", "error", "cancelled"]
 Basis = Literal["reported", "estimated", "unknown"]
 OUTCOMES: tuple[Outcome, ...] = ("ok", "error", "cancelled")
-MAX_WORD = 10_000  # characters that are kept of a branch or any other name
-MAX_ID = 64
-_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # PostgreSQL takes no NUL, and no encoding takes half a character
+MAX_NAME_LENGTH = 10_000  # characters of a branch or any other name; longer ones are truncated
+MAX_ID_LENGTH = 64
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # PostgreSQL rejects NUL; UTF-8 cannot encode lone surrogates
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """Where a call was made: the git branch and commit, and the Space (owner/name), "" outside of one."""
+    """The running version of the application.
+
+    Attributes:
+        branch: Git branch.
+        commit: Git commit, or "" if unknown.
+        space: Hugging Face Space as owner/name, or "" outside of one.
+    """
 
     branch: str = "local"
     commit: str = ""
@@ -26,16 +34,32 @@ class Deployment:
 
 
 @dataclass(frozen=True)
-class Event:
-    """One model call. Durations in seconds, cost in US dollars; None is unknown, which is not zero.
+class UsageEvent:
+    """One model call. Unknown numbers are None, which is not zero.
 
-    source: who asked: "playground", "api", "v1", "fine-tune", "hosted-rl" or "demonstration".
-    adapter: the tuned run on the model, or "". error: the class of an error, or "".
-    latency: from the start of the computing to the last token; queue: the wait before it; first_token: from the start
-    of the computing to the first token.
-    tokens_basis, cost_basis: "reported" by who computed it, "estimated", or "unknown" exactly where the value is None.
-    candidates: answers asked for. reward: the mean over them, 0..1, where they were scored.
-    request_id, session: random names, the session's one per browser tab; no person can be read from them.
+    Attributes:
+        time: Time of the call, with a time zone; stored in UTC.
+        model: Name of the model in the registry.
+        skill: Name of the skill, or of the training step.
+        outcome: "ok", "error" or "cancelled".
+        latency: Seconds from the start of the computation to the last token.
+        source: Caller: "playground", "api", "v1", "fine-tune", "hosted-rl" or "demonstration".
+        branch: Git branch of the deployment; `commit` and `space` likewise, see `Deployment`.
+        adapter: Name of the tuned run, or "".
+        error: Class of the error, or "".
+        first_token: Seconds from the start of the computation to the first token.
+        queue: Seconds waited before the computation.
+        tokens_in: Input tokens; `tokens_out` likewise.
+        tokens_basis: "reported" by the backend, "estimated", or "unknown" if and only if the counts are None.
+        cost: Cost in US dollars; `cost_basis` as for tokens.
+        candidates: Number of requested answers.
+        reward: Mean reward over the candidates, 0..1, if they were scored.
+        request_id: Random id of the request.
+        session: Random id of the browser tab. Ids do not identify a person.
+        id: Unique id; an event is stored once per id.
+
+    Raises:
+        ValueError: The time has no zone, the outcome is unknown, or a basis contradicts its value.
     """
 
     time: datetime
@@ -63,24 +87,28 @@ class Event:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
-        """Names are cut and cleaned so that every database takes them. Raises ValueError for what makes no sense."""
         if self.time.tzinfo is None or self.outcome not in OUTCOMES:
-            raise ValueError("An event has a time with a zone, and an outcome of ok, error or cancelled.")
+            raise ValueError("An event needs a time with a time zone, and one of the outcomes ok, error or cancelled.")
         if (self.tokens_in is None or self.tokens_out is None) != (self.tokens_basis == "unknown"):
-            raise ValueError("Tokens are unknown exactly where they are None.")
+            raise ValueError('tokens_basis must be "unknown" if and only if a token count is None.')
         if (self.cost is None) != (self.cost_basis == "unknown"):
-            raise ValueError("The cost is unknown exactly where it is None.")
+            raise ValueError('cost_basis must be "unknown" if and only if the cost is None.')
         for name in ("source", "branch", "commit", "space", "model", "adapter", "skill", "error"):
-            object.__setattr__(self, name, storable(getattr(self, name), MAX_WORD))
+            object.__setattr__(self, name, sanitize(getattr(self, name), MAX_NAME_LENGTH))
         for name in ("request_id", "session"):
-            object.__setattr__(self, name, storable(getattr(self, name), MAX_ID))
+            object.__setattr__(self, name, sanitize(getattr(self, name), MAX_ID_LENGTH))
         object.__setattr__(self, "time", self.time.astimezone(timezone.utc))
 
-    def at(self, deployment: Deployment) -> Event:
-        """The same event, made by this deployment."""
+    def with_deployment(self, deployment: Deployment) -> UsageEvent:
+        """Return a copy with the branch, commit and Space of a deployment."""
         return replace(self, branch=deployment.branch, commit=deployment.commit, space=deployment.space)
 
 
-def storable(text: str, limit: int) -> str:
-    """The text as it is kept: what no database takes is replaced by U+FFFD, and what is beyond the limit is cut."""
-    return _UNSTORABLE.sub("\ufffd", text[:limit])
+def sanitize(text: str, max_length: int) -> str:
+    """Truncate text and replace characters that PostgreSQL or UTF-8 cannot store by U+FFFD."""
+    return _UNSTORABLE.sub("\ufffd", text[:max_length])
+
+
+def name_digest(*names: str) -> str:
+    """Return a SHA-256 digest of names in hexadecimal: a key of fixed length for names of any length."""
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()

@@ -1,26 +1,31 @@
-"""The events of a filter as CSV or Parquet, piece by piece: a million take no more memory than a few thousand."""
+"""Exports of usage: events as CSV or Parquet, metrics and series as JSON, and a Prometheus collector."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from datetime import datetime, timezone
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sqlalchemy import tuple_
+from prometheus_client import Metric as PrometheusMetric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+from sqlalchemy import func, select, tuple_
 
 from storage.database import Database
-from storage.tables import EVENTS
-from usage.analytics import event_of, select_events
-from usage.events import Event
-from usage.time_window import Filter
+from storage.tables import DOLLAR, EVENTS, KINDS, SECOND
+from usage.analytics import UNITS, Metrics, Series, select_events, to_event
+from usage.budgets import Budgets
+from usage.events import UsageEvent
+from usage.recorder import Recorder
+from usage.time_window import UsageFilter
 
-PIECE = 5_000  # events
-COLUMNS = tuple(field.name for field in fields(Event))
+BATCH_SIZE = 5_000  # events per query; bounds the memory of an export
+COLUMNS = tuple(field.name for field in fields(UsageEvent))
 _INTS = ("tokens_in", "tokens_out", "candidates")
 _FLOATS = ("latency", "first_token", "queue", "cost", "reward")
 SCHEMA = pa.schema(
@@ -30,71 +35,87 @@ SCHEMA = pa.schema(
         for name in COLUMNS
     ]
 )  # fmt: skip
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
+
+# ── Events as files ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def export(
-    database: Database, wanted: Filter, kind: Literal["csv", "parquet"], now: datetime | None = None
+def export_events(
+    database: Database,
+    usage_filter: UsageFilter,
+    file_format: Literal["csv", "parquet"],
+    now: datetime | None = None,
 ) -> Iterator[bytes]:
-    """The file's bytes in pieces, oldest event first; times in UTC, durations in seconds, cost in US dollars.
+    """Yield a file of events in chunks, oldest event first.
 
-    Raises StoreError, also in the middle: a file that ends early is no CSV with a last line, and no Parquet.
+    Times are in UTC, durations in seconds, costs in US dollars.
+
+    Args:
+        database: The database.
+        usage_filter: The selected events.
+        file_format: "csv" or "parquet".
+        now: End of the period; the default is the current time.
+
+    Raises:
+        StoreError: The database cannot be read, possibly after some chunks: a truncated CSV lacks rows, a truncated
+            Parquet file is invalid.
     """
-    events = _pieces(database, wanted, now or datetime.now(timezone.utc))
-    return _csv(events) if kind == "csv" else _parquet(events)
+    batches = _read_batches(database, usage_filter, now or datetime.now(timezone.utc))
+    return _to_csv(batches) if file_format == "csv" else _to_parquet(batches)
 
 
-def _pieces(database: Database, wanted: Filter, now: datetime) -> Iterator[list[Event]]:
-    """Each piece is a query of its own that goes on behind the last event: no transaction stays open meanwhile."""
-    query = select_events(wanted, wanted.window(now)).order_by(EVENTS.c.time, EVENTS.c.id).limit(PIECE)
-    after = None
+def _read_batches(database: Database, usage_filter: UsageFilter, now: datetime) -> Iterator[list[UsageEvent]]:
+    """Yield batches of events. Each is a query of its own, so that no transaction stays open during a download."""
+    query = select_events(usage_filter, usage_filter.window(now))
+    query = query.order_by(EVENTS.c.time, EVENTS.c.id).limit(BATCH_SIZE)
+    last = None
     while True:
-        part = query if after is None else query.where(tuple_(EVENTS.c.time, EVENTS.c.id) > after)
+        page = query if last is None else query.where(tuple_(EVENTS.c.time, EVENTS.c.id) > last)
         with database.transaction() as connection:
-            rows = connection.execute(part).mappings().all()
+            rows = connection.execute(page).mappings().all()
         if rows:
-            yield [event_of(row) for row in rows]
-        if len(rows) < PIECE:
+            yield [to_event(row) for row in rows]
+        if len(rows) < BATCH_SIZE:
             return
-        after = tuple_(rows[-1]["time"], rows[-1]["id"])
+        last = tuple_(rows[-1]["time"], rows[-1]["id"])
 
 
-def _csv(pieces: Iterator[list[Event]]) -> Iterator[bytes]:
-    head = _lines([COLUMNS])
-    for events in pieces:  # the head goes with the first piece, so that a database that is down has sent nothing
-        yield head + _lines([_cell(getattr(event, name)) for name in COLUMNS] for event in events)
-        head = b""
-    if head:
-        yield head
+def _to_csv(batches: Iterator[list[UsageEvent]]) -> Iterator[bytes]:
+    header = _csv_lines([COLUMNS])
+    for events in batches:  # the header is sent with the first batch, so that nothing is sent if the query fails
+        yield header + _csv_lines([_csv_value(getattr(event, name)) for name in COLUMNS] for event in events)
+        header = b""
+    if header:
+        yield header
 
 
-def _lines(rows: Any) -> bytes:
+def _csv_lines(rows: Iterable[Iterable[Any]]) -> bytes:
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     return text.getvalue().encode()
 
 
-def _cell(value: Any) -> Any:
-    """A name that a spreadsheet would compute is made plain by an apostrophe; an unknown value is empty."""
+def _csv_value(value: Any) -> Any:
+    """Format a value. Names that a spreadsheet would evaluate as a formula are prefixed with an apostrophe."""
     if isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, float):
         return f"{value:.9f}".rstrip("0").rstrip(".")
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_PREFIXES) else value
 
 
-def _parquet(pieces: Iterator[list[Event]]) -> Iterator[bytes]:
-    pipe = _Pipe()
-    with pq.ParquetWriter(pa.PythonFile(pipe, "w"), SCHEMA, compression="zstd") as writer:
-        for events in pieces:
+def _to_parquet(batches: Iterator[list[UsageEvent]]) -> Iterator[bytes]:
+    buffer = _WriteBuffer()
+    with pq.ParquetWriter(pa.PythonFile(buffer, "w"), SCHEMA, compression="zstd") as writer:
+        for events in batches:
             columns = [[getattr(event, name) for event in events] for name in COLUMNS]
             writer.write_table(pa.table(columns, schema=SCHEMA))
-            yield pipe.take()
-    yield pipe.take()
+            yield buffer.take()
+    yield buffer.take()
 
 
-class _Pipe(io.RawIOBase):
-    """A file that is only written, and forgets what was taken out of it."""
+class _WriteBuffer(io.RawIOBase):
+    """A write-only file whose written bytes can be taken out."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -115,3 +136,85 @@ class _Pipe(io.RawIOBase):
     def take(self) -> bytes:
         parts, self._parts = self._parts, []
         return b"".join(parts)
+
+
+# ── Metrics as JSON ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def metrics_report(metrics: Metrics) -> dict[str, Any]:
+    """Convert metrics to JSON. Unknown values are null, never 0."""
+    named = {name: getattr(metrics, name) for name in UNITS}
+    return {
+        "start": metrics.window.start.isoformat(),
+        "end": metrics.window.end.isoformat(),
+        "figures": {
+            name: {"value": metric.value, "before": metric.previous, "change": metric.change, "unit": metric.unit}
+            for name, metric in named.items()
+        },
+        "calls_without_known_cost": metrics.unpriced,
+        "calls_without_known_tokens": metrics.uncounted,
+        "calls_with_estimated_cost": metrics.estimated,
+        "percentile_error": metrics.percentile_error,
+    }
+
+
+def series_report(series: Series) -> dict[str, Any]:
+    """Convert a series to JSON: bin starts in the filter's time zone, and the values of each line by name."""
+    return {
+        "measure": series.measure,
+        "unit": series.unit,
+        "bin": series.bin,
+        "starts": [start.isoformat() for start in series.starts],
+        "lines": {line.name: list(line.values) for line in series.lines},
+    }
+
+
+# ── Prometheus ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+LABELS = ("branch", "model", "skill", "outcome")
+# Counter -> its description, its SQL aggregate and the unit to divide it by.
+COUNTERS = {
+    "calls": ("Model calls whose events are stored.", func.count(), 1),
+    "latency_seconds": ("Computing time of model calls.", func.sum(EVENTS.c.latency), SECOND),
+    "tokens": ("Input and output tokens, if known.", func.sum(EVENTS.c.tokens_in + EVENTS.c.tokens_out), 1),
+    "cost_dollars": ("Cost in US dollars, if known.", func.sum(EVENTS.c.cost), DOLLAR),
+    "unpriced_calls": ("Calls without a known cost.", func.count() - func.count(EVENTS.c.cost), 1),
+}
+
+
+class UsageCollector(Collector):
+    """Prometheus collector of usage.
+
+    Counters are sums over all stored events, by branch, model, skill and outcome. They fall when old events are
+    deleted, which Prometheus interprets as a restart. `collect` raises StoreError if the database cannot be read.
+    """
+
+    def __init__(self, database: Database, budgets: Budgets, recorder: Recorder) -> None:
+        self.database, self.budgets, self.recorder = database, budgets, recorder
+
+    def collect(self) -> Iterator[PrometheusMetric]:
+        """Yield all metrics, read from the database."""
+        label_columns = [KINDS.c[name] for name in LABELS]
+        query = select(*label_columns, *(total for _, total, _ in COUNTERS.values()))
+        query = query.join(EVENTS, KINDS.c.id == EVENTS.c.kind).group_by(*label_columns).order_by(*label_columns)
+        with self.database.transaction() as connection:
+            rows = connection.execute(query).all()
+        for index, (name, (description, _, unit)) in enumerate(COUNTERS.items(), len(LABELS)):
+            counter = CounterMetricFamily(f"moondream_{name}", description, labels=LABELS)
+            for row in rows:
+                counter.add_metric([_label(text) for text in row[: len(LABELS)]], int(row[index] or 0) / unit)
+            yield counter
+        budgets = self.budgets.list()
+        gauges = {"limit": "Monthly budget in US dollars.", "spent": "Spent this month in US dollars."}
+        for name, description in gauges.items():
+            gauge = GaugeMetricFamily(f"moondream_budget_{name}_dollars", description, labels=["branch"])
+            for status in budgets:
+                value = status.budget.limit if name == "limit" else status.spent
+                gauge.add_metric([_label(status.budget.branch)], value)
+            yield gauge
+        yield CounterMetricFamily("moondream_usage_events_lost", "Events that could not be stored.", self.recorder.lost)
+
+
+def _label(text: str) -> str:
+    """Replace carriage returns, which the text format does not escape."""
+    return text.replace("\r", " ")

@@ -1,9 +1,9 @@
-"""The recorder: takes events at once, keeps them on disk within half a second, and delivers them exactly once.
+"""Usage recorder: buffers events in memory, spools them to disk, and delivers them to the database exactly once.
 
-Two threads. One writes what has come in to a file in the spool, twice a second; the other one delivers files to the
-database and deletes them. A database that is slow or down so delays delivery and nothing else: the files wait, and
-whichever process finds them next delivers them, twice if need be, for an event's id is written once only.
-A process that is killed loses what came in since the last file: at most a second's events.
+Two background threads: one writes buffered events to a spool file twice a second, the other inserts spool files into
+the database and deletes them. A slow or unreachable database therefore delays only the delivery. Files that a process
+leaves behind are delivered by the next one; duplicates are ignored, because an event id is inserted once. A killed
+process loses at most the events of its last second.
 """
 
 from __future__ import annotations
@@ -16,71 +16,92 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from storage.database import Database
-from usage import ledger, rollups
-from usage.events import Deployment, Event
-from usage.time_window import micros, moment
+from sqlalchemy import Connection, select
 
-EVERY = 0.5  # seconds between two files
-MAX_BUFFER = 100_000  # events in memory, should the disk not take them
-MAX_SPOOL = 1 * 2**30  # bytes of events that wait for the database
-PATIENCE = (1.0, 60.0)  # seconds between two tries at a database that is down: at first, at most
-UPKEEP = 60.0  # seconds between two rounds of roll-ups and retention
-HOURS_A_ROUND = 24
+from storage.database import Database
+from storage.tables import BASIS_COLUMNS, DOLLAR, EVENTS, HOUR, HOURS, KINDS, NAME_COLUMNS, REWARD, SECOND
+from usage import rollups
+from usage.events import Deployment, UsageEvent, name_digest
+from usage.time_window import from_micros, to_micros
+
+SPOOL_INTERVAL = 0.5  # seconds between two spool files
+MAX_BUFFER = 100_000  # events in memory if the disk rejects writes
+MAX_SPOOL = 1 * 2**30  # bytes of spool files
+RETRY_DELAYS = (1.0, 60.0)  # first and longest delay, in seconds, between attempts to reach the database
+MAINTENANCE_INTERVAL = 60.0  # seconds between two rounds of roll-ups and retention
+MAINTENANCE_HOURS = 24  # hours of events per round
+DIGESTS_PER_QUERY = 500
 _log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Records events of one deployment. `record` never waits, never fails, and never raises."""
+    """Records the usage events of one deployment. `record` never blocks and never raises.
 
-    def __init__(self, database: Database, folder: Path, deployment: Deployment, keep: bool = True) -> None:
-        """folder: the spool. keep: whether this process sees to roll-ups and retention, too."""
+    Attributes:
+        deployment: The deployment whose events are recorded.
+        lost: Number of events dropped because neither memory nor disk had room.
+    """
+
+    def __init__(self, database: Database, folder: Path, deployment: Deployment, maintain: bool = True) -> None:
+        """Create a recorder without starting its threads.
+
+        Args:
+            database: Destination of the events.
+            folder: Folder of the spool files.
+            deployment: The running deployment.
+            maintain: Whether this process also builds roll-ups and deletes old events.
+        """
         self.deployment = deployment
-        self.lost = 0  # events that neither memory nor disk had room for
-        self._database, self._folder, self._keep = database, folder, keep
-        self._buffer: deque[Event] = deque()
+        self.lost = 0
+        self._database, self._folder, self._maintain = database, folder, maintain
+        self._buffer: deque[UsageEvent] = deque()
         self._lock = threading.Lock()
-        self._spooling = threading.Lock()
-        self._came, self._spooled, self._stop = threading.Event(), threading.Event(), threading.Event()
+        self._spool_lock = threading.Lock()
+        self._recorded, self._spooled, self._stop = threading.Event(), threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Starts its threads, which deliver what an earlier process left."""
+        """Start the background threads, which also deliver spool files of earlier processes."""
         if not self._threads:
             self._threads = [
-                threading.Thread(target=work, name=f"usage-{work.__name__}", daemon=True)
-                for work in (self._spool_all, self._deliver_all)
+                threading.Thread(target=loop, name=f"usage-{name}", daemon=True)
+                for name, loop in {"spool": self._spool_loop, "deliver": self._deliver_loop}.items()
             ]
             for thread in self._threads:
                 thread.start()
             self._spooled.set()
             atexit.register(self.close)
 
-    def record(self, event: Event) -> None:
-        """Takes an event. Where there is no room for it, it is counted in `lost`."""
+    def record(self, event: UsageEvent) -> None:
+        """Add an event to the buffer, or count it in `lost` if the buffer is full."""
         with self._lock:
             if len(self._buffer) >= MAX_BUFFER:
                 self.lost += 1
                 return
             self._buffer.append(event)
-        self._came.set()
+        self._recorded.set()
 
     def flush(self) -> None:
-        """Delivers all that has come in so far, now. Raises StoreError, and OSError where the spool takes nothing."""
+        """Deliver all recorded events now.
+
+        Raises:
+            StoreError: The database cannot be reached.
+            OSError: The spool file cannot be written.
+        """
         self._spool()
         for file in self._files():
             self._deliver(file)
 
     def close(self) -> None:
-        """Ends the threads and puts what is left on disk; whoever starts next delivers it."""
+        """Stop the threads and spool the remaining events; the next process delivers them."""
         self._stop.set()
-        self._came.set()
+        self._recorded.set()
         self._spooled.set()
         for thread in self._threads:
             thread.join(2)
@@ -88,21 +109,22 @@ class Recorder:
         with suppress(OSError):
             self._spool()
 
-    # ── From memory to disk ─────────────────────────────────────────────────────────────────────────────────────────
+    # ── Memory to disk ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _spool_all(self) -> None:
-        while self._came.wait() and not self._stop.is_set():
-            self._came.clear()
-            self._stop.wait(EVERY)
+    def _spool_loop(self) -> None:
+        while self._recorded.wait() and not self._stop.is_set():
+            self._recorded.clear()
+            self._stop.wait(SPOOL_INTERVAL)
             try:
                 self._spool()
             except OSError as error:
-                _log.warning("Usage events cannot be written to disk (%s); they wait in memory", error.strerror)
+                _log.warning("Cannot write usage events to disk (%s). Keeping them in memory.", error.strerror)
                 self._stop.wait(1)
-                self._came.set()
+                self._recorded.set()
 
     def _spool(self) -> None:
-        with self._spooling:
+        """Write the buffered events to a new spool file. On failure they return to the buffer."""
+        with self._spool_lock:
             with self._lock:
                 events, self._buffer = self._buffer, deque()
             if not events:
@@ -115,43 +137,35 @@ class Recorder:
                 raise
         self._spooled.set()
 
-    def _write(self, events: deque[Event]) -> None:
+    def _write(self, events: deque[UsageEvent]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         if sum(file.stat().st_size for file in self._files()) > MAX_SPOOL:
             self.lost += len(events)
             return
         name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.jsonl"
-        part = self._folder / f".{name}"
-        try:
-            with open(part, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(_plain(event), separators=(",", ":")) + "\n" for event in events)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self._folder / name)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
+        rows = (json.dumps(_to_json(event), separators=(",", ":")) + "\n" for event in events)
+        write_atomically(self._folder / name, "".join(rows))
 
-    # ── From disk to the database ───────────────────────────────────────────────────────────────────────────────────
+    # ── Disk to database ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _deliver_all(self) -> None:
-        patience, kept = PATIENCE[0], 0.0
+    def _deliver_loop(self) -> None:
+        delay, maintained = RETRY_DELAYS[0], 0.0
         while not self._stop.is_set():
-            self._spooled.wait(UPKEEP)
+            self._spooled.wait(MAINTENANCE_INTERVAL)
             self._spooled.clear()
             try:
                 for file in self._files():
                     if self._stop.is_set():
                         return
                     self._deliver(file)
-                if self._keep and time.monotonic() - kept > UPKEEP:
-                    upkeep(self._database)
-                    kept = time.monotonic()
-                patience = PATIENCE[0]
+                if self._maintain and time.monotonic() - maintained > MAINTENANCE_INTERVAL:
+                    run_maintenance(self._database)
+                    maintained = time.monotonic()
+                delay = RETRY_DELAYS[0]
             except Exception as error:
-                _log.warning("Usage events wait on disk: %s", error)
-                self._stop.wait(patience)
-                patience = min(2 * patience, PATIENCE[1])
+                _log.warning("Cannot deliver usage events; they stay on disk: %s", error)
+                self._stop.wait(delay)
+                delay = min(2 * delay, RETRY_DELAYS[1])
                 self._spooled.set()
 
     def _files(self) -> list[Path]:
@@ -159,31 +173,110 @@ class Recorder:
 
     def _deliver(self, file: Path) -> None:
         try:
-            events = list(read(file))
+            events = list(read_spool_file(file))
         except FileNotFoundError:
-            return  # another process was faster
+            return  # delivered by another process
         except (ValueError, TypeError, KeyError):
-            _log.error("%s holds no usage events and is put aside", file.name)
+            _log.error("%s is not a file of usage events. Renaming it to .bad.", file.name)
             file.rename(file.with_suffix(".bad"))
             return
-        ledger.add(self._database, events)
+        insert_events(self._database, events)
         file.unlink(missing_ok=True)
 
 
-def upkeep(database: Database, now: datetime | None = None, hours: int = HOURS_A_ROUND) -> int:
-    """One round of roll-ups and retention, of at most so many hours each. Returns how many were done."""
+def run_maintenance(database: Database, now: datetime | None = None, hours: int = MAINTENANCE_HOURS) -> int:
+    """Build roll-ups and delete old events, for at most `hours` hours each. Return the number of processed hours."""
     now = now or datetime.now(timezone.utc)
-    done = rollups.build(database, hours, micros(now))
-    return done + rollups.retire(database, hours, micros(now - rollups.RETENTION))
+    built = rollups.build(database, hours, to_micros(now))
+    return built + rollups.retire(database, hours, to_micros(now - rollups.RETENTION))
 
 
-def _plain(event: Event) -> dict[str, Any]:
-    return {**{name: value for name, value in vars(event).items() if value is not None}, "time": micros(event.time)}
+# ── Spool files ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read(file: Path) -> Iterator[Event]:
-    """The events of a file of the spool. Raises OSError, and ValueError, TypeError or KeyError for what is none."""
+def _to_json(event: UsageEvent) -> dict[str, Any]:
+    values = {name: value for name, value in vars(event).items() if value is not None}
+    return {**values, "time": to_micros(event.time)}
+
+
+def read_spool_file(file: Path) -> Iterator[UsageEvent]:
+    """Yield the events of a spool file.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: A line is not an event; likewise TypeError and KeyError.
+    """
     with open(file, encoding="utf-8") as lines:
         for line in lines:
             values = json.loads(line)
-            yield Event(**{**values, "time": moment(values["time"])})
+            yield UsageEvent(**{**values, "time": from_micros(values["time"])})
+
+
+# ── Database rows ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def insert_events(database: Database, events: Sequence[UsageEvent]) -> None:
+    """Insert events in one transaction; events whose id exists are ignored.
+
+    The same transaction marks their hours as changed, so that roll-ups without them become invalid.
+
+    Raises:
+        StoreError: The database cannot be written; nothing was inserted.
+    """
+    if not events:
+        return
+    with database.transaction(write=True) as connection:
+        kinds = _kind_ids(database, connection, events)
+        # Sorted, so that concurrent writers lock rows in the same order.
+        rows = sorted((_to_row(event, kinds[_kind_names(event)]) for event in events), key=lambda row: row["id"])
+        connection.execute(database.insert(EVENTS).on_conflict_do_nothing(index_elements=["id"]), rows)
+        for hour in sorted({row["time"] - row["time"] % HOUR for row in rows}):
+            statement = database.insert(HOURS).values(hour=hour, changes=1, built=-1, sealed=False)
+            changed = {"changes": HOURS.c.changes + 1}
+            connection.execute(statement.on_conflict_do_update(index_elements=["hour"], set_=changed))
+
+
+def _kind_names(event: UsageEvent) -> tuple[str, ...]:
+    return tuple(getattr(event, name) for name in (*NAME_COLUMNS, *BASIS_COLUMNS))
+
+
+def _kind_ids(database: Database, connection: Connection, events: Sequence[UsageEvent]) -> dict[tuple[str, ...], int]:
+    """Return the id of each event's kind, and insert new kinds."""
+    by_digest = {name_digest(*names): names for names in {_kind_names(event) for event in events}}
+    ids = _select_kind_ids(connection, sorted(by_digest))
+    missing = sorted(by_digest.keys() - ids)
+    for digest in missing:
+        values = {"digest": digest, **dict(zip((*NAME_COLUMNS, *BASIS_COLUMNS), by_digest[digest], strict=True))}
+        connection.execute(database.insert(KINDS).values(values).on_conflict_do_nothing(index_elements=["digest"]))
+    ids |= _select_kind_ids(connection, missing)
+    return {names: ids[digest] for digest, names in by_digest.items()}
+
+
+def _select_kind_ids(connection: Connection, digests: list[str]) -> dict[str, int]:
+    ids: dict[str, int] = {}
+    for start in range(0, len(digests), DIGESTS_PER_QUERY):
+        query = select(KINDS.c.digest, KINDS.c.id).where(KINDS.c.digest.in_(digests[start : start + DIGESTS_PER_QUERY]))
+        ids |= {row.digest: row.id for row in connection.execute(query)}
+    return ids
+
+
+def _to_row(event: UsageEvent, kind: int) -> dict[str, Any]:
+    return {
+        "id": event.id,
+        "time": to_micros(event.time),
+        "kind": kind,
+        "latency": round(event.latency * SECOND),
+        "first_token": _scale(event.first_token, SECOND),
+        "queue": _scale(event.queue, SECOND),
+        "tokens_in": event.tokens_in,
+        "tokens_out": event.tokens_out,
+        "cost": _scale(event.cost, DOLLAR),
+        "reward": _scale(event.reward, REWARD),
+        "candidates": event.candidates,
+        "request": event.request_id,
+        "session": event.session,
+    }
+
+
+def _scale(value: float | None, unit: int) -> int | None:
+    return None if value is None else round(value * unit)

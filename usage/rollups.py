@@ -1,8 +1,8 @@
-"""Roll-ups: each hour's events as packed cells, built from the events alone, and dropped as soon as they are not true.
+"""Hourly roll-ups of usage events, and the deletion of old events.
 
-A batch that brings events of an hour counts up the hour's `changes` in its own transaction. A roll-up notes the count
-that it has seen before it looked at the events; it is true exactly as long as the count has not moved. So any process
-may build at any time, twice or not at all: what is not rolled up is read from the events.
+A batch with events of an hour increments the hour's `changes` in its own transaction. A roll-up stores the count that
+it read before the events, and is valid while the count is unchanged. Any process may therefore build roll-ups at any
+time, repeatedly or never: hours without a valid roll-up are read from the events.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ import numpy as np
 from sqlalchemy import Connection, delete, select, update
 
 from storage.database import Database
-from storage.tables import EVENTS, HOURS, KINDS
-from usage.cells import CELL, KIND_FIELDS, Cells, Kind, merged, table
-from usage.sketch import buckets
-from usage.time_window import HOUR
+from storage.tables import EVENTS, HOUR, HOURS, KINDS
+from usage.column_store import KIND_FIELDS, ROW, ColumnStore, EventKind, membership_table, merge_rows
+from usage.sketch import bucket_index
 
-QUARTER = HOUR // 4  # every time zone in use is a whole number of quarters away from UTC
-EXACT = 2_000  # an hour with so many calls keeps each; a busier one keeps buckets
-CACHE = 256 * 2**20  # bytes of unpacked hours that are kept in memory
+QUARTER = HOUR // 4  # offsets of all time zones in use are multiples of 15 minutes
+MAX_EXACT = 2_000  # calls per hour that are stored one by one; busier hours are stored in buckets
+CACHE_SIZE = 256 * 2**20  # bytes of unpacked hours in memory
 RETENTION = timedelta(days=90)
 Columns = dict[str, np.ndarray]
-COLUMNS = ("time", "kind", "latency", "first_token", "tokens_in", "tokens_out", "cost", "reward")
+EVENT_COLUMNS = ("time", "kind", "latency", "first_token", "tokens_in", "tokens_out", "cost", "reward")
 
 
 @dataclass(frozen=True)
@@ -40,190 +39,211 @@ class _Hour:
     sealed: bool
 
     @property
-    def clean(self) -> bool:
+    def valid(self) -> bool:
         return self.changes == self.built
 
 
-class Reader:
-    """Reads cells: whole hours from their roll-ups where these are true, everything else from the events."""
+class RollupReader:
+    """Reads aggregated rows: whole hours from valid roll-ups, everything else from the events."""
 
-    def __init__(self, database: Database, cache: int = CACHE) -> None:
+    def __init__(self, database: Database, cache_size: int = CACHE_SIZE) -> None:
         self.database = database
-        self._room = cache
+        self._cache_room = cache_size
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[int, int], Columns] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int], Columns] = OrderedDict()
 
-    def kinds(self) -> dict[int, Kind]:
-        """Every kind that there is, by its number."""
+    def kinds(self) -> dict[int, EventKind]:
+        """Return all event kinds by id."""
         with self.database.transaction() as connection:
             return read_kinds(connection)
 
-    def cells(self, start: int, end: int, meant: Callable[[Kind], bool]) -> Cells:
-        """The cells of the events from `start` up to `end` (microseconds since 1970) whose kind is meant.
+    def read(self, start: int, end: int, selected: Callable[[EventKind], bool]) -> ColumnStore:
+        """Return the rows of selected kinds between two times.
 
-        Where a period cuts an hour whose events have gone (see `retire`), it is widened to quarters of an hour.
+        A window that cuts an hour whose events were deleted (see `retire`) is widened to multiples of 15 minutes.
+
+        Args:
+            start: Start in microseconds since 1970, included.
+            end: End, excluded.
+            selected: Whether to include a kind.
         """
         with self.database.transaction() as connection:
-            hours = _hours(connection, start - start % HOUR, end)
-            packed = [h for h in hours if h.sealed or (h.clean and start <= h.hour and h.hour + HOUR <= end)]
-            parts = self._unpacked(connection, packed)
-            done = [(h.hour, h.hour + HOUR) for h in packed if h.clean]
-            parts += [columns_of(read_events(connection, *span)) for span in _gaps(start, end, done)]
-            kinds = {number: kind for number, kind in read_kinds(connection).items() if meant(kind)}
-        inside = [_inside(part, start - start % QUARTER, end) for part in [columns_of(np.zeros(0, CELL)), *parts]]
-        number = np.concatenate([part["kind"] for part in inside])
-        chosen = table(kinds)[np.minimum(number, max(kinds, default=0) + 1)]
-        places = None if chosen.all() else np.flatnonzero(chosen)
-        return Cells({name: _joined(inside, name, places) for name in CELL.names or ()}, kinds)
+            hours = _read_hours(connection, start - start % HOUR, end)
+            packed = [h for h in hours if h.sealed or (h.valid and start <= h.hour and h.hour + HOUR <= end)]
+            parts = self._unpack_hours(connection, packed)
+            covered = [(h.hour, h.hour + HOUR) for h in packed if h.valid]
+            parts += [to_columns(read_events(connection, *gap)) for gap in _gaps(start, end, covered)]
+            kinds = {kind_id: kind for kind_id, kind in read_kinds(connection).items() if selected(kind)}
+        clipped = [_clip(part, start - start % QUARTER, end) for part in [to_columns(np.zeros(0, ROW)), *parts]]
+        kind_ids = np.concatenate([part["kind"] for part in clipped])
+        mask = membership_table(kinds)[np.minimum(kind_ids, max(kinds, default=0) + 1)]
+        indices = None if mask.all() else np.flatnonzero(mask)
+        columns = {}
+        for name in ROW.names or ():
+            column = np.concatenate([part[name] for part in clipped])
+            columns[name] = column if indices is None else column[indices]
+        return ColumnStore(columns, kinds)
 
-    def _unpacked(self, connection: Connection, hours: Sequence[_Hour]) -> list[Columns]:
-        """The cells of these hours, from memory where they are."""
+    def _unpack_hours(self, connection: Connection, hours: Sequence[_Hour]) -> list[Columns]:
+        """Return the rows of these hours, from the cache if possible."""
         with self._lock:
-            found = {h.hour: self._kept[h.hour, h.built] for h in hours if (h.hour, h.built) in self._kept}
-        missing = {h.hour: h for h in hours if h.hour not in found}
+            columns = {h.hour: self._cache[h.hour, h.built] for h in hours if (h.hour, h.built) in self._cache}
+        missing = {h.hour: h for h in hours if h.hour not in columns}
         if missing:
             query = select(HOURS.c.hour, HOURS.c.built, HOURS.c.cells)
             query = query.where(HOURS.c.hour >= min(missing), HOURS.c.hour <= max(missing))
             if len(missing) < 100:
                 query = query.where(HOURS.c.hour.in_(list(missing)))
-            for hour, built, cells in connection.execute(query):
+            for hour, built, packed in connection.execute(query):
                 if hour in missing and built == missing[hour].built:
-                    found[hour] = self._keep((hour, built), columns_of(unpack(cells)))
-        return [found[h.hour] for h in hours if h.hour in found]
+                    columns[hour] = self._add_to_cache((hour, built), to_columns(unpack(packed)))
+        return [columns[h.hour] for h in hours if h.hour in columns]
 
-    def _keep(self, key: tuple[int, int], cells: Columns) -> Columns:
+    def _add_to_cache(self, key: tuple[int, int], columns: Columns) -> Columns:
         with self._lock:
-            self._kept[key] = cells
-            self._room -= _bytes(cells)
-            while self._room < 0 and self._kept:
-                self._room += _bytes(self._kept.popitem(last=False)[1])
-        return cells
+            self._cache[key] = columns
+            self._cache_room -= _size(columns)
+            while self._cache_room < 0 and self._cache:
+                self._cache_room += _size(self._cache.popitem(last=False)[1])
+        return columns
 
 
 def build(database: Database, limit: int, before: int) -> int:
-    """Roll up at most `limit` hours that ended before that time and whose roll-up is not true. Returns how many."""
+    """Build missing or invalid roll-ups, newest first.
+
+    Args:
+        database: The database.
+        limit: Maximum number of hours.
+        before: Only hours that ended before this time, in microseconds since 1970.
+
+    Returns:
+        The number of built hours.
+    """
     with database.transaction() as connection:
         query = select(HOURS.c.hour).where(HOURS.c.built != HOURS.c.changes, HOURS.c.hour + HOUR <= before)
         hours = connection.execute(query.order_by(HOURS.c.hour.desc()).limit(limit)).scalars().all()
     for hour in hours:
         with database.transaction(write=True) as connection:
-            _build(connection, hour)
+            _build_hour(connection, hour)
     return len(hours)
 
 
-def _build(connection: Connection, hour: int) -> None:
+def _build_hour(connection: Connection, hour: int) -> None:
     row = connection.execute(select(HOURS).where(HOURS.c.hour == hour).with_for_update()).one()
-    events = read_events(connection, hour, hour + HOUR)
-    cells = np.concatenate([unpack(row.cells), quartered(events)]) if row.sealed else quartered(events)
-    if len(cells) > EXACT:
-        cells = merged(cells)
-    values = {"built": row.changes, "cells": pack(cells)}
+    rows = round_to_quarters(read_events(connection, hour, hour + HOUR))
+    if row.sealed:
+        rows = np.concatenate([unpack(row.cells), rows])
+    if len(rows) > MAX_EXACT:
+        rows = merge_rows(rows)
+    values = {"built": row.changes, "cells": pack(rows)}
     connection.execute(update(HOURS).where(HOURS.c.hour == hour).values(values))
-    if row.sealed:  # what came late is in the roll-up now, and must not be counted twice
+    if row.sealed:  # the roll-up now contains these late events; they must not be counted twice
         connection.execute(delete(EVENTS).where(EVENTS.c.time >= hour, EVENTS.c.time < hour + HOUR))
 
 
 def retire(database: Database, limit: int, before: int) -> int:
-    """Delete the events of at most `limit` hours that ended before that time, once rolled up. Returns how many.
+    """Delete the events of old hours after rolling them up. Roll-ups are kept.
 
-    The roll-ups stay. An hour is sealed and emptied in one transaction, so that no call is counted twice or lost.
+    Each hour is sealed and emptied in one transaction, so that no call is lost or counted twice.
+
+    Args:
+        database: The database.
+        limit: Maximum number of hours.
+        before: Only hours that ended before this time, in microseconds since 1970.
+
+    Returns:
+        The number of retired hours.
     """
     with database.transaction() as connection:
-        old = select(HOURS.c.hour).where(HOURS.c.hour + HOUR <= before, HOURS.c.sealed.is_(False))
-        hours = connection.execute(old.order_by(HOURS.c.hour).limit(limit)).scalars().all()
+        query = select(HOURS.c.hour).where(HOURS.c.hour + HOUR <= before, HOURS.c.sealed.is_(False))
+        hours = connection.execute(query.order_by(HOURS.c.hour).limit(limit)).scalars().all()
     for hour in hours:
         with database.transaction(write=True) as connection:
-            _build(connection, hour)
+            _build_hour(connection, hour)
             connection.execute(delete(EVENTS).where(EVENTS.c.time >= hour, EVENTS.c.time < hour + HOUR))
             connection.execute(update(HOURS).where(HOURS.c.hour == hour).values(sealed=True))
     return len(hours)
 
 
-def quartered(cells: np.ndarray) -> np.ndarray:
-    """The cells at the start of their quarter of an hour."""
-    cells = cells.copy()
-    cells["time"] -= cells["time"] % QUARTER
-    return cells
+def round_to_quarters(rows: np.ndarray) -> np.ndarray:
+    """Return a copy with times rounded down to 15 minutes."""
+    rows = rows.copy()
+    rows["time"] -= rows["time"] % QUARTER
+    return rows
 
 
-def pack(cells: np.ndarray) -> bytes:
-    """Cells as bytes: column after column, which compresses to about a third."""
-    columns = b"".join(np.ascontiguousarray(cells[name]).tobytes() for name in CELL.names or ())
-    return zlib.compress(columns, 1)
+def pack(rows: np.ndarray) -> bytes:
+    """Compress rows column by column, to about a third of their size."""
+    return zlib.compress(b"".join(np.ascontiguousarray(rows[name]).tobytes() for name in ROW.names or ()), 1)
 
 
 def unpack(packed: bytes | None) -> np.ndarray:
-    """What `pack` has packed."""
-    columns = zlib.decompress(packed) if packed else b""
-    cells = np.zeros(len(columns) // CELL.itemsize, CELL)
-    place = 0
-    for name in CELL.names or ():
-        kind = CELL[name]
-        cells[name] = np.frombuffer(columns, kind, len(cells), place)
-        place += kind.itemsize * len(cells)
-    return cells
+    """Decompress rows that `pack` compressed."""
+    data = zlib.decompress(packed) if packed else b""
+    rows = np.zeros(len(data) // ROW.itemsize, ROW)
+    offset = 0
+    for name in ROW.names or ():
+        dtype = ROW[name]
+        rows[name] = np.frombuffer(data, dtype, len(rows), offset)
+        offset += dtype.itemsize * len(rows)
+    return rows
 
 
-def read_kinds(connection: Connection) -> dict[int, Kind]:
-    """Every kind that there is, by its number."""
+def read_kinds(connection: Connection) -> dict[int, EventKind]:
+    """Return all event kinds by id."""
     rows = connection.execute(select(KINDS.c.id, *(KINDS.c[name] for name in KIND_FIELDS))).all()
-    return {number: Kind(*words) for number, *words in rows}
+    return {kind_id: EventKind(*names) for kind_id, *names in rows}
 
 
 def read_events(connection: Connection, start: int, end: int) -> np.ndarray:
-    """The events from `start` up to `end` as cells of one call each."""
-    query = select(*(EVENTS.c[name] for name in COLUMNS)).where(EVENTS.c.time >= start, EVENTS.c.time < end)
-    return cells_of(connection.execute(query).all())
+    """Return the events between two times, `end` excluded, as rows of one call each."""
+    query = select(*(EVENTS.c[name] for name in EVENT_COLUMNS)).where(EVENTS.c.time >= start, EVENTS.c.time < end)
+    return to_rows(connection.execute(query).all())
 
 
-def cells_of(events: Sequence[Any]) -> np.ndarray:
-    """Rows of COLUMNS as cells of one call each, at their own time."""
-    rows = np.zeros(len(events), CELL)
+def to_rows(events: Sequence[Any]) -> np.ndarray:
+    """Convert database rows of `EVENT_COLUMNS` to rows of one call each."""
+    rows = np.zeros(len(events), ROW)
     if len(events):
-        for name, values in zip(COLUMNS, zip(*events, strict=True), strict=True):
+        for name, values in zip(EVENT_COLUMNS, zip(*events, strict=True), strict=True):
             rows[name] = [0 if value is None else value for value in values]
-        known = np.array([row.first_token is not None for row in events])
-        rows["rewarded"] = [row.reward is not None for row in events]
-        rows["latency_bucket"] = buckets(rows["latency"])
-        rows["first_bucket"] = np.where(known, buckets(rows["first_token"]), -1)
+        has_first_token = np.array([event.first_token is not None for event in events])
+        rows["rewarded"] = [event.reward is not None for event in events]
+        rows["latency_bucket"] = bucket_index(rows["latency"])
+        rows["first_bucket"] = np.where(has_first_token, bucket_index(rows["first_token"]), -1)
         rows["calls"] = 1
     return rows
 
 
-def _hours(connection: Connection, start: int, end: int) -> list[_Hour]:
+def to_columns(rows: np.ndarray) -> Columns:
+    """Convert rows to one contiguous array per field, several times as fast to sum."""
+    return {name: np.ascontiguousarray(rows[name]) for name in ROW.names or ()}
+
+
+def _read_hours(connection: Connection, start: int, end: int) -> list[_Hour]:
     query = select(HOURS.c.hour, HOURS.c.changes, HOURS.c.built, HOURS.c.sealed)
     rows = connection.execute(query.where(HOURS.c.hour >= start, HOURS.c.hour < end).order_by(HOURS.c.hour)).all()
     return [_Hour(*row) for row in rows]
 
 
-def _gaps(start: int, end: int, done: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What is left of a span without these spans, which rise and do not overlap."""
-    gaps, place = [], start
-    for first, last in done:
-        if first > place:
-            gaps.append((place, first))
-        place = max(place, last)
-    return [*gaps, (place, end)] if place < end else gaps
+def _gaps(start: int, end: int, covered: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the parts of a span outside of ascending, disjoint spans."""
+    gaps, position = [], start
+    for first, last in covered:
+        if first > position:
+            gaps.append((position, first))
+        position = max(position, last)
+    return [*gaps, (position, end)] if position < end else gaps
 
 
-def columns_of(cells: np.ndarray) -> Columns:
-    """Rows of CELL as one array per field: sums run over these several times as fast."""
-    return {name: np.ascontiguousarray(cells[name]) for name in CELL.names or ()}
+def _size(columns: Columns) -> int:
+    return sum(column.nbytes for column in columns.values())
 
 
-def _bytes(cells: Columns) -> int:
-    return sum(column.nbytes for column in cells.values())
-
-
-def _inside(cells: Columns, start: int, end: int) -> Columns:
-    """Of these cells those in the span."""
-    time = cells["time"]
+def _clip(columns: Columns, start: int, end: int) -> Columns:
+    """Return the rows between two times."""
+    time = columns["time"]
     if not len(time) or (start <= time.min() and time.max() < end):
-        return cells
+        return columns
     mask = (time >= start) & (time < end)
-    return {name: column[mask] for name, column in cells.items()}
-
-
-def _joined(parts: list[Columns], name: str, places: np.ndarray | None) -> np.ndarray:
-    column = np.concatenate([part[name] for part in parts])
-    return column if places is None else column[places]
+    return {name: column[mask] for name, column in columns.items()}

@@ -1,4 +1,4 @@
-"""Usage on both databases: figures against plain NumPy, roll-ups against events, delivery, hostile names, prices."""
+"""Tests of usage on SQLite and PostgreSQL: metrics against plain NumPy, delivery, exports, prices and budgets."""
 
 import csv
 import io
@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -19,35 +18,37 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 
 from storage.database import Database, StoreError
-from usage import ledger, rollups
-from usage.analytics import Usage
-from usage.budgets import Budget, BudgetExceeded, Budgets
-from usage.events import Deployment, Event
-from usage.export import export
-from usage.prices import Prices
-from usage.recorder import Recorder
-from usage.sketch import ERROR, buckets, grouped
-from usage.time_window import PERIODS, Filter, bins, micros
+from usage import rollups
+from usage.analytics import UsageAnalytics
+from usage.budgets import Budget, BudgetExceededError, Budgets
+from usage.deployment import resolve_deployment
+from usage.events import Deployment, UsageEvent
+from usage.export import export_events
+from usage.prices import PriceError, Prices
+from usage.recorder import Recorder, insert_events
+from usage.sketch import RELATIVE_ERROR, bucket_index, grouped_quantiles
+from usage.time_window import PERIODS, UsageFilter, bin_starts, to_micros
 
 ROOT = Path(__file__).resolve().parents[2]
-NOW = datetime(2026, 3, 31, 12, 34, 56, tzinfo=timezone.utc)  # DST has begun in Europe, a month ends
+NOW = datetime(2026, 3, 31, 12, 34, 56, tzinfo=timezone.utc)  # after a DST change in Europe, at the end of a month
 ZONES = ("UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "Asia/Kathmandu", "Australia/Lord_Howe")
-HOSTILE = ("<script>alert(1)</script>", "'; DROP TABLE usage_events; --", "خيال", "x" * 10_000, "a\x00b", "=1+1")
+HOSTILE_NAMES = ("<script>alert(1)</script>", "'; DROP TABLE usage_events; --", "خيال", "x" * 10_000, "a\x00b", "=1+1")
+UNREACHABLE_URL = "postgresql://nobody@127.0.0.1:1/none"
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
-    """An empty database of each kind."""
-    file = f"sqlite:///{tmp_path / 'usage.sqlite3'}"
-    return Database(file if request.param == "sqlite" else request.getfixturevalue("postgres_url"))
+    """Return an empty database of each kind."""
+    file_url = f"sqlite:///{tmp_path / 'usage.sqlite3'}"
+    return Database(file_url if request.param == "sqlite" else request.getfixturevalue("postgres_url"))
 
 
 @st.composite
-def events(draw: st.DrawFn) -> Event:
-    """Any event of the two months before NOW."""
+def usage_events(draw: st.DrawFn) -> UsageEvent:
+    """Draw an event of the two months before NOW."""
     outcome = draw(st.sampled_from(("ok", "error", "cancelled")))
     cost = draw(st.none() | st.integers(0, 10**9).map(lambda nano: nano / 10**9))
-    return Event(
+    return UsageEvent(
         NOW - timedelta(microseconds=draw(st.integers(1, 60 * 86_400 * 10**6))),
         draw(st.sampled_from(("m1", "m2"))),
         draw(st.sampled_from(("recipe", "query"))),
@@ -66,69 +67,73 @@ def percentile(values: list[float], share: float) -> float | None:
     return float(np.quantile(values, share, method="inverted_cdf")) if values else None
 
 
-def empty(database: Database) -> None:
+def clear(database: Database) -> None:
     with database.transaction(write=True) as connection:
         for table in ("usage_events", "usage_hours", "usage_kinds"):
             connection.execute(text(f"DELETE FROM {table}"))
 
 
 @st.composite
-def filters(draw: st.DrawFn) -> Filter:
-    """A filter of any zone: a period that ends now, or any other one, from some microseconds to more than a year."""
+def usage_filters(draw: st.DrawFn) -> UsageFilter:
+    """Draw a filter in any time zone: a named period, or a custom one from microseconds to more than a year."""
     zone, branches = draw(st.sampled_from(ZONES)), draw(st.sampled_from(((), ("main",), ("main", "other"))))
     period = draw(st.sampled_from(("hour", "day", "week", "30 days", "custom")))
     if period != "custom":
-        return Filter(period, branches, zone=zone)
+        return UsageFilter(period, branches, zone=zone)
     start = (NOW - timedelta(days=61)).replace(tzinfo=None) + timedelta(seconds=draw(st.integers(-(10**7), 5 * 10**6)))
     length = timedelta(microseconds=draw(st.sampled_from((1, 10**9, 10**11, 10**12, 10**13, 4 * 10**13))))
-    return Filter(period, branches, zone=zone, start=start, end=start + length)
+    return UsageFilter(period, branches, zone=zone, start=start, end=start + length)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(made=st.lists(events(), max_size=40), wanted=filters())
-def test_figures_and_series_equal_a_plain_computation(database: Database, made: list[Event], wanted: Filter) -> None:
-    empty(database)
-    ledger.add(database, made)
-    zone, branches = wanted.zone, wanted.branches
-    window = wanted.window(NOW)
-    meant = [e for e in made if window.start <= e.time < window.end and (not branches or e.branch in branches)]
-    raw = Usage(database).dashboard(wanted, now=NOW)
-    rollups.build(database, 2_000, micros(NOW))
-    rolled = Usage(database).dashboard(wanted, now=NOW)
-    assert raw == rolled
-    found = raw.figures
-    assert found.calls.value == len(meant) and found.percentile_error == 0.0
+@given(events=st.lists(usage_events(), max_size=40), usage_filter=usage_filters())
+def test_metrics_and_series_equal_a_plain_numpy_computation(
+    database: Database, events: list[UsageEvent], usage_filter: UsageFilter
+) -> None:
+    clear(database)
+    insert_events(database, events)
+    zone, branches = usage_filter.zone, usage_filter.branches
+    window = usage_filter.window(NOW)
+    selected = [e for e in events if window.start <= e.time < window.end and (not branches or e.branch in branches)]
+    from_events = UsageAnalytics(database).dashboard(usage_filter, now=NOW)
+    rollups.build(database, 2_000, to_micros(NOW))
+    from_rollups = UsageAnalytics(database).dashboard(usage_filter, now=NOW)
+    assert from_events == from_rollups
+    metrics = from_events.metrics
+    assert metrics.calls.value == len(selected) and metrics.percentile_error == 0.0
     for name, share in {"p50": 0.5, "p95": 0.95, "p99": 0.99}.items():
-        assert getattr(found, name).value == percentile([e.latency for e in meant], share)
-    assert found.first_token.value == percentile([e.first_token for e in meant if e.first_token is not None], 0.5)
-    costs = [e.cost for e in meant if e.cost is not None]
-    assert found.cost.value == (pytest.approx(sum(costs), abs=1e-9) if costs else None)
-    assert found.unpriced == len(meant) - len(costs)
-    both = [(e.reward, e.cost) for e in meant if e.reward is not None and e.cost is not None]
-    spent = sum(cost for _, cost in both)
-    assert found.reward_per_cent.value == (
-        pytest.approx(sum(reward for reward, _ in both) / (100 * spent)) if spent else None
+        assert getattr(metrics, name).value == percentile([e.latency for e in selected], share)
+    assert metrics.first_token.value == percentile([e.first_token for e in selected if e.first_token is not None], 0.5)
+    costs = [e.cost for e in selected if e.cost is not None]
+    assert metrics.cost.value == (pytest.approx(sum(costs), abs=1e-9) if costs else None)
+    assert metrics.unpriced == len(selected) - len(costs)
+    rewards_and_costs = [(e.reward, e.cost) for e in selected if e.reward is not None and e.cost is not None]
+    spent = sum(cost for _, cost in rewards_and_costs)
+    assert metrics.reward_per_cent.value == (
+        pytest.approx(sum(reward for reward, _ in rewards_and_costs) / (100 * spent)) if spent else None
     )
-    before = [
-        e for e in made if window.before.start <= e.time < window.start and (not branches or e.branch in branches)
+    previous = window.previous
+    previous_events = [
+        e for e in events if previous.start <= e.time < window.start and (not branches or e.branch in branches)
     ]
-    assert found.calls.before == len(before)
-    starts = bins(window, zone)
+    assert metrics.calls.previous == len(previous_events)
+    starts = bin_starts(window, zone)
     assert len(starts) <= 200
-    place = np.searchsorted([s.timestamp() for s in starts], [e.time.timestamp() for e in meant], side="right") - 1
-    for line in raw.volume.lines:
-        mine = [p for p, e in zip(place, meant, strict=True) if e.branch == line.name]
-        assert list(line.values) == np.bincount(np.array(mine, int), minlength=len(starts)).tolist()
-    for line in raw.latency.lines:
+    times = [e.time.timestamp() for e in selected]
+    bins = np.searchsorted([start.timestamp() for start in starts], times, side="right") - 1
+    for line in from_events.volume.lines:
+        branch_bins = [index for index, e in zip(bins, selected, strict=True) if e.branch == line.name]
+        assert list(line.values) == np.bincount(np.array(branch_bins, int), minlength=len(starts)).tolist()
+    for line in from_events.latency.lines:
         share = {"p50": 0.5, "p95": 0.95, "p99": 0.99}[line.name]
-        by_bin = [[e.latency for p, e in zip(place, meant, strict=True) if p == n] for n in range(len(starts))]
+        by_bin = [[e.latency for p, e in zip(bins, selected, strict=True) if p == n] for n in range(len(starts))]
         assert list(line.values) == [percentile(values, share) for values in by_bin]
 
 
-def test_both_databases_give_the_same_numbers(tmp_path: Path, postgres_url: str) -> None:
+def test_sqlite_and_postgresql_give_the_same_dashboard(tmp_path: Path, postgres_url: str) -> None:
     random = np.random.default_rng(4)
-    made = [
-        Event(
+    events = [
+        UsageEvent(
             NOW - timedelta(seconds=float(random.uniform(1, 40 * 86_400))),
             str(random.choice(["m1", "m2", "m3"])),
             "recipe",
@@ -140,110 +145,116 @@ def test_both_databases_give_the_same_numbers(tmp_path: Path, postgres_url: str)
         )
         for _ in range(3_000)
     ]
-    told = []
+    dashboards = []
     for url in (f"sqlite:///{tmp_path / 'usage.sqlite3'}", postgres_url):
         database = Database(url)
-        ledger.add(database, made)
-        rollups.build(database, 500, micros(NOW))
-        told.append([Usage(database).dashboard(Filter(period, zone="America/New_York"), now=NOW) for period in PERIODS])
-    assert told[0] == told[1]
+        insert_events(database, events)
+        rollups.build(database, 500, to_micros(NOW))
+        analytics = UsageAnalytics(database)
+        filters = [UsageFilter(period, zone="America/New_York") for period in PERIODS]
+        dashboards.append([analytics.dashboard(usage_filter, now=NOW) for usage_filter in filters])
+    assert dashboards[0] == dashboards[1]
 
 
 @pytest.mark.parametrize("zone", ZONES)
-def test_days_follow_the_clock_on_the_wall_and_meet_without_gap(zone: str) -> None:
-    window = Filter("30 days", zone=zone).window(NOW)
-    starts = bins(window, zone)
+def test_day_bins_start_at_local_midnight_without_gaps(zone: str) -> None:
+    window = UsageFilter("30 days", zone=zone).window(NOW)
+    starts = bin_starts(window, zone)
     assert starts[0] <= window.start and starts[-1] < window.end and starts == sorted(set(starts))
-    assert all(start.astimezone(ZoneInfo(zone)).hour == 0 and micros(start) % rollups.QUARTER == 0 for start in starts)
+    assert all(start.astimezone(ZoneInfo(zone)).hour == 0 for start in starts)
+    assert all(to_micros(start) % rollups.QUARTER == 0 for start in starts)
 
 
-def test_retired_hours_keep_their_figures_and_take_late_events(database: Database) -> None:
-    old = NOW - timedelta(days=100)
-    at = old.replace(minute=5, second=0)
-    ledger.add(database, [Event(at + timedelta(seconds=n), "m", "recipe", latency=n / 10) for n in range(50)])
-    window = Filter("custom", start=at.replace(minute=0), end=at.replace(minute=0) + timedelta(hours=3))
-    before = Usage(database).figures(window)
-    assert rollups.retire(database, 10, micros(NOW - rollups.RETENTION)) == 1
+def test_retired_hours_keep_their_metrics_and_accept_late_events(database: Database) -> None:
+    time = (NOW - timedelta(days=100)).replace(minute=5, second=0)
+    events = [UsageEvent(time + timedelta(seconds=n), "m", "recipe", latency=n / 10) for n in range(50)]
+    insert_events(database, events)
+    start = time.replace(minute=0)
+    usage_filter = UsageFilter("custom", start=start, end=start + timedelta(hours=3))
+    metrics = UsageAnalytics(database).metrics(usage_filter)
+    assert rollups.retire(database, 10, to_micros(NOW - rollups.RETENTION)) == 1
     with database.transaction() as connection:
         assert connection.execute(text("SELECT count(*) FROM usage_events")).scalar() == 0
-    assert Usage(database).figures(window) == before
-    ledger.add(database, [Event(at, "m", "recipe", latency=9.0)])
-    assert Usage(database).figures(window).calls.value == 51
-    rollups.build(database, 10, micros(NOW))
-    assert Usage(database).figures(window).calls.value == 51
+    assert UsageAnalytics(database).metrics(usage_filter) == metrics
+    insert_events(database, [UsageEvent(time, "m", "recipe", latency=9.0)])
+    assert UsageAnalytics(database).metrics(usage_filter).calls.value == 51
+    rollups.build(database, 10, to_micros(NOW))
+    assert UsageAnalytics(database).metrics(usage_filter).calls.value == 51
 
 
 def test_percentiles_from_buckets_are_within_the_stated_error() -> None:
     values = np.random.default_rng(1).lognormal(13, 2, 200_000).astype(np.int64)
-    (found,) = grouped(values, np.ones(len(values)), buckets(values), np.zeros(len(values), int), 1, [0.5, 0.95, 0.99])
+    calls, groups = np.ones(len(values)), np.zeros(len(values), int)
+    (quantiles,) = grouped_quantiles(values, calls, bucket_index(values), groups, 1, [0.5, 0.95, 0.99])
     exact = np.quantile(values, [0.5, 0.95, 0.99], method="inverted_cdf")
-    assert np.abs(np.array(found, float) / exact - 1).max() <= ERROR < 0.01
+    assert np.abs(np.array(quantiles, float) / exact - 1).max() <= RELATIVE_ERROR < 0.01
 
 
-@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_names_are_kept_filtered_and_exported(database: Database, name: str) -> None:
-    ledger.add(database, [Event(NOW, name, "recipe", branch=name), Event(NOW, "m", "recipe")])
-    wanted = Filter(branches=(name,))
+@pytest.mark.parametrize("name", HOSTILE_NAMES, ids=range(len(HOSTILE_NAMES)))
+def test_hostile_names_are_stored_filtered_and_exported(database: Database, name: str) -> None:
+    insert_events(database, [UsageEvent(NOW, name, "recipe", branch=name), UsageEvent(NOW, "m", "recipe")])
+    usage_filter = UsageFilter(branches=(name,))
     later = NOW + timedelta(seconds=1)
-    assert Usage(database).figures(wanted, now=later).calls.value == 1
-    assert Usage(database).recent(wanted, now=later)[0].branch == name.replace("\x00", "\ufffd")
-    (row,) = csv.DictReader(io.StringIO(b"".join(export(database, wanted, "csv", later)).decode()))
-    shown = f"'{name}" if name.startswith("=") else name  # a spreadsheet would compute it
-    assert row["branch"] == shown.replace("\x00", "\ufffd")
+    assert UsageAnalytics(database).metrics(usage_filter, now=later).calls.value == 1
+    assert UsageAnalytics(database).recent(usage_filter, now=later)[0].branch == name.replace("\x00", "\ufffd")
+    content = b"".join(export_events(database, usage_filter, "csv", later)).decode()
+    (row,) = csv.DictReader(io.StringIO(content))
+    expected = f"'{name}" if name.startswith("=") else name  # a spreadsheet would evaluate it
+    assert row["branch"] == expected.replace("\x00", "\ufffd")
 
 
-def test_parquet_holds_what_was_recorded(database: Database) -> None:
-    made = [Event(NOW - timedelta(seconds=n), "m", "recipe", latency=n / 7) for n in range(1, 6_001)]
-    ledger.add(database, made)
-    table = pq.read_table(io.BytesIO(b"".join(export(database, Filter(), "parquet", NOW))))
-    assert sorted(table["id"].to_pylist()) == sorted(event.id for event in made)
-    assert table["cost"].null_count == len(made)
+def test_parquet_export_contains_all_events(database: Database) -> None:
+    events = [UsageEvent(NOW - timedelta(seconds=n), "m", "recipe", latency=n / 7) for n in range(1, 6_001)]
+    insert_events(database, events)
+    table = pq.read_table(io.BytesIO(b"".join(export_events(database, UsageFilter(), "parquet", NOW))))
+    assert sorted(table["id"].to_pylist()) == sorted(event.id for event in events)
+    assert table["cost"].null_count == len(events)
 
 
-def test_events_wait_on_disk_and_arrive_once(database: Database, tmp_path: Path) -> None:
-    down = Database("postgresql://nobody@127.0.0.1:1/none", 0.1)
-    waiting = Recorder(down, tmp_path / "spool", Deployment())
+def test_spooled_events_are_delivered_once(database: Database, tmp_path: Path) -> None:
+    offline = Recorder(Database(UNREACHABLE_URL, 0.1), tmp_path / "spool", Deployment())
     for number in range(10):
-        waiting.record(Event(NOW, f"m{number}", "recipe"))
+        offline.record(UsageEvent(NOW, f"m{number}", "recipe"))
     with pytest.raises(StoreError):
-        waiting.flush()
+        offline.flush()
     (file,) = (tmp_path / "spool").glob("*.jsonl")
-    copy = file.read_bytes()
-    back = Recorder(database, tmp_path / "spool", Deployment())
-    back.flush()
-    file.write_bytes(copy)  # as if it had been killed between the delivery and the deletion
-    back.flush()
-    assert Usage(database).figures(Filter(), now=NOW + timedelta(seconds=1)).calls.value == 10
+    content = file.read_bytes()
+    recorder = Recorder(database, tmp_path / "spool", Deployment())
+    recorder.flush()
+    file.write_bytes(content)  # like a process killed between the delivery and the deletion
+    recorder.flush()
+    assert UsageAnalytics(database).metrics(UsageFilter(), now=NOW + timedelta(seconds=1)).calls.value == 10
 
 
-def test_a_killed_process_loses_at_most_the_last_second(database: Database, tmp_path: Path) -> None:
+def test_killed_process_loses_at_most_the_events_of_the_last_second(database: Database, tmp_path: Path) -> None:
     program = f"""
 import itertools, time
 from datetime import datetime, timezone
 from pathlib import Path
 from storage.database import Database
-from usage.events import Deployment, Event
+from usage.events import Deployment, UsageEvent
 from usage.recorder import Recorder
-recorder = Recorder(Database("postgresql://nobody@127.0.0.1:1/none", 0.1), Path({str(tmp_path)!r}), Deployment())
+recorder = Recorder(Database({UNREACHABLE_URL!r}, 0.1), Path({str(tmp_path)!r}), Deployment())
 recorder.start()
 for number in itertools.count():
-    recorder.record(Event(datetime.now(timezone.utc), "m", "recipe", request_id=str(number)))
+    recorder.record(UsageEvent(datetime.now(timezone.utc), "m", "recipe", request_id=str(number)))
     print(time.time(), flush=True)
     time.sleep(0.01)
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    time.sleep(5)
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(200)]
     process.send_signal(signal.SIGKILL)
-    times = [float(line) for line in process.communicate()[0].split()]
+    times = [float(line) for line in (*lines, *process.communicate()[0].split()) if line]
     Recorder(database, tmp_path, Deployment()).flush()
     with database.transaction() as connection:
-        kept = {int(row[0]) for row in connection.execute(text("SELECT request FROM usage_events"))}
-    assert len(times) > 50 and kept == set(range(len(kept)))
-    assert all(when > times[-1] - 1 for when in times[len(kept) :])
+        stored = {int(row[0]) for row in connection.execute(text("SELECT request FROM usage_events"))}
+    assert len(times) >= 200 and len(stored) > 50 and stored == set(range(len(stored)))
+    assert all(time > times[-1] - 1 for time in times[len(stored) :])
 
 
 @pytest.mark.parametrize(
-    ("model", "came", "went", "dollars"),
+    ("model", "tokens_in", "tokens_out", "dollars"),
     [
         ("moondream3.1-9B-A2B", 735, 45, 0.0002655),
         ("moondream3-preview", 735, 45, 0.000333),
@@ -252,26 +263,68 @@ for number in itertools.count():
         ("moondream-tiny", 735, 45, None),
     ],
 )
-def test_costs_are_those_of_the_published_examples(model: str, came: int, went: int, dollars: float | None) -> None:
-    assert Prices().call(model, came, went) == (None if dollars is None else pytest.approx(dollars, rel=1e-9))
+def test_call_costs_match_the_published_examples(
+    model: str, tokens_in: int, tokens_out: int, dollars: float | None
+) -> None:
+    expected = None if dollars is None else pytest.approx(dollars, rel=1e-9)
+    assert Prices().call(model, tokens_in, tokens_out) == expected
     assert Prices().train("moondream3-preview", 20_500_000) == pytest.approx(12.3)
     assert Prices().machine("unheard-of", 5) is None and Prices().machine(None, 5) is None
 
 
-def test_prices_can_be_overridden(tmp_path: Path) -> None:
+def test_price_file_overrides_the_table(tmp_path: Path) -> None:
     file = tmp_path / "prices.json"
     file.write_text(json.dumps({"hardware": {"t4": 0.36}, "models": {"mine": {"input": 1, "output": 2}}}))
     prices = Prices.read(file)
     assert prices.machine("t4", 10) == pytest.approx(0.001) and prices.call("mine", 10, 10) == pytest.approx(3e-5)
+    assert prices.call("moondream3-preview", 735, 45) == Prices().call("moondream3-preview", 735, 45)
 
 
-def test_a_budget_warns_at_80_and_stops_at_100_percent(database: Database) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "JSON"),
+        ("[]", "prices.json"),
+        ('{"gpus": {}}', "gpus"),
+        ('{"hardware": {"t4": -1}}', "hardware.t4"),
+        ('{"hardware": {"t4": true}}', "hardware.t4"),
+        ('{"hardware": {"t4": NaN}}', "hardware.t4"),
+        ('{"models": {"m": {"input": 1}}}', "models.m.output"),
+        ('{"models": {"m": 1}}', "models.m"),
+    ],
+)
+def test_invalid_price_file_is_rejected_with_its_location(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "prices.json"
+    file.write_text(content)
+    with pytest.raises(PriceError, match=message):
+        Prices.read(file)
+    with pytest.raises(PriceError, match=r"missing\.json cannot be read"):
+        Prices.read(tmp_path / "missing.json")
+
+
+def test_budget_warns_at_80_and_stops_at_100_percent(database: Database) -> None:
     budgets = Budgets(database)
     budgets.set(Budget("main", 1.0, stop=True))
     for cost, state in ((0.79, "ok"), (0.01, "warning"), (0.2, "spent")):
-        ledger.add(database, [Event(NOW, "m", "recipe", branch="main", cost=cost, cost_basis="reported")])
+        insert_events(database, [UsageEvent(NOW, "m", "recipe", branch="main", cost=cost, cost_basis="reported")])
         assert budgets.list(NOW)[0].state == state
-    with pytest.raises(BudgetExceeded, match="main"):
+    with pytest.raises(BudgetExceededError, match="main"):
         budgets.check("main", NOW)
     budgets.check("other", NOW)
-    budgets.check("main", NOW + timedelta(days=1))  # the next month
+    budgets.check("main", NOW + timedelta(days=1))  # next month
+
+
+def test_deployment_is_read_from_git_unless_the_settings_name_it(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert resolve_deployment(None, None, None, tmp_path) == Deployment("local")
+    git("init", "--initial-branch=feat/x")
+    assert resolve_deployment(None, None, None, tmp_path) == Deployment("feat/x")
+    git("commit", "--allow-empty", "--message=first")
+    commit = git("rev-parse", "HEAD")
+    assert resolve_deployment(None, None, "me/space", tmp_path) == Deployment("feat/x", commit, "me/space")
+    assert resolve_deployment("main", "c0ffee", None, tmp_path) == Deployment("main", "c0ffee")
+    git("checkout", "--detach")
+    assert resolve_deployment(None, None, None, tmp_path) == Deployment("detached", commit)
