@@ -26,6 +26,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from storage.files import write_atomically
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = {
     "app": "bench.app",
@@ -200,11 +202,9 @@ def _version(library: str) -> str | None:
 
 
 def write(file: Path, result: dict[str, Any]) -> None:
-    """Write the JSON so that a reader sees the old file or the new one, never half of either."""
+    """Write the result as JSON, atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as half:
-        json.dump(result, half, indent=1, ensure_ascii=False)
-    os.replace(half.name, file)
+    write_atomically(file, json.dumps(result, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

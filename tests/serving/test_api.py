@@ -1,7 +1,5 @@
 """The API over real HTTP: the official SDK's every method, the wire itself, refusals, limits, faults, and a fuzzer."""
 
-import base64
-import io
 import json
 import socket
 import threading
@@ -12,7 +10,6 @@ from typing import Any
 
 import httpx
 import moondream
-import numpy as np
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -26,11 +23,12 @@ from schemathesis.specs.openapi.checks import (
 )
 
 import recipes
-from inference.registry import BACKENDS, MODELS, ModelSpec
-from inference.types import RECIPE_QUESTION, Answer, Event, InferenceError, Request, TextUpdate
+from inference.registry import BACKENDS, MODELS
+from inference.types import RECIPE_QUESTION, Answer, Event, InferenceError, ModelSpec, Request, TextUpdate
 from serving.middleware import MAX_BODY
 from settings import Settings
-from tests.e2e.conftest import serving
+from tests.support.api_client import PHOTO_URL, data_url, error_message, make_picture
+from tests.support.app_server import app_server
 
 KEY = "a-key-of-20-letters-"
 SKILLS = {
@@ -46,7 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the API of an application without keys, with a model that fails as its prompt says."""
     BACKENDS["failing"] = __name__
     MODELS["failing"] = ModelSpec("failing", "Failing", "fails", "failing", "")
-    with serving(tmp_path_factory.mktemp("v1")) as address:
+    with app_server(tmp_path_factory.mktemp("v1")) as address:
         yield f"{address}/v1"
     del MODELS["failing"], BACKENDS["failing"]
 
@@ -55,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the API of an application with a key."""
     keys = Settings.from_env({"PLAYGROUND_API_KEYS": KEY}).api_keys
-    with serving(tmp_path_factory.mktemp("locked"), api_keys=keys, api_rate=1.0) as address:
+    with app_server(tmp_path_factory.mktemp("locked"), api_keys=keys, api_rate=1.0) as address:
         yield f"{address}/v1"
 
 
@@ -75,36 +73,14 @@ def answer(entry: ModelSpec, request: Request, cancel: threading.Event) -> Itera
         yield TextUpdate(0, "half an ")
         raise InferenceError("out_of_memory", "No room.")
     if kind == "say":
-        yield Answer(0, f"{request.temperature:g} {entry.top_p:g} {request.max_tokens} {request.seed}", cut=True)
+        yield Answer(0, f"{request.temperature:g} {entry.top_p:g} {request.max_tokens} {request.seed}", truncated=True)
         return
     raise InferenceError(kind, "It failed.")
 
 
-def picture(width: int = 96, height: int = 64) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(3).integers(0, 255, (height, width, 3), dtype=np.uint8))
-
-
-def url_of(image: Image.Image, kind: str = "jpeg") -> str:
-    file = io.BytesIO()
-    image.save(file, kind)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-PHOTO = url_of(picture())
-
-
 def post(server: str, skill: str, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
-    body = {"image_url": PHOTO} | SKILLS.get(skill, {}) | fields
+    body = {"image_url": PHOTO_URL} | SKILLS.get(skill, {}) | fields
     return httpx.post(f"{server}/{skill}", json=body, headers=headers, timeout=60)
-
-
-def refused(response: httpx.Response, status: int, kind: str) -> str:
-    """The message of an error of the documented shape."""
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert error.keys() == {"type", "message", "request_id"} and error["type"] == kind
-    assert error["request_id"] == response.headers["x-request-id"]
-    return error["message"]
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
@@ -122,22 +98,22 @@ def client(server: str) -> Any:
 
 def test_the_sdk_captions(client: Any) -> None:
     settings = {"temperature": 0}
-    whole = client.caption(picture(), length="short", settings=settings)["caption"]
-    pieces = list(client.caption(picture(), length="short", stream=True, settings=settings)["caption"])
+    whole = client.caption(make_picture(), length="short", settings=settings)["caption"]
+    pieces = list(client.caption(make_picture(), length="short", stream=True, settings=settings)["caption"])
     assert whole and "".join(pieces) == whole
 
 
 def test_the_sdk_asks(client: Any) -> None:
     settings = {"temperature": 0, "max_tokens": 20}
-    whole = client.query(picture(), "Is it dark?", settings=settings)["answer"]
-    pieces = list(client.query(picture(), "Is it dark?", stream=True, settings=settings)["answer"])
+    whole = client.query(make_picture(), "Is it dark?", settings=settings)["answer"]
+    pieces = list(client.query(make_picture(), "Is it dark?", stream=True, settings=settings)["answer"])
     assert whole and "".join(pieces) == whole
-    assert client.query(client.encode_image(picture()), "Is it dark?", reasoning=True, settings=settings)["answer"]
+    assert client.query(client.encode_image(make_picture()), "Is it dark?", reasoning=True, settings=settings)["answer"]
 
 
 def test_the_sdk_detects_and_points(client: Any) -> None:
-    boxes = client.detect(picture(), "the main subject", settings={"max_objects": 3})["objects"]
-    points = client.point(picture(), "the main subject")["points"]
+    boxes = client.detect(make_picture(), "the main subject", settings={"max_objects": 3})["objects"]
+    points = client.point(make_picture(), "the main subject")["points"]
     assert 0 < len(boxes) <= 3 and points
     for value in [side for box in boxes for side in box.values()] + [x for spot in points for x in spot.values()]:
         assert 0 <= value <= 1
@@ -146,15 +122,15 @@ def test_the_sdk_detects_and_points(client: Any) -> None:
 
 def test_the_sdk_chooses_a_model(server: str) -> None:
     other = moondream.vl(endpoint=server, model="moondream-tiny-steady")
-    assert other.query(picture(), "Is it dark?")["answer"]
+    assert other.query(make_picture(), "Is it dark?")["answer"]
     with pytest.raises(Exception, match="404"):
-        moondream.vl(endpoint=server, model="moondream3-preview").query(picture(), "Is it dark?")
+        moondream.vl(endpoint=server, model="moondream3-preview").query(make_picture(), "Is it dark?")
 
 
 def test_the_sdk_sends_its_key(locked: str) -> None:
-    assert moondream.vl(endpoint=locked, api_key=KEY).caption(picture(), length="short")["caption"]
+    assert moondream.vl(endpoint=locked, api_key=KEY).caption(make_picture(), length="short")["caption"]
     with pytest.raises(Exception, match="401"):
-        moondream.vl(endpoint=locked, api_key="wrong").caption(picture())
+        moondream.vl(endpoint=locked, api_key="wrong").caption(make_picture())
 
 
 # The wire
@@ -207,7 +183,7 @@ def test_models_are_those_that_compute_here(server: str) -> None:
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
 def test_three_formats_are_read(server: str, kind: str) -> None:
-    assert post(server, "query", image_url=url_of(picture(), kind), model="failing", question="say").status_code == 200
+    assert post(server, "query", image_url=data_url(make_picture(), kind), model="failing", question="say").status_code == 200
 
 
 def test_calls_are_recorded_under_their_request_id(server: str) -> None:
@@ -234,12 +210,12 @@ def test_calls_are_recorded_under_their_request_id(server: str) -> None:
         ("data:image/jpeg;base64,!!!", "no base64"),
         ("data:image/jpeg;base64,", "empty"),
         ("data:image/jpeg;base64,AAAA", "not"),
-        (url_of(picture(8, 8)), "at least 16 x 16"),
-        (url_of(Image.new("1", (6000, 5000)), "png"), "up to 24 can be read"),
+        (data_url(make_picture(8, 8)), "at least 16 x 16"),
+        (data_url(Image.new("1", (6000, 5000)), "png"), "up to 24 can be read"),
     ],
 )
 def test_what_is_no_photo_is_refused(server: str, url: str, says: str) -> None:
-    assert says in refused(post(server, "query", image_url=url), 400, "invalid_request")
+    assert says in error_message(post(server, "query", image_url=url), 400, "invalid_request")
 
 
 @pytest.mark.parametrize(
@@ -260,27 +236,27 @@ def test_what_is_no_photo_is_refused(server: str, url: str, says: str) -> None:
     ],
 )
 def test_a_wrong_field_is_named(server: str, fields: dict[str, Any]) -> None:
-    body = json.dumps({"image_url": PHOTO} | SKILLS["query"] | fields)
+    body = json.dumps({"image_url": PHOTO_URL} | SKILLS["query"] | fields)
     response = httpx.post(f"{server}/query", content=body, headers={"Content-Type": "application/json"}, timeout=60)
-    message = refused(response, 400, "invalid_request")
-    assert next(iter(fields)) in message and PHOTO[:40] not in message
+    message = error_message(response, 400, "invalid_request")
+    assert next(iter(fields)) in message and PHOTO_URL[:40] not in message
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"image_url": "' + b"[" * 9000])
 def test_what_is_no_json_is_refused(server: str, body: bytes) -> None:
     response = httpx.post(f"{server}/query", content=body, headers={"Content-Type": "application/json"})
-    refused(response, 400, "invalid_request")
+    error_message(response, 400, "invalid_request")
 
 
 def test_other_addresses_and_methods_have_the_same_shape(server: str) -> None:
-    refused(httpx.get(f"{server}/query"), 405, "method_not_allowed")
-    refused(httpx.post(f"{server}/segment", json={}), 404, "not_found")
-    refused(httpx.post(f"{server}/chat/completions", json={}), 404, "not_found")
+    error_message(httpx.get(f"{server}/query"), 405, "method_not_allowed")
+    error_message(httpx.post(f"{server}/segment", json={}), 404, "not_found")
+    error_message(httpx.post(f"{server}/chat/completions", json={}), 404, "not_found")
 
 
 def test_hosted_models_are_not_lent(server: str) -> None:
     for name in ("moondream3-preview", "moondream3.1-9B-A2B", "no such", "../../etc"):
-        assert "GET /v1/models" in refused(post(server, "query", model=name), 404, "not_found")
+        assert "GET /v1/models" in error_message(post(server, "query", model=name), 404, "not_found")
 
 
 @pytest.mark.parametrize(
@@ -301,15 +277,15 @@ def test_a_failure_in_the_middle_of_a_stream_is_told(server: str) -> None:
 def test_a_body_that_is_too_large_is_refused_before_it_came(server: str) -> None:
     big = b'{"image_url": "' + b"A" * MAX_BODY + b'"}'
     headers = {"Content-Type": "application/json"}
-    refused(httpx.post(f"{server}/query", content=big, headers=headers, timeout=60), 413, "too_large")
+    error_message(httpx.post(f"{server}/query", content=big, headers=headers, timeout=60), 413, "too_large")
     pieces = (big[place : place + 2**20] for place in range(0, len(big), 2**20))  # no length is stated
-    refused(httpx.post(f"{server}/query", content=pieces, headers=headers, timeout=60), 413, "too_large")
+    error_message(httpx.post(f"{server}/query", content=pieces, headers=headers, timeout=60), 413, "too_large")
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_caller_who_leaves_stops_the_model(server: str, stream: bool) -> None:
     host, port = server.removeprefix("http://").removesuffix("/v1").split(":")
-    body = json.dumps({"image_url": PHOTO, "model": "failing", "question": "hang", "stream": stream}).encode()
+    body = json.dumps({"image_url": PHOTO_URL, "model": "failing", "question": "hang", "stream": stream}).encode()
     head = f"POST /v1/query HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
     with socket.create_connection((host, int(port))) as line:
         line.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -319,19 +295,19 @@ def test_a_caller_who_leaves_stops_the_model(server: str, stream: bool) -> None:
 
 
 def test_other_sites_pages_get_nothing(server: str) -> None:
-    refused(post(server, "query", {"Origin": "https://somewhere.example"}), 401, "unauthorized")
+    error_message(post(server, "query", {"Origin": "https://somewhere.example"}), 401, "unauthorized")
     asked = {"Origin": "https://somewhere.example", "Access-Control-Request-Method": "POST"}
     answered = httpx.options(f"{server}/query", headers=asked)
     assert not [name for name in answered.headers if name.startswith("access-control")]
 
 
 def test_keys_are_asked_for_and_limited(locked: str) -> None:
-    refused(post(locked, "query"), 401, "unauthorized")
-    refused(httpx.get(f"{locked}/models"), 401, "unauthorized")
+    error_message(post(locked, "query"), 401, "unauthorized")
+    error_message(httpx.get(f"{locked}/models"), 401, "unauthorized")
     key = {"X-Moondream-Auth": KEY}
     found = [httpx.get(f"{locked}/models", headers=key) for _ in range(8)]
     assert found[0].status_code == 200
-    refused(found[-1], 429, "rate_limited")
+    error_message(found[-1], 429, "rate_limited")
     assert int(found[-1].headers["retry-after"]) >= 1
 
 

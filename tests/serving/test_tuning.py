@@ -15,7 +15,7 @@ import torch
 from inference.types import RECIPE_QUESTION
 from recipes import Recipe, load_photo, parse, save_picture, shrink
 from settings import Settings
-from tests.serving.test_api import PHOTO, picture, refused
+from tests.support.api_client import PHOTO_URL, error_message, make_picture
 from tests.support.app_server import app_server
 from training.data.bundled import bundled_photos
 from training.grpo.__main__ import execute
@@ -46,7 +46,7 @@ def open_finetune(server: str, name: str, key: str = KEY) -> Any:
 
 def sample(finetune: Any, count: int = 4, **settings: Any) -> Any:
     return finetune.rollouts(
-        "query", image=picture(), question=RECIPE_QUESTION, num_rollouts=count, settings=settings or None
+        "query", image=make_picture(), question=RECIPE_QUESTION, num_rollouts=count, settings=settings or None
     )
 
 
@@ -73,12 +73,12 @@ def test_sdk_trains_saves_and_queries_a_finetune(server: str) -> None:
     assert [item["step"] for item in finetune.list_checkpoints()["checkpoints"]] == [1]
     assert finetune.log_metrics(1, {"eval/reward": 0.5}) == {"ok": True, "step": 1, "logged_count": 1}
     model = moondream.vl(KEY, endpoint=server, model=finetune.model(1))
-    assert parse(model.query(picture(), RECIPE_QUESTION)["answer"]).ok
+    assert parse(model.query(make_picture(), RECIPE_QUESTION)["answer"]).ok
     assert moondream.ft(KEY, finetune_id=finetune.finetune_id, endpoint=f"{server}/tuning").name == "first"
     finetune.delete_checkpoint(1)
     assert finetune.list_checkpoints()["checkpoints"] == []
     finetune.delete()
-    refused(httpx.get(f"{server}/tuning/finetunes/{finetune.finetune_id}", headers=auth()), 404, "not_found")
+    error_message(httpx.get(f"{server}/tuning/finetunes/{finetune.finetune_id}", headers=auth()), 404, "not_found")
 
 
 def test_equal_rewards_apply_no_step(server: str) -> None:
@@ -92,7 +92,7 @@ def test_equal_rewards_apply_no_step(server: str) -> None:
 def test_sft_step_lowers_the_loss(server: str) -> None:
     finetune = open_finetune(server, "examples")
     target = "crop 0 0 100 100; exposure +90; contrast 0; saturation 0; warmth 0; sharpening 0; look none"
-    request = {"skill": "query", "question": RECIPE_QUESTION, "image": picture()}
+    request = {"skill": "query", "question": RECIPE_QUESTION, "image": make_picture()}
     losses = [
         finetune.train_step([{"mode": "sft", "request": request, "target": {"answer": target}}], lr=5e-3)["sft_loss"]
         for _ in range(12)
@@ -109,7 +109,7 @@ def test_rl_steps_raise_the_reward_of_regions(server: str, skill: str) -> None:
     for _ in range(10):
         settings = {"max_objects": 2, "temperature": 1.0}
         response = finetune.rollouts(
-            skill, image=picture(), object="the main subject", num_rollouts=8, settings=settings
+            skill, image=make_picture(), object="the main subject", num_rollouts=8, settings=settings
         )
         rewards = [
             max((region[side] for region in rollout["output"][name]), default=0.0) for rollout in response["rollouts"]
@@ -124,7 +124,7 @@ def test_ground_truth_gives_rewards_and_sft_targets(server: str) -> None:
     finetune = open_finetune(server, "truth")
     box = {"x_min": 0.1, "y_min": 0.6, "x_max": 0.3, "y_max": 0.9}
     for skill, truth in (("point", {"points": [{"x": 0.2, "y": 0.75}]}), ("detect", {"boxes": [box]})):
-        request = {"image": picture(), "object": "the main subject"}
+        request = {"image": make_picture(), "object": "the main subject"}
         response = finetune.rollouts(skill, **request, num_rollouts=3, ground_truth=truth)
         assert len(response["rewards"]) == 3 and all(0 <= reward <= 1 for reward in response["rewards"])
         group = {"mode": "sft", "request": {"skill": skill, **request}, "target": truth}
@@ -135,7 +135,7 @@ def test_ground_truth_gives_rewards_and_sft_targets(server: str) -> None:
 @pytest.mark.parametrize("skill", ["point", "detect"])
 def test_greedy_regions_have_the_highest_log_probability(skill: str) -> None:
     trainer = LoraTrainer(rank=8)
-    prompt = Prompt(np.asarray(picture()), "the main subject", 0.0, skill=skill, max_objects=3)
+    prompt = Prompt(np.asarray(make_picture()), "the main subject", 0.0, skill=skill, max_objects=3)
     (completion,) = trainer.generate(prompt, 1)
     inputs = trainer._prepare(prompt)
     features = trainer._image_features(inputs)
@@ -179,12 +179,12 @@ def test_tenants_cannot_access_each_others_finetunes(server: str) -> None:
     assert httpx.get(f"{server}/tuning/finetunes", headers=auth(OTHER_KEY)).json()["finetunes"] == []
     url = f"{server}/tuning/finetunes/{mine.finetune_id}"
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/checkpoints"), ("POST", "/checkpoints/save")):
-        refused(httpx.request(method, url + path, headers=auth(OTHER_KEY)), 404, "not_found")
-    body = {"image_url": PHOTO, "question": "Is it dark?", "model": mine.model(1)}
-    refused(httpx.post(f"{server}/query", json=body, headers=auth(OTHER_KEY)), 404, "not_found")
+        error_message(httpx.request(method, url + path, headers=auth(OTHER_KEY)), 404, "not_found")
+    body = {"image_url": PHOTO_URL, "question": "Is it dark?", "model": mine.model(1)}
+    error_message(httpx.post(f"{server}/query", json=body, headers=auth(OTHER_KEY)), 404, "not_found")
     assert httpx.post(f"{server}/query", json=body, headers=auth(), timeout=60).status_code == 200
     assert open_finetune(server, "mine", OTHER_KEY).finetune_id != mine.finetune_id
-    refused(httpx.get(url), 401, "unauthorized")
+    error_message(httpx.get(url), 401, "unauthorized")
 
 
 def test_name_identifies_a_finetune_and_invalid_names_and_ranks_are_refused(server: str) -> None:
@@ -194,22 +194,22 @@ def test_name_identifies_a_finetune_and_invalid_names_and_ranks_are_refused(serv
         ({"name": "same", "rank": 7}, 400, "invalid_request"),
         ({"name": "../up", "rank": 8}, 400, "invalid_request"),
     ):
-        refused(httpx.post(f"{server}/tuning/finetunes", json=body, headers=auth()), status, kind)
+        error_message(httpx.post(f"{server}/tuning/finetunes", json=body, headers=auth()), status, kind)
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"skill": "segment", "object": "cat", "image_url": PHOTO}, "skill"),
-        ({"skill": "detect", "question": "cat", "image_url": PHOTO}, "object"),
-        ({"skill": "query", "question": "", "image_url": PHOTO}, "question"),
+        ({"skill": "segment", "object": "cat", "image_url": PHOTO_URL}, "skill"),
+        ({"skill": "detect", "question": "cat", "image_url": PHOTO_URL}, "object"),
+        ({"skill": "query", "question": "", "image_url": PHOTO_URL}, "question"),
         ({"skill": "query", "question": "a", "image_url": "https://example.org/a.jpg"}, "data URL"),
-        ({"skill": "query", "question": "a", "image_url": PHOTO, "settings": {"top_p": 0.5}}, "top_p"),
+        ({"skill": "query", "question": "a", "image_url": PHOTO_URL, "settings": {"top_p": 0.5}}, "top_p"),
     ],
 )
 def test_invalid_rollout_request_is_refused(server: str, request_: dict[str, Any], message: str) -> None:
     body = {"finetune_id": open_finetune(server, "refused").finetune_id, "num_rollouts": 2, "request": request_}
-    assert message in refused(
+    assert message in error_message(
         httpx.post(f"{server}/tuning/rollouts", json=body, headers=auth()), 400, "invalid_request"
     )
 
@@ -221,7 +221,7 @@ def test_invalid_rollout_request_is_refused(server: str, request_: dict[str, Any
         {"rollouts": [{"answer_tokens": [2**30]}] * 2},
         {"rollouts": [{"answer_tokens": [], "finish_reason": "length"}] * 2},
         {"mode": "sft"},
-        {"request": {"skill": "point", "object": "a", "image_url": PHOTO}},
+        {"request": {"skill": "point", "object": "a", "image_url": PHOTO_URL}},
         {"rewards": ["a", "b"]},
     ],
 )
@@ -230,7 +230,9 @@ def test_invalid_group_is_refused_and_applies_no_step(server: str, change: dict[
     response = sample(finetune, 2)
     group = rl_group(response, [0.0, 1.0]) | change
     body = {"finetune_id": finetune.finetune_id, "groups": [group]}
-    refused(httpx.post(f"{server}/tuning/train_step", json=body, headers=auth(), timeout=60), 400, "invalid_request")
+    error_message(
+        httpx.post(f"{server}/tuning/train_step", json=body, headers=auth(), timeout=60), 400, "invalid_request"
+    )
     response = httpx.get(f"{server}/tuning/finetunes/{finetune.finetune_id}", headers=auth()).json()
     assert response["finetune"]["step"] == 0
 
@@ -254,7 +256,7 @@ def train_once(store: FinetuneStore, finetune_id: str, prompt: Prompt, seed: int
 
 
 def test_training_continues_identically_after_a_restart(tmp_path: Path) -> None:
-    prompt = Prompt(np.asarray(picture()), RECIPE_QUESTION)
+    prompt = Prompt(np.asarray(make_picture()), RECIPE_QUESTION)
     greedy = Prompt(prompt.photo, RECIPE_QUESTION, temperature=0.0)
     completions: list[list[Completion]] = []
     for restart in (False, True):
@@ -276,7 +278,7 @@ def test_training_continues_identically_after_a_restart(tmp_path: Path) -> None:
 def test_step_that_cannot_be_stored_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FinetuneStore(tmp_path)
     finetune_id = store.create("me", "a", 8).finetune_id
-    prompt = Prompt(np.asarray(picture()), RECIPE_QUESTION)
+    prompt = Prompt(np.asarray(make_picture()), RECIPE_QUESTION)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
