@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import json
 import logging
-import os
 import threading
 import time
 import uuid
@@ -25,6 +24,7 @@ from typing import Any
 from sqlalchemy import Connection, select
 
 from storage.database import Database
+from storage.files import write_atomically
 from storage.tables import BASIS_COLUMNS, DOLLAR, EVENTS, HOUR, HOURS, KINDS, NAME_COLUMNS, REWARD, SECOND
 from usage import rollups
 from usage.events import Deployment, UsageEvent, name_digest
@@ -143,8 +143,8 @@ class Recorder:
             self.lost += len(events)
             return
         name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.jsonl"
-        rows = (json.dumps(_to_json(event), separators=(",", ":")) + "\n" for event in events)
-        write_atomically(self._folder / name, "".join(rows))
+        lines = (json.dumps(_to_json(event), separators=(",", ":")) + "\n" for event in events)
+        write_atomically(self._folder / name, "".join(lines))
 
     # ── Disk to database ────────────────────────────────────────────────────────────────────────────────────────────
 

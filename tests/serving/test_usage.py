@@ -32,7 +32,7 @@ def create_client(database: Database, folder: Path) -> TestClient:
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    """Return a client with thirty calls of the last half hour: ten on main at a cent each, twenty on a branch with a hostile name."""
+    """Return a client of thirty calls in the last half hour: ten on main at a cent each, twenty on a hostile branch."""
     folder = tmp_path_factory.mktemp("usage")
     database = Database(f"sqlite:///{folder / 'usage.sqlite3'}")
     insert_events(
