@@ -56,7 +56,7 @@ def runs(folder: Path) -> Iterator[RunStore]:
 
 
 def selected_models(page: Page) -> str:
-    return page.locator(".picker-chosen").text_content() or ""
+    return page.locator(".picker-selection").text_content() or ""
 
 
 def test_empty_tab_explains_the_steps_and_estimates_a_run(open_page: Open) -> None:
@@ -76,12 +76,12 @@ def test_playground_button_opens_the_tab_with_the_sliders_reward(open_page: Open
     page = open_page("")
     for name, weight in {"sharpness": 0.8, "colour": 0, "creativity": 0}.items():
         set_weight(page, name, weight)
-    page.get_by_role("button", name="Teach a model this reward").click()
+    page.get_by_role("button", name="Fine-tune with this reward").click()
     page.locator("#tune-start").wait_for()
     page.locator(".tune-reward").get_by_text("sharpness 0.8", exact=True).wait_for()
     page.get_by_role("tab", name="Playground").click()
     page.get_by_label("Caption").check()
-    assert page.locator("#teach").is_hidden()
+    assert page.locator("#fine-tune-reward").is_hidden()
 
 
 def test_job_shows_its_price_needs_a_token_and_clears_it(open_page: Open, runs: RunStore, hub: HubServer) -> None:
@@ -117,18 +117,18 @@ def test_winner_is_selected_beside_its_base_until_it_is_reverted(open_page: Open
     assert page.locator(".pair").count() == 3
     page.wait_for_function("() => [...document.querySelectorAll('.pair img')].every(image => image.naturalWidth > 0)")
     page.get_by_role("tab", name="Playground").click()
-    page.wait_for_function("() => document.querySelector('.picker-chosen').textContent.includes('tuned: sharpness 1')")
+    page.wait_for_function("() => document.querySelector('.picker-selection').textContent.includes('tuned: sharpness 1')")
     assert selected_models(page) == "moondream-tiny · tuned: sharpness 1"
     page.get_by_role("button", name="Run", exact=True).click()
     page.wait_for_selector(f".model-column[data-model='run-{run.id}'][data-status=done]")
     page.wait_for_selector(".model-column[data-model='moondream-tiny'][data-status=done]")
-    open_page("").locator(".picker-chosen").get_by_text("moondream-tiny · tuned: sharpness 1").wait_for()
+    open_page("").locator(".picker-selection").get_by_text("moondream-tiny · tuned: sharpness 1").wait_for()
     page.get_by_role("tab", name="Fine-tune").click()
     page.get_by_role("button", name="Revert").click()
     page.get_by_role("button", name="Use in the Playground").wait_for()
     page.get_by_role("tab", name="Playground").click()
-    page.wait_for_function("() => document.querySelector('.picker-chosen').textContent === 'moondream-tiny'")
-    open_page("").locator(".picker-chosen").get_by_text(before).wait_for()
+    page.wait_for_function("() => document.querySelector('.picker-selection').textContent === 'moondream-tiny'")
+    open_page("").locator(".picker-selection").get_by_text(before).wait_for()
 
 
 def test_run_survives_a_reload_and_a_second_page_can_cancel_it(open_page: Open) -> None:
@@ -168,7 +168,7 @@ def test_losing_model_can_be_used_anyway(open_page: Open) -> None:
     assert "Second best" not in selected_models(page)
     page.get_by_role("button", name="Use anyway").click()
     page.get_by_role("button", name="Revert").wait_for()
-    page.wait_for_function("() => document.querySelector('.picker-chosen').textContent.includes('Second best')")
+    page.wait_for_function("() => document.querySelector('.picker-selection').textContent.includes('Second best')")
     page.get_by_role("button", name="Revert").click()
     page.get_by_role("button", name="Use anyway").wait_for()
 

@@ -58,7 +58,7 @@ def test_real_run_trains_and_its_model_answers_in_the_playground(open_page: Open
         page.get_by_role("button", name="Use anyway").click()
     page.get_by_role("button", name="Revert").wait_for()
     page.get_by_role("tab", name="Playground").click()
-    page.locator(".picker-chosen").get_by_text("moondream-tiny · tuned: sharpness 1").wait_for()
+    page.locator(".picker-selection").get_by_text("moondream-tiny · tuned: sharpness 1").wait_for()
     page.get_by_role("button", name="Run", exact=True).click()
     for model in ("moondream-tiny", f"run-{run.id}"):
         page.wait_for_selector(f".model-column[data-model='{model}'][data-status=done]")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from previews.github import words
+from previews.github import format_result
 from storage.database import Database
 from tests.support.app_server import app_server
 from tests.support.browser import HOSTILE, violations
@@ -63,7 +63,7 @@ def wait_for_dashboard(page: Page) -> Page:
 
 
 def calls(page: Page) -> str:
-    return page.locator(".dash-figure", has_text="Calls").locator(".figure-value").inner_text()
+    return page.locator(".dash-metric", has_text="Calls").locator(".metric-value").inner_text()
 
 
 def test_filters_are_in_the_url_and_survive_a_reload(open_page: Open) -> None:
@@ -73,13 +73,13 @@ def test_filters_are_in_the_url_and_survive_a_reload(open_page: Open) -> None:
     assert calls(page) == "300"
     page.get_by_role("combobox", name="Branches").click()
     page.get_by_role("option", name="feature/warm, and more").click()
-    page.wait_for_function("document.querySelector('.figure-value').textContent === '100'")
+    page.wait_for_function("document.querySelector('.metric-value').textContent === '100'")
     page.get_by_label("model", exact=True).check()
     page.wait_for_url("**usage.by=model**")
     assert "usage.branches=feature%2Fwarm%2C+and+more" in page.url
     page.reload()
     wait_for_dashboard(page)
-    page.wait_for_function("document.querySelector('.figure-value').textContent === '100'")
+    page.wait_for_function("document.querySelector('.metric-value').textContent === '100'")
     assert page.get_by_label("model", exact=True).is_checked()
     page.get_by_role("tab", name="Playground").click()
     page.wait_for_function("!location.search.includes('usage.')")
@@ -88,10 +88,10 @@ def test_filters_are_in_the_url_and_survive_a_reload(open_page: Open) -> None:
 @pytest.mark.parametrize("branch", ["feature/warm, and more", HOSTILE])
 def test_link_in_a_preview_comment_opens_the_usage_of_its_branch(open_page: Open, branch: str) -> None:
     deployment = {"url": "https://space", "branch": branch, "sha": "1" * 40, "path": "restart", "seconds": 31.0}
-    link = re.search(r"\[of this branch\]\(https://space/\?(\S+)\) \|", words(deployment))
+    link = re.search(r"\[of this branch\]\(https://space/\?(\S+)\) \|", format_result(deployment))
     assert link
     page = wait_for_dashboard(open_page(link[1]))
-    page.wait_for_function("document.querySelector('.figure-value').textContent === '100'")
+    page.wait_for_function("document.querySelector('.metric-value').textContent === '100'")
     assert page.get_by_role("tab", name="Usage").get_attribute("aria-selected") == "true"
 
 
@@ -104,8 +104,8 @@ def test_charts_have_tooltips_and_tables_and_names_are_not_interpreted_as_html(o
     table = page.locator(".dash-chart").first.locator("details")
     table.locator("summary").click()
     assert table.locator("tbody tr").count() >= 20 and table.locator("thead th").count() == 4
-    page.evaluate("document.querySelector('.dash-figure').dataset.stale = 'yes'")
-    page.wait_for_selector(".dash-figure:not([data-stale])")  # the next refresh has been drawn
+    page.evaluate("document.querySelector('.dash-metric').dataset.stale = 'yes'")
+    page.wait_for_selector(".dash-metric:not([data-stale])")  # the next refresh has been drawn
     assert table.evaluate("details => details.open")
     assert page.locator("#dashboard img").count() == 0
     assert page.evaluate("window.hacked") is None
@@ -120,7 +120,7 @@ def test_selected_branches_are_compared(open_page: Open) -> None:
 
 def test_filtered_events_are_downloaded_as_csv(open_page: Open, tmp_path: Path) -> None:
     page = wait_for_dashboard(open_page("usage.period=day&usage.branches=main"))
-    page.wait_for_function("document.querySelector('.figure-value').textContent === '100'")
+    page.wait_for_function("document.querySelector('.metric-value').textContent === '100'")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download CSV").click()
     download.value.save_as(tmp_path / "usage.csv")

@@ -1,4 +1,4 @@
-"""Named API endpoints for usage figures and series, with the same queries as the Usage tab."""
+"""Named API endpoints for usage metrics and series, with the same queries as the Usage tab."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class FilterBody(BaseModel):
     end: Time = None
 
 
-def figures(usage: UsageAnalytics, wanted: Any) -> dict[str, Any]:
-    """Return the figures of a filter such as {"period": "week", "branches": ["main"], "zone": "Europe/Berlin"}."""
+def metrics(usage: UsageAnalytics, wanted: Any) -> dict[str, Any]:
+    """Return the metrics of a filter such as {"period": "week", "branches": ["main"], "zone": "Europe/Berlin"}."""
     with as_gradio_error(FilterError, StoreError, title="Usage"):
         return metrics_report(usage.metrics(parse_filter(wanted)))
 
@@ -70,5 +70,5 @@ def build(services: AppServices) -> None:
     wanted, answer = gr.JSON(label="filter", visible=False), gr.JSON(label="answer", visible=False)
     measure, by = gr.Textbox("calls", label="measure", visible=False), gr.Textbox("", label="by", visible=False)
     add_endpoint = gr.Button(visible=False).click
-    add_endpoint(partial(figures, services.usage), wanted, answer, api_name="usage")
+    add_endpoint(partial(metrics, services.usage), wanted, answer, api_name="usage")
     add_endpoint(partial(series, services.usage), [wanted, measure, by], answer, api_name="usage_series")

@@ -123,7 +123,7 @@ def draw_form(services: AppServices, base_models: list[tuple[str, str]]) -> Retr
     fields["steps"] = gr.Number(
         DEFAULT_STEPS, label="Steps", precision=0, minimum=1, maximum=MAX_STEPS, visible=False, elem_id="tune-steps"
     )
-    with gr.Row(elem_classes="knobs"):
+    with gr.Row(elem_classes="settings-row"):
         fields["seed"] = gr.Number(
             1, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=80, elem_id="tune-seed"
         )
@@ -173,7 +173,7 @@ def draw_form(services: AppServices, base_models: list[tuple[str, str]]) -> Retr
             html_attributes=NO_AUTOCOMPLETE,
             elem_id="tune-key",
         )
-        with gr.Row(elem_classes="knobs"):
+        with gr.Row(elem_classes="settings-row"):
             fields["budget"] = gr.Number(
                 5.0, label="Budget (US $)", minimum=0.01, maximum=10_000, min_width=90, elem_id="tune-budget"
             )

@@ -14,12 +14,12 @@ from typing import Any
 
 import gradio as gr
 
-from recipes import PhotoError, describe, load_photo, parse, render, shrink
+from recipes import PhotoError, describe, jpeg_data_url, load_photo, parse, render, shrink
 from rewards import REWARDS
 from training.data import uploads
 from training.runs.adapters import format_weights, run_title
 from training.runs.run import Run, RunConfig, RunError, Status
-from ui.playground.compare import picture_url
+from ui.playground.compare import PICTURE_QUALITY
 from ui.services import AppServices
 
 HERE = Path(__file__).resolve().parent
@@ -322,7 +322,8 @@ def _picture(photo: Path, recipe: str, side: int) -> str:
 def _rendered(photo: str, _: int, recipe: str, side: int) -> str:
     pixels = load_photo(photo)
     parsed = parse(recipe)
-    return picture_url(shrink(render(pixels, parsed.recipe) if recipe and parsed.ok else pixels, side))
+    picture = render(pixels, parsed.recipe) if recipe and parsed.ok else pixels
+    return jpeg_data_url(shrink(picture, side), PICTURE_QUALITY)
 
 
 def format_duration(seconds: float | None) -> str:

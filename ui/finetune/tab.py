@@ -45,7 +45,7 @@ from ui.playground import reward_functions
 from ui.playground.link import PlaygroundSettings
 from ui.playground.picker import choices
 from ui.services import AppServices, SharedComponents
-from usage.budgets import BudgetExceeded
+from usage.budgets import BudgetExceededError
 
 TAB = "Fine-tune"
 TITLE = "Fine-tuning"
@@ -170,7 +170,7 @@ def retrain(services: AppServices, form: dict[str, Any], weights: Sequence[float
     Raises:
         gr.Error: If an input is missing or invalid. The message says which.
     """
-    reward = reward_functions.of_sliders(tuple(weights))
+    reward = reward_functions.from_sliders(tuple(weights))
     with as_gradio_error(RunError, title=TITLE):
         photos = _photo_source(services, form)
         backend = BACKENDS.get(form["backend"], "here")
@@ -240,7 +240,7 @@ def _check_credentials_and_budget(services: AppServices, backend: str, token: st
             raise RunError("Enter your Moondream API key. The run is billed to your account; the key is not stored.")
         try:
             services.budgets.check(services.meter.recorder.deployment.branch)
-        except (BudgetExceeded, StoreError) as error:
+        except (BudgetExceededError, StoreError) as error:
             raise RunError(str(error)) from None
 
 

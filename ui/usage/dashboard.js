@@ -64,15 +64,15 @@ function draw() {
   fillTable(byClass('dash-recent').querySelector('table'), null, data.recent);
 }
 
-/** Draws figures, notes, the comparison of branches and all charts. */
+/** Draws metrics, notes, the comparison of branches and all charts. */
 function drawContent(data) {
-  byClass('dash-figures').replaceChildren(...data.figures.map(figure => {
-    const node = fromTemplate('figure-template');
-    setText(node.querySelector('dt'), figure.name);
-    setText(byClass('figure-value', node), figure.value);
-    const change = byClass('figure-change', node);
-    setText(change, figure.change ? figure.change + ' (was ' + figure.previous + ')' : 'no data in the previous period');
-    change.dataset.trend = figure.trend;
+  byClass('dash-metrics').replaceChildren(...data.metrics.map(metric => {
+    const node = fromTemplate('metric-template');
+    setText(node.querySelector('dt'), metric.name);
+    setText(byClass('metric-value', node), metric.value);
+    const change = byClass('metric-change', node);
+    setText(change, metric.change ? metric.change + ' (was ' + metric.previous + ')' : 'no data in the previous period');
+    change.dataset.trend = metric.trend;
     return node;
   }));
   byClass('dash-notes').replaceChildren(...data.notes.map(note => createNode('li', '', note)));

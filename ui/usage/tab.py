@@ -11,7 +11,6 @@ from functools import partial
 from string import Template
 from threading import Event
 from typing import Any
-from zoneinfo import available_timezones
 
 import gradio as gr
 
@@ -25,7 +24,7 @@ from ui.services import AppServices, SharedComponents
 from ui.usage.view import dashboard_snapshot, dashboard_view
 from usage.analytics import FilterOptions
 from usage.budgets import Budget, BudgetError
-from usage.time_window import CUSTOM, PERIODS, FilterError, UsageFilter
+from usage.time_window import CUSTOM, PERIODS, FilterError, UsageFilter, time_zones
 
 TAB = "Usage"
 GROUPINGS = ("branch", "model")
@@ -92,7 +91,7 @@ def _parse_time(text: str | None) -> datetime | None:
 
 
 def _valid_zone(zone: Any) -> str:
-    return zone if zone in available_timezones() else "UTC"
+    return zone if zone in time_zones() else "UTC"
 
 
 def _valid_grouping(by: Any) -> str:
@@ -267,7 +266,7 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     with gr.Row(visible=False, elem_id="usage-custom") as custom_period:
         filters["start"] = gr.DateTime(label="From", type="string", min_width=160)
         filters["end"] = gr.DateTime(label="To", type="string", min_width=160)
-        filters["zone"] = gr.Dropdown(sorted(available_timezones()), value="UTC", label="Time zone", min_width=160)
+        filters["zone"] = gr.Dropdown(sorted(time_zones()), value="UTC", label="Time zone", min_width=160)
     dashboard = dashboard_view()
     with gr.Row(elem_id="usage-downloads"):
         downloads = {

@@ -23,7 +23,7 @@ from usage.events import UsageEvent
 HERE = Path(__file__).resolve().parent
 MAX_LINES = 8  # per chart; smaller lines are added up to one
 MAX_NAME_LENGTH = 120  # displayed characters of a name
-FIGURES = {
+METRICS = {
     "calls": "Calls",
     "error_rate": "Error rate",
     "p50": "Latency p50",
@@ -37,7 +37,7 @@ FIGURES = {
 }
 HIGHER_IS_BETTER = ("reward_per_cent",)
 LOWER_IS_BETTER = ("error_rate", "p50", "p95", "p99", "first_token", "cost_per_request")
-MIN_CHANGE = 0.0005  # relative change below which a figure is neither better nor worse
+MIN_CHANGE = 0.0005  # relative change below which a metric is neither better nor worse
 BIN_FORMATS = {"minute": "%H:%M", "hour": "%d %b %H:%M", "6 hours": "%d %b %H:%M", "day": "%d %b", "month": "%b %Y"}
 UNKNOWN = "–"
 
@@ -59,21 +59,21 @@ def dashboard_snapshot(
     """Return everything that the dashboard shows, as JSON.
 
     Args:
-        dashboard: Figures and series of the filtered events.
+        dashboard: Metrics and series of the filtered events.
         recent: Latest events, newest first.
         budgets: State of all budgets.
         zone: IANA name of the time zone of all times.
         by: "branch" or "model": what the charts of calls and cost have one line for each of.
     """
-    figures, order = dashboard.metrics, _largest_first(dashboard.volume)
+    metrics, order = dashboard.metrics, _largest_first(dashboard.volume)
     return {
-        "empty": not figures.calls.value,
-        "period": _format_period(figures, zone),
-        "figures": [_figure(name, getattr(figures, name)) for name in FIGURES],
-        "notes": _notes(figures),
-        "columns": list(FIGURES.values()),
+        "empty": not metrics.calls.value,
+        "period": _format_period(metrics, zone),
+        "metrics": [_metric(name, getattr(metrics, name)) for name in METRICS],
+        "notes": _notes(metrics),
+        "columns": list(METRICS.values()),
         "branches": [
-            {"name": _shorten(name), "cells": [format_value(key, getattr(branch, key).value) for key in FIGURES]}
+            {"name": _shorten(name), "cells": [format_value(key, getattr(branch, key).value) for key in METRICS]}
             for name, branch in dashboard.by_branch
         ],
         "charts": [
@@ -95,7 +95,7 @@ def dashboard_snapshot(
 
 
 def format_value(measure: str, value: float | None) -> str:
-    """Format a value of a measure in FIGURES, or of "latency", with its unit."""
+    """Format a value of a measure in METRICS, or of "latency", with its unit."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
     return _FORMATTERS[measure](value)
@@ -136,43 +136,43 @@ def _shorten(name: str) -> str:
 # ── Parts of the snapshot ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _figure(name: str, figure: Metric) -> dict[str, Any]:
-    change, trend = figure.change, ""
+def _metric(name: str, metric: Metric) -> dict[str, Any]:
+    change, trend = metric.change, ""
     if change is not None and abs(change) >= MIN_CHANGE:
         if name in (HIGHER_IS_BETTER if change > 0 else LOWER_IS_BETTER):
             trend = "better"
         elif name in (LOWER_IS_BETTER if change > 0 else HIGHER_IS_BETTER):
             trend = "worse"
     return {
-        "name": FIGURES[name],
-        "value": format_value(name, figure.value),
+        "name": METRICS[name],
+        "value": format_value(name, metric.value),
         "change": "" if change is None else f"{100 * change:+,.1f} %",
-        "previous": format_value(name, figure.previous),
+        "previous": format_value(name, metric.previous),
         "trend": trend,
     }
 
 
-def _format_period(figures: Metrics, zone: str) -> str:
-    start, end = (moment.astimezone(ZoneInfo(zone)) for moment in (figures.window.start, figures.window.end))
+def _format_period(metrics: Metrics, zone: str) -> str:
+    start, end = (moment.astimezone(ZoneInfo(zone)) for moment in (metrics.window.start, metrics.window.end))
     period = f"{start:%d %b %Y %H:%M} to {end:%d %b %Y %H:%M}, {zone}"
     return f"{period}. Changes are relative to the preceding period of the same length."
 
 
-def _notes(figures: Metrics) -> list[str]:
-    """Return what the figures leave out or approximate, one sentence each."""
+def _notes(metrics: Metrics) -> list[str]:
+    """Return what the metrics leave out or approximate, one sentence each."""
 
     def calls_have(count: int) -> str:
         return f"{count:,} call{' has' if count == 1 else 's have'}"
 
     notes = []
-    if figures.unpriced:
-        notes.append(f"{calls_have(figures.unpriced)} no known price. Their cost is not included.")
-    if figures.uncounted:
-        notes.append(f"{calls_have(figures.uncounted)} no known token count. Their tokens are not included.")
-    if figures.estimated:
-        notes.append(f"The cost of {figures.estimated:,} calls is estimated from list prices.")
-    if figures.percentile_error:
-        notes.append(f"Percentiles are approximate (±{100 * figures.percentile_error:g} %).")
+    if metrics.unpriced:
+        notes.append(f"{calls_have(metrics.unpriced)} no known price. Their cost is not included.")
+    if metrics.uncounted:
+        notes.append(f"{calls_have(metrics.uncounted)} no known token count. Their tokens are not included.")
+    if metrics.estimated:
+        notes.append(f"The cost of {metrics.estimated:,} calls is estimated from list prices.")
+    if metrics.percentile_error:
+        notes.append(f"Percentiles are approximate (±{100 * metrics.percentile_error:g} %).")
     return notes
 
 

@@ -28,9 +28,9 @@ from ui.finetune.tab import RenderState, base_models, retrain
 from ui.playground import tab as playground
 from ui.playground.link import PlaygroundSettings
 from ui.services import AppServices
-from usage import ledger
 from usage.budgets import Budget
 from usage.events import UsageEvent
+from usage.recorder import insert_events
 
 HERE = Path(finetune.__file__).parent
 DEFAULT_MODELS = list(PlaygroundSettings().models)
@@ -296,9 +296,9 @@ def test_page_selects_base_and_tuned_model_unless_its_link_names_models(idle: Ap
     run = finished_run(idle)
     idle.adapters.enable(run)
     default = playground.open_page(idle, FakeRequest())  # type: ignore[arg-type]
-    assert default[0].value == ["moondream-tiny", model_name(run.id)]
+    assert default["models"].value == ["moondream-tiny", model_name(run.id)]
     linked = playground.open_page(idle, FakeRequest(models="moondream-tiny"))  # type: ignore[arg-type]
-    assert linked[0].value == ["moondream-tiny"]
+    assert linked["models"].value == ["moondream-tiny"]
 
 
 def test_unfinished_run_is_displayed_before_the_newest_unless_another_is_selected(idle: AppServices) -> None:
@@ -396,8 +396,8 @@ def test_use_rename_revert_and_delete(idle: AppServices) -> None:
         ({"run": "../..", "action": "delete"}, "There is no run"),
         ({"action": "format"}, "Unknown action"),
         ({"action": "cancel"}, "already finished"),
-        ({"action": "resume"}, "Only a run that was stopped"),
-        ({"action": "revert"}, "not in service"),
+        ({"action": "resume"}, "Only a stopped run can be resumed"),
+        ({"action": "revert"}, "is not in use"),
         ({"action": "rename", "name": "x" * 100}, "name"),
     ],
 )
@@ -511,7 +511,7 @@ def test_hosted_run_needs_a_key_and_an_unspent_budget(idle: AppServices) -> None
     branch = idle.meter.recorder.deployment.branch
     idle.budgets.set(Budget(branch, 0.01, stop=True))
     paid = UsageEvent(datetime.now(timezone.utc), "m", "query", branch=branch, cost=0.02, cost_basis="reported")
-    ledger.add(idle.usage.database, [paid])
+    insert_events(idle.usage.database, [paid])
     with pytest.raises(gr.Error, match="is spent"):
         submit_form(idle, **HOSTED_FORM)
     assert submit_form(idle), "a run that costs nothing is allowed"

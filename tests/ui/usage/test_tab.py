@@ -19,8 +19,8 @@ from tests.support.runs import FAKE
 from ui.services import AppServices
 from ui.usage import tab
 from ui.usage.tab import FIELDS, DashboardFilter, filters_from_link, refresh, refresh_if_open
-from ui.usage.view import FIGURES, MAX_LINES, MAX_NAME_LENGTH, format_money, format_seconds, format_value
-from usage.analytics import Usage
+from ui.usage.view import MAX_LINES, MAX_NAME_LENGTH, METRICS, format_money, format_seconds, format_value
+from usage.analytics import UsageAnalytics
 from usage.budgets import Budget
 from usage.events import UsageEvent
 from usage.time_window import FilterError
@@ -58,8 +58,8 @@ def snapshot(services: AppServices, **changes: Any) -> dict[str, Any]:
     return value
 
 
-def figure(value: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(item for item in value["figures"] if item["name"] == name)
+def metric(value: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(item for item in value["metrics"] if item["name"] == name)
 
 
 @pytest.mark.parametrize("file", ["dashboard.html", "dashboard.js"])
@@ -95,18 +95,18 @@ def test_format_seconds(duration: float, text: str) -> None:
 
 
 def test_unknown_value_is_not_formatted_as_zero() -> None:
-    assert {format_value(name, None) for name in FIGURES} == {"–"}
+    assert {format_value(name, None) for name in METRICS} == {"–"}
     assert format_value("error_rate", 0.0) == "0 %" and format_value("error_rate", 1 / 3) == "33.33 %"
 
 
-def test_figures_give_the_change_and_its_trend(services: AppServices) -> None:
+def test_metrics_give_the_change_and_its_trend(services: AppServices) -> None:
     record(services, 4, latency=0.2, cost=0.002, cost_basis="reported")
     record(services, 2, latency=0.4, seconds_ago=2 * 3600.0 - 60)
     value = snapshot(services, period="hour")
-    assert figure(value, "Calls") | {"trend": ""} == figure(value, "Calls")
-    assert (figure(value, "Calls")["value"], figure(value, "Calls")["change"]) == ("4", "+100.0 %")
-    assert figure(value, "Latency p50")["trend"] == "better" and figure(value, "Latency p50")["previous"] == "400 ms"
-    assert figure(value, "Cost")["value"] == "$0.00800" and figure(value, "Cost")["change"] == ""
+    assert metric(value, "Calls") | {"trend": ""} == metric(value, "Calls")
+    assert (metric(value, "Calls")["value"], metric(value, "Calls")["change"]) == ("4", "+100.0 %")
+    assert metric(value, "Latency p50")["trend"] == "better" and metric(value, "Latency p50")["previous"] == "400 ms"
+    assert metric(value, "Cost")["value"] == "$0.00800" and metric(value, "Cost")["change"] == ""
     assert not value["empty"] and value["period"].endswith("period of the same length.")
 
 
@@ -127,7 +127,7 @@ def test_branches_are_compared_and_long_names_are_shortened(services: AppService
     assert HOSTILE in names and max(map(len, names)) <= max(MAX_NAME_LENGTH, len(HOSTILE))
     options = refresh(services, None, inputs())[4]
     assert long in options.branches, "the filter takes the whole name"
-    assert figure(snapshot(services, branches=(long,)), "Calls")["value"] == "1"
+    assert metric(snapshot(services, branches=(long,)), "Calls")["value"] == "1"
 
 
 def test_smallest_lines_are_added_up_and_charts_share_their_order(services: AppServices) -> None:
@@ -175,7 +175,7 @@ def test_unreachable_database_shows_an_error(services: AppServices, monkeypatch:
     def fail(*_: Any, **__: Any) -> None:
         raise StoreError("database", "The database cannot be reached.")
 
-    monkeypatch.setattr(Usage, "options", fail)
+    monkeypatch.setattr(UsageAnalytics, "options", fail)
     assert snapshot(services) == {"error": "The database cannot be reached."}
 
 
@@ -237,6 +237,6 @@ def test_budget_is_set_shown_and_removed(services: AppServices) -> None:
 def test_sample_traffic_is_recorded_calls_of_the_built_in_model(services: AppServices) -> None:
     list(tab.generate_sample_traffic(services))
     value = snapshot(services)
-    assert int(figure(value, "Calls")["value"]) == 2 * len(tab.SAMPLE_SKILLS)
-    assert int(figure(value, "Tokens")["value"].replace(",", "")) > 100
+    assert int(metric(value, "Calls")["value"]) == 2 * len(tab.SAMPLE_SKILLS)
+    assert int(metric(value, "Tokens")["value"].replace(",", "")) > 100
     assert {row[3] for row in value["recent"]} == set(tab.SAMPLE_SKILLS)
