@@ -1,4 +1,4 @@
-"""The schema's versions (Alembic, storage/migrations/versions): which one a database has, and the way to the newest."""
+"""Schema migrations with Alembic; the versions are in storage/migrations/versions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 
-_ONE_AT_A_TIME = threading.Lock()  # `alembic.op` is one for the whole process: two threads would mix up their databases
+_UPGRADE_LOCK = threading.Lock()  # `alembic.op` is global: parallel upgrades would mix up their databases
 FOLDER = Path(__file__).resolve().parent / "migrations"
 
 
 def is_current(connection: Connection) -> bool:
-    """Whether there is nothing to do: the database has the newest version, or one that is newer than this program."""
+    """Check whether the database has the latest version, or one that is newer than this program."""
     script = ScriptDirectory(str(FOLDER))
     heads = MigrationContext.configure(connection).get_current_heads()
     known = {revision.revision for revision in script.walk_revisions()}
@@ -23,11 +23,11 @@ def is_current(connection: Connection) -> bool:
 
 
 def upgrade(connection: Connection) -> None:
-    """Bring the database to the newest version, inside the caller's transaction; a newer database is left alone."""
+    """Upgrade the database to the latest version in the caller's transaction. Newer databases are left unchanged."""
     if is_current(connection):
         return
     script = ScriptDirectory(str(FOLDER))
-    steps = {"fn": lambda revision, _: script._upgrade_revs("head", revision)}
-    context = MigrationContext.configure(connection, opts=steps)
-    with _ONE_AT_A_TIME, Operations.context(context):
+    options = {"fn": lambda revision, _: script._upgrade_revs("head", revision)}
+    context = MigrationContext.configure(connection, opts=options)
+    with _UPGRADE_LOCK, Operations.context(context):
         context.run_migrations()

@@ -1,4 +1,4 @@
-"""The schema's versions: a database from before Alembic is taken over with all that it holds."""
+"""Tests of schema migrations: databases of earlier versions keep their content."""
 
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ INSERT INTO reward_functions VALUES
 """
 
 
-def test_a_database_of_version_1_keeps_its_reward_functions(tmp_path: Path) -> None:
+def test_database_of_version_1_keeps_its_reward_functions(tmp_path: Path) -> None:
     file = tmp_path / "old.sqlite3"
     with sqlite3.connect(file) as connection:
         connection.executescript(VERSION_1)
@@ -31,11 +31,11 @@ def test_a_database_of_version_1_keeps_its_reward_functions(tmp_path: Path) -> N
     connection.close()
 
 
-def test_databases_that_are_made_at_once_in_one_process_do_not_mix(tmp_path: Path) -> None:
-    def make(number: int) -> set[str]:
+def test_databases_created_concurrently_do_not_mix(tmp_path: Path) -> None:
+    def create(number: int) -> set[str]:
         with Database(f"sqlite:///{tmp_path / f'{number}.sqlite3'}").transaction() as connection:
             return set(inspect(connection).get_table_names())
 
     with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(make, range(24)))
-    assert "usage_events" in found[0] and all(tables == found[0] for tables in found)
+        schemas = list(threads.map(create, range(24)))
+    assert "usage_events" in schemas[0] and all(tables == schemas[0] for tables in schemas)

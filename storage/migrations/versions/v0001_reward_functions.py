@@ -1,4 +1,4 @@
-"""Version 1: reward functions. Databases from before Alembic have them already and are taken over as they are."""
+"""Version 1: reward functions. Databases from before Alembic already have this table and keep it."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = None
 
 
 def upgrade() -> None:
-    """Creates what version 1 had, its own version table included: older branches may share the database."""
+    """Create the tables of version 1, with its version table: older branches may share the database."""
     if sa.inspect(op.get_bind()).has_table("reward_functions"):
         return
     op.create_table(

@@ -1,4 +1,4 @@
-"""Version 2: events of model calls, their attributes, their roll-ups by the hour, and budgets."""
+"""Version 2: events of model calls, their kinds, hourly roll-ups, and budgets."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -6,11 +6,11 @@ from alembic import op
 revision = "0002"
 down_revision = "0001"
 NUMBER = sa.BigInteger
-KEY = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite counts up only what is called INTEGER
+KEY = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite auto-increments INTEGER keys only
 
 
 def upgrade() -> None:
-    """Creates the tables; storage/tables.py says what their columns hold."""
+    """Create the tables; storage/tables.py documents their columns."""
     words = ("branch", "commit", "space", "source", "model", "adapter", "skill", "outcome", "error")
     op.create_table(
         "usage_kinds",
