@@ -20,7 +20,7 @@ import numpy as np
 from inference.registry import MODELS, answer
 from inference.types import Answer, ModelSpec, Request
 from recipes import Recipe, parse, random_recipe
-from rewards import DEFAULT, REWARDS, RewardFunction, RewardFunctionError, score_recipes
+from rewards import EQUAL_WEIGHTS, REWARDS, RewardFunction, RewardFunctionError, score_recipes
 from training.data.sources import PhotoSourceError, load_photos
 from training.runs.adapters import base_chain
 from training.runs.run import Run, RunError
@@ -222,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="base", help='comma-separated model names, run folders, or "base"')
     parser.add_argument("--photos", default="bundled", help="a folder, a zip file, hub:owner/dataset, or bundled")
-    parser.add_argument("--reward", default=DEFAULT.to_json(), help="weights as JSON (default: equal weights)")
+    parser.add_argument("--reward", default=EQUAL_WEIGHTS.to_json(), help="weights as JSON (default: equal weights)")
     parser.add_argument("--max-photos", type=int, default=200, help="maximum number of photos (default: %(default)s)")
     parser.add_argument("--pool", type=int, default=POOL_SIZE, help="random recipes per photo (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

@@ -60,18 +60,18 @@ def region_to_bins(policy: Policy, region: Region) -> Bins:
     else:
         centre = ((region["x_min"] + region["x_max"]) / 2, (region["y_min"] + region["y_max"]) / 2)
         size = (region["x_max"] - region["x_min"], region["y_max"] - region["y_min"])
-    coordinate_bins = heads.coordinate_bin(torch.tensor(centre)).tolist()
-    size_bins = heads.size_bin(torch.tensor(size)).tolist() if size else []
+    coordinate_bins = heads.coordinate_to_bin(torch.tensor(centre)).tolist()
+    size_bins = heads.size_to_bin(torch.tensor(size)).tolist() if size else []
     return (*coordinate_bins, *size_bins)
 
 
 def bins_to_region(policy: Policy, bins: Bins) -> Region:
     """Return the box or the point of these bins; boxes are clipped to the photo."""
     heads = policy.model.region
-    x, y = heads.coordinate_of(torch.tensor(bins[:2])).tolist()
+    x, y = heads.bin_to_coordinate(torch.tensor(bins[:2])).tolist()
     if len(bins) == 2:
         return {"x": x, "y": y}
-    width, height = heads.size_of(torch.tensor(bins[2:])).tolist()
+    width, height = heads.bin_to_size(torch.tensor(bins[2:])).tolist()
     sides = {"x_min": x - width / 2, "y_min": y - height / 2, "x_max": x + width / 2, "y_max": y + height / 2}
     return {name: min(1.0, max(0.0, side)) for name, side in sides.items()}
 
@@ -100,7 +100,7 @@ def region_log_probs(
     if objects:
         object_embeddings = torch.stack([row for bins in objects for row in _embed_object(policy, bins)])
     full = torch.cat([embeddings, object_embeddings[None].to(embeddings)], 1)
-    prefix = torch.nn.functional.pad(policy.model.prefix_of(prompt, None).long(), (0, len(object_embeddings)))
+    prefix = torch.nn.functional.pad(policy.model.prefix_mask(prompt, None).long(), (0, len(object_embeddings)))
     outputs = policy.model(inputs_embeds=full, attention_mask=torch.ones_like(prefix), token_type_ids=prefix)
     hidden = outputs.pre_norm_hidden_state[0, prompt.shape[1] - 1 :]
 
@@ -126,9 +126,9 @@ def region_log_probs(
 def _embed_object(policy: Policy, bins: Bins) -> list[torch.Tensor]:
     """Return the input embeddings of an object: one per coordinate and, for a box, one for its size."""
     heads = policy.model.region
-    embeddings = [heads.encode_coordinate(heads.coordinate_of(torch.tensor([value]))) for value in bins[:2]]
+    embeddings = [heads.encode_coordinate(heads.bin_to_coordinate(torch.tensor([value]))) for value in bins[:2]]
     if len(bins) == 4:
-        embeddings.append(heads.encode_size(heads.size_of(torch.tensor(bins[2:]))))
+        embeddings.append(heads.encode_size(heads.bin_to_size(torch.tensor(bins[2:]))))
     return embeddings
 
 

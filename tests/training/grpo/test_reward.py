@@ -28,7 +28,7 @@ def test_reward_equals_the_totals_on_the_playground_cards(photos: list[np.ndarra
             yield from (Answer(index, text) for index, text in enumerate(group))
 
         *_, last = compare(["moondream-tiny"], Request(photo, "recipe", n=4), Event(), answer)
-        card_totals += [function.total(card.scores) for card in last.columns[0].cards]
+        card_totals += [function.total(candidate.scores) for candidate in last.columns[0].candidates]
     reward = RecipeReward(photos, function, group_size=4)
     for _ in range(2):  # the second call skips rewards with weight 0
         totals = reward([[{"content": text}] for group in texts for text in group], [0] * 4 + [1] * 4 + [2] * 4)
