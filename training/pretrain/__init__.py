@@ -1,1 +1,1 @@
-"""Pre-training of moondream-tiny; `python -m training.pretrain` runs it."""
+"""Pre-training of moondream-tiny: `python -m training.pretrain`."""

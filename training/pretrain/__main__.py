@@ -1,6 +1,42 @@
-"""Run `python -m training.pretrain`."""
+"""`python -m training.pretrain`: train moondream-tiny from scratch on the bundled photos, evaluate and export it.
 
-from training.pretrain.train import main
+Training is reproducible from a seed, takes about an hour on one CPU core, and can be resumed with --resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from training.pretrain.min_risk import train_min_risk
+from training.pretrain.model_card import export, model_card
+from training.pretrain.quality import ModelEvaluator, evaluate, held_out_photos
+from training.pretrain.train import OUT, PretrainConfig, train, training_photos
+
+
+def main() -> None:
+    """Train, evaluate on the held-out photos, and write the model folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the model (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="folder of checkpoints and metrics")
+    parser.add_argument("--seed", type=int, default=PretrainConfig.seed)
+    parser.add_argument("--steps", type=int, default=PretrainConfig.steps)
+    parser.add_argument("--threads", type=int, default=PretrainConfig.threads)
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in --work")
+    args = parser.parse_args()
+    config = PretrainConfig(seed=args.seed, steps=args.steps, threads=args.threads)
+    photos = training_photos()
+    (model, image_processor, tokenizer), seconds = train(config, args.work, photos, args.resume)
+    seconds += train_min_risk(model, image_processor, tokenizer, photos, config.seed)
+    print(f"Trained in {seconds / 60:.1f} minutes. Evaluating on the held-out photos ...")
+    model = model.half().float()  # evaluated at the precision of the exported weights
+    figures = evaluate(ModelEvaluator(model, image_processor, tokenizer), held_out_photos())
+    export(model, image_processor, tokenizer, args.out, model_card(asdict(config), model, figures, seconds), figures)
+    print(json.dumps(figures, indent=1))
+    print(f"Saved to {args.out}.")
+
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Lessons: what the embedded model is shown in pre-training, drawn from photos and a seed, one batch per step."""
+"""PretrainDataset: batches of images with recipe, text and region examples, as a function of photos, seed and step."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from transformers import PreTrainedTokenizerFast
 
 from inference.types import LENGTHS, RECIPE_QUESTION
 from recipes import LOOKS, Recipe, render, shrink
-from training.pretrain import image_facts as facts
-from training.pretrain.auxiliary_heads import place_targets, whole_targets
-from training.pretrain.degradation import ERROR_SIDE, spoil
+from training.pretrain import image_facts
+from training.pretrain.auxiliary_heads import image_targets, token_targets
+from training.pretrain.degradation import ERROR_SIDE, random_degradation
 
-COORD_BINS, SIZE_BINS = 1024, 1024
 IGNORE = -100
 ASPECTS = (2.0, 1.5, 1.33, 1.0, 0.75, 0.67)
 
 
 @dataclass
 class Example:
-    """One text sequence after an image: prompt, then an answer of tokens or of a region.
+    """One text sequence after an image.
 
-    answer: token ids after the prompt, end included. region: None, or (x, y) or (x, y, w, h) in 0..1; with a region
-    the answer is [coord, end] and the coordinates are fed between the two.
+    Attributes:
+        prompt: Token ids of the prompt.
+        answer: Token ids after the prompt, including the end token. With a region, the answer is [coord, end], and the
+            coordinates are fed between the two.
+        region: None, or (x, y) or (x, y, w, h), 0..1.
     """
 
     prompt: list[int]
@@ -38,11 +40,20 @@ class Example:
 
 
 class PretrainDataset(Dataset):
-    """Batches by step number: the same seed, step and photos give the same batch, in whatever process.
+    """Batches by step number. The same photos, seed and step give the same batch in any process.
 
-    Each item is a dict: `images` (uint8 [H, W, 3] each), `originals` (undamaged, at ERROR_SIDE),
-    `recipe`, `text`, `region` (a `Example` per image each), and
-    `places`, `whole` (the probe's targets per image).
+    Each item is a dict of lists with one entry per image: `images` (uint8 [H, W, 3], degraded), `originals` (not
+    degraded, at ERROR_SIDE), `recipe`, `text` and `region` (an `Example` each), `token_targets` and `image_targets`
+    (of the auxiliary heads).
+
+    Args:
+        photos: uint8 [H, W, 3] RGB each.
+        tokenizer: The model's tokenizer.
+        templates: The model's prompt templates.
+        batch_size: Images per step.
+        seed: Seed of all random choices.
+        steps: Length of the dataset.
+        grid: Image tokens per side.
     """
 
     def __init__(
@@ -50,78 +61,78 @@ class PretrainDataset(Dataset):
         photos: Sequence[np.ndarray],
         tokenizer: PreTrainedTokenizerFast,
         templates: dict,
-        batch: int,
+        batch_size: int,
         seed: int,
         steps: int,
         grid: int,
     ) -> None:
         self.photos, self.templates = photos, templates
         self.tokenizer: Any = tokenizer
-        self.batch, self.seed, self.steps, self.grid = batch, seed, steps, grid
+        self.batch_size, self.seed, self.steps, self.grid = batch_size, seed, steps, grid
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> dict:
         cv2.setNumThreads(1)
-        names = ("images", "originals", "recipe", "text", "region", "places", "whole")
-        lessons: dict[str, list] = {name: [] for name in names}
-        for row in range(self.batch):
+        names = ("images", "originals", "recipe", "text", "region", "token_targets", "image_targets")
+        batch: dict[str, list] = {name: [] for name in names}
+        for row in range(self.batch_size):
             rng = np.random.default_rng([self.seed, step, row])
             photo, other = (random_view(self.photos[int(rng.integers(len(self.photos)))], rng) for _ in range(2))
-            example = spoil(vary(photo, other, rng), rng)
-            recipe = example.recipe
-            if rng.random() < 0.15:  # looks are taste, not damage: seen now and then, so that sampling knows them
+            item = random_degradation(augment(photo, other, rng), rng)
+            recipe = item.inverse_recipe
+            if rng.random() < 0.15:  # a look is no degradation; included so that the model samples looks at all
                 recipe = recipe.replace(look=str(rng.choice(LOOKS[1:])))
-            lessons["images"].append(example.spoilt)
-            lessons["originals"].append(shrink(example.original, ERROR_SIDE))
-            lessons["recipe"].append(self.query(RECIPE_QUESTION, str(recipe)))
-            areas = facts.areas(example.spoilt)
-            measured = facts.measure(example.spoilt, areas["main subject"])
-            lessons["text"].append(self.text_lesson(measured, rng))
-            lessons["region"].append(self.region_lesson(areas, rng))
-            lessons["places"].append(place_targets(example.spoilt, areas, example.recipe, self.grid))
-            lessons["whole"].append(whole_targets(measured, example.recipe))
-        return lessons
+            areas = image_facts.areas(item.degraded)
+            facts = image_facts.measure(item.degraded, areas["main subject"])
+            batch["images"].append(item.degraded)
+            batch["originals"].append(shrink(item.original, ERROR_SIDE))
+            batch["recipe"].append(self.query(RECIPE_QUESTION, str(recipe)))
+            batch["text"].append(self.text_example(facts, rng))
+            batch["region"].append(self.region_example(areas, rng))
+            batch["token_targets"].append(token_targets(item.degraded, areas, item.inverse_recipe, self.grid))
+            batch["image_targets"].append(image_targets(facts, item.inverse_recipe))
+        return batch
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text."""
+        """Tokenize plain text."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def query(self, question: str, answer: str) -> Example:
-        """A question and its answer, in the query skill's template (its suffix is given twice)."""
-        around = self.templates["query"]
-        prompt = around["prefix"] + self.encode(question) + 2 * around["suffix"]
+        """Build an example of a question and its answer in the query skill's template, which repeats its suffix."""
+        template = self.templates["query"]
+        prompt = template["prefix"] + self.encode(question) + 2 * template["suffix"]
         return Example(prompt, [*self.encode(answer), self.tokenizer.eos_token_id])
 
-    def text_lesson(self, measured: facts.Facts, rng: np.random.Generator) -> Example:
-        """A caption of random length, or a question."""
+    def text_example(self, facts: image_facts.ImageFacts, rng: np.random.Generator) -> Example:
+        """Build an example of a question, or of a caption of random length."""
         if rng.random() < 0.5:
-            return self.query(*facts.question_and_answer(measured, rng))
+            return self.query(*image_facts.question_and_answer(facts, rng))
         length = str(rng.choice(LENGTHS, p=(0.2, 0.3, 0.5)))
-        answer = [*self.encode(facts.caption(measured, length)), self.tokenizer.eos_token_id]
+        answer = [*self.encode(image_facts.caption(facts, length)), self.tokenizer.eos_token_id]
         return Example(list(self.templates["caption"][length]), answer)
 
-    def region_lesson(self, areas: dict[str, facts.Area], rng: np.random.Generator) -> Example:
-        """Detect or point: one of the areas, or, one time in ten, an object that the model cannot know."""
+    def region_example(self, areas: dict[str, image_facts.Area], rng: np.random.Generator) -> Example:
+        """Build a detect or point example of one of the areas, or, with probability 0.1, of an unknown object."""
         skill = "detect" if rng.random() < 0.6 else "point"
-        around, end = self.templates[skill], self.tokenizer.eos_token_id
+        template, end = self.templates[skill], self.tokenizer.eos_token_id
         if rng.random() < 0.1:
-            name, region = str(rng.choice(facts.UNKNOWN_OBJECTS)), None
+            name, region = str(rng.choice(image_facts.UNKNOWN_OBJECTS)), None
         else:
-            name = str(rng.choice(facts.AREAS))
+            name = str(rng.choice(image_facts.AREAS))
             area = areas[name]
             x0, y0, x1, y1 = area.box
             region = area.point if skill == "point" else ((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0)
         if rng.random() < 0.6:
             name = "the " + name
-        prompt = around["prefix"] + self.encode(" " + name) + around["suffix"]
+        prompt = template["prefix"] + self.encode(" " + name) + template["suffix"]
         answer = [end] if region is None else [self.tokenizer.convert_tokens_to_ids("<|coord|>"), end]
         return Example(prompt, answer, region)
 
 
 def random_view(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random part of a photo (uint8 [H, W, 3]) of a random shape, mirrored half the time, 300 to 420 px long."""
+    """Crop a random part of a photo (uint8 [H, W, 3]) at a random aspect ratio, mirror it at random, and shrink it."""
     height, width = photo.shape[:2]
     aspect = width / height if rng.random() < 0.35 else float(rng.choice(ASPECTS)) * float(np.exp(rng.normal(0, 0.06)))
     scale = np.sqrt(rng.uniform(0.4, 1.0))
@@ -134,11 +145,11 @@ def random_view(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.ascontiguousarray(shrink(view, int(rng.integers(300, 421))))
 
 
-def vary(photo: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Another photo made of two (uint8 RGB), of the first one's shape: what counts as undamaged.
+def augment(photo: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Create a new undegraded photo out of two (uint8 RGB), in the shape of the first.
 
-    With a hundred photos a model learns by heart how each is meant to look. So hues are turned, light and colour are
-    moved, some photos are made grey, and in some a part is another photo: then it has to go by what it sees.
+    A hundred photos can be memorised. Random hues, tones, black and white, and composites of two photos make the model
+    depend on the pixels instead.
     """
     if rng.random() < 0.4:
         other = cv2.resize(other, photo.shape[1::-1], interpolation=cv2.INTER_AREA)
@@ -151,37 +162,43 @@ def vary(photo: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.n
     if kind < 0.06:
         return render(photo, Recipe(look="mono"))
     if kind < 0.5:
-        photo = turn_hues(photo, rng.normal(0, 1.0))
-    names, spreads = ("exposure", "contrast", "saturation", "warmth"), (30, 30, 30, 20)
-    moved: dict[str, Any] = {name: np.clip(rng.normal(0, s), -100, 100) for name, s in zip(names, spreads, strict=True)}
-    return render(photo, Recipe(**moved))
+        photo = rotate_hues(photo, rng.normal(0, 1.0))
+    names, deviations = ("exposure", "contrast", "saturation", "warmth"), (30, 30, 30, 20)
+    levels: dict[str, Any] = {
+        name: np.clip(rng.normal(0, deviation), -100, 100) for name, deviation in zip(names, deviations, strict=True)
+    }
+    return render(photo, Recipe(**levels))
 
 
-def turn_hues(photo: np.ndarray, angle: float) -> np.ndarray:
-    """The photo (uint8 RGB) with its hues turned by an angle in radians, in CIELAB."""
-    turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]], np.float32)
-    turned = cv2.cvtColor(cv2.transform(facts.lab(photo), turn), cv2.COLOR_LAB2RGB)
-    return np.clip(np.rint(turned * 255), 0, 255).astype(np.uint8)
+def rotate_hues(photo: np.ndarray, angle: float) -> np.ndarray:
+    """Rotate the hues of a photo (uint8 RGB) by an angle in radians, in CIELAB."""
+    matrix = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]], np.float32)
+    rotated = cv2.cvtColor(cv2.transform(image_facts.to_lab(photo), matrix), cv2.COLOR_LAB2RGB)
+    return np.clip(np.rint(rotated * 255), 0, 255).astype(np.uint8)
 
 
-def every_text(photos: Sequence[np.ndarray], seed: int = 0) -> list[str]:
-    """What the tokenizer is trained on: every question, many captions, and the licence as a piece of plain English."""
+def tokenizer_texts(photos: Sequence[np.ndarray], seed: int = 0) -> list[str]:
+    """Return the tokenizer's training texts: all questions, many captions, and the licence as plain English."""
     texts = (Path(__file__).resolve().parents[2] / "LICENSE").read_text(encoding="utf-8").lower().split("\n\n")
-    texts += [RECIPE_QUESTION, facts.UNKNOWN_ANSWER, *facts.UNKNOWN_QUESTIONS, *facts.COLOUR_QUESTIONS]
-    texts += [*facts.SUBJECT_QUESTIONS, *(q for a in facts.ATTRIBUTES.values() for q in a.questions)]
-    texts += [f" the {name}" for name in (*facts.AREAS, *facts.UNKNOWN_OBJECTS)]
-    texts += [f" {name}" for name in (*facts.AREAS, *facts.UNKNOWN_OBJECTS)]
+    texts += [RECIPE_QUESTION, image_facts.UNKNOWN_ANSWER, *image_facts.UNKNOWN_QUESTIONS]
+    texts += [*image_facts.COLOUR_QUESTIONS, *image_facts.SUBJECT_QUESTIONS]
+    texts += [question for attribute in image_facts.ATTRIBUTES.values() for question in attribute.questions]
+    texts += [f" the {name}" for name in (*image_facts.AREAS, *image_facts.UNKNOWN_OBJECTS)]
+    texts += [f" {name}" for name in (*image_facts.AREAS, *image_facts.UNKNOWN_OBJECTS)]
     for index, photo in enumerate(photos):
         rng = np.random.default_rng([seed, index])
         for _ in range(4):
-            texts.append(facts.caption(facts.measure(spoil(random_view(photo, rng), rng).spoilt), "long"))
-    texts += [f"It is mostly {name}, with {name}." for name in facts.COLOUR_NAMES] * 3
-    texts += [f"The subject is at the {row} {column}." for row in facts.ROWS for column in facts.COLUMNS] * 3
-    texts += [a.sentence.format(word) for a in facts.ATTRIBUTES.values() for word, _, _ in a.classes] * 3
+            facts = image_facts.measure(random_degradation(random_view(photo, rng), rng).degraded)
+            texts.append(image_facts.caption(facts, "long"))
+    texts += [f"It is mostly {name}, with {name}." for name in image_facts.COLOUR_NAMES] * 3
+    texts += [
+        f"The subject is at the {row} {column}." for row in image_facts.ROWS for column in image_facts.COLUMNS
+    ] * 3
+    texts += [a.sentence.format(word) for a in image_facts.ATTRIBUTES.values() for word, _, _ in a.classes] * 3
     return texts
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    """Rows of ids padded on the right to one length, int64 [N, T]."""
+    """Pad rows of ids on the right to one length: int64 [N, T]."""
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *([value] * (longest - len(row)))] for row in rows])

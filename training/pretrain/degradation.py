@@ -1,68 +1,83 @@
-"""Restoration: photos degraded at random, with the recipe that undoes it, and how well a recipe did so."""
+"""Degradation: photos degraded at random with the recipe that restores them, and the error that a recipe leaves."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 
 from recipes import Recipe, render, shrink
-from training.pretrain.image_facts import lab
+from training.pretrain.image_facts import to_lab
 
-ERROR_SIDE = 160  # px: both pictures are compared at this long side
-SPREAD = 65  # levels: standard deviation of the damage; what goes beyond -100..100 is drawn again
-BLUR = 0.0045  # Gaussian sigma at level 100, as a share of the long side
+ERROR_SIDE = 160  # px: long side at which pictures are compared
+LEVEL_STD = 65  # standard deviation of the levels; values beyond -100..100 are drawn again
+BLUR_SIGMA = 0.0045  # Gaussian sigma at level 100, as a share of the long side
 
 
 @dataclass(frozen=True)
-class Degraded:
-    """A photo and its spoilt copy, both uint8 RGB, with the recipe that undoes the damage as far as one can."""
+class DegradedPhoto:
+    """A photo and a degraded copy.
+
+    Attributes:
+        original: uint8 RGB.
+        degraded: uint8 RGB.
+        inverse_recipe: The recipe that restores the degraded copy as far as possible.
+    """
 
     original: np.ndarray
-    spoilt: np.ndarray
-    recipe: Recipe
+    degraded: np.ndarray
+    inverse_recipe: Recipe
 
 
-def random_undo(rng: np.random.Generator) -> Recipe:
-    """A recipe to be undone, with a crop in 35 of 100.
+def random_inverse_recipe(rng: np.random.Generator) -> Recipe:
+    """Draw the recipe that a degradation inverts.
 
-    Levels are normally distributed: then the likeliest answer to an unclear photo is a careful one. Sharpening is
-    uniform, 0 in 15 of 100.
+    Levels are normally distributed, so that the most likely answer to an ambiguous photo is a moderate one. Sharpening
+    is uniform, and 0 with probability 0.15. The probability of a crop is 0.35.
     """
 
     def level() -> int:
-        while abs(value := round(rng.normal(0, SPREAD / 10)) * 10) > 100:
+        while abs(value := round(rng.normal(0, LEVEL_STD / 10)) * 10) > 100:
             pass
         return value
 
     edges = [int(rng.integers(0, 6)) * 5 if rng.random() < 0.6 else 0 for _ in range(4)]
     left, top, right, bottom = edges if rng.random() < 0.35 else (0, 0, 0, 0)
-    tone = [level() for _ in range(4)]
-    names = ("exposure", "contrast", "saturation", "warmth")
+    levels: dict[str, Any] = {name: level() for name in ("exposure", "contrast", "saturation", "warmth")}
     return Recipe(
         crop=(left, top, 100 - right, 100 - bottom),
-        **dict(zip(names, tone, strict=True)),
+        **levels,
         sharpening=int(rng.integers(11)) * 10 if rng.random() < 0.85 else 0,
     )
 
 
-def degrade(photo: np.ndarray, undo: Recipe, rng: np.random.Generator) -> np.ndarray:
-    """The photo (uint8 [H, W, 3]) spoilt so that `undo` restores it: the negated levels, last operation first.
+def degrade(photo: np.ndarray, inverse_recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
+    """Degrade a photo so that `inverse_recipe` restores it: the negated levels, last operation first.
 
-    Sharpening is undone by a Gaussian blur and a crop by a border around the photo, of one of five kinds.
+    Sharpening is inverted by a Gaussian blur, and a crop by a border around the photo.
+
+    Args:
+        photo: uint8 [H, W, 3] RGB.
+        inverse_recipe: The recipe to invert.
+        rng: Chooses the kind of border.
     """
-    spoilt = photo
-    if undo.sharpening:
-        spoilt = cv2.GaussianBlur(spoilt, (0, 0), max(0.3, undo.sharpening / 100 * BLUR * max(photo.shape[:2])))
-    spoilt = render(spoilt, Recipe(saturation=-undo.saturation))
-    spoilt = render(spoilt, Recipe(contrast=-undo.contrast))
-    spoilt = render(spoilt, Recipe(exposure=-undo.exposure, warmth=-undo.warmth))
-    return frame(spoilt, undo.crop, rng) if undo.crop != (0, 0, 100, 100) else spoilt
+    recipe, degraded = inverse_recipe, photo
+    if recipe.sharpening:
+        sigma = max(0.3, recipe.sharpening / 100 * BLUR_SIGMA * max(photo.shape[:2]))
+        degraded = cv2.GaussianBlur(degraded, (0, 0), sigma)
+    degraded = render(degraded, Recipe(saturation=-recipe.saturation))
+    degraded = render(degraded, Recipe(contrast=-recipe.contrast))
+    degraded = render(degraded, Recipe(exposure=-recipe.exposure, warmth=-recipe.warmth))
+    return add_border(degraded, recipe.crop, rng) if recipe.crop != (0, 0, 100, 100) else degraded
 
 
-def frame(photo: np.ndarray, crop: tuple[int, int, int, int], rng: np.random.Generator) -> np.ndarray:
-    """The photo inside a larger canvas, at `crop` (percent): black, white, grey, its mean colour, or a blurred copy."""
+def add_border(photo: np.ndarray, crop: tuple[int, int, int, int], rng: np.random.Generator) -> np.ndarray:
+    """Place a photo on a larger canvas so that `crop` (percent) cuts it out again.
+
+    The canvas is black, white, grey, the photo's mean colour, or a blurred copy of it.
+    """
     left, top, right, bottom = crop
     height, width = photo.shape[:2]
     full_width, full_height = round(width * 100 / (right - left)), round(height * 100 / (bottom - top))
@@ -77,16 +92,14 @@ def frame(photo: np.ndarray, crop: tuple[int, int, int, int], rng: np.random.Gen
     return canvas
 
 
-def spoil(photo: np.ndarray, rng: np.random.Generator, share: float = 0.93) -> Degraded:
-    """A random degradation of the photo; a share of the photos stay as they are, and their recipe is the identity."""
-    undo = random_undo(rng) if rng.random() < share else Recipe()
-    return Degraded(photo, degrade(photo, undo, rng), undo)
+def random_degradation(photo: np.ndarray, rng: np.random.Generator, probability: float = 0.93) -> DegradedPhoto:
+    """Degrade a photo at random with a probability, else return it unchanged with the identity recipe."""
+    inverse_recipe = random_inverse_recipe(rng) if rng.random() < probability else Recipe()
+    return DegradedPhoto(photo, degrade(photo, inverse_recipe, rng), inverse_recipe)
 
 
-def error(picture: np.ndarray, original: np.ndarray) -> float:
-    """Mean CIELAB distance (CIE 1976) of two RGB uint8 pictures, brought to the original's shape at `ERROR_SIDE`."""
+def lab_error(picture: np.ndarray, original: np.ndarray) -> float:
+    """Return the mean CIELAB distance (CIE 1976) of two RGB uint8 pictures, resized to the original at `ERROR_SIDE`."""
     reference = shrink(original, ERROR_SIDE)
-    size = (reference.shape[1], reference.shape[0])
-    return float(
-        np.linalg.norm(lab(cv2.resize(picture, size, interpolation=cv2.INTER_AREA)) - lab(reference), axis=-1).mean()
-    )
+    resized = cv2.resize(picture, (reference.shape[1], reference.shape[0]), interpolation=cv2.INTER_AREA)
+    return float(np.linalg.norm(to_lab(resized) - to_lab(reference), axis=-1).mean())

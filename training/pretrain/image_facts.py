@@ -1,4 +1,4 @@
-"""What can be said of a photo by measuring its pixels: attributes, colours, areas, and captions made of them."""
+"""Image facts measured from pixels: attributes, colours and areas, and the captions and answers that state them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from recipes.render import shrink
+from recipes import shrink
 
-FACT_SIDE = 256  # px: photos are measured at this long side, so that a fact does not depend on the file's size
-AREA_GRID = 16  # cells a side of the grid on which areas are found
+FACT_SIDE = 256  # px: long side at which photos are measured, so that facts do not depend on their size
+AREA_GRID = 16  # cells per side of the grid on which areas are located
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """One measured property and the words for its ranges.
+    """A measured property and the words for its ranges.
 
-    ``classes`` are (word, low, high) in ``unit``. A statement is true when the measured value lies in its range,
-    widened by ``tolerance`` on both sides: nobody can tell L* 37.9 from L* 38.1, and no caption should have to.
+    Attributes:
+        name: Name of the attribute.
+        unit: What is measured.
+        classes: (word, low, high) of each range.
+        tolerance: Margin on both sides of a range within which its word still counts as true.
+        sentence: Template of a statement.
+        questions: Questions about the attribute.
     """
 
     name: str
@@ -28,12 +33,12 @@ class Attribute:
     sentence: str
     questions: tuple[str, ...]
 
-    def word(self, value: float) -> str:
-        """The class of a measured value."""
+    def classify(self, value: float) -> str:
+        """Return the word for a measured value."""
         return next(word for word, low, high in self.classes if low <= value < high)
 
     def is_true(self, word: str, value: float) -> bool:
-        """Whether `word` may be said of a photo that measures `value`."""
+        """Return whether `word` is true of a measured value, within the tolerance."""
         return any(word == w and low - self.tolerance <= value < high + self.tolerance for w, low, high in self.classes)
 
 
@@ -108,15 +113,17 @@ UNKNOWN_OBJECTS = (
     "dog", "cat", "car", "person", "face", "tree", "sign", "bird", "boat", "table", "cup", "phone", "horse", "house",
 )  # fmt: skip
 COLUMNS, ROWS = ("left", "centre", "right"), ("top", "middle", "bottom")
-PLACE_TOLERANCE = 0.06
+CELL_TOLERANCE = 0.06  # as a share of a side
 
 
 @dataclass(frozen=True)
 class Area:
-    """Where a photo is most of something. Coordinates 0..1, x to the right, y down.
+    """The area of a photo where a measured map is highest. Coordinates 0..1, x to the right, y down.
 
-    box: (x_min, y_min, x_max, y_max). point: (x, y), the centre of gravity of the area inside its box.
-    level: [AREA_GRID, AREA_GRID] float, the map less its threshold; positive cells belong to such an area.
+    Attributes:
+        box: x_min, y_min, x_max, y_max.
+        point: x and y of the centre of gravity inside the box.
+        level: float [AREA_GRID, AREA_GRID], the map less its threshold; positive cells belong to the area.
     """
 
     box: tuple[float, float, float, float]
@@ -125,47 +132,53 @@ class Area:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """All that `measure` found. values: attribute -> number. shares: colour name -> share of the pixels, 0..1."""
+class ImageFacts:
+    """The facts of a photo, from `measure`.
+
+    Attributes:
+        values: Measured value by attribute name.
+        shares: Share of the pixels, 0..1, by colour name.
+        subject: x and y of the main subject, 0..1.
+    """
 
     values: dict[str, float]
     shares: dict[str, float]
     subject: tuple[float, float]
 
     def main_colours(self) -> list[str]:
-        """The most frequent colour, and a second one where it covers at least 18 % of the photo."""
+        """Return the most frequent colour, and the second one if it covers at least 18 % of the photo."""
         ranked = sorted(self.shares, key=lambda name: -self.shares[name])
         return ranked[: 2 if self.shares[ranked[1]] >= 0.18 else 1]
 
     def colour_is_true(self, name: str, main: bool) -> bool:
-        """A main colour has at least 0.7 of the largest share; any other one mentioned covers at least 10 %."""
+        """Return whether a colour may be stated: as main colour at 0.7 of the largest share, else at 10 %."""
         share = self.shares.get(name, 0.0)
         return share >= 0.7 * max(self.shares.values()) if main else share >= 0.10
 
-    def place(self) -> tuple[str, str]:
-        """(row, column) of the subject on a grid of thirds."""
+    def subject_cell(self) -> tuple[str, str]:
+        """Return row and column of the subject on a grid of thirds."""
         x, y = self.subject
         return ROWS[min(int(y * 3), 2)], COLUMNS[min(int(x * 3), 2)]
 
-    def place_is_true(self, row: str, column: str) -> bool:
-        """Whether the subject's centre lies in that third, give or take `PLACE_TOLERANCE` of a side."""
+    def subject_cell_is_true(self, row: str, column: str) -> bool:
+        """Return whether the subject lies in a cell of the grid of thirds, within `CELL_TOLERANCE`."""
         x, y = self.subject
         inside = [
-            index / 3 - PLACE_TOLERANCE <= v <= (index + 1) / 3 + PLACE_TOLERANCE
+            index / 3 - CELL_TOLERANCE <= v <= (index + 1) / 3 + CELL_TOLERANCE
             for index, v in ((COLUMNS.index(column), x), (ROWS.index(row), y))
         ]
         return all(inside)
 
 
-def lab(photo: np.ndarray) -> np.ndarray:
-    """CIELAB of an RGB uint8 photo, float32 [H, W, 3]: L* 0..100, a* and b* about -127..127."""
+def to_lab(photo: np.ndarray) -> np.ndarray:
+    """Convert an RGB uint8 photo to CIELAB, float32 [H, W, 3]: L* 0..100, a* and b* about -127..127."""
     return cv2.cvtColor(np.ascontiguousarray(photo, np.float32) / 255.0, cv2.COLOR_RGB2LAB)
 
 
-def unblur(luma: np.ndarray) -> float:
-    """1 - the no-reference blur measure of Crete et al. (2007), "The blur effect", on luminance [H, W], 0..1.
+def sharpness(luma: np.ndarray) -> float:
+    """Return 1 - the no-reference blur metric of Crete et al. (2007), "The blur effect", of a luminance [H, W].
 
-    What a further 9-tap box blur takes away from the neighbouring differences: much from a sharp picture.
+    It measures how much of the differences between neighbours a further 9-tap box blur removes, 0..1.
     """
     worst = 0.0
     for kernel, axis in (((9, 1), 1), ((1, 9), 0)):
@@ -178,7 +191,7 @@ def unblur(luma: np.ndarray) -> float:
 
 
 def colour_shares(image: np.ndarray) -> dict[str, float]:
-    """Share of the pixels of each of `COLOUR_NAMES`, from CIELAB [H, W, 3]: black, white and grey below chroma 9."""
+    """Return the share of the pixels of each of `COLOUR_NAMES` in a CIELAB image [H, W, 3]."""
     light, a, b = (image[..., i] for i in range(3))
     chroma, hue = np.hypot(a, b), np.degrees(np.arctan2(b, a)) % 360
     edges = (
@@ -196,18 +209,18 @@ def colour_shares(image: np.ndarray) -> dict[str, float]:
         index[(hue >= low) & (hue < high)] = COLOUR_NAMES.index(name)
         low = high
     index[(index == COLOUR_NAMES.index("orange")) & (light < 58)] = COLOUR_NAMES.index("brown")
-    plain = chroma < 9
-    index[plain] = COLOUR_NAMES.index("grey")
-    index[plain & (light > 78)] = COLOUR_NAMES.index("white")
+    neutral = chroma < 9
+    index[neutral] = COLOUR_NAMES.index("grey")
+    index[neutral & (light > 78)] = COLOUR_NAMES.index("white")
     index[(light < 22) & (chroma < 16)] = COLOUR_NAMES.index("black")
     counts = np.bincount(index.ravel(), minlength=len(COLOUR_NAMES)) / index.size
     return dict(zip(COLOUR_NAMES, counts.tolist(), strict=True))
 
 
 def saliency(image: np.ndarray) -> np.ndarray:
-    """How far each pixel of a CIELAB image is from the photo's mean colour, held to the middle, [H, W].
+    """Return the saliency [H, W] of a CIELAB image [H, W, 3]: distance from the mean colour with a centre prior.
 
-    Achanta et al. (2009), "Frequency-tuned salient region detection", times a Gaussian centre prior of 0.35 sides.
+    Achanta et al. (2009), "Frequency-tuned salient region detection", times a Gaussian with a sigma of 0.35 sides.
     """
     soft = cv2.GaussianBlur(image, (0, 0), max(image.shape[:2]) * 0.02)
     distance = np.linalg.norm(soft - image.reshape(-1, 3).mean(0), axis=-1)
@@ -218,27 +231,28 @@ def saliency(image: np.ndarray) -> np.ndarray:
 
 
 def best_rectangle(level: np.ndarray) -> tuple[int, int, int, int]:
-    """The rectangle of greatest sum in a [G, G] grid (Kadane's algorithm over all pairs of rows).
+    """Find the rectangle with the largest sum in a grid [G, G] (Kadane's algorithm over all pairs of rows).
 
-    Returns (left, top, right, bottom) in cells, right and bottom exclusive.
+    Returns:
+        Left, top, right, bottom in cells, right and bottom exclusive.
     """
     size = level.shape[0]
-    below = np.vstack([np.zeros((1, level.shape[1])), np.cumsum(level, axis=0)])
-    best, found = -np.inf, (0, 0, size, size)
+    column_sums = np.vstack([np.zeros((1, level.shape[1])), np.cumsum(level, axis=0)])
+    best, rectangle = -np.inf, (0, 0, size, size)
     for top in range(size):
         for bottom in range(top + 1, size + 1):
             running, start = 0.0, 0
-            for column, value in enumerate((below[bottom] - below[top]).tolist()):
+            for column, value in enumerate((column_sums[bottom] - column_sums[top]).tolist()):
                 if running <= 0:
                     running, start = 0.0, column
                 running += value
                 if running > best:
-                    best, found = running, (start, top, column + 1, bottom)
-    return found
+                    best, rectangle = running, (start, top, column + 1, bottom)
+    return rectangle
 
 
-def area_of(heat: np.ndarray) -> Area:
-    """The area of a heat map [H, W]: the rectangle that gathers most above its mean + 0.6 standard deviations."""
+def locate_area(heat: np.ndarray) -> Area:
+    """Locate the rectangle of a heat map [H, W] with the largest sum above its mean + 0.6 standard deviations."""
     grid = cv2.resize(heat.astype(np.float32), (AREA_GRID, AREA_GRID), interpolation=cv2.INTER_AREA)
     grid = cv2.GaussianBlur(grid, (0, 0), 1.0, borderType=cv2.BORDER_REPLICATE)
     level = grid - (grid.mean() + 0.6 * grid.std())
@@ -251,8 +265,8 @@ def area_of(heat: np.ndarray) -> Area:
 
 
 def areas(photo: np.ndarray, names: tuple[str, ...] = AREAS) -> dict[str, Area]:
-    """The named `AREAS` of an RGB uint8 photo [H, W, 3]."""
-    image = lab(shrink(photo, FACT_SIDE))
+    """Locate areas of an RGB uint8 photo [H, W, 3] by name."""
+    image = to_lab(shrink(photo, FACT_SIDE))
     light = image[..., 0]
     heat = {
         "brightest area": lambda: light,
@@ -263,66 +277,75 @@ def areas(photo: np.ndarray, names: tuple[str, ...] = AREAS) -> dict[str, Area]:
         ),
         "main subject": lambda: saliency(image),
     }
-    return {name: area_of(heat[name]()) for name in names}
+    return {name: locate_area(heat[name]()) for name in names}
 
 
-def measure(photo: np.ndarray, subject: Area | None = None) -> Facts:
-    """The facts of an RGB uint8 photo [H, W, 3], measured at `FACT_SIDE`; its "main subject" if it is known already."""
+def measure(photo: np.ndarray, subject: Area | None = None) -> ImageFacts:
+    """Measure the facts of a photo.
+
+    Args:
+        photo: uint8 [H, W, 3] RGB.
+        subject: The area of the main subject, if already located.
+    """
     small = shrink(photo, FACT_SIDE)
-    image = lab(small)
+    image = to_lab(small)
     light = image[..., 0]
     values = {
         "brightness": float(light.mean()),
         "contrast": float(light.std()),
         "colours": float(np.hypot(image[..., 1], image[..., 2]).mean()),
         "warmth": float(image[..., 2].mean()),
-        "sharpness": unblur(light),
+        "sharpness": sharpness(light),
         "orientation": photo.shape[1] / photo.shape[0],
     }
-    return Facts(values, colour_shares(image), (subject or area_of(saliency(image))).point)
+    return ImageFacts(values, colour_shares(image), (subject or locate_area(saliency(image))).point)
 
 
-def colour_sentence(facts: Facts) -> str:
-    """For example "It is mostly blue, with grey."."""
+def colour_sentence(facts: ImageFacts) -> str:
+    """Return a statement such as "It is mostly blue, with grey."."""
     colours = facts.main_colours()
     return f"It is mostly {colours[0]}" + (f", with {colours[1]}." if len(colours) > 1 else ".")
 
 
-def place_sentence(facts: Facts) -> str:
-    """For example "The subject is at the middle left."."""
-    return "The subject is at the {} {}.".format(*facts.place())
+def subject_sentence(facts: ImageFacts) -> str:
+    """Return a statement such as "The subject is at the middle left."."""
+    return "The subject is at the {} {}.".format(*facts.subject_cell())
 
 
-def caption(facts: Facts, length: str) -> str:
-    """A caption of computed facts, `length` one of short, normal, long."""
-    words = {name: a.word(facts.values[name]) for name, a in ATTRIBUTES.items()}
+def caption(facts: ImageFacts, length: str) -> str:
+    """Compose a caption of facts; `length` is short, normal or long."""
+    words = {name: attribute.classify(facts.values[name]) for name, attribute in ATTRIBUTES.items()}
     if length == "short":
         return f"A {words['brightness']}, {words['warmth']} {words['orientation']} picture."
     sentences = [ATTRIBUTES[name].sentence.format(words[name]) for name in ("orientation", "brightness", "warmth")]
     sentences.append(colour_sentence(facts))
     if length == "long":
         sentences += [ATTRIBUTES[name].sentence.format(words[name]) for name in ("contrast", "colours", "sharpness")]
-        sentences.append(place_sentence(facts))
+        sentences.append(subject_sentence(facts))
     return " ".join(sentences)
 
 
-def question_and_answer(facts: Facts, rng: np.random.Generator) -> tuple[str, str]:
-    """A random question that the model may be asked and its true answer, or a question that it must decline."""
+def question_and_answer(facts: ImageFacts, rng: np.random.Generator) -> tuple[str, str]:
+    """Draw a question and its true answer, or a question that the model must decline."""
     kind = rng.integers(len(ATTRIBUTES) + 3)
     if kind < len(ATTRIBUTES):
         attribute = list(ATTRIBUTES.values())[kind]
-        answer = attribute.sentence.format(attribute.word(facts.values[attribute.name]))
+        answer = attribute.sentence.format(attribute.classify(facts.values[attribute.name]))
         return str(rng.choice(attribute.questions)), answer
     if kind == len(ATTRIBUTES):
         return str(rng.choice(COLOUR_QUESTIONS)), colour_sentence(facts)
     if kind == len(ATTRIBUTES) + 1:
-        return str(rng.choice(SUBJECT_QUESTIONS)), place_sentence(facts)
+        return str(rng.choice(SUBJECT_QUESTIONS)), subject_sentence(facts)
     return str(rng.choice(UNKNOWN_QUESTIONS)), UNKNOWN_ANSWER
 
 
-def judge(text: str, facts: Facts) -> list[tuple[str, bool]]:
-    """Every fact that a sentence of this module's wording states, as (fact, whether it is true)."""
-    found: list[tuple[str, bool]] = []
+def check_statements(text: str, facts: ImageFacts) -> list[tuple[str, bool]]:
+    """Extract the facts that a text in this module's wording states.
+
+    Returns:
+        (fact, whether it is true) of each statement, for example ("brightness: dark", True).
+    """
+    statements: list[tuple[str, bool]] = []
     words = text.replace(",", " ").replace(".", " ").split()
     for sentence in text.split("."):
         tokens = sentence.replace(",", " ").split()
@@ -331,15 +354,15 @@ def judge(text: str, facts: Facts) -> list[tuple[str, bool]]:
             if sentence.strip().startswith(stem):
                 word = sentence.strip()[len(stem) :].split()[0] if sentence.strip()[len(stem) :].split() else ""
                 if any(word == w for w, _, _ in attribute.classes):
-                    found.append((f"{name}: {word}", attribute.is_true(word, facts.values[name])))
+                    statements.append((f"{name}: {word}", attribute.is_true(word, facts.values[name])))
         if tokens[:3] == ["It", "is", "mostly"]:
             names = [w for w in tokens[3:] if w in COLOUR_NAMES]
-            found += [(f"colour: {n}", facts.colour_is_true(n, main=i == 0)) for i, n in enumerate(names)]
+            statements += [(f"colour: {n}", facts.colour_is_true(n, main=i == 0)) for i, n in enumerate(names)]
         if tokens[:5] == ["The", "subject", "is", "at", "the"] and len(tokens) == 7:
             row, column = tokens[5], tokens[6]
             if row in ROWS and column in COLUMNS:
-                found.append((f"subject: {row} {column}", facts.place_is_true(row, column)))
+                statements.append((f"subject: {row} {column}", facts.subject_cell_is_true(row, column)))
     if words[:1] == ["A"] and words[-1:] == ["picture"] and len(words) == 5:
         for name, word in zip(("brightness", "warmth", "orientation"), words[1:4], strict=True):
-            found.append((f"{name}: {word}", ATTRIBUTES[name].is_true(word, facts.values[name])))
-    return found
+            statements.append((f"{name}: {word}", ATTRIBUTES[name].is_true(word, facts.values[name])))
+    return statements

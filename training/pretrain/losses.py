@@ -1,4 +1,4 @@
-"""The objective of pre-training: several lessons packed behind one image, and what a step loses on them."""
+"""Losses of pre-training: several examples packed after one image, and the loss of each part of the supervision."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from inference.moondream import MoondreamForConditionalGeneration
@@ -14,143 +14,179 @@ from recipes import grammar_segments
 from training.pretrain.auxiliary_heads import AuxiliaryHeads
 from training.pretrain.dataset import IGNORE, Example, pad
 
-WEIGHTS = {"recipe": 0.25, "text": 2.0, "end": 0.3, "region": 0.3, "places": 3.0, "spots": 3.0, "whole": 5.0}
-CROP = 2.0  # a wrong crop costs a picture more than a wrong level
+LOSS_WEIGHTS = {"recipe": 0.25, "text": 2.0, "end": 0.3, "region": 0.3, "tokens": 3.0, "positions": 3.0, "image": 5.0}
+CROP_WEIGHT = 2.0  # of a crop's tokens in the recipe loss: a wrong crop damages a picture more than a wrong level
+LEVEL_WIDTH = 1.5  # levels: standard deviation of a recipe's soft targets
+
+# A region's place in a packed row: row, index of the first coordinate, coordinates (x, y) or (x, y, w, h).
+RegionSlot = tuple[int, int, tuple[float, ...]]
 
 
-def bin_loss(logits: torch.Tensor, value: torch.Tensor, bins: int, width: float) -> torch.Tensor:
-    """Cross-entropy of [N, bins] logits to a Gaussian of `width` bins around `value` [N]: near misses cost less."""
+def soft_bin_loss(logits: torch.Tensor, value: torch.Tensor, bins: int, width: float) -> torch.Tensor:
+    """Return the cross-entropy of logits [N, bins] to a Gaussian of `width` bins around `value` [N]."""
     target = torch.exp(-0.5 * ((torch.arange(bins)[None] - value[:, None]) / width) ** 2)
     return -(target / target.sum(-1, keepdim=True) * logits.float().log_softmax(-1)).sum(-1).mean()
 
 
-def size_position(size: torch.Tensor, bins: int) -> torch.Tensor:
-    """Where a size (0..1) lies on the logarithmic scale of the size bins, as a bin number with a fraction."""
+def size_to_bin(size: torch.Tensor, bins: int) -> torch.Tensor:
+    """Convert a size (0..1) to a fractional bin on the logarithmic scale of the size head."""
     return (torch.log2(size.clamp(min=2**-10)) + 10) / 10 * (bins - 1)
 
 
 @dataclass
 class PackedBatch:
-    """Rows of several lessons each after one image: embeddings, mask, positions, labels, and where regions are.
+    """Rows of several examples each after one image.
 
-    embeds [N, T, D]; mask bool [N, 1, T, T]; positions [N, T]; labels [N, T] (of the next token);
-    spots: (row, place of the first coordinate, coordinates) of each region.
+    Attributes:
+        embeds: Input embeddings [N, T, D].
+        mask: Attention mask, bool [N, 1, T, T].
+        positions: Position ids [N, T].
+        labels: Next-token labels [N, T], IGNORE where there is no loss.
+        region_slots: Where regions are in the rows.
     """
 
     embeds: torch.Tensor
     mask: torch.Tensor
     positions: torch.Tensor
     labels: torch.Tensor
-    spots: list[tuple[int, int, tuple[float, ...]]]
+    region_slots: list[RegionSlot]
 
 
 def pack(model: MoondreamForConditionalGeneration, features: torch.Tensor, rows: list[list[Example]]) -> PackedBatch:
-    """Puts the lessons of an image one after the other behind its features [N, T, D].
+    """Concatenate the examples of each image after its features [N, T, D].
 
-    Each lesson sees the image and itself, never another lesson, and counts its positions from the image on: what it
-    computes is what it would compute alone, and the image's part of the text is computed once.
+    Each example attends to the image and to itself only, and its positions start after the image. Its states therefore
+    equal those of the example alone, while the image prefix is computed once.
     """
     prefix = 1 + features.shape[1]
-    ids, labels, positions, owners, spots = [], [], [], [], []
-    for row, lessons in enumerate(rows):
+    ids, labels, positions, owners, slots = [], [], [], [], []
+    for row, examples in enumerate(rows):
         ids.append([0] * prefix)
         labels.append([IGNORE] * prefix)
         positions.append(list(range(prefix)))
         owners.append([0] * prefix)
-        for owner, lesson in enumerate(lessons, 1):
-            fed = lesson.answer[:-1] if lesson.region is None else [0] * (len(lesson.region) // 2 + 1)
-            said = lesson.answer
-            if lesson.region is not None:
-                spots.append((row, len(ids[row]) + len(lesson.prompt), lesson.region))
-                said = [lesson.answer[0], *([IGNORE] * (len(fed) - 1)), lesson.answer[1]]
-            length = len(lesson.prompt) + len(fed)
-            ids[row] += lesson.prompt + fed
-            labels[row] += [IGNORE] * (len(lesson.prompt) - 1) + said
+        for owner, example in enumerate(examples, 1):
+            inputs = example.answer[:-1] if example.region is None else [0] * (len(example.region) // 2 + 1)
+            targets = example.answer
+            if example.region is not None:
+                slots.append((row, len(ids[row]) + len(example.prompt), example.region))
+                targets = [example.answer[0], *([IGNORE] * (len(inputs) - 1)), example.answer[1]]
+            length = len(example.prompt) + len(inputs)
+            ids[row] += example.prompt + inputs
+            labels[row] += [IGNORE] * (len(example.prompt) - 1) + targets
             positions[row] += list(range(prefix, prefix + length))
             owners[row] += [owner] * length
     owner, order = pad(owners, -1), torch.arange(max(map(len, ids)))
-    alone = (owner[:, :, None] == owner[:, None, :]) & (order[:, None] >= order[None, :])
-    mask = (alone | (owner == 0)[:, None, :])[:, None]
+    same_example = (owner[:, :, None] == owner[:, None, :]) & (order[:, None] >= order[None, :])
+    mask = (same_example | (owner == 0)[:, None, :])[:, None]
     embeds = model.get_input_embeddings()(pad(ids, 0))
     embeds = torch.cat([embeds[:, :1], features.to(embeds.dtype), embeds[:, prefix:]], 1)
-    return PackedBatch(feed_regions(model, embeds, spots), mask, pad(positions, 0), pad(labels, IGNORE), spots)
+    return PackedBatch(embed_regions(model, embeds, slots), mask, pad(positions, 0), pad(labels, IGNORE), slots)
 
 
-def feed_regions(model: MoondreamForConditionalGeneration, embeds: torch.Tensor, spots: list) -> torch.Tensor:
-    """The embeddings with the regions' coordinates at their places: x, y, and for boxes width and height."""
-    if not spots:
+def embed_regions(
+    model: MoondreamForConditionalGeneration, embeds: torch.Tensor, slots: list[RegionSlot]
+) -> torch.Tensor:
+    """Insert the embeddings of coordinates and sizes at their slots in embeds [N, T, D]."""
+    if not slots:
         return embeds
     region = model.model.region
-    rows, starts = places(spots)
+    rows, starts = slot_indices(slots)
     for offset in range(2):
-        value = torch.tensor([[spot[offset]] for _, _, spot in spots])
+        value = torch.tensor([[coordinates[offset]] for _, _, coordinates in slots])
         embeds = embeds.index_put((rows, starts + offset), region.encode_coordinate(value).to(embeds.dtype))
-    boxes = [index for index, (_, _, spot) in enumerate(spots) if len(spot) == 4]
+    boxes = [index for index, (_, _, coordinates) in enumerate(slots) if len(coordinates) == 4]
     if boxes:
-        size = torch.tensor([spots[i][2][2:] for i in boxes])
+        size = torch.tensor([slots[index][2][2:] for index in boxes])
         embeds = embeds.index_put((rows[boxes], starts[boxes] + 2), region.encode_size(size).to(embeds.dtype))
     return embeds
 
 
-def places(spots: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and first places of the regions."""
-    return torch.tensor([row for row, _, _ in spots]).long(), torch.tensor([start for _, start, _ in spots]).long()
+def slot_indices(slots: list[RegionSlot]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows [S] and first positions [S] of the region slots."""
+    return torch.tensor([row for row, _, _ in slots]).long(), torch.tensor([start for _, start, _ in slots]).long()
 
 
-def region_loss(model: MoondreamForConditionalGeneration, hidden: torch.Tensor, spots: list) -> torch.Tensor:
-    """Loss of the coordinate and size heads on hidden states before the last norm [N, T, D]."""
-    if not spots:
+def region_loss(
+    model: MoondreamForConditionalGeneration, hidden: torch.Tensor, slots: list[RegionSlot]
+) -> torch.Tensor:
+    """Return the loss of the coordinate and size heads on hidden states before the final norm [N, T, D]."""
+    if not slots:
         return torch.zeros(())
     region = model.model.region
-    rows, starts = places(spots)
+    rows, starts = slot_indices(slots)
     bins = model.config.region_config.coord_out_dim
     loss = torch.zeros(())
     for offset in range(2):
-        value = torch.tensor([spot[offset] for _, _, spot in spots])
+        value = torch.tensor([coordinates[offset] for _, _, coordinates in slots])
         logits = region.decode_coordinate(hidden[rows, starts - 1 + offset])
-        loss = loss + bin_loss(logits, value * bins, bins, bins * 0.02)
-    boxes = [index for index, (_, _, spot) in enumerate(spots) if len(spot) == 4]
+        loss = loss + soft_bin_loss(logits, value * bins, bins, bins * 0.02)
+    boxes = [index for index, (_, _, coordinates) in enumerate(slots) if len(coordinates) == 4]
     if boxes:
-        size = torch.tensor([spots[i][2][2:] for i in boxes])
+        size = torch.tensor([slots[index][2][2:] for index in boxes])
         decoded = region.decode_size(hidden[rows[boxes], starts[boxes] + 1])
         bins = decoded.shape[-1]
         for axis in range(2):
-            loss = loss + 0.5 * bin_loss(decoded[..., axis, :], size_position(size[:, axis], bins), bins, 15.0)
+            loss = loss + 0.5 * soft_bin_loss(decoded[..., axis, :], size_to_bin(size[:, axis], bins), bins, 15.0)
     return loss
 
 
+def packed_forward(
+    model: MoondreamForConditionalGeneration, features: torch.Tensor, rows: list[list[Example]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the text model on packed examples.
+
+    Returns:
+        Logits [L, V] and labels [L] of the answer tokens in order, and the region loss.
+    """
+    packed = pack(model, features, rows)
+    output = model.model.text(packed.embeds, attention_mask=packed.mask, position_ids=packed.positions)
+    answered = packed.labels != IGNORE
+    logits = model.lm_head(output.last_hidden_state[answered]).float()
+    return logits, packed.labels[answered], region_loss(model, output.pre_norm_hidden_state, packed.region_slots)
+
+
 def step_loss(
-    model: MoondreamForConditionalGeneration, probe: AuxiliaryHeads, images: dict, lessons: dict, segments: Segments
+    model: MoondreamForConditionalGeneration, heads: AuxiliaryHeads, images: dict, batch: dict, segments: Segments
 ) -> dict[str, torch.Tensor]:
-    """All losses of a step: recipes, text tokens, whether there is a region and where, and the probe's."""
-    rows = list(zip(lessons["recipe"], lessons["text"], lessons["region"], strict=True))
+    """Compute all losses of a step.
+
+    Args:
+        model: The model.
+        heads: The auxiliary heads.
+        images: The image processor's output.
+        batch: An item of `PretrainDataset`.
+        segments: From `recipe_segments`.
+
+    Returns:
+        Scalar losses by name; `end` is the loss of whether there is a region.
+    """
+    rows = list(zip(batch["recipe"], batch["text"], batch["region"], strict=True))
     with torch.autocast("cpu", torch.bfloat16):
         features = model.model.get_image_features(images["pixel_values"], images["image_sizes"])
-        seen = probe(features, *(torch.from_numpy(np.stack(lessons[name])) for name in ("places", "whole")))
-        packed = pack(model, features, rows)
-        out = model.model.text(packed.embeds, attention_mask=packed.mask, position_ids=packed.positions)
-        kept = packed.labels != IGNORE
-        logits, labels = model.lm_head(out.last_hidden_state[kept]).float(), packed.labels[kept]
-        regions = region_loss(model, out.pre_norm_hidden_state, packed.spots)
-    kinds = torch.tensor([kind for row in rows for kind, lesson in enumerate(row) for _ in lesson.answer])
+        targets = (torch.from_numpy(np.stack(batch[name])) for name in ("token_targets", "image_targets"))
+        auxiliary = heads(features, *targets)
+        logits, labels, regions = packed_forward(model, features, rows)
+    kinds = torch.tensor([kind for row in rows for kind, example in enumerate(row) for _ in example.answer])
     recipes = logits[kinds == 0].unflatten(0, (len(rows), -1)), labels[kinds == 0].unflatten(0, (len(rows), -1))
     return {
         "recipe": recipe_loss(*recipes, segments),
-        "text": F.cross_entropy(logits[kinds == 1], labels[kinds == 1]),
-        "end": F.cross_entropy(logits[kinds == 2], labels[kinds == 2]),
+        "text": cross_entropy(logits[kinds == 1], labels[kinds == 1]),
+        "end": cross_entropy(logits[kinds == 2], labels[kinds == 2]),
         "region": regions,
-        **seen,
+        **auxiliary,
     }
 
 
+# Per segment of the grammar: token ids of its alternatives [n], soft targets [n, n], weight.
 Segments = list[tuple[torch.Tensor, torch.Tensor, float]]
 
 
-def recipe_segments(tokenizer: PreTrainedTokenizerFast, width: float) -> Segments:
-    """Per segment of the recipe's grammar: the ids of its alternatives [n], soft targets [n, n] and its weight.
+def recipe_segments(tokenizer: PreTrainedTokenizerFast, width: float = LEVEL_WIDTH) -> Segments:
+    """Compile the recipe grammar for `recipe_loss`.
 
-    Levels of an operation are ordered: neighbours of the true one get a share of the target, falling as a Gaussian of
-    `width` levels. Words (looks) are not.
+    The levels of an operation are ordered: neighbours of the true level share the target, as a Gaussian with a standard
+    deviation of `width` levels. Words (looks) have hard targets.
     """
     segments = []
     crop = True
@@ -160,15 +196,21 @@ def recipe_segments(tokenizer: PreTrainedTokenizerFast, width: float) -> Segment
         order = torch.arange(len(ids)).float()
         numbers = all(text.strip().lstrip("+-").isdigit() for text in alternatives)
         soft = torch.exp(-0.5 * ((order[:, None] - order[None]) / width) ** 2) if numbers else torch.eye(len(ids))
-        segments.append((ids, soft / soft.sum(-1, keepdim=True), CROP if crop else 1.0))
+        segments.append((ids, soft / soft.sum(-1, keepdim=True), CROP_WEIGHT if crop else 1.0))
     return segments
 
 
 def recipe_loss(logits: torch.Tensor, labels: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """Weighted cross-entropy, summed over a recipe's tokens, averaged over recipes: logits [N, segments + 1, V]."""
-    likely = logits.log_softmax(-1)
-    loss = -likely[:, -1].gather(1, labels[:, -1:]).mean()
-    for place, (ids, soft, weight) in enumerate(segments):
-        true = (labels[:, place, None] == ids[None]).int().argmax(1)
-        loss = loss - weight * (soft[true] * likely[:, place, ids]).sum(-1).mean()
+    """Return the weighted cross-entropy, summed over a recipe's tokens and averaged over recipes.
+
+    Args:
+        logits: [N, segments + 1, V].
+        labels: [N, segments + 1], the end token last.
+        segments: From `recipe_segments`.
+    """
+    log_probs = logits.log_softmax(-1)
+    loss = -log_probs[:, -1].gather(1, labels[:, -1:]).mean()
+    for index, (ids, soft, weight) in enumerate(segments):
+        true = (labels[:, index, None] == ids[None]).int().argmax(1)
+        loss = loss - weight * (soft[true] * log_probs[:, index, ids]).sum(-1).mean()
     return loss

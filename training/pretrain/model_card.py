@@ -1,4 +1,4 @@
-"""The embedded model's folder: weights, tokenizer, processor, measured figures and the model card."""
+"""Export moondream-tiny: weights, tokenizer, processor, quality figures and the model card."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ pipeline_tag: image-text-to-text
 ---
 # moondream-tiny
 
-A demonstration model: Moondream 2's own architecture at {millions:.1f} million parameters, trained from scratch by
-`python -m training.pretrain` on the train split of the bundled photos. It shows what the playground does on a machine
-without key, GPU or download. It knows what can be measured in pixels and nothing of the world: it cannot tell a dog
-from a boat, and says so.
+A demonstration model: the architecture of Moondream 2 with {millions:.1f} million parameters, trained from scratch by
+`python -m training.pretrain` on the train split of the bundled photos. It runs the playground without API key, GPU or
+download. It answers what can be measured in pixels and has no knowledge of the world: it does not recognise objects, and
+declines questions about them.
 
 | | |
 |---|---|
-| data | {train} photos (`assets/photos`, split "train"), random views of them, degraded at random |
+| data | {train} photos (`assets/photos`, split "train"), randomly cropped and degraded |
 | supervision | computed from pixels (`training/pretrain/`); no labels, no other model |
-| training | seed {seed}, {steps} steps of {batch} photos, three lessons each; then minimum risk (`min_risk.py`) |
+| training | seed {seed}, {steps} steps of {batch_size} photos with three examples each; then minimum risk training (`min_risk.py`) |
 | time | {minutes:.0f} minutes, {threads} CPU thread(s) |
 | input | crops of {crop} px, up to {tiles} tiles, {tokens} image tokens |
 
-Measured on {held_out} held-out photos of other sources and {cases} degraded copies of them (all in `quality.json`):
+Evaluated on {held_out} held-out photos of other sources and {cases} degraded copies of them (all figures: `quality.json`):
 
-| skill | figure |
+| skill | result |
 |---|---|
 | recipe: CIELAB error, degraded / restored | {degraded:.1f} / {restored:.1f} ({lowered:.0%} lower) |
-| recipe: error with the best single recipe for all / with the true one | {single:.1f} / {known:.1f} |
+| recipe: error with the best single recipe for all photos / with the true recipe | {single:.1f} / {known:.1f} |
 | recipe: error lowered, share of cases | {share:.0%} |
 | recipe: error lowered by 30 % or more, share of cases | {share_30:.0%} |
-| recipe: correlation of answered and true levels | {levels} |
+| recipe: correlation of predicted and true levels | {levels} |
 | caption and query: stated facts that are true | {true:.1%} of {facts} |
 | point: inside the area | {hit:.0%} |
 | detect: mean IoU | {iou:.2f} |
-| detect: nothing found for objects it cannot know | {nothing:.0%} |
+| detect: no box for unknown objects | {nothing:.0%} |
 """
 
 
@@ -55,9 +55,17 @@ def export(
     card: str,
     figures: dict,
 ) -> None:
-    """Writes the model folder in the Hub's layout: float16 weights, tokenizer, processor, card, quality.json.
+    """Save the model in the Hub's layout: float16 weights, tokenizer, processor, README.md and quality.json.
 
-    Everything is written beside the folder first and moved in at the end, file by file, the weights last.
+    The files are written to a temporary folder beside `folder` and then moved one by one, the weights last.
+
+    Args:
+        model: The model; converted to float16 in place.
+        image_processor: Its image processor.
+        tokenizer: Its tokenizer.
+        folder: Destination.
+        card: Content of README.md.
+        figures: Content of quality.json.
     """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -71,17 +79,19 @@ def export(
     part.rmdir()
 
 
-def model_card(settings: dict, model: MoondreamForConditionalGeneration, figures: dict, seconds: float) -> str:
-    """The model card: what it is, what it was trained on, for how long, and how well it does.
+def model_card(config: dict, model: MoondreamForConditionalGeneration, figures: dict, seconds: float) -> str:
+    """Fill in the model card.
 
-    settings: seed, steps, batch, threads of the training run. figures: of `training.pretrain.quality.evaluate`.
+    Args:
+        config: The fields of `PretrainConfig`.
+        model: The trained model.
+        figures: From `training.pretrain.quality.evaluate`.
+        seconds: Duration of training.
     """
-    recipe, stated, regions, vision = (
-        *(figures[k] for k in ("recipe", "facts", "regions")),
-        model.config.vision_config,
-    )
+    recipe, facts, regions = (figures[name] for name in ("recipe", "facts", "regions"))
+    vision = model.config.vision_config
     return CARD.format(
-        **settings,
+        **config,
         millions=model.num_parameters() / 1e6,
         train=len(bundled_photos("train")),
         held_out=len(bundled_photos("held-out")),
@@ -98,8 +108,8 @@ def model_card(settings: dict, model: MoondreamForConditionalGeneration, figures
         share=recipe["share_lowered"],
         share_30=recipe["share_lowered_by_30_percent"],
         levels=", ".join(f"{name} {value:.2f}" for name, value in figures["levels"].items()),
-        true=stated["true"],
-        facts=stated["facts"],
+        true=facts["true"],
+        facts=facts["facts"],
         hit=regions["hit"],
         iou=regions["iou"],
         nothing=regions["nothing_found_for_unknown"],

@@ -1,6 +1,6 @@
-"""How well the embedded model sees: restoration, stated facts, detect and point on the held-out photos.
+"""Quality figures of moondream-tiny on held-out photos: restoration, stated facts, detect and point.
 
-`python -m training.quality [folder]` prints the figures as JSON; pre-training writes them into the model card.
+`python -m training.pretrain.quality [folder]` prints the figures as JSON. Pre-training writes them into the model card.
 """
 
 from __future__ import annotations
@@ -20,19 +20,31 @@ from inference.types import LENGTHS, RECIPE_QUESTION
 from recipes import Recipe, grammar_segments, load_photo, parse, render, shrink
 from rewards.image_metrics import box_iou
 from training.data.bundled import bundled_photos
-from training.pretrain import image_facts as facts
-from training.pretrain.degradation import ERROR_SIDE, Degraded, error, random_undo, spoil
+from training.pretrain import image_facts
+from training.pretrain.degradation import (
+    ERROR_SIDE,
+    DegradedPhoto,
+    lab_error,
+    random_degradation,
+    random_inverse_recipe,
+)
 
-SIDE = 400  # px: the long side at which photos are judged
+SIDE = 400  # px: long side of the evaluated photos
 QUESTIONS = (
-    *(attribute.questions[0] for attribute in facts.ATTRIBUTES.values()),
-    facts.COLOUR_QUESTIONS[0],
-    facts.SUBJECT_QUESTIONS[0],
+    *(attribute.questions[0] for attribute in image_facts.ATTRIBUTES.values()),
+    image_facts.COLOUR_QUESTIONS[0],
+    image_facts.SUBJECT_QUESTIONS[0],
 )
 
 
 class ModelEvaluator:
-    """A model with its processor and templates, asked in batches of prompts given as token ids."""
+    """Greedy answers of a model to batches of photos.
+
+    Args:
+        model: The model.
+        image_processor: Its image processor.
+        tokenizer: Its tokenizer.
+    """
 
     def __init__(
         self,
@@ -44,180 +56,187 @@ class ModelEvaluator:
         self.templates = model.config.templates
         self.constraint = RecipeConstraint(tokenizer, grammar_segments())
 
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ModelEvaluator:
+        """Load a saved model folder in float32. Raises OSError if files are missing."""
+        processor = AutoProcessor.from_pretrained(folder)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        return cls(model, processor.image_processor, processor.tokenizer)
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text."""
+        """Tokenize plain text."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def inputs(self, photos: Sequence[np.ndarray], prompts: Sequence[list[int]]) -> dict[str, torch.Tensor]:
-        """Model inputs, padded on the left."""
-        seen = self.image_processor(list(photos), return_tensors="pt")
-        head = [0] + [self.model.config.image_token_id] * self.model.config.image_tokens
+        """Build model inputs of photos and prompts (token ids), padded on the left."""
+        images = self.image_processor(list(photos), return_tensors="pt")
+        prefix = [0] + [self.model.config.image_token_id] * self.model.config.image_tokens
         longest = max(map(len, prompts))
-        ids = [[0] * (longest - len(p)) + head + p for p in prompts]
-        mask = [[0] * (longest - len(p)) + [1] * (len(head) + len(p)) for p in prompts]
-        return {**seen, "input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        ids = [[0] * (longest - len(p)) + prefix + p for p in prompts]
+        mask = [[0] * (longest - len(p)) + [1] * (len(prefix) + len(p)) for p in prompts]
+        return {**images, "input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
     @torch.inference_mode()
-    def write(
+    def generate(
         self, photos: Sequence[np.ndarray], prompts: Sequence[list[int]], grammar_constrained: bool = False
     ) -> list[str]:
-        """The greedy answers."""
+        """Generate the greedy answer to each photo's prompt."""
         inputs = self.inputs(photos, prompts)
         length = inputs["input_ids"].shape[1]
         processors = [self.constraint.processor(length)] if grammar_constrained else None
-        out = self.model.generate(**inputs, do_sample=False, max_new_tokens=120, logits_processor=processors)
-        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in out[:, length:]]
+        output = self.model.generate(**inputs, do_sample=False, max_new_tokens=120, logits_processor=processors)
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in output[:, length:]]
 
-    def ask(self, photos: Sequence[np.ndarray], question: str, grammar_constrained: bool = False) -> list[str]:
-        """The answers to one question (skill query)."""
-        around = self.templates["query"]
-        prompt = around["prefix"] + self.encode(question) + 2 * around["suffix"]
-        return self.write(photos, [prompt] * len(photos), grammar_constrained)
+    def query(self, photos: Sequence[np.ndarray], question: str, grammar_constrained: bool = False) -> list[str]:
+        """Answer one question about each photo."""
+        template = self.templates["query"]
+        prompt = template["prefix"] + self.encode(question) + 2 * template["suffix"]
+        return self.generate(photos, [prompt] * len(photos), grammar_constrained)
 
     def recipes(self, photos: Sequence[np.ndarray]) -> list[Recipe]:
-        """The greedy recipe of each photo."""
-        return [parse(text).recipe for text in self.ask(photos, RECIPE_QUESTION, grammar_constrained=True)]
+        """Generate a recipe for each photo."""
+        return [parse(text).recipe for text in self.query(photos, RECIPE_QUESTION, grammar_constrained=True)]
 
     def captions(self, photos: Sequence[np.ndarray], length: str) -> list[str]:
-        """A caption of each photo."""
-        return self.write(photos, [list(self.templates["caption"][length])] * len(photos))
+        """Generate a caption of each photo."""
+        return self.generate(photos, [list(self.templates["caption"][length])] * len(photos))
 
     @torch.inference_mode()
     def regions(self, photos: Sequence[np.ndarray], skill: str, name: str) -> list[list[dict]]:
-        """What `detect` or `point` finds on each photo."""
-        around = self.templates[skill]
-        prompt = around["prefix"] + self.encode(" " + name) + around["suffix"]
+        """Run `detect` or `point` for an object name on each photo."""
+        template = self.templates[skill]
+        prompt = template["prefix"] + self.encode(" " + name) + template["suffix"]
         return getattr(self.model, skill)(**self.inputs(photos, [prompt] * len(photos)), max_objects=4)
 
 
-def restoration(reader: ModelEvaluator, examples: Sequence[Degraded], seed: int = 0) -> dict[str, float]:
-    """Mean CIELAB errors: untouched, restored, with the best single recipe of 256 for all; and shares of the cases."""
-    before = np.array([error(e.spoilt, e.original) for e in examples])
-    recipes = reader.recipes([e.spoilt for e in examples])
-    after = np.array([error(render(e.spoilt, r), e.original) for e, r in zip(examples, recipes, strict=True)])
-    known = np.array([error(render(e.spoilt, e.recipe), e.original) for e in examples])
+def evaluate_restoration(
+    evaluator: ModelEvaluator, examples: Sequence[DegradedPhoto], seed: int = 0
+) -> dict[str, float]:
+    """Compare mean CIELAB errors: degraded, restored, with the best single recipe of 256, and with the true recipe."""
+    before = np.array([lab_error(e.degraded, e.original) for e in examples])
+    recipes = evaluator.recipes([e.degraded for e in examples])
+    after = np.array([lab_error(render(e.degraded, r), e.original) for e, r in zip(examples, recipes, strict=True)])
+    true = np.array([lab_error(render(e.degraded, e.inverse_recipe), e.original) for e in examples])
     rng = np.random.default_rng(seed)
-    small = [(shrink(e.spoilt, ERROR_SIDE), shrink(e.original, ERROR_SIDE)) for e in examples]
-    single = min(
-        float(np.mean([error(render(spoilt, recipe), original) for spoilt, original in small]))
-        for recipe in [Recipe(), *(random_undo(rng) for _ in range(255))]
+    small = [(shrink(e.degraded, ERROR_SIDE), shrink(e.original, ERROR_SIDE)) for e in examples]
+    best_single = min(
+        float(np.mean([lab_error(render(degraded, recipe), original) for degraded, original in small]))
+        for recipe in [Recipe(), *(random_inverse_recipe(rng) for _ in range(255))]
     )
     return {
         "cases": len(examples),
         "error_degraded": float(before.mean()),
         "error_restored": float(after.mean()),
-        "error_best_single_recipe": single,
-        "error_true_recipe": float(known.mean()),
+        "error_best_single_recipe": best_single,
+        "error_true_recipe": float(true.mean()),
         "error_lowered_by": float(1 - after.mean() / before.mean()),
         "share_lowered": float((after < before).mean()),
         "share_lowered_by_30_percent": float((after <= 0.7 * before).mean()),
     }
 
 
-def levels_seen(reader: ModelEvaluator, examples: Sequence[Degraded]) -> dict[str, float]:
-    """Correlation of the answered with the true level, per operation."""
-    recipes = reader.recipes([e.spoilt for e in examples])
-    found = {}
+def evaluate_levels(evaluator: ModelEvaluator, examples: Sequence[DegradedPhoto]) -> dict[str, float]:
+    """Correlate the predicted with the true level of each operation, and count crops within 5 percent."""
+    recipes = evaluator.recipes([e.degraded for e in examples])
+    pairs = [(recipe, e.inverse_recipe) for recipe, e in zip(recipes, examples, strict=True)]
+    result = {}
     for name in ("exposure", "contrast", "saturation", "warmth", "sharpening"):
-        said, true = (np.array([getattr(r, name) for r in rs], float) for rs in (recipes, [e.recipe for e in examples]))
-        found[name] = float(np.corrcoef(said, true)[0, 1]) if said.std() and true.std() else 0.0
-    said, true = (np.array([r.crop for r in rs], float) for rs in (recipes, [e.recipe for e in examples]))
-    found["crop_within_5"] = float((np.abs(said - true) <= 5).all(1).mean())
-    return found
+        predicted, true = np.array([[getattr(recipe, name) for recipe in pair] for pair in pairs], float).T
+        result[name] = float(np.corrcoef(predicted, true)[0, 1]) if predicted.std() and true.std() else 0.0
+    crops = np.array([[recipe.crop for recipe in pair] for pair in pairs], float)
+    result["crop_within_5"] = float((np.abs(crops[:, 0] - crops[:, 1]) <= 5).all(1).mean())
+    return result
 
 
-def statements(reader: ModelEvaluator, photos: Sequence[np.ndarray]) -> dict[str, float]:
-    """Share of the stated facts that are true: in captions, in answers, and per attribute."""
-    measured = [facts.measure(photo) for photo in photos]
-    judged: dict[str, list[tuple[str, bool]]] = {"captions": [], "answers": []}
+def evaluate_statements(evaluator: ModelEvaluator, photos: Sequence[np.ndarray]) -> dict[str, float]:
+    """Return the share of true statements in captions, in answers, and per attribute."""
+    facts = [image_facts.measure(photo) for photo in photos]
+    statements: dict[str, list[tuple[str, bool]]] = {"captions": [], "answers": []}
     empty = 0
-    texts = [("captions", reader.captions(photos, length)) for length in LENGTHS]
-    texts += [("answers", reader.ask(photos, question)) for question in QUESTIONS]
+    texts = [("captions", evaluator.captions(photos, length)) for length in LENGTHS]
+    texts += [("answers", evaluator.query(photos, question)) for question in QUESTIONS]
     for kind, answers in texts:
-        for answer, fact in zip(answers, measured, strict=True):
-            judgements = facts.judge(answer, fact)
-            judged[kind] += judgements
-            empty += not judgements
-    everything = judged["captions"] + judged["answers"]
-    result = {f"true_{kind}": float(np.mean([ok for _, ok in rows])) for kind, rows in judged.items()}
-    result |= {"true": float(np.mean([ok for _, ok in everything])), "facts": len(everything), "without_a_fact": empty}
-    for name in sorted({fact.split(":")[0] for fact, _ in everything}):
-        result[f"true_{name}"] = float(np.mean([ok for fact, ok in everything if fact.split(":")[0] == name]))
+        for answer, fact in zip(answers, facts, strict=True):
+            checked = image_facts.check_statements(answer, fact)
+            statements[kind] += checked
+            empty += not checked
+    combined = statements["captions"] + statements["answers"]
+    result = {f"true_{kind}": float(np.mean([ok for _, ok in rows])) for kind, rows in statements.items()}
+    result |= {"true": float(np.mean([ok for _, ok in combined])), "facts": len(combined), "without_a_fact": empty}
+    for name in sorted({fact.split(":")[0] for fact, _ in combined}):
+        result[f"true_{name}"] = float(np.mean([ok for fact, ok in combined if fact.split(":")[0] == name]))
     return result
 
 
-def regions(reader: ModelEvaluator, photos: Sequence[np.ndarray]) -> dict[str, float]:
-    """Per area: mean IoU of `detect` (0 where nothing is found) and share of `point` inside the true box."""
-    truth = [facts.areas(photo) for photo in photos]
+def evaluate_regions(evaluator: ModelEvaluator, photos: Sequence[np.ndarray]) -> dict[str, float]:
+    """Return, per area, the mean IoU of `detect` (0 without a box) and the share of `point` inside the true box."""
+    truth = [image_facts.areas(photo) for photo in photos]
     result: dict[str, float] = {}
-    for name in facts.AREAS:
-        boxes = reader.regions(photos, "detect", "the " + name)
-        points = reader.regions(photos, "point", "the " + name)
-        result[f"iou_{name}"] = float(
-            np.mean(
-                [
-                    box_iou(tuple(b[0][side] for side in ("x_min", "y_min", "x_max", "y_max")), t[name].box)
-                    if b
-                    else 0.0
-                    for b, t in zip(boxes, truth, strict=True)
-                ]
-            )
-        )
-        result[f"hit_{name}"] = float(np.mean([hit(p, t[name].box) for p, t in zip(points, truth, strict=True)]))
+    for name in image_facts.AREAS:
+        boxes = evaluator.regions(photos, "detect", "the " + name)
+        points = evaluator.regions(photos, "point", "the " + name)
+        overlaps = [detection_iou(b, t[name].box) for b, t in zip(boxes, truth, strict=True)]
+        result[f"iou_{name}"] = float(np.mean(overlaps))
+        result[f"hit_{name}"] = float(np.mean([is_hit(p, t[name].box) for p, t in zip(points, truth, strict=True)]))
     for kind in ("iou", "hit"):
-        result[kind] = float(np.mean([result[f"{kind}_{name}"] for name in facts.AREAS]))
-    unknown = [reader.regions(photos, "detect", name) for name in facts.UNKNOWN_OBJECTS[:4]]
-    result["nothing_found_for_unknown"] = float(np.mean([not found for row in unknown for found in row]))
+        result[kind] = float(np.mean([result[f"{kind}_{name}"] for name in image_facts.AREAS]))
+    unknown = [evaluator.regions(photos, "detect", name) for name in image_facts.UNKNOWN_OBJECTS[:4]]
+    result["nothing_found_for_unknown"] = float(np.mean([not boxes for batch in unknown for boxes in batch]))
     return result
 
 
-def hit(points: list[dict], box: tuple[float, float, float, float]) -> bool:
-    """Whether the first point lies in the box."""
+def detection_iou(boxes: list[dict], truth: tuple[float, float, float, float]) -> float:
+    """Return the IoU of the first detected box with the true one, 0 if nothing was detected."""
+    return box_iou(tuple(boxes[0][key] for key in ("x_min", "y_min", "x_max", "y_max")), truth) if boxes else 0.0
+
+
+def is_hit(points: list[dict], box: tuple[float, float, float, float]) -> bool:
+    """Return whether the first point lies in the box."""
     return bool(points) and box[0] <= points[0]["x"] <= box[2] and box[1] <= points[0]["y"] <= box[3]
 
 
-def examples(photos: Sequence[np.ndarray], copies: int, seed: int) -> list[Degraded]:
-    """Each photo degraded `copies` times, at `SIDE`."""
+def degraded_photos(photos: Sequence[np.ndarray], copies: int, seed: int) -> list[DegradedPhoto]:
+    """Degrade each photo `copies` times, at `SIDE`."""
     return [
-        spoil(shrink(photo, SIDE), np.random.default_rng([seed, index, copy]), share=1.0)
+        random_degradation(shrink(photo, SIDE), np.random.default_rng([seed, index, copy]), probability=1.0)
         for index, photo in enumerate(photos)
         for copy in range(copies)
     ]
 
 
-def held_out() -> list[np.ndarray]:
-    """The held-out photos."""
+def held_out_photos() -> list[np.ndarray]:
+    """Load the held-out photos."""
     return [load_photo(info.path) for info in bundled_photos("held-out")]
 
 
 def evaluate(
-    reader: ModelEvaluator, photos: Sequence[np.ndarray], copies: int = 4, seed: int = 1234
+    evaluator: ModelEvaluator, photos: Sequence[np.ndarray], copies: int = 4, seed: int = 1234
 ) -> dict[str, dict]:
-    """All figures on photos (uint8 RGB) that were not trained on; facts and regions also on degraded ones."""
-    spoilt = examples(photos, copies, seed)
-    seen = [shrink(photo, SIDE) for photo in photos] + [e.spoilt for e in spoilt[::copies]]
+    """Compute all figures on photos that were not trained on.
+
+    Args:
+        evaluator: The model.
+        photos: uint8 [H, W, 3] RGB each. Facts and regions are evaluated on these and on one degraded copy of each.
+        copies: Degraded copies of each photo for restoration and levels.
+        seed: Seed of the degradations.
+    """
+    degraded = degraded_photos(photos, copies, seed)
+    mixed = [shrink(photo, SIDE) for photo in photos] + [e.degraded for e in degraded[::copies]]
     return {
-        "recipe": restoration(reader, spoilt, seed),
-        "levels": levels_seen(reader, spoilt),
-        "facts": statements(reader, seen),
-        "regions": regions(reader, seen),
+        "recipe": evaluate_restoration(evaluator, degraded, seed),
+        "levels": evaluate_levels(evaluator, degraded),
+        "facts": evaluate_statements(evaluator, mixed),
+        "regions": evaluate_regions(evaluator, mixed),
     }
 
 
-def load_evaluator(folder: str | Path) -> ModelEvaluator:
-    """A `ModelEvaluator` of a saved model folder. Raises OSError when files are missing."""
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    return ModelEvaluator(model, processor.image_processor, processor.tokenizer)
-
-
 def main() -> None:
-    """Prints the figures of a model folder as JSON."""
+    """Print the figures of a model folder as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", default="assets/moondream-tiny")
     parser.add_argument("--copies", type=int, default=4, help="degraded copies of each photo")
     args = parser.parse_args()
-    print(json.dumps(evaluate(load_evaluator(args.folder), held_out(), args.copies), indent=1))
+    print(json.dumps(evaluate(ModelEvaluator.from_folder(args.folder), held_out_photos(), args.copies), indent=1))
 
 
 if __name__ == "__main__":

@@ -1,30 +1,31 @@
-"""What is measured in photos: attributes, colours, areas, and sentences that say just that."""
+"""Image facts: attributes, colours, areas, and the sentences that state them."""
 
+import cv2
 import numpy as np
 import pytest
 
 from recipes import Recipe, load_photo, render
 from training.data.bundled import bundled_photos
-from training.pretrain import image_facts as facts
+from training.pretrain import image_facts
 
 
-def flat(value: tuple[int, int, int], height: int = 120, width: int = 180) -> np.ndarray:
+def flat_photo(value: tuple[int, int, int], height: int = 120, width: int = 180) -> np.ndarray:
     return np.full((height, width, 3), value, np.uint8)
 
 
-def words(photo: np.ndarray) -> dict[str, str]:
-    values = facts.measure(photo).values
-    return {name: attribute.word(values[name]) for name, attribute in facts.ATTRIBUTES.items()}
+def classify(photo: np.ndarray) -> dict[str, str]:
+    values = image_facts.measure(photo).values
+    return {name: attribute.classify(values[name]) for name, attribute in image_facts.ATTRIBUTES.items()}
 
 
-def test_plain_pictures_get_the_words_they_deserve() -> None:
-    assert words(flat((20, 20, 20)))["brightness"] == "dark"
-    assert words(flat((230, 230, 230)))["brightness"] == "bright"
-    assert words(flat((128, 128, 128)))["colours"] == "grey"
-    assert words(flat((220, 120, 20)))["warmth"] == "warm"
-    assert words(flat((20, 90, 220)))["warmth"] == "cool"
-    assert words(flat((9, 9, 9), 200, 100))["orientation"] == "portrait"
-    assert words(flat((9, 9, 9), 100, 100))["orientation"] == "square"
+def test_flat_pictures_are_classified() -> None:
+    assert classify(flat_photo((20, 20, 20)))["brightness"] == "dark"
+    assert classify(flat_photo((230, 230, 230)))["brightness"] == "bright"
+    assert classify(flat_photo((128, 128, 128)))["colours"] == "grey"
+    assert classify(flat_photo((220, 120, 20)))["warmth"] == "warm"
+    assert classify(flat_photo((20, 90, 220)))["warmth"] == "cool"
+    assert classify(flat_photo((9, 9, 9), 200, 100))["orientation"] == "portrait"
+    assert classify(flat_photo((9, 9, 9), 100, 100))["orientation"] == "square"
 
 
 @pytest.mark.parametrize(
@@ -33,18 +34,16 @@ def test_plain_pictures_get_the_words_they_deserve() -> None:
      ((128, 128, 128), "grey"), ((250, 250, 250), "white"), ((5, 5, 5), "black"), ((110, 65, 20), "brown")],
 )  # fmt: skip
 def test_colours_have_their_usual_names(colour: tuple[int, int, int], name: str) -> None:
-    shares = facts.measure(flat(colour)).shares
+    shares = image_facts.measure(flat_photo(colour)).shares
     assert max(shares, key=lambda key: shares[key]) == name
     assert sum(shares.values()) == pytest.approx(1)
 
 
-def test_blur_is_measured_on_every_photo() -> None:
-    import cv2
-
+def test_blur_lowers_the_measured_sharpness() -> None:
     for info in bundled_photos("held-out"):
         photo = load_photo(info.path)
         soft = cv2.GaussianBlur(photo, (0, 0), 3)
-        assert facts.measure(soft).values["sharpness"] < facts.measure(photo).values["sharpness"]
+        assert image_facts.measure(soft).values["sharpness"] < image_facts.measure(photo).values["sharpness"]
 
 
 @pytest.mark.parametrize(
@@ -52,27 +51,27 @@ def test_blur_is_measured_on_every_photo() -> None:
     [("brightest area", (60, 60, 60), (240, 240, 240)), ("darkest area", (200, 200, 200), (10, 10, 10)),
      ("most colourful area", (120, 120, 120), (200, 60, 60)), ("main subject", (90, 120, 90), (220, 40, 40))],
 )  # fmt: skip
-def test_an_area_is_where_it_was_painted(name: str, background: tuple, patch: tuple) -> None:
-    photo = flat(background, 160, 320)
+def test_areas_locates_a_painted_patch(name: str, background: tuple, patch: tuple) -> None:
+    photo = flat_photo(background, 160, 320)
     photo[40:80, 80:160] = patch
-    area = facts.areas(photo, (name,))[name]
-    assert area.box == pytest.approx((0.25, 0.25, 0.5, 0.5), abs=1.01 / facts.AREA_GRID)
+    area = image_facts.areas(photo, (name,))[name]
+    assert area.box == pytest.approx((0.25, 0.25, 0.5, 0.5), abs=1.01 / image_facts.AREA_GRID)
     assert 0.25 < area.point[0] < 0.5
     assert 0.25 < area.point[1] < 0.5
 
 
-def test_the_sharpest_area_is_the_one_with_detail() -> None:
-    photo = flat((120, 120, 120), 160, 320)
+def test_the_sharpest_area_is_the_textured_one() -> None:
+    photo = flat_photo((120, 120, 120), 160, 320)
     photo[80:160, 240:320] = np.random.default_rng(1).integers(0, 255, (80, 80, 1))
-    x0, y0, x1, y1 = facts.areas(photo, ("sharpest area",))["sharpest area"].box
+    x0, y0, x1, y1 = image_facts.areas(photo, ("sharpest area",))["sharpest area"].box
     assert x0 >= 0.6
     assert y0 >= 0.35
     assert (x1, y1) == (1.0, 1.0)
 
 
-def test_best_rectangle_beats_all_others() -> None:
+def test_best_rectangle_has_the_largest_sum() -> None:
     level = np.random.default_rng(2).normal(-0.2, 1, (6, 6))
-    left, top, right, bottom = facts.best_rectangle(level)
+    left, top, right, bottom = image_facts.best_rectangle(level)
     best = max(
         level[y0:y1, x0:x1].sum()
         for y0 in range(6)
@@ -83,32 +82,32 @@ def test_best_rectangle_beats_all_others() -> None:
     assert level[top:bottom, left:right].sum() == pytest.approx(best)
 
 
-def test_captions_say_only_what_is_true_and_the_judge_finds_each_fact() -> None:
-    expected = {"short": 3, "normal": 4, "long": 8}
+def test_captions_state_true_facts_that_check_statements_finds() -> None:
+    minimum = {"short": 3, "normal": 4, "long": 8}
     for info in bundled_photos()[::7]:
-        measured = facts.measure(load_photo(info.path))
-        for length, least in expected.items():
-            judged = facts.judge(facts.caption(measured, length), measured)
-            assert len(judged) >= least
-            assert all(ok for _, ok in judged), judged
+        facts = image_facts.measure(load_photo(info.path))
+        for length, count in minimum.items():
+            statements = image_facts.check_statements(image_facts.caption(facts, length), facts)
+            assert len(statements) >= count
+            assert all(ok for _, ok in statements), statements
 
 
-def test_the_judge_finds_lies() -> None:
+def test_check_statements_finds_false_statements() -> None:
     photo = load_photo(bundled_photos("held-out")[0].path)
-    measured = facts.measure(render(photo, Recipe(exposure=-100)))
-    assert ("brightness: bright", False) in facts.judge("The brightness is bright.", measured)
-    wrong = {"left": "right", "right": "left", "centre": "left"}[measured.place()[1]]
-    row = {"top": "bottom", "bottom": "top", "middle": "top"}[measured.place()[0]]
-    assert not facts.judge(f"The subject is at the {row} {wrong}.", measured)[0][1]
-    absent = min(measured.shares, key=lambda key: measured.shares[key])
-    assert facts.judge(f"It is mostly {absent}.", measured) == [(f"colour: {absent}", False)]
+    facts = image_facts.measure(render(photo, Recipe(exposure=-100)))
+    assert ("brightness: bright", False) in image_facts.check_statements("The brightness is bright.", facts)
+    wrong = {"left": "right", "right": "left", "centre": "left"}[facts.subject_cell()[1]]
+    row = {"top": "bottom", "bottom": "top", "middle": "top"}[facts.subject_cell()[0]]
+    assert not image_facts.check_statements(f"The subject is at the {row} {wrong}.", facts)[0][1]
+    absent = min(facts.shares, key=lambda key: facts.shares[key])
+    assert image_facts.check_statements(f"It is mostly {absent}.", facts) == [(f"colour: {absent}", False)]
 
 
-def test_questions_have_true_answers() -> None:
-    measured = facts.measure(load_photo(bundled_photos("train")[3].path))
+def test_question_and_answer_gives_true_answers() -> None:
+    facts = image_facts.measure(load_photo(bundled_photos("train")[3].path))
     rng = np.random.default_rng(0)
     for _ in range(100):
-        question, answer = facts.question_and_answer(measured, rng)
-        judged = facts.judge(answer, measured)
-        assert all(ok for _, ok in judged)
-        assert judged or (answer == facts.UNKNOWN_ANSWER and question in facts.UNKNOWN_QUESTIONS)
+        question, answer = image_facts.question_and_answer(facts, rng)
+        statements = image_facts.check_statements(answer, facts)
+        assert all(ok for _, ok in statements)
+        assert statements or (answer == image_facts.UNKNOWN_ANSWER and question in image_facts.UNKNOWN_QUESTIONS)
