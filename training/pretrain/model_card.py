@@ -20,18 +20,18 @@ pipeline_tag: image-text-to-text
 
 A demonstration model: the architecture of Moondream 2 with {millions:.1f} million parameters, trained from scratch by
 `python -m training.pretrain` on the train split of the bundled photos. It runs the playground without API key, GPU or
-download. It answers what can be measured in pixels and has no knowledge of the world: it does not recognise objects, and
+download. It answers what can be measured in pixels and has no knowledge of the world: it recognises no objects, and
 declines questions about them.
 
 | | |
 |---|---|
 | data | {train} photos (`assets/photos`, split "train"), randomly cropped and degraded |
 | supervision | computed from pixels (`training/pretrain/`); no labels, no other model |
-| training | seed {seed}, {steps} steps of {batch_size} photos with three examples each; then minimum risk training (`min_risk.py`) |
+| training | seed {seed}, {steps} steps of {batch_size} photos with three examples each; then `min_risk.py` |
 | time | {minutes:.0f} minutes, {threads} CPU thread(s) |
 | input | crops of {crop} px, up to {tiles} tiles, {tokens} image tokens |
 
-Evaluated on {held_out} held-out photos of other sources and {cases} degraded copies of them (all figures: `quality.json`):
+Evaluated on {held_out} held-out photos of other sources and {cases} degraded copies (all figures: `quality.json`):
 
 | skill | result |
 |---|---|
