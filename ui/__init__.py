@@ -1,4 +1,4 @@
-"""The web page: TABS are its tabs, each a title and the function that builds it."""
+"""The web page. TABS maps the title of each tab to the function that builds it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 from ui.finetune import tab as finetune
 from ui.playground import tab as playground
 from ui.services import AppServices, SharedComponents
-from ui.usage import tab as dashboard
+from ui.usage import tab as usage
 
 TABS: dict[str, Callable[[AppServices, SharedComponents], None]] = {
-    "Playground": playground.build,
+    playground.TAB: playground.build,
     finetune.TAB: finetune.build,
-    dashboard.TAB: dashboard.build,
+    usage.TAB: usage.build,
 }

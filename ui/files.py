@@ -1,4 +1,4 @@
-"""Files that are made for a download: in Gradio's own cache, which it empties by age; and how a browser gets them."""
+"""Files for download: created in Gradio's cache, which deletes them by age, and sent to the browser."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 import gradio as gr
 from gradio.utils import get_upload_folder
 
-from ui.messages import refusal
+from ui.events import PRIVATE
+from ui.messages import user_error
 
-DELIVER_JS = """file => {
+DOWNLOAD_JS = """file => {
   const link = document.createElement('a');
   link.href = file.url; link.download = file.orig_name || '';
   document.body.append(link); link.click(); link.remove();
@@ -23,7 +24,14 @@ DELIVER_JS = """file => {
 
 
 def new_file(name: str) -> Path:
-    """A path in a new folder, under a name that every file system takes. Raises OSError."""
+    """Create a folder and return the path of a file in it.
+
+    Args:
+        name: File name; characters that a file system may reject are replaced.
+
+    Raises:
+        OSError: The folder cannot be created.
+    """
     folder = Path(get_upload_folder()) / secrets.token_hex(16)
     folder.mkdir(parents=True)
     return folder / (re.sub(r"[^\w.-]+", "-", name)[-80:].strip("-.") or "file")
@@ -31,15 +39,21 @@ def new_file(name: str) -> Path:
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """What goes wrong with a file inside is a gr.Error that says so: a full disk is no reason to lose the page."""
+    """Convert an OSError, such as a full disk, to a gr.Error."""
     try:
         yield
     except OSError as error:
-        words = f"The file could not be written ({error.strerror}). Try again later."
-        raise refusal(words, "Download") from None
+        message = f"The file could not be written ({error.strerror}). Try again later."
+        raise user_error(message, "Download") from None
 
 
-def deliver(event: Any, handler: Any, inputs: list[Any], delivery: gr.File) -> None:
-    """After the event the browser downloads the file whose path the handler returns; `delivery` is not shown."""
-    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    event(handler, inputs, delivery, **private).success(None, delivery, None, js=DELIVER_JS, **private)
+def download_on(event: Any, handler: Any, inputs: Any, file: gr.File) -> None:
+    """On an event, download the file whose path the handler returns.
+
+    Args:
+        event: Event listener of a component, such as `button.click`.
+        handler: Function of `inputs` that returns a path.
+        inputs: Input components.
+        file: Invisible component that passes the path to the browser.
+    """
+    event(handler, inputs, file, **PRIVATE).success(None, file, None, js=DOWNLOAD_JS, **PRIVATE)

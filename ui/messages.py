@@ -1,22 +1,33 @@
-"""What the page says when something is refused. Gradio shows messages as HTML, so every one is escaped here."""
+"""Errors, warnings and notes on the page. Gradio renders messages as HTML, so all of them are escaped here."""
 
 from __future__ import annotations
 
 import html
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import gradio as gr
 
 
-def refusal(message: str, title: str = "That cannot be done") -> gr.Error:
-    """An error to raise: the message says how to mend it. No traceback is printed, for nothing is broken."""
+def user_error(message: str, title: str = "Error") -> gr.Error:
+    """Create an error that the user can fix. The message says how; no traceback is printed."""
     return gr.Error(html.escape(message), title=html.escape(title), duration=12, print_exception=False)
 
 
-def warn(message: str, title: str = "Please note") -> None:
-    """Shows a warning; what was being done goes on."""
+@contextmanager
+def as_gradio_error(*errors: type[Exception], title: str) -> Iterator[None]:
+    """Convert exceptions whose message is meant for the user to a gr.Error."""
+    try:
+        yield
+    except errors as error:
+        raise user_error(str(error), title) from None
+
+
+def show_warning(message: str, title: str = "Warning") -> None:
+    """Show a warning; the current action goes on."""
     gr.Warning(html.escape(message), title=html.escape(title), duration=12)
 
 
-def inform(message: str, title: str = "Done") -> None:
-    """Shows a note."""
+def show_info(message: str, title: str = "Done") -> None:
+    """Show a note."""
     gr.Info(html.escape(message), title=html.escape(title), duration=5)

@@ -17,7 +17,7 @@ from training.runs.run import Run, RunStore
 from ui.playground.compare import ComparisonMeter
 from ui.playground.link import PlaygroundSettings
 from ui.playground.picker import model_picker
-from usage.analytics import Usage
+from usage.analytics import UsageAnalytics
 from usage.budgets import Budgets
 from usage.events import Deployment
 from usage.prices import Prices
@@ -42,7 +42,7 @@ class AppServices:
     runs: RunStore
     worker: RunQueue
     adapters: AdapterRegistry
-    usage: Usage
+    usage: UsageAnalytics
     budgets: Budgets
     meter: ComparisonMeter
 
@@ -87,7 +87,7 @@ class AppServices:
         worker = RunQueue(runs, command, on_end=run_ended, inline=run_inline)
         worker.mark_orphans()
         worker.wake()
-        return cls(RewardFunctionStore(database), runs, worker, adapters, Usage(database), budgets, meter)
+        return cls(RewardFunctionStore(database), runs, worker, adapters, UsageAnalytics(database), budgets, meter)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Colours, fonts and sizes. Fonts of the system only, so that no page asks another host for one."""
+"""Colours, fonts and sizes of the page. System fonts only, so that the page requests nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from pathlib import Path
 
 from gradio import themes
 
-# In the head the style sheet stays as it is written. As `css` Gradio would rewrite its selectors, and badly: media
-# queries no longer reach what is outside the tabs, `:is(a, b)` is cut at its comma, container queries are dropped.
+# Added to the head and not passed as `css`, whose selectors Gradio rewrites: media queries would not apply outside the
+# tabs, `:is(a, b)` would be split at its comma, and container queries would be dropped.
 HEAD = f"<style>{(Path(__file__).resolve().parent / 'style.css').read_text(encoding='utf-8')}</style>"
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Ubuntu", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
 
 def theme() -> themes.Base:
-    """Contrast is at least 4.5 to 1 for text, in light and in dark."""
+    """Create the theme. The contrast of text is at least 4.5:1 in light and dark mode."""
     base = themes.Default(
         primary_hue=themes.colors.blue,
         secondary_hue=themes.colors.blue,

@@ -1,1 +1,1 @@
-"""Named API endpoints of the page."""
+"""Named API endpoints of the page, for gradio_client and HTTP clients."""

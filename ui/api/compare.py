@@ -1,4 +1,4 @@
-"""The named endpoints for gradio_client: the same handlers as the page, with nothing of the page in between."""
+"""Named API endpoints that compare models, score recipes and save reward functions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from inference.availability import unavailable
 from inference.registry import MODELS
 from inference.types import MAX_CANDIDATES, MAX_SEED, MAX_TEMPERATURE, SKILLS, Request, RequestError
 from recipes import Recipe, describe, parse
@@ -15,12 +16,12 @@ from rewards import RewardFunction, RewardFunctionError, score_recipes
 from storage.reward_functions import RewardFunctionStore, StoreError
 from ui.api import runs as api_runs
 from ui.api import usage as api_usage
-from ui.messages import refusal
-from ui.playground.compare import compare as snapshots
-from ui.playground.metering import ComparisonMeter
+from ui.messages import as_gradio_error, user_error
+from ui.playground import compare as comparisons
+from ui.playground.compare import ComparisonMeter
 from ui.playground.photo import photo_input, read_photo
-from ui.playground.picker import check_choice
-from ui.playground.report import candidate
+from ui.playground.picker import check_models
+from ui.playground.report import candidate_json
 from ui.services import AppServices
 
 MAX_RECIPES = 64
@@ -36,21 +37,36 @@ def compare(
     seed: int,
     meter: ComparisonMeter | None = None,
 ) -> dict[str, Any]:
-    """Ask models about a photo: every candidate's text, recipe, scores and seconds; a failed model's error."""
-    names = check_choice(models)
-    try:
+    """Run models on a photo.
+
+    Args:
+        photo: Path of the photo.
+        models: List of model names.
+        skill: Key of the skill in SKILLS.
+        prompt: The prompt.
+        n: Number of candidates per model.
+        temperature: Sampling temperature.
+        seed: Seed of the first candidate.
+        meter: Records one usage event per model; None records none.
+
+    Returns:
+        Seconds, and per model its candidates (text, recipe, scores, seconds) and the error if it failed.
+    """
+    names = check_models(models)
+    with as_gradio_error(RequestError, title="Invalid input"):
         request = Request(read_photo(photo), skill, prompt, n=n, temperature=temperature, seed=seed)
-    except RequestError as error:
-        raise refusal(str(error), "This cannot be asked") from None
-    asked = (names, request, threading.Event())
-    *_, last = meter.compare(*asked, "api") if meter else snapshots(*asked)
+    cancel = threading.Event()
+    if meter:
+        *_, last = meter.compare(names, request, cancel, "api")
+    else:
+        *_, last = comparisons.compare(names, request, cancel)
     return {
         "seconds": round(last.seconds, 4),
         "models": [
             {
                 "model": column.name,
                 "error": column.error or None,
-                "candidates": [candidate(card, skill) for card in column.cards if card.done],
+                "candidates": [candidate_json(candidate, skill) for candidate in column.candidates if candidate.done],
             }
             for column in last.columns
         ],
@@ -58,57 +74,61 @@ def compare(
 
 
 def score(photo: str | None, recipes: Any) -> list[dict[str, Any]]:
-    """Render recipes (canonical text or JSON) on a photo and score them as one group."""
+    """Render recipes on a photo and score them as one group.
+
+    Args:
+        photo: Path of the photo.
+        recipes: List of recipes, each as canonical text or as a JSON object.
+
+    Returns:
+        Recipe, description, problems, scores and fidelity (mean CIEDE2000) of each.
+    """
     if not isinstance(recipes, list) or not 1 <= len(recipes) <= MAX_RECIPES:
-        raise refusal(f"Send a list of 1 to {MAX_RECIPES} recipes.", "Recipes")
-    parsed = [parse(text) for text in recipes]
-    wrong = [str(place + 1) for place, reading in enumerate(parsed) if not reading.ok]
-    if wrong:
+        raise user_error(f"Send a list of 1 to {MAX_RECIPES} recipes.", "Recipes")
+    parsed = [parse(recipe) for recipe in recipes]
+    invalid = [str(number) for number, result in enumerate(parsed, 1) if not result.ok]
+    if invalid:
         example = str(Recipe(exposure=20))
-        raise refusal(f"No recipe could be read in number {', '.join(wrong)}. Write them like: {example}", "Recipes")
-    scored = score_recipes(read_photo(photo), [reading.recipe for reading in parsed])
+        raise user_error(f"Invalid recipe: number {', '.join(invalid)}. Write recipes like: {example}", "Recipes")
+    scored = score_recipes(read_photo(photo), [result.recipe for result in parsed])
     return [
         {
-            "recipe": str(one.recipe),
-            "words": describe(one.recipe),
-            "problems": list(reading.problems),
-            "scores": one.scores,
-            "fidelity": one.fidelity,
+            "recipe": str(candidate.recipe),
+            "words": describe(candidate.recipe),
+            "problems": list(result.problems),
+            "scores": candidate.scores,
+            "fidelity": candidate.fidelity,
         }
-        for one, reading in zip(scored, parsed, strict=True)
+        for candidate, result in zip(scored, parsed, strict=True)
     ]
 
 
 def models() -> list[dict[str, Any]]:
-    """Every model on offer, and why one cannot be used."""
+    """List the models, with the reason why a model is unavailable or null."""
     return [
-        {"name": entry.name, "title": entry.title, "note": entry.note, "unavailable": entry.unavailable()}
-        for entry in list(MODELS.values())
+        {"name": spec.name, "title": spec.title, "note": spec.note, "unavailable": unavailable(spec)}
+        for spec in list(MODELS.values())
     ]
 
 
 def reward_functions(store: RewardFunctionStore) -> dict[str, dict[str, float]]:
-    """The weights of every saved reward function by its name."""
-    try:
+    """Return the weights of every saved reward function by name."""
+    with as_gradio_error(StoreError, title="Reward functions"):
         return {saved.name: dict(saved.function.weights) for saved in store.list()}
-    except StoreError as error:
-        raise refusal(str(error), "Reward functions") from None
 
 
 def save_reward_function(store: RewardFunctionStore, name: str, weights: Any) -> dict[str, Any]:
-    """Keep weights ({"sharpness": 0.3}) under a name that is not taken yet."""
-    try:
+    """Save weights, such as {"sharpness": 0.3}, under a new name."""
+    with as_gradio_error(StoreError, RewardFunctionError, title="Reward functions"):
         saved = store.save(name or "", RewardFunction.from_json(weights))
-    except (StoreError, RewardFunctionError) as error:
-        raise refusal(str(error), "Reward functions") from None
     return {"name": saved.name, "weights": dict(saved.function.weights)}
 
 
 def build(services: AppServices) -> None:
-    """The endpoints. Their inputs are components that no page shows: so Gradio checks every file that comes in."""
+    """Register the endpoints. Their inputs are invisible components, so that Gradio validates incoming files."""
     hidden: dict[str, Any] = {"visible": False}
     photo = photo_input(label="photo", **hidden)
-    asked = [
+    inputs = [
         photo,
         gr.JSON(label="models", **hidden),
         gr.Dropdown(list(SKILLS), value="recipe", label="skill", **hidden),
@@ -119,11 +139,11 @@ def build(services: AppServices) -> None:
     ]
     answer, recipes, weights = (gr.JSON(label=label, **hidden) for label in ("answer", "recipes", "weights"))
     name = gr.Textbox(label="name", **hidden)
-    call = gr.Button(**hidden).click
-    call(partial(compare, meter=services.meter), asked, answer, api_name="compare", concurrency_limit=16)
-    call(score, [photo, recipes], answer, api_name="score", concurrency_limit=2)
-    call(models, None, answer, api_name="models", queue=False)
-    call(partial(reward_functions, services.store), None, answer, api_name="reward_functions")
-    call(partial(save_reward_function, services.store), [name, weights], answer, api_name="save_reward_function")
+    on_call = gr.Button(**hidden).click
+    on_call(partial(compare, meter=services.meter), inputs, answer, api_name="compare", concurrency_limit=16)
+    on_call(score, [photo, recipes], answer, api_name="score", concurrency_limit=2)
+    on_call(models, None, answer, api_name="models", queue=False)
+    on_call(partial(reward_functions, services.store), None, answer, api_name="reward_functions")
+    on_call(partial(save_reward_function, services.store), [name, weights], answer, api_name="save_reward_function")
     api_runs.build(services)
     api_usage.build(services)

@@ -1,1 +1,1 @@
-"""The Playground tab."""
+"""The Playground tab: compare the answers of several models on one photo."""

@@ -1,49 +1,56 @@
-"""Asks several models about one photo at once, reads and scores what they say: the path that screen and API share.
-
-No Gradio here. `compare` is a generator of snapshots; everything in a snapshot is frozen.
-"""
+"""Comparison of several models on one photo: run them in parallel, parse and score their answers. Uses no Gradio."""
 
 from __future__ import annotations
 
-import base64
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 
-import cv2
 import numpy as np
 
+from inference.metering import AnswerFunction, CallTracker, UsageMeter
 from inference.registry import MODELS, answer
 from inference.types import (
     SKILLS,
     Answer,
     Box,
     CandidateFailed,
-    Event,
     InferenceError,
     Point,
     Queued,
     Request,
     TextUpdate,
 )
-from recipes import Recipe, parse, shrink
-from rewards import score_recipes
-
-Ask = Callable[[str, Request, threading.Event], Iterator[Event]]
+from recipes import Recipe, jpeg_data_url, parse, shrink
+from rewards import EQUAL_WEIGHTS, score_recipes
+from training.runs.run import Run
+from training.runs.usage_events import run_events
 
 PICTURE_QUALITY = 82  # JPEG; a 512 px picture takes 20-45 kB
-UNEXPECTED = "The model stopped with an unexpected {}. Run again; if it stays, leave this model out."
+UNEXPECTED_ERROR = "The model failed with an unexpected {}. Run again; if it fails again, remove this model."
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Card:
-    """One candidate. `scores`, `fidelity` and `picture` (a data URL) are there once a recipe was read and rendered.
+class Candidate:
+    """One answer of one model.
 
-    error: why this candidate failed while others may not have. The rest is as in `inference.types.Answer`.
+    Attributes:
+        index: Number within the model's answers, from 0.
+        text: The text generated so far.
+        done: Whether the candidate is finished.
+        recipe: The parsed recipe; None if the skill is another one or the text has no recipe.
+        problems: What the parser corrected or ignored.
+        scores: Score of each reward in [0, 1]; None where a reward does not apply. Empty without a recipe.
+        fidelity: Color difference to the photo (mean CIEDE2000).
+        picture: The rendered picture as a data URL.
+        error: Why this candidate failed; the model's other candidates may have succeeded.
+
+    The other attributes are those of `inference.types.Answer`.
     """
 
     index: int
@@ -61,13 +68,23 @@ class Card:
     path: str = ""
     reasoning: str = ""
     grounded: tuple[tuple[int, int], ...] = ()
-    perhaps_charged: int = 0
+    possible_extra_charges: int = 0
     error: str = ""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One model's part. status: waiting, running, done, failed or cancelled; position: how many are before it."""
+    """One model's part of a comparison.
+
+    Attributes:
+        name: Key of the model in MODELS.
+        title: The model's title.
+        note: The model's description.
+        status: "waiting", "running", "done", "failed" or "cancelled".
+        position: Number of requests ahead in the queue.
+        error: Why the model failed.
+        candidates: The model's candidates by index.
+    """
 
     name: str
     title: str
@@ -75,16 +92,24 @@ class Column:
     status: str = "waiting"
     position: int = 0
     error: str = ""
-    cards: tuple[Card, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
+        """Whether the model has ended."""
         return self.status in ("done", "failed", "cancelled")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A snapshot of all columns; status is 'running', 'done' or 'cancelled'. `seconds` since the start."""
+    """A snapshot of a comparison.
+
+    Attributes:
+        skill: Key of the skill in SKILLS.
+        columns: One column per model.
+        status: "running", "done" or "cancelled".
+        seconds: Time since the start.
+    """
 
     skill: str
     columns: tuple[Column, ...] = ()
@@ -92,133 +117,186 @@ class Comparison:
     seconds: float = 0.0
 
     def without_pictures(self) -> Comparison:
-        """The same without the rendered pictures: small enough to be kept for each session."""
+        """Return a copy without rendered pictures, small enough to be kept for each session."""
         columns = (
-            replace(column, cards=tuple(replace(card, picture=None) for card in column.cards))
+            replace(column, candidates=tuple(replace(candidate, picture=None) for candidate in column.candidates))
             for column in self.columns
         )
         return replace(self, columns=tuple(columns))
 
 
-def compare(
-    names: list[str], request: Request, cancel: threading.Event, ask: Ask = answer, every: float = 0.1
-) -> Generator[Comparison, None, None]:
-    """Yields a snapshot whenever there is news, at most once per `every` seconds, and at least once a second.
-
-    Each model answers in its own thread. Set `cancel` or close the iterator, and they stop at their next token.
-    A model that fails is 'failed' in its own column; the others go on.
-    """
-    inbox: queue.Queue[tuple[int, object]] = queue.Queue()
-    preview = shrink(request.photo)
-    columns = [_column(name, request.n) for name in names]
-    started = time.monotonic()
-    for place, name in enumerate(names):
-        arguments = (place, name, request, cancel, ask, inbox)
-        threading.Thread(target=_work, args=arguments, name=f"ask-{name}", daemon=True).start()
-    try:
-        yield Comparison(request.skill, tuple(columns))
-        while True:
-            columns = _settle(columns, _news(inbox, 1.0), preview, request.skill)
-            over = all(column.over for column in columns)
-            status = ("cancelled" if cancel.is_set() else "done") if over else "running"
-            yield Comparison(request.skill, tuple(columns), status, time.monotonic() - started)
-            if over:
-                return
-            time.sleep(every)
-    finally:
-        cancel.set()
-
-
-def picture_url(picture: np.ndarray) -> str:
-    """A picture (uint8 [H, W, 3], RGB) as a JPEG data URL: it lives in this session's page and nowhere on the disk."""
-    done, coded = cv2.imencode(
-        ".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, PICTURE_QUALITY]
-    )
-    if not done:
-        raise ValueError("The picture could not be written as a JPEG.")
-    return "data:image/jpeg;base64," + base64.b64encode(coded.tobytes()).decode("ascii")
-
-
 @dataclass(frozen=True)
-class _Failed:
+class ModelFailed:
+    """Event: a model failed as a whole or was cancelled."""
+
     message: str
     cancelled: bool = False
 
 
-class _Finished:
-    """A worker's last word."""
+class ModelDone:
+    """Event: a model has answered all candidates."""
 
 
-def _work(
-    place: int, name: str, request: Request, cancel: threading.Event, ask: Ask, inbox: queue.Queue[tuple[int, object]]
-) -> None:
-    """One model's thread: events into the inbox, and its failure as an event, too."""
+def compare(
+    names: list[str], request: Request, cancel: threading.Event, answer: AnswerFunction = answer, interval: float = 0.1
+) -> Generator[Comparison, None, None]:
+    """Run several models in parallel, one thread each.
+
+    A model that fails has the status "failed" in its own column; the others continue.
+
+    Args:
+        names: Keys of the models in MODELS.
+        request: The request to every model.
+        cancel: Set it, or close the generator, to stop the models at their next token.
+        answer: Function that runs one model.
+        interval: Minimum time between two snapshots, in seconds.
+
+    Yields:
+        A snapshot whenever something has changed, and at least once a second.
+    """
+    events: queue.Queue[tuple[int, object]] = queue.Queue()
+    preview = shrink(request.photo)
+    columns = []
+    for name in names:
+        spec = MODELS.get(name)
+        candidates = tuple(Candidate(index) for index in range(request.n))
+        columns.append(Column(name, spec.title if spec else name, spec.note if spec else "", candidates=candidates))
+    started = time.monotonic()
+    for index, name in enumerate(names):
+        arguments = (index, name, request, cancel, answer, events)
+        threading.Thread(target=_run_model, args=arguments, name=f"compare-{name}", daemon=True).start()
     try:
-        for event in ask(name, request, cancel):
-            inbox.put((place, event))
+        yield Comparison(request.skill, tuple(columns))
+        while True:
+            columns = _apply_events(columns, _pending_events(events, 1.0), preview, request.skill)
+            finished = all(column.finished for column in columns)
+            status = ("cancelled" if cancel.is_set() else "done") if finished else "running"
+            yield Comparison(request.skill, tuple(columns), status, time.monotonic() - started)
+            if finished:
+                return
+            time.sleep(interval)
+    finally:
+        cancel.set()
+
+
+@dataclass(frozen=True)
+class ComparisonMeter(UsageMeter):
+    """Records the usage events of comparisons and training runs."""
+
+    def compare(
+        self,
+        names: list[str],
+        request: Request,
+        cancel: threading.Event,
+        source: str,
+        session: str = "",
+        answer: AnswerFunction = answer,
+        interval: float = 0.1,
+    ) -> Generator[Comparison, None, None]:
+        """Run `compare` and record one usage event per model.
+
+        The recorded reward is the mean over the scored candidates with equal weights: the sliders move after the call.
+
+        Args:
+            names: Keys of the models in MODELS.
+            request: The request to every model.
+            cancel: Stops the models.
+            source: What made the call, such as "playground" or "api".
+            session: Random name of the browser session.
+            answer: Function that runs one model.
+            interval: Minimum time between two snapshots, in seconds.
+        """
+        calls = CallTracker(self, request, answer, source, session)
+        try:
+            for snapshot in compare(names, request, cancel, calls.answer, interval):
+                for column in snapshot.columns:
+                    if column.finished:
+                        totals = [EQUAL_WEIGHTS.total(candidate.scores) for candidate in column.candidates]
+                        known = [total for total in totals if total is not None]
+                        calls.record_reward(column.name, fmean(known) if known else None)
+                yield snapshot
+        finally:
+            calls.close()
+
+    def record_run(self, run: Run) -> None:
+        """Record one usage event per step of a finished training run. Recording a run again has no effect."""
+        for event in run_events(run, lambda seconds: self.prices.machine(self.hardware, seconds)):
+            self.recorder.record(event.with_deployment(self.recorder.deployment))
+
+
+def _run_model(
+    index: int,
+    name: str,
+    request: Request,
+    cancel: threading.Event,
+    answer: AnswerFunction,
+    events: queue.Queue[tuple[int, object]],
+) -> None:
+    """Put a model's events into the queue, and one for its end or failure. Runs in the model's thread."""
+    try:
+        for event in answer(name, request, cancel):
+            events.put((index, event))
             if cancel.is_set():
                 break
-        inbox.put((place, _Failed("", cancelled=True) if cancel.is_set() else _Finished()))
+        events.put((index, ModelFailed("", cancelled=True) if cancel.is_set() else ModelDone()))
     except InferenceError as error:
-        inbox.put((place, _Failed(error.message, cancelled=error.kind == "cancelled" or cancel.is_set())))
+        events.put((index, ModelFailed(error.message, cancelled=error.kind == "cancelled" or cancel.is_set())))
     except Exception as error:
         _log.exception("%s failed", name)
-        inbox.put((place, _Failed(UNEXPECTED.format(type(error).__name__))))
+        events.put((index, ModelFailed(UNEXPECTED_ERROR.format(type(error).__name__))))
 
 
-def _news(inbox: queue.Queue[tuple[int, object]], patience: float) -> list[tuple[int, object]]:
-    """All that is in the inbox; waits for the first event, up to `patience` seconds."""
-    news = []
+def _pending_events(events: queue.Queue[tuple[int, object]], timeout: float) -> list[tuple[int, object]]:
+    """Wait for the first event, up to `timeout` seconds, and take all that are in the queue."""
+    pending = []
     try:
-        news.append(inbox.get(timeout=patience))
+        pending.append(events.get(timeout=timeout))
         while True:
-            news.append(inbox.get_nowait())
+            pending.append(events.get_nowait())
     except queue.Empty:
-        return news
+        return pending
 
 
-def _column(name: str, n: int) -> Column:
-    entry = MODELS.get(name)
-    cards = tuple(Card(index) for index in range(n))
-    return Column(name, entry.title if entry else name, entry.note if entry else "", cards=cards)
-
-
-def _settle(columns: list[Column], news: list[tuple[int, object]], preview: np.ndarray, skill: str) -> list[Column]:
-    """The columns after the news; a column with new recipes is scored anew, as one group."""
+def _apply_events(
+    columns: list[Column], events: list[tuple[int, object]], preview: np.ndarray, skill: str
+) -> list[Column]:
+    """Apply events to the columns, then score each column that has new recipes as one group."""
     columns = list(columns)
     answered = set()
-    for place, event in news:
-        columns[place] = _heard(columns[place], event, skill)
+    for index, event in events:
+        columns[index] = apply_event(columns[index], event, skill)
         if isinstance(event, Answer):
-            answered.add(place)
+            answered.add(index)
     if SKILLS[skill].output == "recipe":
-        for place in answered:
-            columns[place] = replace(columns[place], cards=_scored(columns[place].cards, preview))
+        for index in answered:
+            columns[index] = replace(columns[index], candidates=_scored(columns[index].candidates, preview))
     return columns
 
 
-def _heard(column: Column, event: object, skill: str) -> Column:
+def apply_event(column: Column, event: object, skill: str) -> Column:
+    """Return the column after one event of its model."""
     match event:
         case Queued(position=position):
             return replace(column, status="waiting" if position else "running", position=position)
         case TextUpdate(index=index, text=text):
-            return _with_card(replace(column, status="running"), replace(column.cards[index], text=text))
+            return _with_candidate(replace(column, status="running"), replace(column.candidates[index], text=text))
         case Answer():
-            return _with_card(replace(column, status="running"), _card(event, skill))
+            return _with_candidate(replace(column, status="running"), _candidate(event, skill))
         case CandidateFailed(index=index, message=message):
-            return _with_card(column, replace(column.cards[index], done=True, error=message))
-        case _Failed(message=message, cancelled=cancelled):
+            return _with_candidate(column, replace(column.candidates[index], done=True, error=message))
+        case ModelFailed(message=message, cancelled=cancelled):
             return replace(column, status="cancelled" if cancelled else "failed", error=message)
         case _:
             return replace(column, status="done")
 
 
-def _with_card(column: Column, card: Card) -> Column:
-    return replace(column, cards=tuple(card if old.index == card.index else old for old in column.cards))
+def _with_candidate(column: Column, candidate: Candidate) -> Column:
+    candidates = (candidate if old.index == candidate.index else old for old in column.candidates)
+    return replace(column, candidates=tuple(candidates))
 
 
-def _card(answer: Answer, skill: str) -> Card:
-    card = Card(
+def _candidate(answer: Answer, skill: str) -> Candidate:
+    candidate = Candidate(
         answer.index,
         answer.text,
         done=True,
@@ -229,25 +307,25 @@ def _card(answer: Answer, skill: str) -> Card:
         path=answer.path,
         reasoning=answer.reasoning,
         grounded=answer.grounded,
-        perhaps_charged=answer.perhaps_charged,
+        possible_extra_charges=answer.possible_extra_charges,
     )
     if SKILLS[skill].output != "recipe":
-        return card
+        return candidate
     parsed = parse(answer.text)
-    return replace(card, recipe=parsed.recipe if parsed.ok else None, problems=parsed.problems)
+    return replace(candidate, recipe=parsed.recipe if parsed.ok else None, problems=parsed.problems)
 
 
-def _scored(cards: tuple[Card, ...], preview: np.ndarray) -> tuple[Card, ...]:
-    """The group's scores and pictures. A picture that is there already is kept: its recipe has not changed."""
-    group = [(card, card.recipe) for card in cards if card.recipe is not None]
-    scored = score_recipes(preview, [recipe for _, recipe in group])
-    news = {
-        card.index: replace(
-            card,
-            scores=dict(score.scores),
-            fidelity=score.fidelity,
-            picture=card.picture or picture_url(score.picture),
+def _scored(candidates: tuple[Candidate, ...], preview: np.ndarray) -> tuple[Candidate, ...]:
+    """Score the candidates with a recipe as one group and encode the pictures that are missing."""
+    group = [(candidate, candidate.recipe) for candidate in candidates if candidate.recipe is not None]
+    results = score_recipes(preview, [recipe for _, recipe in group])
+    scored = {
+        candidate.index: replace(
+            candidate,
+            scores=dict(result.scores),
+            fidelity=result.fidelity,
+            picture=candidate.picture or jpeg_data_url(result.picture, PICTURE_QUALITY),
         )
-        for (card, _), score in zip(group, scored, strict=True)
+        for (candidate, _), result in zip(group, results, strict=True)
     }
-    return tuple(news.get(card.index, card) for card in cards)
+    return tuple(scored.get(candidate.index, candidate) for candidate in candidates)

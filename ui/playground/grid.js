@@ -1,32 +1,37 @@
-// Draws the candidate grid from props.value and scores it with the sliders' weights; runs once, when the grid loads.
-// All text goes in with textContent: nothing that a model or a person wrote ever passes through a template.
+// The candidate grid: draws props.value, a snapshot from grid.py, and ranks the candidates with the sliders' weights.
+// Runs once, when the grid is mounted. All text is set with textContent: text of models and users is never markup.
 
-const find = (part, name) => part.querySelector('.' + name);
-const from = name => find(element, name + '-template').content.firstElementChild.cloneNode(true);
+const find = (parent, className) => parent.querySelector('.' + className);
+const fromTemplate = name => find(element, name + '-template').content.firstElementChild.cloneNode(true);
 const columnsRoot = find(element, 'grid-columns');
-const columnParts = new Map();   // model -> its section
-const cardParts = new Map();     // model/index -> its card
+const columnNodes = new Map();   // model name -> section
+const cardNodes = new Map();     // 'model name/index' -> card
 let weights = props.weights;
 let run = null;
 
-const digits = value => value === null || value === undefined ? '–' : value.toFixed(2);
+const format = value => value === null || value === undefined ? '–' : value.toFixed(2);
+const keyOf = (column, candidate) => column.name + '/' + candidate.index;
+const isScored = (data, candidate) => data.rewards.some(name => candidate.scores[name] !== undefined);
 
-function put(part, words) { if (part.textContent !== words) part.textContent = words; }
+/** Sets a node's text if it has changed. */
+function setText(node, text) { if (node.textContent !== text) node.textContent = text; }
 
-function say(part, words) {
-  put(part, words || '');
-  part.hidden = !words;
+/** Sets a node's text and hides the node if the text is empty. */
+function setTextOrHide(node, text) {
+  setText(node, text || '');
+  node.hidden = !text;
 }
 
-// ── Drawing what the server sent ────────────────────────────────────────────────────────────────────────────────────
+// ── Drawing a snapshot ──────────────────────────────────────────────────────────────────────────────────────────────
 
+/** Draws props.value, keeping the nodes of the same run. */
 function draw() {
   const data = props.value || null;
   const empty = !data || !data.columns;
   find(element, 'grid-empty').hidden = !empty;
-  if (empty) { columnsRoot.replaceChildren(); columnParts.clear(); cardParts.clear(); run = null; return; }
-  if (data.run !== run) {
-    columnsRoot.replaceChildren(); columnParts.clear(); cardParts.clear();
+  if (empty || data.run !== run) { columnsRoot.replaceChildren(); columnNodes.clear(); cardNodes.clear(); run = null; }
+  if (empty) return;
+  if (run === null) {
     run = columnsRoot.dataset.run = data.run;
     columnsRoot.style.setProperty('--columns', data.columns.length);
     columnsRoot.dataset.output = data.output;
@@ -35,131 +40,139 @@ function draw() {
   score();
 }
 
+/** Draws one model's column. */
 function drawColumn(data, column) {
-  let part = columnParts.get(column.name);
-  if (!part) {
-    part = from('column');
-    part.setAttribute('aria-label', column.title);
-    part.dataset.model = column.name;
-    find(part, 'column-name').textContent = column.title;
-    say(find(part, 'column-note'), column.note);
-    columnParts.set(column.name, part);
-    columnsRoot.append(part);
+  let node = columnNodes.get(column.name);
+  if (!node) {
+    node = fromTemplate('column');
+    node.setAttribute('aria-label', column.title);
+    node.dataset.model = column.name;
+    find(node, 'column-name').textContent = column.title;
+    setTextOrHide(find(node, 'column-note'), column.note);
+    columnNodes.set(column.name, node);
+    columnsRoot.append(node);
   }
-  part.dataset.status = column.status;
-  say(find(part, 'column-state'), column.state);
-  say(find(part, 'column-error'), column.error);
-  for (const card of column.cards) drawCard(data, column, card, part);
+  node.dataset.status = column.status;
+  setTextOrHide(find(node, 'column-status'), column.status_text);
+  setTextOrHide(find(node, 'column-error'), column.error);
+  for (const candidate of column.candidates) drawCard(data, column, candidate, node);
 }
 
-function drawCard(data, column, card, columnPart) {
-  const key = column.name + '/' + card.index;
-  let part = cardParts.get(key);
-  if (!part) {
-    part = from('card');
-    part.dataset.key = key;
-    cardParts.set(key, part);
-    find(columnPart, 'cards').append(part);
+/** Draws one candidate's card, without its scores. */
+function drawCard(data, column, candidate, columnNode) {
+  const key = keyOf(column, candidate);
+  let card = cardNodes.get(key);
+  if (!card) {
+    card = fromTemplate('card');
+    card.dataset.key = key;
+    cardNodes.set(key, card);
+    find(columnNode, 'cards').append(card);
   }
-  part.dataset.state = card.state;
-  part.copied = card.recipe || (data.output === 'regions' ? JSON.stringify({boxes: card.boxes, points: card.points, path: card.path || undefined}) : card.words);
-  drawPicture(data, card, part);
-  say(find(part, 'card-words'), card.words);
-  put(find(part, 'card-canonical'), card.recipe);
-  find(part, 'card-text').hidden = !card.recipe;
-  say(find(part, 'card-problems'), card.problems);
-  say(find(part, 'card-time'), card.time);
-  drawReasoning(card.reasoning || [], part);
-  find(part, 'card-copy').hidden = card.state !== 'ready';
-  find(part, 'card-download').hidden = !card.recipe;
-  const label = column.title + ', candidate ' + (card.index + 1);
-  find(part, 'card-copy').setAttribute('aria-label', 'Copy ' + {recipe: 'recipe', text: 'text', regions: 'coordinates'}[data.output] + ' of ' + label);
-  find(part, 'card-download').setAttribute('aria-label', 'Download picture of ' + label + ' in full size');
+  card.dataset.status = candidate.status;
+  const regions = JSON.stringify({boxes: candidate.boxes, points: candidate.points, path: candidate.path || undefined});
+  card.clipboardText = candidate.recipe || (data.output === 'regions' ? regions : candidate.text);
+  drawPicture(data, candidate, card);
+  setTextOrHide(find(card, 'card-text'), candidate.text);
+  setText(find(card, 'card-recipe-text'), candidate.recipe);
+  find(card, 'card-recipe').hidden = !candidate.recipe;
+  setTextOrHide(find(card, 'card-problems'), candidate.problems);
+  setTextOrHide(find(card, 'card-details'), candidate.details);
+  drawReasoning(candidate.reasoning || [], card);
+  find(card, 'card-copy').hidden = candidate.status !== 'ready';
+  find(card, 'card-download').hidden = !candidate.recipe;
+  const label = column.title + ', candidate ' + (candidate.index + 1);
+  const copied = {recipe: 'recipe', text: 'text', regions: 'coordinates'}[data.output];
+  find(card, 'card-copy').setAttribute('aria-label', 'Copy ' + copied + ' of ' + label);
+  find(card, 'card-download').setAttribute('aria-label', 'Download picture of ' + label + ' in full size');
 }
 
-// What the model thought first; the marked pieces are those that the points on the photo belong to.
-function drawReasoning(pieces, part) {
-  find(part, 'card-thought').hidden = !pieces.length;
-  const text = find(part, 'card-reasoning');
-  if (text.textContent === pieces.map(piece => piece[0]).join('')) return;
-  text.replaceChildren(...pieces.map(([words, grounded]) => {
-    const piece = document.createElement(grounded ? 'mark' : 'span');
-    piece.textContent = words;
-    return piece;
+/** Draws the reasoning; text that refers to the points on the photo is highlighted. */
+function drawReasoning(parts, card) {
+  find(card, 'card-reasoning-details').hidden = !parts.length;
+  const node = find(card, 'card-reasoning');
+  if (node.textContent === parts.map(part => part[0]).join('')) return;
+  node.replaceChildren(...parts.map(([text, grounded]) => {
+    const part = document.createElement(grounded ? 'mark' : 'span');
+    part.textContent = text;
+    return part;
   }));
 }
 
-function drawPicture(data, card, part) {
-  const frame = find(part, 'card-frame'), after = find(part, 'card-after'), before = find(part, 'card-before');
-  const marked = card.boxes.length || card.points.length || card.path;
-  const source = data.output === 'regions' || marked ? data.photo.src : card.picture;
-  frame.hidden = data.output === 'text' && !marked;
+/** Draws the rendered picture, or the photo with the regions found on it. */
+function drawPicture(data, candidate, card) {
+  const frame = find(card, 'card-frame'), after = find(card, 'card-after'), before = find(card, 'card-before');
+  const hasRegions = candidate.boxes.length || candidate.points.length || candidate.path;
+  const source = data.output === 'regions' || hasRegions ? data.photo.src : candidate.picture;
+  frame.hidden = data.output === 'text' && !hasRegions;
   frame.style.aspectRatio = data.photo.width + ' / ' + data.photo.height;
   if (source && after.getAttribute('src') !== source) after.setAttribute('src', source);
-  after.alt = card.alt || '';
-  find(part, 'card-compare').hidden = find(part, 'card-which').hidden = before.hidden = !card.picture;
-  if (card.picture && !before.hasAttribute('src')) before.setAttribute('src', data.photo.src);
-  if (marked && card.done && part.dataset.marked !== 'yes') drawMarks(data, card, part);
+  after.alt = candidate.alt || '';
+  find(card, 'card-compare').hidden = find(card, 'card-before-label').hidden = before.hidden = !candidate.picture;
+  if (candidate.picture && !before.hasAttribute('src')) before.setAttribute('src', data.photo.src);
+  if (hasRegions && candidate.done && card.dataset.regions !== 'drawn') drawRegions(data, candidate, card);
 }
 
-function drawMarks(data, card, part) {
-  const marks = find(part, 'card-marks'), shape = name => document.createElementNS('http://www.w3.org/2000/svg', name);
-  const width = data.photo.width, height = data.photo.height;
-  marks.setAttribute('viewBox', '0 0 ' + width + ' ' + height);
+/** Draws boxes, points and the outline over the photo. */
+function drawRegions(data, candidate, card) {
+  const svg = find(card, 'card-regions'), width = data.photo.width, height = data.photo.height;
+  svg.setAttribute('viewBox', '0 0 ' + width + ' ' + height);
   const add = (name, attributes) => {
-    for (const kind of ['mark-halo', 'mark-line']) {
-      const node = shape(name);
-      node.setAttribute('class', kind);
+    for (const className of ['region-halo', 'region-line']) {
+      const node = document.createElementNS('http://www.w3.org/2000/svg', name);
+      node.setAttribute('class', className);
       for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-      marks.append(node);
+      svg.append(node);
     }
   };
-  for (const [left, top, right, bottom] of card.boxes)
+  for (const [left, top, right, bottom] of candidate.boxes)
     add('rect', {x: left * width, y: top * height, width: (right - left) * width, height: (bottom - top) * height});
-  for (const [x, y] of card.points) add('circle', {cx: x * width, cy: y * height, r: Math.max(width, height) / 45});
-  if (card.path) add('path', {d: card.path, transform: 'scale(' + width + ' ' + height + ')', 'vector-effect': 'non-scaling-stroke'});
-  part.dataset.marked = 'yes';
+  for (const [x, y] of candidate.points) add('circle', {cx: x * width, cy: y * height, r: Math.max(width, height) / 45});
+  if (candidate.path) add('path', {d: candidate.path, transform: 'scale(' + width + ' ' + height + ')', 'vector-effect': 'non-scaling-stroke'});
+  card.dataset.regions = 'drawn';
 }
 
-// ── Scoring: on every snapshot and on every move of a slider ────────────────────────────────────────────────────────
+// ── Scoring: on every snapshot and every move of a slider ───────────────────────────────────────────────────────────
 
+/** Computes totals, ranks the cards of each column and marks the best ones. */
 function score() {
   const data = props.value;
-  if (!data || !data.columns || data.output !== 'recipe') { say(find(element, 'grid-notice'), ''); return status(data); }
-  const all = Object.values(weights).every(weight => !(weight > 0));
-  say(find(element, 'grid-notice'), all ? 'All reward sliders are at zero, so nothing is rewarded and nothing can be ranked. Move one of them up.' : '');
+  setText(find(element, 'grid-status'), (data && data.status) || '');
+  const notice = find(element, 'grid-notice');
+  if (!data || !data.columns || data.output !== 'recipe') { setTextOrHide(notice, ''); return; }
+  const allZero = Object.values(weights).every(weight => !(weight > 0));
+  setTextOrHide(notice, allZero ? 'All sliders are at zero, so the candidates cannot be ranked. Increase at least one.' : '');
   let best = null;
   for (const column of data.columns) {
-    const totals = column.cards.map(card => total(weights, card.scores));
+    const totals = column.candidates.map(candidate => total(weights, candidate.scores));
     const order = ranking(totals);
-    arrange(column, order);
-    order.forEach((place, rank) => scoreCard(data, column, column.cards[place], totals[place], rank));
+    sortCards(column, order);
+    order.forEach((index, rank) => scoreCard(data, column, column.candidates[index], totals[index], rank));
     scoreColumn(data, column, totals);
-    const top = order[0];
-    if (totals[top] !== null && totals[top] !== undefined && (!best || totals[top] > best.total))
-      best = {key: column.name + '/' + column.cards[top].index, total: totals[top]};
+    const first = order[0];
+    if (totals[first] !== null && totals[first] !== undefined && (!best || totals[first] > best.total))
+      best = {key: keyOf(column, column.candidates[first]), total: totals[first]};
   }
-  for (const [key, part] of cardParts) {
-    const badge = key === (best && best.key) ? 'Best of all' : part.dataset.rank === '1' ? 'Best of this model' : '';
-    part.dataset.best = badge === 'Best of all' ? 'all' : badge ? 'model' : '';
-    say(find(part, 'card-badge'), data.columns.length === 1 && badge ? 'Best' : badge);
+  for (const [key, card] of cardNodes) {
+    card.dataset.best = best && key === best.key ? 'all' : card.dataset.rank === '1' ? 'model' : '';
+    const label = {all: 'Best overall', model: 'Best of this model', '': ''}[card.dataset.best];
+    setTextOrHide(find(card, 'card-badge'), data.columns.length === 1 && label ? 'Best' : label);
   }
-  status(data);
 }
 
-function scoreCard(data, column, card, value, rank) {
-  const part = cardParts.get(column.name + '/' + card.index);
-  const scored = data.rewards.some(name => card.scores[name] !== undefined);
-  find(part, 'card-score').hidden = !scored;
-  part.dataset.rank = value === null ? '' : String(rank + 1);
+/** Shows a candidate's total, rank (0 is best) and scores. */
+function scoreCard(data, column, candidate, value, rank) {
+  const card = cardNodes.get(keyOf(column, candidate)), scored = isScored(data, candidate);
+  find(card, 'card-score').hidden = !scored;
+  card.dataset.rank = value === null ? '' : String(rank + 1);
   if (!scored) return;
-  part.dataset.total = value === null ? '' : String(value);
-  put(find(part, 'card-total'), digits(value));
-  put(find(part, 'card-rank'), value === null ? '' : 'No. ' + (rank + 1));
-  drawParts(find(part, 'card-parts'), data.rewards, card.scores);
+  card.dataset.total = value === null ? '' : String(value);
+  setText(find(card, 'card-total'), format(value));
+  setText(find(card, 'card-rank'), value === null ? '' : 'No. ' + (rank + 1));
+  drawScores(find(card, 'card-scores'), data.rewards, candidate.scores);
 }
 
-function drawParts(list, names, scores) {
+/** Draws one bar per reward. */
+function drawScores(list, names, scores) {
   if (!list.children.length)
     for (const name of names) {
       const row = document.createElement('div'), term = document.createElement('dt'), bar = document.createElement('dd');
@@ -168,73 +181,76 @@ function drawParts(list, names, scores) {
       row.append(term, bar);
       list.append(row);
     }
-  names.forEach((name, place) => {
-    const row = list.children[place], value = scores[name], words = digits(value);
-    if (row.lastChild.lastChild.textContent !== words) {
-      put(row.lastChild.lastChild, words);
-      row.lastChild.firstChild.style.setProperty('--share', value || 0);
-      row.title = value === null || value === undefined ? 'not applicable to this picture' : '';
+  names.forEach((name, index) => {
+    const row = list.children[index], value = scores[name], text = format(value);
+    const [fill, number] = row.lastChild.children;
+    if (number.textContent !== text) {
+      number.textContent = text;
+      fill.style.setProperty('--share', value || 0);
+      row.title = value === null || value === undefined ? 'Does not apply to this picture' : '';
     }
-    row.classList.toggle('unused', !(weights[name] > 0));
+    row.classList.toggle('unweighted', !(weights[name] > 0));
   });
 }
 
+/** Shows the means of a column. */
 function scoreColumn(data, column, totals) {
-  const part = find(columnParts.get(column.name), 'column-mean');
+  const node = find(columnNodes.get(column.name), 'column-mean');
   const value = mean(totals);
-  part.hidden = !column.cards.some(card => data.rewards.some(name => card.scores[name] !== undefined));
-  part.dataset.mean = value === null ? '' : String(value);
-  put(find(part, 'mean-total'), digits(value));
-  const parts = data.rewards.map(name => name + ' ' + digits(mean(column.cards.map(card => card.scores[name]))));
-  put(find(part, 'mean-parts'), parts.join(' · '));
+  node.hidden = !column.candidates.some(candidate => isScored(data, candidate));
+  node.dataset.mean = value === null ? '' : String(value);
+  setText(find(node, 'mean-total'), format(value));
+  const means = data.rewards.map(name => name + ' ' + format(mean(column.candidates.map(candidate => candidate.scores[name]))));
+  setText(find(node, 'mean-scores'), means.join(' · '));
 }
 
-// Puts a column's cards in order. The one with the focus is never moved, for it would lose it: the others go around it.
-function arrange(column, order) {
-  const list = find(columnParts.get(column.name), 'cards');
-  const parts = order.map(place => cardParts.get(column.name + '/' + column.cards[place].index));
-  if (parts.every((part, rank) => list.children[rank] === part)) return;
-  const kept = list.contains(document.activeElement) ? document.activeElement.closest('.card') : null;
-  const middle = parts.indexOf(kept);
-  parts.forEach((part, rank) => {
-    if (middle < 0 && list.children[rank] !== part) list.insertBefore(part, list.children[rank]);
-    if (middle >= 0 && part !== kept) list.insertBefore(part, rank < middle ? kept : null);
+/** Sorts a column's cards. The focused card is never moved, because it would lose the focus; the others move around it. */
+function sortCards(column, order) {
+  const list = find(columnNodes.get(column.name), 'cards');
+  const sorted = order.map(index => cardNodes.get(keyOf(column, column.candidates[index])));
+  if (sorted.every((card, rank) => list.children[rank] === card)) return;
+  const focused = list.contains(document.activeElement) ? document.activeElement.closest('.card') : null;
+  const focusedRank = sorted.indexOf(focused);
+  sorted.forEach((card, rank) => {
+    if (focusedRank < 0 && list.children[rank] !== card) list.insertBefore(card, list.children[rank]);
+    if (focusedRank >= 0 && card !== focused) list.insertBefore(card, rank < focusedRank ? focused : null);
   });
 }
 
-function status(data) { put(find(element, 'grid-status'), (data && data.status) || ''); }
+// ── Actions: before/after, copy, download ───────────────────────────────────────────────────────────────────────────
 
-// ── Hands: before/after, copying, downloading ───────────────────────────────────────────────────────────────────────
+/** Shows the photo in place of the picture, or the picture again. */
+function toggleBefore(card) {
+  const button = find(card, 'card-compare');
+  if (button.hidden) return;
+  const pressed = button.getAttribute('aria-pressed') !== 'true';
+  card.classList.toggle('comparing', pressed);
+  button.setAttribute('aria-pressed', String(pressed));
+}
 
-function showBefore(card, on) {
-  card.classList.toggle('comparing', on);
-  find(card, 'card-compare').setAttribute('aria-pressed', String(on));
+/** Copies a card's text to the clipboard. */
+async function copyText(card, button) {
+  try { await navigator.clipboard.writeText(card.clipboardText); button.textContent = 'Copied'; } catch { button.textContent = 'Copy failed'; }
+  setTimeout(() => { button.textContent = 'Copy'; }, 1500);
 }
 
 element.addEventListener('click', event => {
   const card = event.target.closest('.card');
   if (!card) return;
-  const [model, index] = [card.closest('.model-column').dataset.model, Number(card.dataset.key.split('/').pop())];
+  const model = card.closest('.model-column').dataset.model, index = Number(card.dataset.key.split('/').pop());
   if (event.target.closest('.card-download')) trigger('download', {model: model, index: index});
-  else if (event.target.closest('.card-copy')) copy(card, event.target.closest('.card-copy'));
-  else if (event.target.closest('.card-compare') || (event.target.closest('.card-frame') && touched)) {
-    if (!find(card, 'card-compare').hidden) showBefore(card, find(card, 'card-compare').getAttribute('aria-pressed') !== 'true');
-  }
+  else if (event.target.closest('.card-copy')) copyText(card, event.target.closest('.card-copy'));
+  else if (event.target.closest('.card-compare') || (event.target.closest('.card-frame') && touched)) toggleBefore(card);
 });
 
-let touched = false;   // the last pointer was a finger: then a tap on the picture stands for the mouse's hover
+let touched = false;   // whether the last pointer was a finger: then a tap on the picture replaces hovering
 element.addEventListener('pointerdown', event => { touched = event.pointerType !== 'mouse'; });
-for (const [kind, on] of [['pointerover', true], ['pointerout', false]])
-  element.addEventListener(kind, event => {
+for (const [type, hovered] of [['pointerover', true], ['pointerout', false]])
+  element.addEventListener(type, event => {
     const frame = event.target.closest('.card-frame');
-    if (frame && event.pointerType === 'mouse' && !event.target.closest('.card-compare') && !frame.contains(on ? null : event.relatedTarget))
-      frame.classList.toggle('hovered', on);
+    if (frame && event.pointerType === 'mouse' && !event.target.closest('.card-compare') && !frame.contains(hovered ? null : event.relatedTarget))
+      frame.classList.toggle('hovered', hovered);
   });
-
-async function copy(card, button) {
-  try { await navigator.clipboard.writeText(card.copied); button.textContent = 'Copied'; } catch { button.textContent = 'Select it'; }
-  setTimeout(() => { button.textContent = 'Copy'; }, 1500);
-}
 
 document.addEventListener('playground-weights', event => { weights = event.detail; score(); });
 watch('value', draw);

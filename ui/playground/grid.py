@@ -1,7 +1,7 @@
-"""The candidate grid: one gr.HTML whose value is a snapshot as JSON; drawn by grid.js, scored by score.js.
+"""The candidate grid: a gr.HTML whose value is a JSON snapshot, drawn by grid.js and scored by score.js.
 
-The template is static. Gradio runs templates through Handlebars and then as a JavaScript template literal, where
-`${...}` in a value would be executed: so no text of a model or a person may pass through one.
+The template contains no placeholders. Gradio renders templates with Handlebars and then as a JavaScript template
+literal, which would execute `${...}` in a value: text of models and users must never pass through a template.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import gradio as gr
 from inference.types import SKILLS
 from recipes import describe
 from rewards import EQUAL_WEIGHTS, REWARDS
-from ui.playground.compare import Card, Column, Comparison
+from ui.playground.compare import Candidate, Column, Comparison
 
 HERE = Path(__file__).resolve().parent
 SCORE_JS = (HERE / "score.js").read_text(encoding="utf-8")
 GRID_JS = (HERE / "grid.js").read_text(encoding="utf-8")
 GRID_HTML = (HERE / "grid.html").read_text(encoding="utf-8")
+MAX_PROBLEMS = 3  # shown per candidate
 
 
 def candidate_grid() -> gr.HTML:
-    """The component. It fires `download` with {model, index}."""
+    """Create the component. It triggers `download` with {model, index}."""
     return gr.HTML(
         value=None,
         weights=dict(EQUAL_WEIGHTS.weights),
@@ -34,109 +35,124 @@ def candidate_grid() -> gr.HTML:
     )
 
 
-def grid_value(comparison: Comparison, run: str, photo: dict[str, Any]) -> dict[str, Any]:
-    """A snapshot as the grid draws it. `photo`: {src, width, height}; another `run` starts an empty grid."""
+def grid_snapshot(comparison: Comparison, run_id: str, photo: dict[str, Any]) -> dict[str, Any]:
+    """Build the value of the grid.
+
+    Args:
+        comparison: A snapshot of the comparison.
+        run_id: Id of the comparison; a new one clears the grid.
+        photo: {src, width, height}: preview as a data URL, and the photo's size in pixels.
+
+    Returns:
+        A JSON object.
+    """
     return {
-        "run": run,
+        "run": run_id,
         "photo": photo,
         "output": SKILLS[comparison.skill].output,
         "rewards": list(REWARDS),
-        "status": _status(comparison),
-        "over": comparison.status != "running",
-        "columns": [_column(column, comparison.skill) for column in comparison.columns],
+        "status": _grid_status(comparison),
+        "columns": [
+            {
+                "name": column.name,
+                "title": column.title,
+                "note": column.note,
+                "status": column.status,
+                "status_text": _column_status(column, comparison.skill),
+                "error": column.error,
+                "candidates": [
+                    _candidate_snapshot(candidate, column, comparison.skill) for candidate in column.candidates
+                ],
+            }
+            for column in comparison.columns
+        ],
     }
 
 
-def _status(comparison: Comparison) -> str:
-    cards = [card for column in comparison.columns for card in column.cards]
-    ready = sum(card.done and not card.error for card in cards)
-    words = f"{ready} of {len(cards)} candidates"
+def _grid_status(comparison: Comparison) -> str:
+    candidates = [candidate for column in comparison.columns for candidate in column.candidates]
+    ready = sum(candidate.done and not candidate.error for candidate in candidates)
+    count = f"{ready} of {len(candidates)} candidates"
     if comparison.status == "cancelled":
-        return f"Cancelled with {words} ready."
+        return f"Cancelled with {count} ready."
     if comparison.status == "done":
-        return f"{words} ready after {comparison.seconds:.1f} s."
-    return f"{words} ready" if ready else f"{words} ready. A model's first run also loads it."
+        return f"{count} ready after {comparison.seconds:.1f} s."
+    return f"{count} ready" if ready else f"{count} ready. The first run of a model includes loading it."
 
 
-def _column(column: Column, skill: str) -> dict[str, Any]:
-    return {
-        "name": column.name,
-        "title": column.title,
-        "note": column.note,
-        "status": column.status,
-        "state": _state(column, skill),
-        "error": column.error,
-        "cards": [_card(card, column, skill) for card in column.cards],
-    }
-
-
-def _state(column: Column, skill: str) -> str:
+def _column_status(column: Column, skill: str) -> str:
     if column.status == "waiting":
-        return f"{column.position} before you" if column.position else "Starting"
-    read = sum(card.recipe is not None for card in column.cards)
-    if column.status == "done" and skill == "recipe" and read < len(column.cards):
-        return f"Done · {read} of {len(column.cards)} recipes could be read"
-    return {"running": "Answering", "done": "Done", "failed": "Failed", "cancelled": "Cancelled"}[column.status]
+        return f"{column.position} ahead in the queue" if column.position else "Starting"
+    parsed = sum(candidate.recipe is not None for candidate in column.candidates)
+    if column.status == "done" and skill == "recipe" and parsed < len(column.candidates):
+        return f"Done · {parsed} of {len(column.candidates)} recipes are valid"
+    return {"running": "Generating", "done": "Done", "failed": "Failed", "cancelled": "Cancelled"}[column.status]
 
 
-def _card(card: Card, column: Column, skill: str) -> dict[str, Any]:
+def _candidate_snapshot(candidate: Candidate, column: Column, skill: str) -> dict[str, Any]:
+    if candidate.error:
+        status = "failed"
+    elif candidate.done:
+        status = "ready"
+    else:
+        status = "missing" if column.finished else "pending"
     return {
-        "index": card.index,
-        "done": card.done,
-        "state": "failed" if card.error else "ready" if card.done else "gone" if column.over else "pending",
-        "words": _words(card, column, skill),
-        "recipe": str(card.recipe) if card.recipe else "",
-        "problems": "; ".join(card.problems[:3]),
-        "scores": card.scores,
-        "fidelity": card.fidelity,
-        "picture": card.picture,
-        "alt": f"The photo after: {describe(card.recipe)}" if card.recipe else "",
-        "boxes": [[box.x_min, box.y_min, box.x_max, box.y_max] for box in card.boxes],
-        "points": [[point.x, point.y] for point in card.points],
-        "path": card.path,
-        "reasoning": _spans(card),
-        "time": _facts(card) if card.done and not card.error else "",
+        "index": candidate.index,
+        "done": candidate.done,
+        "status": status,
+        "text": _text(candidate, column, skill),
+        "recipe": str(candidate.recipe) if candidate.recipe else "",
+        "problems": "; ".join(candidate.problems[:MAX_PROBLEMS]),
+        "scores": candidate.scores,
+        "picture": candidate.picture,
+        "alt": f"The photo after: {describe(candidate.recipe)}" if candidate.recipe else "",
+        "boxes": [[box.x_min, box.y_min, box.x_max, box.y_max] for box in candidate.boxes],
+        "points": [[point.x, point.y] for point in candidate.points],
+        "path": candidate.path,
+        "reasoning": _reasoning_parts(candidate),
+        "details": _details(candidate) if status == "ready" else "",
     }
 
 
-def _spans(card: Card) -> list[list[Any]]:
-    """What was thought, in pieces: each with whether the points on the photo are what it speaks of."""
-    pieces: list[list[Any]] = []
-    place = 0
-    for start, end in sorted(card.grounded):
-        if place <= start < end <= len(card.reasoning):
-            pieces += [[card.reasoning[place:start], False], [card.reasoning[start:end], True]]
-            place = end
-    return [piece for piece in [*pieces, [card.reasoning[place:], False]] if piece[0]]
+def _reasoning_parts(candidate: Candidate) -> list[list[Any]]:
+    """Split the reasoning into [text, grounded], where grounded text refers to the points on the photo."""
+    parts: list[list[Any]] = []
+    position = 0
+    for start, end in sorted(candidate.grounded):
+        if position <= start < end <= len(candidate.reasoning):
+            parts += [[candidate.reasoning[position:start], False], [candidate.reasoning[start:end], True]]
+            position = end
+    return [part for part in [*parts, [candidate.reasoning[position:], False]] if part[0]]
 
 
-def _words(card: Card, column: Column, skill: str) -> str:
-    if card.error:
-        return card.error
-    if not card.done:
-        return card.text or ("Not answered" if column.over else "")
-    if card.recipe:
-        return describe(card.recipe)
+def _text(candidate: Candidate, column: Column, skill: str) -> str:
+    if candidate.error:
+        return candidate.error
+    if not candidate.done:
+        return candidate.text or ("No answer" if column.finished else "")
+    if candidate.recipe:
+        return describe(candidate.recipe)
     if skill == "recipe":
-        return f"No recipe could be read in: {card.text}" if card.text else "The answer was empty."
-    return card.text or _found(card)
+        return f"No recipe found in the answer: {candidate.text}" if candidate.text else "The answer is empty."
+    return candidate.text or _region_count(candidate)
 
 
-def _facts(card: Card) -> str:
-    """Seconds, how far the colours are from the photo's (CIEDE2000), and what a lost try may have cost."""
-    facts = [f"{card.seconds:.2f} s"]
-    if card.fidelity is not None:
-        facts.append(f"ΔE {card.fidelity:.1f}")
-    if card.possible_extra_charges:
-        facts.append(f"asked {card.possible_extra_charges + 1} times, may be charged as often")
-    return " · ".join(facts)
+def _details(candidate: Candidate) -> str:
+    """Seconds, color difference to the photo (CIEDE2000), and possible charges for failed attempts."""
+    details = [f"{candidate.seconds:.2f} s"]
+    if candidate.fidelity is not None:
+        details.append(f"ΔE {candidate.fidelity:.1f}")
+    if candidate.possible_extra_charges:
+        details.append(f"{candidate.possible_extra_charges + 1} attempts, each may be charged")
+    return " · ".join(details)
 
 
-def _found(card: Card) -> str:
-    if card.path:
-        return "An outline was found."
-    boxes, points = len(card.boxes), len(card.points)
-    if boxes or points:
-        count, what = (boxes, "box") if boxes else (points, "point")
-        return f"{count} {what}{'' if count == 1 else 'es' if what == 'box' else 's'}"
-    return "Nothing was found."
+def _region_count(candidate: Candidate) -> str:
+    if candidate.path:
+        return "1 outline"
+    boxes, points = len(candidate.boxes), len(candidate.points)
+    if boxes:
+        return f"{boxes} box{'' if boxes == 1 else 'es'}"
+    if points:
+        return f"{points} point{'' if points == 1 else 's'}"
+    return "Nothing found"

@@ -1,17 +1,16 @@
-// Writes the page's settings into its address. link.py reads them back and checks them.
-(...values) => {
+/* Creates the event handler that writes the settings to the page's URL; link.py calls it and parses the URL. */
+(fields, rewards, copy) => (...values) => {
   const query = new URLSearchParams();
-  NAMES.forEach((name, place) => {
-    const value = values[place];
-    if (value !== null && value !== undefined && value !== '' && String(value) !== '') query.set(name, value);
+  fields.forEach((name, index) => {
+    if (String(values[index] ?? '') !== '') query.set(name, values[index]);
   });
-  const weights = REWARDS.map((name, place) => [name, values[NAMES.length + place]]).filter(([, weight]) => weight > 0);
+  const weights = rewards.map((name, index) => [name, values[fields.length + index]]).filter(([, weight]) => weight > 0);
   if (weights.length) query.set('reward', weights.map(([name, weight]) => name + ':' + weight).join(','));
-  const words = query.toString().replaceAll('%3A', ':').replaceAll('%2C', ',');
+  const search = query.toString().replaceAll('%3A', ':').replaceAll('%2C', ',');
+  const write = () => history.replaceState(history.state, '', location.pathname + '?' + search);
   clearTimeout(window.playgroundLink);
-  const write = () => history.replaceState(history.state, '', location.pathname + '?' + words);
-  if (!NOW) { window.playgroundLink = setTimeout(write, 250); return []; }   // browsers limit how often this may be called
+  if (!copy) { window.playgroundLink = setTimeout(write, 250); return []; }   // browsers limit the rate of replaceState
   write();
-  return navigator.clipboard ? navigator.clipboard.writeText(location.href).then(() => 'Link copied', () => 'It is in the address bar')
-                             : 'It is in the address bar';
+  const failed = 'Copy it from the address bar';
+  return navigator.clipboard ? navigator.clipboard.writeText(location.href).then(() => 'Link copied', () => failed) : failed;
 }

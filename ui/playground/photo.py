@@ -1,4 +1,4 @@
-"""The photo input: what arrives is a file's path; recipes.load_photo alone decodes it, once and carefully."""
+"""The photo input. It passes the path of the uploaded file on; `recipes.load_photo` validates and decodes it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from gradio.data_classes import ImageData
 from gradio.image_utils import decode_base64_to_file
 
 from recipes import PhotoError, load_photo
-from ui.messages import refusal
+from ui.messages import user_error
 
-TITLE = "This photo cannot be used"
+TITLE = "Photo"
 
 
 def photo_input(**settings: Any) -> gr.Image:
-    """The component: upload, paste and webcam. What it hands to a handler is the path of the untouched file.
+    """Create a gr.Image with upload, paste and webcam whose handlers receive the path of the original file.
 
-    Left alone, gr.Image opens every file with Pillow before a handler sees it, so that a corrupt file or a
-    decompression bomb ends in an exception instead of a message. Its `preprocess` is replaced on the component, for
-    Gradio writes a .pyi file beside the source of every subclass. An update of the component's properties would undo
-    this (it makes a new component): handlers return plain values for it.
+    By default gr.Image opens every file with Pillow before a handler runs, so a corrupt file or a decompression bomb
+    would end in an exception instead of a message. Its `preprocess` is replaced on the instance, because Gradio writes
+    a .pyi file next to the source of every subclass. Updating the component's properties would create a new component
+    without this replacement: handlers must return plain values.
     """
     image = gr.Image(
         type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], buttons=[], **settings
@@ -33,24 +33,31 @@ def photo_input(**settings: Any) -> gr.Image:
 
 
 def _path(image: gr.Image, payload: ImageData | None) -> str | None:
-    """The path of the file, or None. A data URL (from an API client) is written to the cache first."""
+    """Return the path of the file, or None. A data URL from an API client is first written to the cache."""
     if payload is None:
         return None
     if payload.url and payload.url.startswith("data:"):
         try:
             return str(decode_base64_to_file(payload.url, image.GRADIO_CACHE, "png"))
         except Exception:
-            raise refusal("The photo's data could not be read. Upload it as a file.", TITLE) from None
+            raise user_error("The photo's data URL is invalid. Upload the photo as a file.", TITLE) from None
     return payload.path
 
 
 def read_photo(path: str | None) -> np.ndarray:
-    """The photo, uint8 [H, W, 3], RGB. gr.Error with what to do when there is none or it cannot be used."""
+    """Load a photo.
+
+    Returns:
+        RGB image, uint8 [height, width, 3].
+
+    Raises:
+        gr.Error: There is no photo, or it cannot be used.
+    """
     if not path:
-        raise refusal("There is no photo yet. Upload one or choose a sample.", "Choose a photo")
+        raise user_error("There is no photo yet. Upload a photo or choose a sample.", TITLE)
     try:
         return load_photo(Path(path))
     except PhotoError as error:
-        raise refusal(str(error), TITLE) from None
+        raise user_error(str(error), TITLE) from None
     except OSError:
-        raise refusal("The photo is no longer here. Choose it again.", "Choose a photo") from None
+        raise user_error("The photo is no longer available. Choose it again.", TITLE) from None

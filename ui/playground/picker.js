@@ -1,54 +1,58 @@
-// Draws the choices as check boxes and keeps props.value, the list of chosen names, in step with them.
+// The model picker: draws props.choices as check boxes and keeps props.value, the selected names, in step with them.
 
-const list = element.querySelector('.picker-list'), chosen = element.querySelector('.picker-chosen');
+const list = element.querySelector('.picker-list'), selection = element.querySelector('.picker-selection');
 const details = element.querySelector('details');
 
-function node(name, className, text) {
-  const made = document.createElement(name);
-  made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
+/** Creates an element with a class and a text. */
+function createElement(tag, className, text) {
+  const node = document.createElement(tag);
+  node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
 }
 
-function build() {
+/** Draws the choices; the focused check box keeps the focus. */
+function drawChoices() {
   const focused = document.activeElement && list.contains(document.activeElement) ? document.activeElement.value : null;
   list.querySelectorAll('label').forEach(label => label.remove());
   for (const choice of props.choices || []) {
-    const label = node('label', 'picker-choice'), box = node('input', 'picker-box'), words = node('span', 'picker-words');
+    const label = createElement('label', 'picker-choice'), box = createElement('input', 'picker-box');
+    const description = createElement('span', 'picker-description');
     box.type = 'checkbox';
     box.value = choice.name;
     box.dataset.reason = choice.reason;
-    words.append(node('b', 'picker-title', choice.title));
-    words.append(node('small', choice.reason ? 'picker-reason' : 'picker-note', choice.reason ? 'Not available: ' + choice.reason : choice.note));
-    label.classList.toggle('greyed', Boolean(choice.reason));
-    label.append(box, words);
+    description.append(createElement('b', 'picker-title', choice.title));
+    description.append(createElement('small', choice.reason ? 'picker-reason' : 'picker-note', choice.reason ? 'Unavailable: ' + choice.reason : choice.note));
+    label.classList.toggle('disabled', Boolean(choice.reason));
+    label.append(box, description);
     list.append(label);
     if (choice.name === focused) box.focus();
   }
-  show();
+  drawSelection();
 }
 
-function show() {
-  const value = props.value || [], boxes = [...list.querySelectorAll('input')];
-  for (const box of boxes) {
+/** Checks the selected boxes and disables the ones that cannot be selected. */
+function drawSelection() {
+  const value = props.value || [];
+  for (const box of list.querySelectorAll('input')) {
     box.checked = value.includes(box.value);
-    box.disabled = !box.checked && (Boolean(box.dataset.reason) || value.length >= props.most);
+    box.disabled = !box.checked && (Boolean(box.dataset.reason) || value.length >= props.max_models);
   }
   const titles = (props.choices || []).filter(choice => value.includes(choice.name)).map(choice => choice.title);
-  chosen.textContent = titles.length ? titles.join(' · ') : 'Choose one to ' + props.most;
-  element.querySelector('.picker-legend').textContent = 'Up to ' + props.most + ' side by side';
+  selection.textContent = titles.length ? titles.join(' · ') : 'Select 1 to ' + props.max_models + ' models';
+  element.querySelector('.picker-legend').textContent = 'Select up to ' + props.max_models + ' models to compare';
 }
 
 element.addEventListener('change', event => {
   if (!event.target.matches('.picker-box')) return;
   props.value = [...list.querySelectorAll('input:checked')].map(box => box.value);
-  show();
+  drawSelection();
   trigger('choose');
 });
 document.addEventListener('click', event => { if (!element.contains(event.target)) details.open = false; });
 element.addEventListener('keydown', event => {
   if (event.key === 'Escape' && details.open) { details.open = false; details.querySelector('summary').focus(); }
 });
-watch('choices', build);
-watch('value', show);
-build();
+watch('choices', drawChoices);
+watch('value', drawSelection);
+drawChoices();

@@ -1,6 +1,6 @@
-"""The model picker: a drop-down of check boxes, in which a model that cannot be used is greyed and says why.
+"""The model picker: a drop-down of check boxes in which unavailable models are disabled, with the reason.
 
-gr.Dropdown cannot grey one of its choices. The value is the list of chosen names.
+gr.Dropdown cannot disable single choices. The component's value is the list of selected model names.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from typing import Any
 import gradio as gr
 from pydantic import SecretStr
 
-from inference.registry import MODELS, ModelSpec
-from ui.messages import refusal
+from inference.availability import unavailable
+from inference.registry import MODELS
+from inference.types import ModelSpec
+from ui.messages import user_error
 
 MAX_MODELS = 4
 _HERE = Path(__file__).resolve().parent
 
 
 def model_picker(value: list[str], **settings: Any) -> gr.HTML:
-    """The component. It fires `choose` when a person has chosen."""
+    """Create the component. It triggers `choose` when the user has changed the selection."""
     return gr.HTML(
         value=value,
         choices=choices(),
-        most=MAX_MODELS,
+        max_models=MAX_MODELS,
         html_template=(_HERE / "picker.html").read_text(encoding="utf-8"),
         js_on_load=(_HERE / "picker.js").read_text(encoding="utf-8"),
         apply_default_css=False,
@@ -33,29 +35,43 @@ def model_picker(value: list[str], **settings: Any) -> gr.HTML:
 
 
 def choices(models: Mapping[str, ModelSpec] = MODELS, key: SecretStr | None = None) -> list[dict[str, str]]:
-    """What the picker shows: every model, with the reason why it cannot be used, or an empty one.
+    """Describe the models for the picker.
 
-    key: the visitor's own, of Moondream.
+    Args:
+        models: The models to offer.
+        key: The user's Moondream API key.
+
+    Returns:
+        Name, title, note, and the reason why the model is unavailable or an empty string, per model.
     """
     return [
         {
-            "name": entry.name,
-            "title": entry.title,
-            "note": entry.note,
-            "reason": entry.with_key(key).unavailable() or "",
+            "name": spec.name,
+            "title": spec.title,
+            "note": spec.note,
+            "reason": unavailable(spec.with_key(key)) or "",
         }
-        for entry in list(models.values())  # a run that ends may add one
+        for spec in list(models.values())  # a copy: a finished run may register a model meanwhile
     ]
 
 
-def check_choice(names: Any) -> list[str]:
-    """The chosen names if they can all be asked, in the order of MODELS; gr.Error says what to change otherwise."""
+def check_models(names: Any) -> list[str]:
+    """Validate selected models.
+
+    Args:
+        names: The selection, from the page or an API client.
+
+    Returns:
+        The names without duplicates, in the order of MODELS.
+
+    Raises:
+        gr.Error: A name is unknown, or there are too few or too many.
+    """
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise refusal("Choose models from the list.", "Models")
+        raise user_error("Select models from the list.", "Models")
     unknown = [name for name in names if name not in MODELS]
     if unknown:
-        offered = ", ".join(list(MODELS))
-        raise refusal(f"There is no model called {unknown[0][:80]!r}. On offer: {offered}.", "Models")
+        raise user_error(f"Unknown model {unknown[0][:80]!r}. Available models: {', '.join(list(MODELS))}.", "Models")
     if not 1 <= len(set(names)) <= MAX_MODELS:
-        raise refusal(f"Choose one to {MAX_MODELS} models.", "Models")
+        raise user_error(f"Select 1 to {MAX_MODELS} models.", "Models")
     return [name for name in list(MODELS) if name in names]

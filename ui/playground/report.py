@@ -1,4 +1,4 @@
-"""The JSON report: settings, answers, scores and rankings of what is on the screen."""
+"""The JSON report of a comparison: settings, answers, scores and totals. Uses no Gradio."""
 
 from __future__ import annotations
 
@@ -7,64 +7,77 @@ from typing import Any
 from inference.types import SKILLS
 from recipes import describe
 from rewards import RewardFunction
-from ui.playground.compare import Card, Column, Comparison
+from ui.playground.compare import Candidate, Comparison
 from ui.playground.link import PlaygroundSettings
 
 
-def report(setup: PlaygroundSettings, comparison: Comparison, reward: RewardFunction | None) -> dict[str, Any]:
-    """Plain JSON. `reward` None (all weights zero) leaves every total null."""
+def report(settings: PlaygroundSettings, comparison: Comparison, reward: RewardFunction | None) -> dict[str, Any]:
+    """Build the report.
+
+    Args:
+        settings: The settings of the comparison.
+        comparison: Its last snapshot.
+        reward: Weights of the totals; None (all weights are zero) leaves the totals null.
+
+    Returns:
+        A JSON object.
+    """
+
+    def total(candidate: Candidate) -> float | None:
+        return reward.total(candidate.scores) if reward else None
+
+    models = []
+    for column in comparison.columns:
+        totals = [value for value in map(total, column.candidates) if value is not None]
+        models.append(
+            {
+                "model": column.name,
+                "status": column.status,
+                "error": column.error or None,
+                "mean_total": sum(totals) / len(totals) if totals else None,
+                "candidates": [
+                    candidate_json(candidate, comparison.skill) | {"total": total(candidate)}
+                    for candidate in column.candidates
+                    if candidate.done
+                ],
+            }
+        )
     return {
         "settings": {
-            "sample_photo": setup.photo or None,
-            "skill": setup.skill,
-            "prompt": setup.prompt,
-            "length": setup.length,
-            "candidates": setup.n,
-            "temperature": setup.temperature,
-            "seed": setup.seed,
+            "sample_photo": settings.photo or None,
+            "skill": settings.skill,
+            "prompt": settings.prompt,
+            "length": settings.length,
+            "candidates": settings.n,
+            "temperature": settings.temperature,
+            "seed": settings.seed,
         },
         "reward": dict(reward.weights) if reward else None,
         "status": comparison.status,
         "seconds": round(comparison.seconds, 3),
-        "models": [_model(column, comparison.skill, reward) for column in comparison.columns],
+        "models": models,
     }
 
 
-def _model(column: Column, skill: str, reward: RewardFunction | None) -> dict[str, Any]:
-    totals = [total for card in column.cards if (total := _total(card, reward)) is not None]
-    return {
-        "model": column.name,
-        "status": column.status,
-        "error": column.error or None,
-        "mean_total": sum(totals) / len(totals) if totals else None,
-        "candidates": [candidate(card, skill) | {"total": _total(card, reward)} for card in column.cards if card.done],
+def candidate_json(candidate: Candidate, skill: str) -> dict[str, Any]:
+    """Describe a candidate, in the report and in the API."""
+    result: dict[str, Any] = {
+        "index": candidate.index,
+        "text": candidate.text,
+        "seconds": round(candidate.seconds, 4),
     }
-
-
-def candidate(card: Card, skill: str) -> dict[str, Any]:
-    """One candidate as report and API give it."""
-    answer: dict[str, Any] = {"index": card.index, "text": card.text, "seconds": round(card.seconds, 4)}
     if SKILLS[skill].output == "recipe":
-        answer |= {
-            "recipe": str(card.recipe) if card.recipe else None,
-            "words": describe(card.recipe) if card.recipe else None,
-            "problems": list(card.problems),
-            "scores": card.scores,
-            "fidelity": card.fidelity,
+        result |= {
+            "recipe": str(candidate.recipe) if candidate.recipe else None,
+            "words": describe(candidate.recipe) if candidate.recipe else None,
+            "problems": list(candidate.problems),
+            "scores": candidate.scores,
+            "fidelity": candidate.fidelity,
         }
-    if card.error:
-        answer["error"] = card.error
-    if card.reasoning:
-        answer["reasoning"] = card.reasoning
-    if card.path:
-        answer["path"] = card.path
+    result |= {key: value for key in ("error", "reasoning", "path") if (value := getattr(candidate, key))}
     if SKILLS[skill].output == "regions":
-        answer |= {
-            "boxes": [[box.x_min, box.y_min, box.x_max, box.y_max] for box in card.boxes],
-            "points": [[point.x, point.y] for point in card.points],
+        result |= {
+            "boxes": [[box.x_min, box.y_min, box.x_max, box.y_max] for box in candidate.boxes],
+            "points": [[point.x, point.y] for point in candidate.points],
         }
-    return answer
-
-
-def _total(card: Card, reward: RewardFunction | None) -> float | None:
-    return reward.total(card.scores) if reward and card.scores else None
+    return result

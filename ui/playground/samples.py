@@ -1,22 +1,29 @@
-"""The sample gallery: bundled photos that no training has seen, with their credits, as a strip of thumbnails."""
+"""The sample gallery: a strip of held-out bundled photos, with their credits."""
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import gradio as gr
 
+from recipes import jpeg_data_url
 from training.data.bundled import PHOTO_FOLDER, bundled_photos
 
-THUMBNAIL_HEIGHT = 72  # pixels on the screen; files have twice as many
+THUMBNAIL_QUALITY = 72  # JPEG
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One bundled photo and whom to thank for it."""
+    """A sample photo.
+
+    Attributes:
+        file: File name.
+        subject: What it shows.
+        credit: The author to credit.
+        licence: Name of its licence.
+    """
 
     file: str
     subject: str
@@ -25,11 +32,12 @@ class Sample:
 
     @property
     def path(self) -> Path:
+        """Path of the file."""
         return PHOTO_FOLDER / self.file
 
     @property
-    def thanks(self) -> str:
-        """One line for under the photo."""
+    def caption(self) -> str:
+        """Subject, credit and licence in one line."""
         return f"{self.subject[:1].upper()}{self.subject[1:]} · {self.credit} · {self.licence}"
 
 
@@ -46,47 +54,49 @@ SAMPLES: dict[str, Sample] = _load()
 
 
 def thumbnail(path: Path) -> str:
-    """A small JPEG as a data URL; empty when the photo cannot be read."""
+    """Return a small JPEG data URL, or an empty string if the photo cannot be read."""
     small = cv2.imread(str(path), cv2.IMREAD_REDUCED_COLOR_4)
-    if small is None:
-        return ""
-    done, coded = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 72])
-    return "data:image/jpeg;base64," + base64.b64encode(coded.tobytes()).decode("ascii") if done else ""
+    return "" if small is None else jpeg_data_url(cv2.cvtColor(small, cv2.COLOR_BGR2RGB), THUMBNAIL_QUALITY)
 
 
-def strip() -> gr.HTML:
-    """The strip: buttons with thumbnails. It fires `choose` with the file name; its value is the chosen one."""
+def sample_gallery() -> gr.HTML:
+    """Create the component. Its value is the selected file name; it triggers `choose` with {file}."""
     photos = [
-        {"file": sample.file, "thanks": sample.thanks, "src": thumbnail(sample.path)} for sample in SAMPLES.values()
+        {"file": sample.file, "caption": sample.caption, "src": thumbnail(sample.path)} for sample in SAMPLES.values()
     ]
     return gr.HTML(
-        value="", photos=photos, html_template=_TEMPLATE, js_on_load=_SCRIPT, apply_default_css=False, elem_id="samples"
+        value="",
+        photos=photos,
+        html_template=_HTML,
+        js_on_load=_JS,
+        apply_default_css=False,
+        elem_id="samples",
     )
 
 
-_TEMPLATE = """
+_HTML = """
 <div class="samples" role="group" aria-label="Sample photos">
-  {{#each photos}}<button type="button" class="sample" data-file="{{file}}" aria-pressed="false" title="{{thanks}}">
-    <img src="{{src}}" alt="{{thanks}}" loading="lazy" height="72"></button>{{/each}}
+  {{#each photos}}<button type="button" class="sample" data-file="{{file}}" aria-pressed="false" title="{{caption}}">
+    <img src="{{src}}" alt="{{caption}}" loading="lazy" height="72"></button>{{/each}}
 </div>
-<p class="samples-thanks"></p>
+<p class="samples-caption"></p>
 """
 
-_SCRIPT = """
-function mark() {
-  let thanks = '';
+_JS = """
+function drawSelection() {
+  let caption = '';
   for (const button of element.querySelectorAll('.sample')) {
-    const chosen = button.dataset.file === props.value;
-    button.setAttribute('aria-pressed', String(chosen));
-    if (chosen) { thanks = button.title; button.scrollIntoView({block: 'nearest', inline: 'center'}); }
+    const selected = button.dataset.file === props.value;
+    button.setAttribute('aria-pressed', String(selected));
+    if (selected) { caption = button.title; button.scrollIntoView({block: 'nearest', inline: 'center'}); }
   }
-  element.querySelector('.samples-thanks').textContent = thanks || 'Samples that no training has seen';
+  element.querySelector('.samples-caption').textContent = caption || 'Sample photos, not used in training';
 }
 element.addEventListener('click', event => {
   const button = event.target.closest('.sample');
-  if (button) { props.value = button.dataset.file; mark(); trigger('choose', {file: button.dataset.file}); }
+  if (button) { props.value = button.dataset.file; drawSelection(); trigger('choose', {file: button.dataset.file}); }
 });
-// A name that comes from a link is chosen as if it had been clicked.
-watch('value', () => { mark(); if (props.value) trigger('choose', {file: props.value}); });
-mark();
+// A sample that is set by a link loads like one that is clicked.
+watch('value', () => { drawSelection(); if (props.value) trigger('choose', {file: props.value}); });
+drawSelection();
 """

@@ -1,6 +1,6 @@
-// The arithmetic of a reward function in the browser: the same sums, in the same order, as rewards.RewardFunction.total.
+// Reward totals and ranking in the browser. The totals are those of RewardFunction.total in Python.
 
-// scores and weights: {name: number or null}. The weighted mean over what has a weight and a score; null if nothing has.
+/** Weighted mean of the scores, ignoring missing ones; null if no weighted reward has a score. Both map names to numbers. */
 function total(weights, scores) {
   let sum = 0, weight = 0;
   for (const name of Object.keys(weights)) {
@@ -13,14 +13,14 @@ function total(weights, scores) {
   return weight > 0 ? sum / weight : null;
 }
 
-// The mean of the values that are there; null if none is.
+/** Mean of the values, ignoring missing ones; null if there are none. */
 function mean(values) {
   const known = values.filter(value => value !== null && value !== undefined);
   return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
 }
 
-// Positions in the order best first; equal and missing totals keep the order in which they were drawn.
+/** Indices of the totals, best first. Equal totals keep their order; missing totals come last. */
 function ranking(totals) {
-  const worth = total => total === null ? -1 : total;
-  return totals.map((_, place) => place).sort((a, b) => worth(totals[b]) - worth(totals[a]) || a - b);
+  const sortKey = total => total === null ? -1 : total;
+  return totals.map((_, index) => index).sort((a, b) => sortKey(totals[b]) - sortKey(totals[a]) || a - b);
 }

@@ -1,4 +1,4 @@
-"""The Playground tab: a photo, a question and some models; what they answer, side by side, scored by the sliders."""
+"""The Playground tab: run several models on a photo and rank their answers with the reward sliders."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import re
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 from pydantic import SecretStr
 
+from inference.metering import AnswerFunction
 from inference.registry import MODELS, answer
 from inference.types import (
     LENGTHS,
@@ -26,378 +28,393 @@ from inference.types import (
     Request,
     RequestError,
 )
-from recipes import Recipe, render, save_picture, shrink
+from recipes import Recipe, jpeg_data_url, render, save_picture, shrink
 from rewards import REWARDS, RewardFunction
-from ui import files
 from ui.api import compare as api
-from ui.files import new_file, writing
-from ui.messages import refusal, warn
+from ui.events import PRIVATE, UNQUEUED
+from ui.files import download_on, new_file, writing
+from ui.messages import as_gradio_error, show_warning, user_error
 from ui.playground import reward_functions
-from ui.playground.compare import Ask, Comparison, compare, picture_url
-from ui.playground.grid import candidate_grid, grid_value
-from ui.playground.link import LINKED, PlaygroundSettings, link_js, read_link
-from ui.playground.metering import ComparisonMeter
+from ui.playground.compare import PICTURE_QUALITY, Candidate, Comparison, ComparisonMeter, compare
+from ui.playground.grid import candidate_grid, grid_snapshot
+from ui.playground.link import LINK_FIELDS, PlaygroundSettings, link_js, read_link
 from ui.playground.photo import photo_input, read_photo
-from ui.playground.picker import check_choice, choices
+from ui.playground.picker import check_models, choices
 from ui.playground.report import report
-from ui.playground.samples import SAMPLES, strip
+from ui.playground.samples import SAMPLES, sample_gallery
 from ui.services import AppServices, SharedComponents
 
-SHOWN_BY_BROWSERS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif")
+TAB = "Playground"
+BROWSER_FORMATS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif")  # that browsers can display
 
 
 @dataclass(frozen=True)
 class Session:
-    """What one browser tab has on its screen. Setting `cancel` stops its run."""
+    """The comparison that a browser tab displays.
 
-    run: str
+    Attributes:
+        run_id: Id of the comparison.
+        cancel: Set it to stop the models.
+        photo: Path of the photo.
+        settings: The settings of the comparison.
+        comparison: Its last snapshot, without pictures.
+    """
+
+    run_id: str
     cancel: threading.Event
     photo: str
-    setup: PlaygroundSettings
+    settings: PlaygroundSettings
     comparison: Comparison
 
 
 # ── Handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def open_page(services: AppServices, request: gr.Request) -> list[Any]:
-    """The page as its address wants it; what the address gets wrong is said and left at its default.
+def open_page(services: AppServices, request: gr.Request) -> dict[str, Any]:
+    """Return the values that the page's URL requests, by input name.
 
-    Where it names no models, the newest tuned model in service stands beside what it came from.
+    Invalid parameters keep their default and are listed in a warning. If the URL names no models, the newest enabled
+    tuned model is selected beside its base model.
     """
-    setup, problems = read_link(dict(request.query_params))
-    front = services.adapters.front()
-    if front and not request.query_params.get("models"):
-        setup = replace(setup, models=tuple(front))
+    settings, problems = read_link(dict(request.query_params))
+    tuned = services.adapters.newest_with_base()
+    if tuned and not request.query_params.get("models"):
+        settings = replace(settings, models=tuple(tuned))
     if problems:
-        warn(f"Not everything in this link could be used. {'; '.join(problems)}.", "Link")
-    prompt, length, reasoning = choose_skill(setup.skill, setup.prompt)
-    length["value"] = setup.length
-    return [
-        gr.HTML(value=list(setup.models), choices=choices()),
-        setup.skill,
-        prompt,
-        length,
-        setup.n,
-        setup.temperature,
-        setup.seed,
-        setup.photo,
-        reasoning,
-        *reward_functions.to_sliders(setup.reward),
-        gr.update(choices=reward_functions.names(services.store)),
-    ]
+        show_warning(f"Some parameters of this link are invalid and were ignored: {'; '.join(problems)}.", "Link")
+    prompt, length, reasoning = skill_changed(settings.skill, settings.prompt)
+    length["value"] = settings.length
+    return {
+        "models": gr.HTML(value=list(settings.models), choices=choices()),
+        "skill": settings.skill,
+        "prompt": prompt,
+        "length": length,
+        "n": settings.n,
+        "temperature": settings.temperature,
+        "seed": settings.seed,
+        "photo": settings.photo,
+        "reasoning": reasoning,
+        "sliders": reward_functions.to_sliders(settings.reward),
+        "saved": gr.update(choices=reward_functions.saved_names(services.store)),
+    }
 
 
-def choose_skill(name: str, prompt: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """How prompt, length and reasoning look for a skill. A prompt that is another skill's default is replaced."""
+def skill_changed(name: str, prompt: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return updates of prompt, length and reasoning for a skill. A default prompt is replaced by the skill's own."""
     skill = SKILLS[name]
-    ours = {other.default_prompt for other in SKILLS.values()} | {""}
-    if skill.prompt == "none" or (prompt in ours and skill.prompt == "optional"):
+    takes_prompt = skill.prompt != "none"
+    is_default = prompt in {"", *(other.default_prompt for other in SKILLS.values())}
+    if not takes_prompt or (is_default and skill.prompt == "optional"):
         prompt = ""
-    elif prompt in ours:
+    elif is_default:
         prompt = skill.default_prompt
-    wanted = skill.prompt != "none"
-    placeholder = skill.placeholder if wanted else f"{skill.title} needs no words"
+    placeholder = skill.placeholder if takes_prompt else f"{skill.title} takes no prompt"
     return (
-        gr.update(value=prompt, placeholder=placeholder, interactive=wanted),
+        gr.update(value=prompt, placeholder=placeholder, interactive=takes_prompt),
         gr.update(visible=name == "caption"),
         gr.update(visible=name == "query"),
     )
 
 
-def choose_sample(event: gr.EventData) -> str:
-    """The path of the sample photo that was clicked."""
+def sample_selected(event: gr.EventData) -> str:
+    """Return the path of the sample photo that was clicked."""
     sample = SAMPLES.get(str(event._data.get("file")) if isinstance(event._data, dict) else "")
     if sample is None:
-        raise refusal("There is no such sample photo. Reload the page.", "Sample photos")
+        raise user_error("Unknown sample photo. Reload the page.", "Sample photos")
     return str(sample.path)
 
 
-def check_photo(path: str | None) -> tuple[str | None, str]:
-    """What was uploaded, pasted or taken if it can be used, else nothing and a warning; and no sample's name.
+def photo_changed(path: str | None) -> tuple[str | None, str]:
+    """Validate an uploaded photo and deselect the sample; show a warning if the photo cannot be used.
 
-    What no browser can show (a TIFF, say) is turned into a PNG.
+    Returns:
+        Path of the photo, or None, and an empty sample name. A format that browsers cannot display, such as TIFF, is
+        converted to PNG.
     """
     if not path:
         return None, ""
     try:
-        pixels = read_photo(path)
-        if Path(path).suffix.lower() in SHOWN_BY_BROWSERS:
+        photo = read_photo(path)
+        if Path(path).suffix.lower() in BROWSER_FORMATS:
             return path, ""
         with writing():
-            shown = new_file(f"{Path(path).stem}.png")
-            save_picture(pixels, Recipe(), shown)
-            return str(shown), ""
+            converted = new_file(f"{Path(path).stem}.png")
+            save_picture(photo, Recipe(), converted)
+            return str(converted), ""
     except gr.Error as error:
         gr.Warning(error.message, title=error.title, duration=12)
         return None, ""
 
 
 def run(
-    photo: str | None,
-    names: list[str],
-    skill: str,
-    prompt: str,
-    length: str,
-    n: float,
-    temperature: float,
-    seed: float,
-    sample: str,
-    reasoning: bool = False,
-    key: str = "",
-    meter: ComparisonMeter | None = None,
-    visitor: str = "",
+    inputs: Mapping[str, Any], meter: ComparisonMeter | None = None, session_id: str = ""
 ) -> Iterator[tuple[dict[str, Any], Session, Any, Any]]:
-    """Asks the models; yields the grid, the session's state and the two buttons. gr.Error says what to mend.
+    """Run the selected models on the photo.
 
-    With a meter each model's call is recorded as one of `visitor`, a random name for the browser's tab. key: the
-    visitor's own, of Moondream; it is used for this run, and kept nowhere.
+    Args:
+        inputs: Values of the inputs, by name; see `_draw_inputs`.
+        meter: Records one usage event per model; None records none.
+        session_id: Random name of the browser session, for the usage events.
+
+    Yields:
+        Updates of the grid, the session state and the buttons Run and Cancel.
+
+    Raises:
+        gr.Error: An input is invalid.
     """
-    names = check_choice(names)
-    pixels = read_photo(photo)
-    request = ask(pixels, skill, prompt, length, n, temperature, seed, reasoning)
-    asking = asks_with(own_key(key))
-    sample = sample if sample in SAMPLES else ""
-    setup = PlaygroundSettings(
-        sample, tuple(names), skill, request.prompt, length, request.n, request.temperature, request.seed
+    names = check_models(inputs["models"])
+    photo = read_photo(inputs["upload"])
+    request = build_request(photo, inputs)
+    answer_model = answer_with_key(parse_key(inputs["key"]))
+    settings = PlaygroundSettings(
+        photo=inputs["photo"] if inputs["photo"] in SAMPLES else "",
+        models=tuple(names),
+        skill=request.skill,
+        prompt=request.prompt,
+        length=request.length,
+        n=request.n,
+        temperature=request.temperature,
+        seed=request.seed,
     )
-    view = {"src": picture_url(shrink(pixels)), "width": pixels.shape[1], "height": pixels.shape[0]}
-    session = Session(secrets.token_hex(8), threading.Event(), str(photo), setup, Comparison(skill))
-    asked = (names, request, session.cancel)
-    every = meter.compare(*asked, "playground", visitor, asking) if meter else compare(*asked, asking)
-    with closing(every) as snapshots:
+    preview = {
+        "src": jpeg_data_url(shrink(photo), PICTURE_QUALITY),
+        "width": photo.shape[1],
+        "height": photo.shape[0],
+    }
+    session = Session(
+        secrets.token_hex(8), threading.Event(), str(inputs["upload"]), settings, Comparison(request.skill)
+    )
+    if meter:
+        snapshots = meter.compare(names, request, session.cancel, "playground", session_id, answer_model)
+    else:
+        snapshots = compare(names, request, session.cancel, answer_model)
+    with closing(snapshots):
         for comparison in snapshots:
             session = replace(session, comparison=comparison.without_pictures())
-            going = comparison.status == "running"
-            grid = grid_value(comparison, session.run, view)
-            yield grid, session, gr.update(interactive=not going), gr.update(interactive=going)
+            running = comparison.status == "running"
+            grid = grid_snapshot(comparison, session.run_id, preview)
+            yield grid, session, gr.update(interactive=not running), gr.update(interactive=running)
 
 
-def ask(
-    photo: Any,
-    skill: str,
-    prompt: str | None,
-    length: str,
-    n: float,
-    temperature: float,
-    seed: float,
-    reasoning: bool = False,
-) -> Request:
-    """The request, checked; gr.Error says what to change."""
-    thinks = bool(reasoning) and skill == "query"
-    try:
-        return Request(photo, skill, prompt or "", length, n, temperature, seed, thinks)  # type: ignore[arg-type]
-    except RequestError as error:
-        raise refusal(str(error), "This cannot be asked") from None
+def build_request(photo: np.ndarray | None, inputs: Mapping[str, Any]) -> Request:
+    """Build the request from the inputs. Raises gr.Error if an input is invalid."""
+    with as_gradio_error(RequestError, title="Invalid input"):
+        return Request(
+            photo,  # type: ignore[arg-type]
+            inputs["skill"],
+            inputs["prompt"] or "",
+            inputs["length"],
+            inputs["n"],
+            inputs["temperature"],
+            inputs["seed"],
+            bool(inputs["reasoning"]) and inputs["skill"] == "query",
+        )
 
 
-def own_key(text: str | None) -> SecretStr | None:
-    """The visitor's key, checked; gr.Error, without it, where it cannot be one."""
+def parse_key(text: str | None) -> SecretStr | None:
+    """Validate the user's Moondream API key. Raises gr.Error, whose message does not contain the key."""
     text = (text or "").strip()
     if not text:
         return None
     if not re.fullmatch(r"[!-~]{1,500}", text):
-        raise refusal("The key has characters that no key has. Copy it again.", "Your own Moondream key")
+        raise user_error("The key contains invalid characters. Copy it again.", "Moondream API key")
     return SecretStr(text)
 
 
-def asks_with(key: SecretStr | None) -> Ask:
-    """What asks a model, with the visitor's key where it takes one."""
+def answer_with_key(key: SecretStr | None) -> AnswerFunction:
+    """Return `inference.registry.answer` with the user's key for the models that need one."""
 
-    def asked(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
-        entry = MODELS.get(name)
-        return answer(entry.with_key(key) if entry else name, request, cancel)
+    def answer_model(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
+        spec = MODELS.get(name)
+        return answer(spec.with_key(key) if spec else name, request, cancel)
 
-    return asked
+    return answer_model
 
 
-def choose_key(text: str | None) -> dict[str, Any]:
-    """The picker, in which a key makes more models choosable."""
-    return gr.HTML(choices=choices(key=own_key(text)))  # type: ignore[return-value]
+def key_changed(text: str | None) -> dict[str, Any]:
+    """Update the model picker: with a key, more models are available."""
+    return gr.HTML(choices=choices(key=parse_key(text)))  # type: ignore[return-value]
 
 
 def cancel(session: Session | None) -> None:
-    """Stops this session's run: its models at their next token."""
+    """Cancel the session's comparison; its models stop at their next token."""
     if session:
         session.cancel.set()
 
 
-def full_picture(session: Session | None, event: gr.EventData) -> str:
-    """The path of a candidate's picture in full size, with its recipe in the file's metadata."""
-    card = _card(session, event._data)
-    if session is None or card is None or card.recipe is None:
-        raise refusal("That candidate is no longer here. Run again.", "Download")
-    picture = render(read_photo(session.photo), card.recipe)
+def render_full_size(session: Session | None, event: gr.EventData) -> str:
+    """Render a candidate's picture in full size, with the recipe in the file's metadata, and return its path."""
+    candidate = _find_candidate(session, event._data)
+    if session is None or candidate is None or candidate.recipe is None:
+        raise user_error("The candidate is no longer available. Run again.", "Download")
+    picture = render(read_photo(session.photo), candidate.recipe)
     with writing():
-        path = new_file(f"{Path(session.photo).stem}-{session.setup.seed + card.index}.jpg")
-        save_picture(picture, card.recipe, path)
+        path = new_file(f"{Path(session.photo).stem}-{session.settings.seed + candidate.index}.jpg")
+        save_picture(picture, candidate.recipe, path)
     return str(path)
 
 
-def json_report(session: Session | None, *weights: float) -> str:
-    """The path of a JSON file with the settings, the answers, the scores and the rankings of what is on the screen."""
+def write_report(session: Session | None, *weights: float) -> str:
+    """Write settings, answers, scores and totals of the displayed comparison to a JSON file and return its path."""
     if session is None:
-        raise refusal("There is nothing to report yet. Run first.", "Report")
-    words = json.dumps(report(session.setup, session.comparison, reward(weights)), indent=2)
+        raise user_error("There is no comparison yet. Run one first.", "Report")
+    reward = RewardFunction(dict(zip(REWARDS, weights, strict=True))) if any(weights) else None
+    content = json.dumps(report(session.settings, session.comparison, reward), indent=2)
     with writing():
         path = new_file("report.json")
-        path.write_text(words + "\n", encoding="utf-8")
+        path.write_text(content + "\n", encoding="utf-8")
     return str(path)
 
 
-def reward(weights: tuple[float, ...]) -> RewardFunction | None:
-    """The sliders as a reward function; None when all are at zero."""
-    return RewardFunction(dict(zip(REWARDS, weights, strict=True))) if any(weights) else None
-
-
-def _card(session: Session | None, wanted: Any) -> Any:
-    if session is None or not isinstance(wanted, dict):
+def _find_candidate(session: Session | None, key: Any) -> Candidate | None:
+    if session is None or not isinstance(key, dict):
         return None
     for column in session.comparison.columns:
-        for card in column.cards:
-            if (column.name, card.index) == (wanted.get("model"), wanted.get("index")):
-                return card
+        for candidate in column.candidates:
+            if (column.name, candidate.index) == (key.get("model"), key.get("index")):
+                return candidate
     return None
 
 
 # ── Layout ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-WEIGHTS_JS = """(...weights) => {
-  const named = Object.fromEntries(NAMES.map((name, place) => [name, weights[place]]));
-  document.dispatchEvent(new CustomEvent('playground-weights', {detail: named}));
+# Sends the weights to grid.js.
+WEIGHTS_JS = f"""(...weights) => {{
+  const detail = Object.fromEntries({json.dumps(list(REWARDS))}.map((name, index) => [name, weights[index]]));
+  document.dispatchEvent(new CustomEvent('playground-weights', {{detail}}));
   return [];
-}""".replace("NAMES", json.dumps(list(REWARDS)))
-SKILL_JS = (
-    "skill => { document.querySelector('#results').dataset.skill = skill; return []; }"  # rewards are for recipes
-)
-# Tells programs that drive the page that its address has been applied: what they set before would be overwritten.
+}}"""
+# Lets style.css hide the sliders for skills that are not scored.
+SKILL_JS = "skill => { document.querySelector('#results').dataset.skill = skill; return []; }"
+# Marks that the URL has been applied: inputs that a browser test sets earlier would be overwritten.
 OPENED_JS = "() => { document.body.dataset.opened = 'yes'; return []; }"
-# A click, for a tab that is chosen by an update tells nobody.
-TO_FINE_TUNE_JS = """() => {
+# Clicks the tab, because selecting it by an update triggers no `select` event.
+OPEN_FINE_TUNE_JS = """() => {
   [...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.trim() === 'Fine-tune').click();
   scrollTo({top: 0});
   return [];
 }"""
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-QUICK: dict[str, Any] = {"queue": False, **PRIVATE}
+RANDOM_SEED_JS = "() => Math.floor(Math.random() * 10000)"
+RESET_LABEL_JS = "() => new Promise(resolve => setTimeout(resolve, 1500, 'Copy link'))"
 
 
 def build(services: AppServices, shared_components: SharedComponents) -> None:
-    """The tab: on the left what is asked, on the right what comes back."""
+    """Build the tab: the inputs on the left, the results on the right."""
     sliders = shared_components.sliders
     session = gr.State(None, time_to_live=6 * 3600)
-    delivery = gr.File(visible=False)
-
-    def deliver(event: Any, handler: Any, inputs: list[Any]) -> None:
-        files.deliver(event, handler, inputs, delivery)
-
+    download = gr.File(visible=False)
     with gr.Row(elem_id="playground"):
-        with gr.Column(elem_id="ask", min_width=320, scale=1):
-            asked, another, start, stop = _question(shared_components.picker)
+        with gr.Column(elem_id="inputs", min_width=320, scale=1):
+            inputs = _draw_inputs(shared_components.picker)
+            with gr.Row(elem_id="run-actions"):
+                run_button = gr.Button("Run", variant="primary", elem_id="run", min_width=120)
+                cancel_button = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel", min_width=120)
         with gr.Column(elem_id="results", min_width=320, scale=3):
             with gr.Row(elem_id="weights"):
                 for slider in sliders:
                     slider.render()
-            saved = reward_functions.build(services.store, sliders, deliver)
+            saved = reward_functions.build(services.store, sliders, download)
             grid = candidate_grid()
-            with gr.Row(elem_id="outcome"):
-                teach = gr.Button("Teach a model this reward", size="sm", elem_id="teach", min_width=120)
-                link = gr.Button("Copy link", size="sm", elem_id="copy-link", min_width=120)
-                reporting = gr.Button("Report (JSON)", size="sm", elem_id="report", min_width=120)
+            with gr.Row(elem_id="result-actions"):
+                fine_tune = gr.Button(
+                    "Fine-tune with this reward", size="sm", elem_id="fine-tune-reward", min_width=120
+                )
+                copy_link = gr.Button("Copy link", size="sm", elem_id="copy-link", min_width=120)
+                report_button = gr.Button("Download report", size="sm", elem_id="report", min_width=120)
     api.build(services)
 
-    photo, picker, skill, prompt, length, n, temperature, seed, sample, reasoning, key = asked
+    # Opening the page. Queued, because only queued events can show a warning.
+    outputs = {name: component for name, component in inputs.items() if name not in ("upload", "key")}
 
-    def opened(request: gr.Request) -> list[Any]:
-        return open_page(services, request)
+    def page_opened(request: gr.Request) -> dict[Any, Any]:
+        values = open_page(services, request)
+        updates = {outputs[name]: values[name] for name in outputs}
+        return updates | dict(zip(sliders, values["sliders"], strict=True)) | {saved: values["saved"]}
 
-    # Queued: only those events can show a warning.
-    arrival = gr.on(None, opened, None, [*asked[1:-1], *sliders, saved], **PRIVATE)
-    arrival.then(None, None, None, js=OPENED_JS, **PRIVATE)
-    sample.choose(choose_sample, None, photo, **QUICK)
-    photo.input(check_photo, photo, [photo, sample], **PRIVATE)
-    skill.input(choose_skill, [skill, prompt], [prompt, length, reasoning], **QUICK)
-    key.blur(choose_key, key, picker, **QUICK)
-    key.submit(choose_key, key, picker, **QUICK)
+    opened = gr.on(None, page_opened, None, [*outputs.values(), *sliders, saved], **PRIVATE)
+    opened.then(None, None, None, js=OPENED_JS, **PRIVATE)
+
+    # Inputs
+    upload, photo, skill, key = inputs["upload"], inputs["photo"], inputs["skill"], inputs["key"]
+    photo.choose(sample_selected, None, upload, **UNQUEUED)
+    upload.input(photo_changed, upload, [upload, photo], **PRIVATE)
+    skill.input(
+        skill_changed,
+        [skill, inputs["prompt"]],
+        [inputs["prompt"], inputs["length"], inputs["reasoning"]],
+        **UNQUEUED,
+    )
     skill.change(None, skill, None, js=SKILL_JS, **PRIVATE)
-    another.click(None, None, seed, js="() => Math.floor(Math.random() * 10000)", **PRIVATE)
+    gr.on([key.blur, key.submit], key_changed, key, inputs["models"], **UNQUEUED)
 
-    def started(
-        photo: str | None,
-        names: list[str],
-        skill: str,
-        prompt: str,
-        length: str,
-        n: float,
-        temperature: float,
-        seed: float,
-        sample: str,
-        reasoning: bool,
-        key: str,
-        request: gr.Request,
-    ) -> Iterator[Any]:
-        asked = (photo, names, skill, prompt, length, n, temperature, seed, sample, reasoning, key)
-        yield from run(*asked, services.meter, request.session_hash or "")
+    # Running
+    def run_clicked(values: dict[Any, Any], request: gr.Request) -> Iterator[Any]:
+        named = {name: values[component] for name, component in inputs.items()}
+        yield from run(named, services.meter, request.session_hash or "")
 
-    start.click(started, asked, [grid, session, start, stop], concurrency_limit=32, **PRIVATE)
-    stop.click(cancel, session, None, **QUICK)
+    run_button.click(
+        run_clicked,
+        set(inputs.values()),
+        [grid, session, run_button, cancel_button],
+        concurrency_limit=32,
+        **PRIVATE,
+    )
+    cancel_button.click(cancel, session, None, **UNQUEUED)
+
+    # Results
     gr.on([slider.change for slider in sliders], None, sliders, None, js=WEIGHTS_JS, **PRIVATE)
-    deliver(grid.download, full_picture, [session])
-    deliver(reporting.click, json_report, [session, *sliders])
-    teach.click(None, None, None, js=TO_FINE_TUNE_JS, **PRIVATE)
+    download_on(grid.download, render_full_size, [session], download)
+    download_on(report_button.click, write_report, [session, *sliders], download)
+    fine_tune.click(None, None, None, js=OPEN_FINE_TUNE_JS, **PRIVATE)
 
-    linked = [asked[ASKED.index(name)] for name in LINKED] + sliders
-    changes = [sample.choose, picker.choose, seed.change, start.click]
-    changes += [part.input for part in (skill, prompt, length, n, temperature, *sliders)]
-    for change in changes:
-        change(None, linked, None, js=link_js(list(REWARDS), now=False), **PRIVATE)
-    copied = link.click(None, linked, link, js=link_js(list(REWARDS), now=True), **PRIVATE)
-    copied.then(None, None, link, js="() => new Promise(then => setTimeout(then, 1500, 'Copy link'))", **PRIVATE)
-
-
-ASKED = ("upload", "models", "skill", "prompt", "length", "n", "temperature", "seed", "photo", "reasoning", "key")
+    # Link
+    link_values = [*(inputs[name] for name in LINK_FIELDS), *sliders]
+    changes = [photo.choose, inputs["models"].choose, inputs["seed"].change, run_button.click]
+    changes += [inputs[name].input for name in ("skill", "prompt", "length", "n", "temperature")]
+    changes += [slider.input for slider in sliders]
+    gr.on(changes, None, link_values, None, js=link_js(copy=False), **PRIVATE)
+    copied = copy_link.click(None, link_values, copy_link, js=link_js(copy=True), **PRIVATE)
+    copied.then(None, None, copy_link, js=RESET_LABEL_JS, **PRIVATE)
 
 
-def _question(picker: gr.HTML) -> tuple[list[Any], gr.Button, gr.Button, gr.Button]:
-    """The left column: the parts in the order of ASKED, then the buttons for a new seed, to run and to cancel."""
+def _draw_inputs(picker: gr.HTML) -> dict[str, Any]:
+    """Draw the inputs. They are named like the fields of PlaygroundSettings, and `upload`, `reasoning` and `key`."""
     default = PlaygroundSettings()
-    photo = photo_input(label="Photo", height=240, elem_id="photo")
-    sample = strip()
-    skills = [(skill.title, name) for name, skill in SKILLS.items()]
-    skill = gr.Radio(skills, value=default.skill, label="Skill", elem_id="skill")
-    placeholder = SKILLS[default.skill].placeholder
-    prompt = gr.Textbox(label="Prompt", lines=2, max_lines=6, placeholder=placeholder, elem_id="prompt")
-    length = gr.Radio(list(LENGTHS), value=default.length, label="Length", visible=False, elem_id="length")
-    reasoning = gr.Checkbox(
-        False, label="Think first", info="Hosted models only.", visible=False, container=False, elem_id="reasoning"
+    inputs: dict[str, Any] = {"models": picker}
+    inputs["upload"] = photo_input(label="Photo", height=240, elem_id="photo")
+    inputs["photo"] = sample_gallery()
+    inputs["skill"] = gr.Radio(
+        [(skill.title, name) for name, skill in SKILLS.items()], value=default.skill, label="Skill", elem_id="skill"
+    )
+    inputs["prompt"] = gr.Textbox(
+        label="Prompt", lines=2, max_lines=6, placeholder=SKILLS[default.skill].placeholder, elem_id="prompt"
+    )
+    inputs["length"] = gr.Radio(list(LENGTHS), value=default.length, label="Length", visible=False, elem_id="length")
+    inputs["reasoning"] = gr.Checkbox(
+        False, label="Reasoning", info="Hosted models only.", visible=False, container=False, elem_id="reasoning"
     )
     picker.render()
-    key = _key_field()
-    with gr.Row(elem_classes="knobs"):
-        settings: dict[str, Any] = {"min_width": 120, "buttons": []}
-        n = gr.Slider(1, MAX_CANDIDATES, default.n, step=1, precision=0, label="Candidates", elem_id="n", **settings)
-        temperature = gr.Slider(
-            0, MAX_TEMPERATURE, default.temperature, step=0.1, label="Temperature", elem_id="temperature", **settings
-        )
-    with gr.Row(elem_classes="knobs"):
-        seed = gr.Number(
-            default.seed, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, elem_id="seed"
-        )
-        another = gr.Button("New seed", size="sm", min_width=90, elem_id="new-seed")
-    with gr.Row(elem_id="actions"):
-        start = gr.Button("Run", variant="primary", elem_id="run", min_width=120)
-        stop = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel", min_width=120)
-    asked = [photo, picker, skill, prompt, length, n, temperature, seed, sample, reasoning, key]
-    return asked, another, start, stop
-
-
-def _key_field() -> gr.Textbox:
-    with gr.Accordion("Your own Moondream key", open=False, elem_id="own-key"):
-        return gr.Textbox(
-            label="Key",
+    with gr.Accordion("Moondream API key", open=False, elem_id="api-key"):
+        inputs["key"] = gr.Textbox(
+            label="API key",
             type="password",
             max_lines=1,
-            info="For Moondream Cloud's models, on your account. It stays in this page, and is gone when you close it.",
+            info="For Moondream Cloud models, billed to your account. Kept in this page only, until you close it.",
             html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
             elem_id="key",
         )
+    with gr.Row(elem_classes="settings-row"):
+        slider: dict[str, Any] = {"min_width": 120, "buttons": []}
+        inputs["n"] = gr.Slider(
+            1, MAX_CANDIDATES, default.n, step=1, precision=0, label="Candidates", elem_id="n", **slider
+        )
+        inputs["temperature"] = gr.Slider(
+            0, MAX_TEMPERATURE, default.temperature, step=0.1, label="Temperature", elem_id="temperature", **slider
+        )
+    with gr.Row(elem_classes="settings-row"):
+        inputs["seed"] = gr.Number(
+            default.seed, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, elem_id="seed"
+        )
+        new_seed = gr.Button("New seed", size="sm", min_width=90, elem_id="new-seed")
+        new_seed.click(None, None, inputs["seed"], js=RANDOM_SEED_JS, **PRIVATE)
+    return inputs

@@ -1,9 +1,10 @@
-"""The page's handlers as plain functions: choices, requests, downloads, reports, saved reward functions."""
+"""Tests of the Playground's handlers: model selection, requests, downloads, reports and saved reward functions."""
 
 from __future__ import annotations
 
 import json
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import gradio as gr
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from inference.availability import unavailable
 from inference.registry import MODELS
 from inference.types import SKILLS, Request
 from recipes import read_recipe
@@ -19,9 +21,9 @@ from storage.reward_functions import RewardFunctionStore
 from ui.playground import reward_functions
 from ui.playground import tab as playground
 from ui.playground.compare import Comparison, compare
-from ui.playground.grid import GRID_HTML, grid_value
+from ui.playground.grid import GRID_HTML, grid_snapshot
 from ui.playground.link import PlaygroundSettings
-from ui.playground.picker import check_choice, choices
+from ui.playground.picker import check_models, choices
 from ui.playground.report import report
 
 HERE = Path(playground.__file__).parent
@@ -34,69 +36,78 @@ def store(tmp_path: Path) -> RewardFunctionStore:
 
 
 @pytest.fixture
-def session(photo: np.ndarray, tmp_path: Path, fakes: None) -> playground.Session:
-    """A session that has just run the model one."""
+def session(photo: np.ndarray, tmp_path: Path, fake_models: None) -> playground.Session:
+    """Create a session that displays a finished comparison of the model one."""
     path = tmp_path / "my photo.png"
     Image.fromarray(photo).save(path)
-    *_, last = compare(["one"], Request(photo, "recipe", n=3, seed=5), threading.Event(), every=0.0)
-    setup = PlaygroundSettings(models=("one",), n=3, seed=5)
-    return playground.Session("run", threading.Event(), str(path), setup, last.without_pictures())
+    *_, last = compare(["one"], Request(photo, "recipe", n=3, seed=5), threading.Event(), interval=0.0)
+    settings = PlaygroundSettings(models=("one",), n=3, seed=5)
+    return playground.Session("run", threading.Event(), str(path), settings, last.without_pictures())
 
 
-class Clicked(gr.EventData):
+def inputs(**changes: object) -> dict[str, object]:
+    """Values of the Playground's inputs: the defaults without a photo, and the changes."""
+    settings = asdict(PlaygroundSettings()) | {"models": ["one"], "upload": None, "reasoning": False, "key": ""}
+    return settings | changes
+
+
+class ClickEvent(gr.EventData):
+    """The event of a click, with its data."""
+
     def __init__(self, data: object) -> None:
         super().__init__(None, data)
 
 
 @pytest.mark.parametrize("template", ["grid.html", "picker.html"])
-def test_templates_have_no_place_for_values(template: str) -> None:
-    """Gradio would run `${...}` in a value as JavaScript, and Handlebars would compile it."""
+def test_templates_have_no_placeholders(template: str) -> None:
+    """Gradio would execute `${...}` in a value as JavaScript, and Handlebars would compile `{{...}}`."""
     text = (HERE / template).read_text()
     assert not any(mark in text for mark in ("{{", "${", "`"))
 
 
-def test_the_grid_template_is_the_file() -> None:
+def test_grid_template_is_read_unchanged() -> None:
     assert (HERE / "grid.html").read_text() == GRID_HTML
 
 
-@pytest.mark.usefixtures("fakes")
-def test_the_picker_offers_every_model_with_its_reason() -> None:
+@pytest.mark.usefixtures("fake_models")
+def test_picker_lists_every_model_and_why_it_is_unavailable() -> None:
     offered = {choice["name"]: choice for choice in choices()}
     assert list(offered) == list(MODELS)
     assert offered["one"]["reason"] == ""
-    assert all(choice["reason"] == (MODELS[name].unavailable() or "") for name, choice in offered.items())
+    assert all(choice["reason"] == (unavailable(MODELS[name]) or "") for name, choice in offered.items())
 
 
 @pytest.mark.parametrize("names", [None, [], "one", [1], ["gpt"], [HOSTILE], ["moondream-tiny"] * 0, list("abcde")])
-def test_a_wrong_choice_of_models_is_refused_in_words(names: object) -> None:
-    with pytest.raises(gr.Error) as refused:
-        check_choice(names)
-    assert "<" not in refused.value.message
+def test_invalid_model_selection_raises_an_escaped_message(names: object) -> None:
+    with pytest.raises(gr.Error) as raised:
+        check_models(names)
+    assert "<" not in raised.value.message
 
 
-@pytest.mark.usefixtures("fakes")
-def test_models_are_asked_once_and_in_order() -> None:
-    assert check_choice(["two", "one", "two"]) == ["one", "two"]
+@pytest.mark.usefixtures("fake_models")
+def test_selected_models_are_deduplicated_and_ordered() -> None:
+    assert check_models(["two", "one", "two"]) == ["one", "two"]
 
 
 @pytest.mark.parametrize("skill", SKILLS)
-def test_the_prompt_follows_the_skill(skill: str) -> None:
-    prompt, length, reasoning = playground.choose_skill(skill, "")
+def test_prompt_length_and_reasoning_follow_the_skill(skill: str) -> None:
+    prompt, length, reasoning = playground.skill_changed(skill, "")
     assert reasoning["visible"] == (skill == "query")
     assert prompt["interactive"] == (SKILLS[skill].prompt != "none")
     assert prompt["value"] == (SKILLS[skill].default_prompt if SKILLS[skill].prompt == "required" else "")
     assert length["visible"] == (skill == "caption")
 
 
-def test_a_persons_own_prompt_survives_a_change_of_skill() -> None:
-    assert playground.choose_skill("detect", "my cup")[0]["value"] == "my cup"
+def test_custom_prompt_survives_a_change_of_skill() -> None:
+    assert playground.skill_changed("detect", "my cup")[0]["value"] == "my cup"
     assert (
-        playground.choose_skill("detect", SKILLS["point"].default_prompt)[0]["value"] == SKILLS["detect"].default_prompt
+        playground.skill_changed("detect", SKILLS["point"].default_prompt)[0]["value"]
+        == SKILLS["detect"].default_prompt
     )
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"prompt": "x" * 100_000}, "2,000"),
         ({"skill": "query", "prompt": "\x00\u202e"}, "needs a prompt"),
@@ -107,99 +118,99 @@ def test_a_persons_own_prompt_survives_a_change_of_skill() -> None:
         ({"photo": None}, "photo"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_in_words(photo: np.ndarray, changes: dict[str, object], words: str) -> None:
-    asked = {"photo": photo, "skill": "recipe", "prompt": "", "length": "normal", "n": 2, "temperature": 1.0, "seed": 1}
-    with pytest.raises(gr.Error, match=words) as refused:
-        playground.ask(**(asked | changes))  # type: ignore[arg-type]
-    assert "<img" not in refused.value.message
+def test_invalid_input_raises_an_escaped_message(photo: np.ndarray, changes: dict[str, object], message: str) -> None:
+    values = {"photo": photo} | changes
+    with pytest.raises(gr.Error, match=message) as raised:
+        playground.build_request(values.pop("photo"), inputs(**values))  # type: ignore[arg-type]
+    assert "<img" not in raised.value.message
 
 
-def test_a_sample_is_chosen_by_its_name_only() -> None:
-    assert Path(playground.choose_sample(Clicked({"file": "chelsea.jpg"}))).name == "chelsea.jpg"
-    for wrong in ({"file": "../../etc/passwd"}, {"file": None}, {}, None, "chelsea.jpg"):
+def test_sample_is_selected_by_file_name_only() -> None:
+    assert Path(playground.sample_selected(ClickEvent({"file": "chelsea.jpg"}))).name == "chelsea.jpg"
+    for invalid in ({"file": "../../etc/passwd"}, {"file": None}, {}, None, "chelsea.jpg"):
         with pytest.raises(gr.Error):
-            playground.choose_sample(Clicked(wrong))
+            playground.sample_selected(ClickEvent(invalid))
 
 
-def test_the_download_is_the_card_in_full_size(session: playground.Session) -> None:
-    card = session.comparison.columns[0].cards[1]
-    path = playground.full_picture(session, Clicked({"model": "one", "index": 1}))
-    assert read_recipe(path) == card.recipe
-    for wrong in ({"model": "two", "index": 1}, {"model": "one", "index": 7}, None, {}):
+def test_download_has_the_candidates_recipe(session: playground.Session) -> None:
+    candidate = session.comparison.columns[0].candidates[1]
+    path = playground.render_full_size(session, ClickEvent({"model": "one", "index": 1}))
+    assert read_recipe(path) == candidate.recipe
+    for invalid in ({"model": "two", "index": 1}, {"model": "one", "index": 7}, None, {}):
         with pytest.raises(gr.Error):
-            playground.full_picture(session, Clicked(wrong))
+            playground.render_full_size(session, ClickEvent(invalid))
     with pytest.raises(gr.Error):
-        playground.full_picture(None, Clicked({"model": "one", "index": 1}))
+        playground.render_full_size(None, ClickEvent({"model": "one", "index": 1}))
 
 
-def test_a_download_for_which_there_is_no_room_is_refused_in_words(
+def test_unwritable_download_raises_a_message(
     session: playground.Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr("ui.files.get_upload_folder", lambda: str(tmp_path / "file"))
     for attempt in (
-        lambda: playground.full_picture(session, Clicked({"model": "one", "index": 1})),
-        lambda: playground.json_report(session, 1.0, 1.0, 1.0),
-        lambda: reward_functions.write_file("mine", 1.0, 1.0, 1.0),
+        lambda: playground.render_full_size(session, ClickEvent({"model": "one", "index": 1})),
+        lambda: playground.write_report(session, 1.0, 1.0, 1.0),
+        lambda: reward_functions.export_file("mine", 1.0, 1.0, 1.0),
     ):
         with pytest.raises(gr.Error, match="could not be written"):
             attempt()
 
 
-def test_the_report_tells_settings_answers_and_totals(session: playground.Session) -> None:
+def test_report_has_settings_answers_and_totals(session: playground.Session) -> None:
     function = RewardFunction({"sharpness": 0.5, "colour": 1.0})
-    told = json.loads(json.dumps(report(session.setup, session.comparison, function)))
-    cards = session.comparison.columns[0].cards
-    assert told["settings"]["seed"] == 5 and told["reward"] == {"sharpness": 0.5, "colour": 1.0}
-    assert [one["recipe"] for one in told["models"][0]["candidates"]] == [str(card.recipe) for card in cards]
-    assert [one["total"] for one in told["models"][0]["candidates"]] == [function.total(card.scores) for card in cards]
+    result = json.loads(json.dumps(report(session.settings, session.comparison, function)))
+    reported, candidates = result["models"][0]["candidates"], session.comparison.columns[0].candidates
+    assert result["settings"]["seed"] == 5 and result["reward"] == {"sharpness": 0.5, "colour": 1.0}
+    assert [entry["recipe"] for entry in reported] == [str(candidate.recipe) for candidate in candidates]
+    assert [entry["total"] for entry in reported] == [function.total(candidate.scores) for candidate in candidates]
 
 
-def test_a_report_with_all_sliders_at_zero_has_no_totals(session: playground.Session) -> None:
-    told = json.loads(Path(playground.json_report(session, *[0.0] * len(REWARDS))).read_text())
-    assert told["reward"] is None and told["models"][0]["mean_total"] is None
+def test_report_with_all_sliders_at_zero_has_no_totals(session: playground.Session) -> None:
+    result = json.loads(Path(playground.write_report(session, *[0.0] * len(REWARDS))).read_text())
+    assert result["reward"] is None and result["models"][0]["mean_total"] is None
     with pytest.raises(gr.Error):
-        playground.json_report(None, *[1.0] * len(REWARDS))
+        playground.write_report(None, *[1.0] * len(REWARDS))
 
 
-def test_the_grids_value_is_plain_json(session: playground.Session) -> None:
-    value = grid_value(session.comparison, "run", {"src": "", "width": 4, "height": 3})
-    assert json.loads(json.dumps(value)) == value
-    assert value["rewards"] == list(REWARDS)
+def test_grid_snapshot_is_plain_json(session: playground.Session) -> None:
+    snapshot = grid_snapshot(session.comparison, "run", {"src": "", "width": 4, "height": 3})
+    assert json.loads(json.dumps(snapshot)) == snapshot
+    assert snapshot["rewards"] == list(REWARDS)
 
 
-def test_leaving_the_page_stops_its_run(session: playground.Session) -> None:
-    """Gradio closes the generator when a tab is closed or reloaded."""
-    run = playground.run(session.photo, ["slow"], "recipe", "", "normal", 2, 1.0, 1, "")
-    _, begun, *_ = next(run)
-    assert not begun.cancel.is_set()
+def test_closing_the_page_stops_its_run(session: playground.Session) -> None:
+    """Gradio closes the generator when the page is closed or reloaded."""
+    run = playground.run(inputs(upload=session.photo, models=["slow"], n=2))
+    _, started, *_ = next(run)
+    assert not started.cancel.is_set()
     run.close()  # type: ignore[attr-defined]
-    assert begun.cancel.is_set()
+    assert started.cancel.is_set()
 
 
-def test_cancel_sets_the_sessions_event(session: playground.Session) -> None:
+def test_cancel_sets_the_event_of_the_session(session: playground.Session) -> None:
     playground.cancel(None)
     playground.cancel(session)
     assert session.cancel.is_set()
 
 
-def test_a_comparison_without_columns_is_an_empty_grid() -> None:
-    assert grid_value(Comparison("recipe"), "run", {})["columns"] == []
+def test_comparison_without_columns_is_an_empty_grid() -> None:
+    assert grid_snapshot(Comparison("recipe"), "run", {})["columns"] == []
 
 
 # ── Saved reward functions ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
-def quiet(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the page says beside the handlers' results."""
-    said: list[str] = []
+def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect the notes and warnings that handlers show."""
+    shown: list[str] = []
     for kind in ("Info", "Warning"):
-        monkeypatch.setattr(gr, kind, lambda message, **settings: said.append(message))
-    return said
+        monkeypatch.setattr(gr, kind, lambda message, **settings: shown.append(message))
+    return shown
 
 
-def test_saving_loading_renaming_and_deleting(store: RewardFunctionStore, quiet: list[str]) -> None:
+def test_reward_function_is_saved_loaded_renamed_and_deleted(store: RewardFunctionStore, messages: list[str]) -> None:
     weights = (0.25, 0.0, 1.0)
     assert reward_functions.save(store, None, " mine ", *weights)["value"] == "mine"
     assert reward_functions.load(store, "mine") == [*weights, "mine"]
@@ -209,51 +220,51 @@ def test_saving_loading_renaming_and_deleting(store: RewardFunctionStore, quiet:
     assert reward_functions.load(store, "mine")[:3] == [1.0, 1.0, 1.0]
     assert reward_functions.rename(store, "mine", "ours")["choices"] == ["ours"]
     assert reward_functions.delete(store, "ours")[0]["choices"] == []
-    for lost in (lambda: reward_functions.load(store, "ours"), lambda: reward_functions.delete(store, "ours")):
+    for action in (lambda: reward_functions.load(store, "ours"), lambda: reward_functions.delete(store, "ours")):
         with pytest.raises(gr.Error, match="no reward function"):
-            lost()
+            action()
 
 
 @pytest.mark.parametrize("name", ["", None, "x" * 200, "a\x00b"])
-def test_a_name_that_cannot_be_kept_is_refused(store: RewardFunctionStore, name: str | None) -> None:
+def test_invalid_name_is_refused(store: RewardFunctionStore, name: str | None) -> None:
     with pytest.raises(gr.Error, match=r"[Nn]ame"):
         reward_functions.save(store, None, name, 1.0, 1.0, 1.0)
 
 
-def test_what_the_store_says_is_escaped(store: RewardFunctionStore) -> None:
-    with pytest.raises(gr.Error) as refused:
+def test_store_messages_are_escaped(store: RewardFunctionStore) -> None:
+    with pytest.raises(gr.Error) as raised:
         reward_functions.load(store, HOSTILE)
-    assert "&lt;img" in refused.value.message and "<img" not in refused.value.message
+    assert "&lt;img" in raised.value.message and "<img" not in raised.value.message
 
 
 def test_sliders_at_zero_cannot_be_saved_or_exported(store: RewardFunctionStore) -> None:
     for attempt in (
         lambda: reward_functions.save(store, None, "x", 0, 0, 0),
-        lambda: reward_functions.write_file("x", 0, 0, 0),
+        lambda: reward_functions.export_file("x", 0, 0, 0),
     ):
         with pytest.raises(gr.Error, match="zero"):
             attempt()
 
 
-def test_a_damaged_store_leaves_the_page_alone(tmp_path: Path, quiet: list[str]) -> None:
+def test_damaged_store_shows_a_warning_and_no_names(tmp_path: Path, messages: list[str]) -> None:
     (tmp_path / "bad.sqlite3").write_bytes(b"no database" * 100)
     damaged = RewardFunctionStore(f"sqlite:///{tmp_path / 'bad.sqlite3'}")
-    assert reward_functions.names(damaged) == []
-    assert "damaged" in quiet[0]
+    assert reward_functions.saved_names(damaged) == []
+    assert "damaged" in messages[0]
     with pytest.raises(gr.Error, match="damaged"):
         reward_functions.save(damaged, None, "x", 1.0, 1.0, 1.0)
 
 
-def test_a_file_there_and_back() -> None:
-    path = reward_functions.write_file("../../my file", 0.5, 0.0, 0.25)
+def test_exported_file_can_be_imported() -> None:
+    path = reward_functions.export_file("../../my file", 0.5, 0.0, 0.25)
     assert json.loads(Path(path).read_text()) == {"sharpness": 0.5, "creativity": 0.25}
-    assert reward_functions.read_file(path)[:3] == [0.5, 0.0, 0.25]
+    assert reward_functions.import_file(path)[:3] == [0.5, 0.0, 0.25]
     assert ".." not in Path(path).name
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"beauty": 1}', b'{"sharpness": NaN}', b"{" * 50_000])
-def test_a_file_without_a_reward_function_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_file_without_a_reward_function_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(gr.Error) as refused:
-        reward_functions.read_file(str(tmp_path / "x.json"))
-    assert "Traceback" not in refused.value.message
+    with pytest.raises(gr.Error) as raised:
+        reward_functions.import_file(str(tmp_path / "x.json"))
+    assert "Traceback" not in raised.value.message

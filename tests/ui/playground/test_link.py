@@ -1,4 +1,4 @@
-"""The page's address: everything in it is checked, and nothing in it breaks the page."""
+"""Tests of the page's URL: parameters are validated, and no URL breaks the page."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from hypothesis import strategies as st
 from inference.registry import MODELS
 from inference.types import LENGTHS, MAX_PROMPT, SKILLS
 from rewards import REWARDS, RewardFunction
-from ui.playground.link import LINKED, PlaygroundSettings, link_js, read_link
+from ui.playground.link import LINK_FIELDS, PlaygroundSettings, link_js, read_link
 from ui.playground.samples import SAMPLES
 
 
-def test_an_empty_address_is_the_default() -> None:
+def test_empty_query_gives_the_defaults() -> None:
     assert read_link({}) == (PlaygroundSettings(), [])
     assert set(PlaygroundSettings().models) <= set(MODELS)
 
 
-def test_everything_can_be_linked() -> None:
+def test_query_can_contain_every_setting() -> None:
     query = {
         "photo": next(iter(SAMPLES)), "models": "moondream2,moondream-tiny", "skill": "detect", "prompt": "a cup",
         "length": "short", "n": "8", "temperature": "0.5", "seed": "99", "reward": "sharpness:0.3,creativity:0.7",
     }  # fmt: skip
-    setup, problems = read_link(query)
+    settings, problems = read_link(query)
     assert problems == []
-    assert setup == PlaygroundSettings(
+    assert settings == PlaygroundSettings(
         query["photo"], ("moondream2", "moondream-tiny"), "detect", "a cup", "short", 8, 0.5, 99,
         RewardFunction({"sharpness": 0.3, "creativity": 0.7}),
     )  # fmt: skip
-    assert set(query) == {*LINKED, "reward"}
+    assert set(query) == {*LINK_FIELDS, "reward"}
 
 
 @pytest.mark.parametrize(
@@ -43,26 +43,31 @@ def test_everything_can_be_linked() -> None:
         ("reward", "beauty:1"), ("reward", "sharpness:nan"), ("reward", "sharpness:0"), ("reward", "sharpness"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_used_is_named_and_left_at_its_default(name: str, value: str) -> None:
-    setup, problems = read_link({name: value, "prompt": "kept"})
-    assert setup == PlaygroundSettings(prompt="kept")
+def test_invalid_parameter_is_named_and_keeps_its_default(name: str, value: str) -> None:
+    settings, problems = read_link({name: value, "prompt": "kept"})
+    assert settings == PlaygroundSettings(prompt="kept")
     assert len(problems) == 1 and problems[0].startswith(f"{name}: ")
 
 
-def test_a_long_prompt_is_cut_and_control_characters_go() -> None:
-    setup, _ = read_link({"prompt": "a\x00b\u202e" + "c" * 100_000})
-    assert setup.prompt == "ab" + "c" * (MAX_PROMPT - 2)
+def test_long_prompt_is_truncated_without_control_characters() -> None:
+    settings, _ = read_link({"prompt": "a\x00b\u202e" + "c" * 100_000})
+    assert settings.prompt == "ab" + "c" * (MAX_PROMPT - 2)
 
 
-@given(st.dictionaries(st.sampled_from([*LINKED, "reward", "other"]), st.text(max_size=300)))
-def test_no_address_breaks_the_page(query: dict[str, str]) -> None:
-    setup, problems = read_link(query)
-    assert setup.skill in SKILLS and setup.length in LENGTHS and 1 <= setup.n <= 8 and 0 <= setup.temperature <= 2
-    assert all(name in MODELS for name in setup.models) and len(problems) <= len(query)
+@given(st.dictionaries(st.sampled_from([*LINK_FIELDS, "reward", "other"]), st.text(max_size=300)))
+def test_no_query_raises(query: dict[str, str]) -> None:
+    settings, problems = read_link(query)
+    assert (
+        settings.skill in SKILLS
+        and settings.length in LENGTHS
+        and 1 <= settings.n <= 8
+        and 0 <= settings.temperature <= 2
+    )
+    assert all(name in MODELS for name in settings.models) and len(problems) <= len(query)
 
 
-@pytest.mark.parametrize("now", [True, False])
-def test_the_writer_knows_the_names(now: bool) -> None:
-    code = link_js(list(REWARDS), now)
-    assert json.dumps(list(LINKED)) in code and json.dumps(list(REWARDS)) in code
-    assert "NAMES" not in code and code.startswith("(")
+@pytest.mark.parametrize("copy", [True, False])
+def test_link_js_is_called_with_the_names_of_fields_and_rewards(copy: bool) -> None:
+    code = link_js(copy)
+    arguments = f"({json.dumps(list(LINK_FIELDS))}, {json.dumps(list(REWARDS))}, {json.dumps(copy)})"
+    assert code.startswith("(") and code.endswith(f"){arguments}")
