@@ -129,7 +129,7 @@ def draw_form(services: AppServices, base_models: list[tuple[str, str]]) -> Retr
         )
         fields["name"] = gr.Textbox(
             label="Name",
-            placeholder="Default: the reward",
+            placeholder="Optional",
             max_length=MAX_NAME,
             max_lines=1,
             min_width=120,
@@ -161,7 +161,7 @@ def draw_form(services: AppServices, base_models: list[tuple[str, str]]) -> Retr
         )
     with gr.Group(visible=False, elem_id="tune-hosted") as hosted_group:
         gr.Markdown(
-            f"Trains **{BASE}**, the API's only base model, on your Moondream account. The photos are uploaded to it.",
+            f"Trains **{BASE}**, the API's only base model, on your Moondream account. The photos are sent to Moondream.",
             elem_id="tune-hosted-note",
         )
         fields["moondream_key"] = gr.Textbox(
@@ -178,7 +178,7 @@ def draw_form(services: AppServices, base_models: list[tuple[str, str]]) -> Retr
                 5.0, label="Budget (US $)", minimum=0.01, maximum=10_000, min_width=90, elem_id="tune-budget"
             )
             fields["sft_steps"] = gr.Number(
-                10, label="SFT steps first", precision=0, minimum=0, maximum=200, min_width=90, elem_id="tune-sft-steps"
+                10, label="SFT steps", precision=0, minimum=0, maximum=200, min_width=90, elem_id="tune-sft-steps"
             )
 
     estimated = gr.Markdown(estimate(services, "Short run", DEFAULT_STEPS, DEFAULT_ROLLOUTS), elem_id="tune-estimate")
