@@ -159,7 +159,7 @@ function addTooltip(chart, count, textsOf) {
 
 /** Creates a scatter plot of mean reward against median latency. */
 function createScatter(points) {
-  const chart = createFrame('Reward and latency', 'one dot per model, its area is the number of calls'), svg = chart.querySelector('svg');
+  const chart = createFrame('Reward and latency', 'one dot per model, sized by its number of calls'), svg = chart.querySelector('svg');
   const scored = points.filter(point => point.y !== null);
   const maxLatency = Math.max(1e-9, ...scored.map(point => point.x)) * 1.1, maxCalls = Math.max(1, ...scored.map(point => point.calls));
   svg.setAttribute('preserveAspectRatio', 'xMidYMid meet');
