@@ -23,7 +23,7 @@ def unavailable(spec: ModelSpec) -> str | None:
     """Return why a model cannot be used and what to do about it, or None if it can be used."""
     if spec.backend == "hosted":
         if spec.needs_key and spec.key is None:
-            return "it needs a Moondream key. Enter one under “Your own Moondream key”, or set MOONDREAM_API_KEY."
+            return "it needs a Moondream API key. Enter one under “Moondream API key”, or set MOONDREAM_API_KEY."
         return None
     if spec.backend == "photon":
         return photon_unavailable()

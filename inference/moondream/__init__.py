@@ -1,11 +1,14 @@
-"""Moondream 2 for transformers 5; importing this package registers the classes with the Auto classes.
+"""Moondream 2 for transformers 5. Importing this package registers its classes with the Auto classes.
 
-model = AutoModelForImageTextToText.from_pretrained(folder)
-processor = AutoProcessor.from_pretrained(folder)
-given = processor.prepare(photo, "query", "Is it dark?")
-ids = model.generate(**given, do_sample=True, num_return_sequences=8, max_new_tokens=64)  # one look for all eight
-texts = processor.decode_answers(ids[:, given["input_ids"].shape[1] :])
-boxes = model.detect(**processor.prepare(photo, "detect", "dog"))
+Example:
+    ```python
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor.prepare(photo, "query", "Is it dark?")
+    ids = model.generate(**inputs, do_sample=True, num_return_sequences=8, max_new_tokens=64)  # encodes the photo once
+    texts = processor.decode_answers(ids[:, inputs["input_ids"].shape[1] :])
+    boxes = model.detect(**processor.prepare(photo, "detect", "dog"))
+    ```
 """
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
@@ -16,7 +19,7 @@ from .checkpoint import CheckpointError
 from .configuration_moondream import MoondreamConfig, MoondreamRegionConfig, MoondreamTextConfig, MoondreamVisionConfig
 from .image_processing_moondream import MoondreamImageProcessor
 from .modeling_moondream import MoondreamForConditionalGeneration, MoondreamModel
-from .processing_moondream import MoondreamProcessor, check_tokenizer, load_tokenizer, plain_ids
+from .processing_moondream import MoondreamProcessor, check_tokenizer, encode_plain_text, load_tokenizer
 
 AutoConfig.register(MoondreamConfig.model_type, MoondreamConfig, exist_ok=True)
 AutoModelForImageTextToText.register(MoondreamConfig, MoondreamForConditionalGeneration, exist_ok=True)
@@ -24,15 +27,17 @@ AutoImageProcessor.register(MoondreamConfig, slow_image_processor_class=Moondrea
 AutoProcessor.register(MoondreamConfig, MoondreamProcessor, exist_ok=True)
 
 
-# The output head sits inside `text` in the original files, and the embedding is a bare parameter there. Named by
-# class, because by model type the mapping would be passed over without a word.
-def register_names(model: type[MoondreamForConditionalGeneration]) -> None:
-    """Lets a class load and save the original names; needed for each subclass."""
+def register_key_mapping(model: type[MoondreamForConditionalGeneration]) -> None:
+    """Make a class load and save weights under their original names. Required for each subclass.
+
+    The original files keep the output head inside `text` and the embedding as a bare parameter. The mapping is
+    registered by class name: transformers silently ignores a mapping by model type here.
+    """
     names = [WeightRenaming("model.text.lm_head", "lm_head"), WeightRenaming("text.wte", "text.wte.weight")]
     register_checkpoint_conversion_mapping(model.__name__, names, overwrite=True)
 
 
-register_names(MoondreamForConditionalGeneration)
+register_key_mapping(MoondreamForConditionalGeneration)
 
 __all__ = [
     "CheckpointError",
@@ -46,6 +51,6 @@ __all__ = [
     "MoondreamVisionConfig",
     "check_tokenizer",
     "load_tokenizer",
-    "plain_ids",
-    "register_names",
+    "encode_plain_text",
+    "register_key_mapping",
 ]

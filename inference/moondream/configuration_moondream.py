@@ -1,4 +1,4 @@
-"""Sizes and token templates of Moondream 2, read from and written to the Hub's own `config.json` layout."""
+"""Configuration of Moondream 2, in the layout of the Hub's `config.json`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-# Ids around the user's text as in the checkpoint of 2025-06-21 with the tokenizer moondream/starmie-v1.
+# Token ids around the user's text, for the checkpoint of 2025-06-21 with the tokenizer moondream/starmie-v1.
 DEFAULT_TEMPLATES: dict[str, Any] = {
     "caption": {"short": [1, 32708, 2, 12492, 3], "normal": [1, 32708, 2, 6382, 3], "long": [1, 32708, 2, 4059, 3]},
     "query": {"prefix": [1, 15381, 2], "suffix": [3]},
@@ -29,9 +29,19 @@ DEFAULT_TOKENS: dict[str, int] = {
 
 
 class MoondreamTextConfig(PreTrainedConfig):
-    """Sizes of the language model; the defaults are those of the released weights.
+    """Configuration of the language model. Defaults are those of the released weights.
 
-    `n_kv_heads` None means as many as `n_heads`. Rotary positions act on the first half of each head.
+    Rotary position embeddings apply to the first half of each head.
+
+    Attributes:
+        dim: Width D of the hidden states.
+        ff_dim: Inner width of the MLPs.
+        n_layers: Number of blocks.
+        n_heads: Number of attention heads.
+        n_kv_heads: Number of key-value heads. Default: `n_heads`.
+        vocab_size: Size of the output head.
+        max_context: Maximum number of tokens.
+        rope_theta: Base of the rotary frequencies.
     """
 
     model_type = "moondream1_text"
@@ -57,7 +67,7 @@ class MoondreamTextConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
-        # The rotary base is a plain number here: taken out, so that the library does not rewrite it.
+        # transformers would rewrite the rotary base, which is a plain number here.
         kwargs.pop("rope_parameters", None)
         super().__post_init__(**kwargs)
         if self.dim % self.n_heads or self.head_dim % 4:
@@ -67,13 +77,25 @@ class MoondreamTextConfig(PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.dim // self.n_heads
 
 
 class MoondreamVisionConfig(PreTrainedConfig):
-    """Sizes of the vision tower and of the tiling; the defaults are those of the released weights.
+    """Configuration of the vision encoder and of the tiling. Defaults are those of the released weights.
 
-    `proj_out_dim` None means the width of the language model.
+    Attributes:
+        enc_dim: Width of the encoder.
+        enc_patch_size: Side of a patch in pixels.
+        enc_n_layers: Number of blocks.
+        enc_ff_dim: Inner width of the MLPs.
+        enc_n_heads: Number of attention heads.
+        proj_out_dim: Width of the image features. Default: the width of the language model.
+        proj_inner_dim: Inner width of the projection.
+        crop_size: Side of a crop in pixels.
+        in_channels: Number of color channels.
+        max_crops: Maximum number of tiles per image.
+        overlap_margin: Overlap of neighboring tiles, in patches per side.
     """
 
     model_type = "moondream1_vision"
@@ -106,12 +128,21 @@ class MoondreamVisionConfig(PreTrainedConfig):
 
     @property
     def image_tokens(self) -> int:
-        """Tokens that one image takes in the text, whatever its size."""
+        """Number of tokens of an image of any size."""
         return self.grid**2
 
 
 class MoondreamRegionConfig(PreTrainedConfig):
-    """Sizes of the coordinate and size heads. `dim` None means the width of the language model."""
+    """Configuration of the coordinate and size heads.
+
+    Attributes:
+        dim: Width of the hidden states. Default: the width of the language model.
+        coord_feat_dim: Number of Fourier features of a coordinate.
+        coord_out_dim: Number of bins of a coordinate.
+        size_feat_dim: Number of Fourier features of a size.
+        size_out_dim: Number of bins of width and height together.
+        inner_dim: Inner width of the decoders.
+    """
 
     model_type = "moondream1_region"
     base_config_key = "region_config"
@@ -134,12 +165,13 @@ SECTIONS: dict[str, type[PreTrainedConfig]] = {
 class MoondreamConfig(PreTrainedConfig):
     """Configuration of Moondream 2 in the Hub's layout.
 
-    `config` is the nested dictionary of the Hub's `config.json` with the optional sections `text`, `vision`, `region`
-    and `tokenizer`; whatever is missing has the size of the released weights. A section may also be given as
-    `text_config=...` and so on (a dictionary or a config object), which wins over the nested one.
-
-    `image_token_id` is the placeholder, repeated once per image token after BOS. It is `vocab_size`, one beyond the
-    output head, so no model can ever write it.
+    Args:
+        config: Nested dictionary of the Hub's `config.json` with the optional sections `text`, `vision`, `region` and
+            `tokenizer`. Missing values are those of the released weights.
+        text_config: Section `text` as a dictionary or config object; overrides the nested one.
+        vision_config: Section `vision`, likewise.
+        region_config: Section `region`, likewise.
+        tokenizer_config: Section `tokenizer`, likewise.
     """
 
     model_type = "moondream1"
@@ -167,7 +199,7 @@ class MoondreamConfig(PreTrainedConfig):
         self._other_sections = nested
         kwargs.pop("image_token_id", None)
         super().__post_init__(**kwargs)
-        self.text_config.vocab_size  # noqa: B018  a section of the wrong type fails here, by name
+        self.text_config.vocab_size  # noqa: B018  raises for a section of the wrong type
         if self.vision_config.proj_out_dim is None:
             self.vision_config.proj_out_dim = self.text_config.dim
         if self.region_config.dim is None:
@@ -175,49 +207,52 @@ class MoondreamConfig(PreTrainedConfig):
 
     @property
     def image_token_id(self) -> int:
+        """Placeholder id, repeated once per image token. One beyond the output head, so it is never generated."""
         return self.text_config.vocab_size
 
     @property
     def image_tokens(self) -> int:
-        """Tokens that one image takes in the text."""
+        """Number of tokens of an image."""
         return self.vision_config.image_tokens
 
     @property
     def tokenizer(self) -> dict[str, Any]:
-        """The nested `tokenizer` section: the ids of the marks, and the templates."""
+        """The nested `tokenizer` section: marker ids and templates."""
         return self.tokenizer_config
 
     @property
     def templates(self) -> dict[str, Any]:
-        """Ids around the user's text, by skill."""
+        """Token ids around the user's text, by skill."""
         return self.tokenizer_config["templates"]
 
     @property
     def bos_id(self) -> int:
+        """Id of the start token."""
         return self.tokenizer_config["bos_id"]
 
     @property
     def eos_id(self) -> int:
+        """Id of the end token."""
         return self.tokenizer_config["eos_id"]
 
     def to_dict(self) -> dict[str, Any]:
-        """This configuration in the Hub's layout, every size written out."""
+        """Return the configuration in the Hub's layout, with all values."""
         output = super().to_dict()
         for name in [*(f"{section}_config" for section in SECTIONS), "tokenizer_config", "_other_sections"]:
             output.pop(name, None)
-        nested = {name: _section(getattr(self, f"{name}_config"), cls) for name, cls in SECTIONS.items()}
+        nested = {name: _section_to_dict(getattr(self, f"{name}_config"), cls) for name, cls in SECTIONS.items()}
         output["config"] = {**nested, "tokenizer": copy.deepcopy(self.tokenizer_config), **self._other_sections}
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes: the Hub's layout without the library's unset defaults."""
-        unset = PreTrainedConfig().to_dict()
-        output = {k: v for k, v in self.to_dict().items() if k in ("model_type", "config") or unset.get(k) != v}
+        """Return what `save_pretrained` writes: the Hub's layout without unset transformers defaults."""
+        defaults = PreTrainedConfig().to_dict()
+        output = {k: v for k, v in self.to_dict().items() if k in ("model_type", "config") or defaults.get(k) != v}
         output.pop("_name_or_path", None)
         self.dict_dtype_to_str(output)
         return output
 
 
-def _section(config: PreTrainedConfig, cls: type[PreTrainedConfig]) -> dict[str, Any]:
+def _section_to_dict(config: PreTrainedConfig, cls: type[PreTrainedConfig]) -> dict[str, Any]:
     inherited = {field.name for field in fields(PreTrainedConfig)}
     return {field.name: getattr(config, field.name) for field in fields(cls) if field.name not in inherited}

@@ -1,4 +1,4 @@
-"""Photos become the crops that Moondream's vision tower looks at."""
+"""Image processor of Moondream: cuts images into the crops of the vision encoder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,21 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .configuration_moondream import MoondreamConfig
 
 
-def tiling_for(height: int, width: int, window: int, max_crops: int) -> tuple[int, int]:
-    """How many tiles (rows, columns) a picture of this size (margins taken off, pixels) is cut into.
+def select_tiling(height: int, width: int, window: int, max_crops: int) -> tuple[int, int]:
+    """Select the tiling of an image, as the original implementation does.
 
-    A picture no larger than one window on either side is a single tile; the others get as many tiles of `window`
-    pixels as cover them, fewer where that would exceed `max_crops`, more where there is room for detail.
-    The same as the original's, except for strips longer than about twelve times their width, where the original goes
-    beyond its own limit.
+    An image that fits into one window on either side is a single tile. Others get enough tiles to cover them, fewer if
+    that exceeds `max_crops`, more if there is room for detail. Differs from the original only for aspect ratios above
+    about 12, for which the original exceeds its own limit.
+
+    Args:
+        height: Height in pixels, without margins.
+        width: Width in pixels, without margins.
+        window: Stride of the tiles in pixels.
+        max_crops: Maximum number of tiles.
+
+    Returns:
+        Rows and columns of tiles.
     """
     if height <= window or width <= window:
         return 1, 1
@@ -40,10 +48,16 @@ def tiling_for(height: int, width: int, window: int, max_crops: int) -> tuple[in
 
 
 class MoondreamImageProcessor(BaseImageProcessor):
-    """Cuts photos into crops: the whole photo first, then overlapping tiles from top left to bottom right.
+    """Cuts images into crops: the whole image first, then overlapping tiles from top left to bottom right.
 
-    Args (pixels unless said otherwise): `crop_size` side of a crop; `patch_size` side of a patch; `max_crops` most
-    tiles of one photo; `overlap_margin` patches shared at each inner edge.
+    Args:
+        crop_size: Side of a crop in pixels.
+        patch_size: Side of a patch in pixels.
+        max_crops: Maximum number of tiles per image.
+        overlap_margin: Overlap at each inner edge, in patches.
+
+    Raises:
+        ValueError: If the crop size is not a multiple of the patch size or too small for the margins.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values", "image_sizes"]
@@ -62,57 +76,68 @@ class MoondreamImageProcessor(BaseImageProcessor):
         self.max_crops = max_crops
         self.overlap_margin = overlap_margin
         if crop_size % patch_size or self.window <= 0:
-            raise ValueError(f"A crop of {crop_size} px needs whole patches of {patch_size} px and room for margins.")
+            raise ValueError(
+                f"crop_size {crop_size} must be a multiple of patch_size {patch_size} and larger than the margins."
+            )
 
     @classmethod
     def from_config(cls, config: MoondreamConfig) -> MoondreamImageProcessor:
-        """The image processor that fits a model."""
+        """Create the image processor of a model."""
         vision = config.vision_config
         return cls(vision.crop_size, vision.enc_patch_size, vision.max_crops, vision.overlap_margin)
 
     @property
     def margin(self) -> int:
-        """Pixels that two neighbouring tiles each lose to their common edge."""
+        """Width in pixels of the margin at each inner edge of a tile."""
         return self.overlap_margin * self.patch_size
 
     @property
     def window(self) -> int:
-        """Pixels from one tile's corner to the next one's."""
+        """Stride of the tiles in pixels."""
         return self.crop_size - 2 * self.margin
 
     @property
     def image_tokens(self) -> int:
-        """Tokens that one image takes in the text."""
+        """Number of tokens of an image."""
         return (self.crop_size // self.patch_size) ** 2
 
     def tiling(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tiles for a photo of this size in pixels."""
-        return tiling_for(height - 2 * self.margin, width - 2 * self.margin, self.window, self.max_crops)
+        """Return the rows and columns of tiles for an image of this size in pixels."""
+        return select_tiling(height - 2 * self.margin, width - 2 * self.margin, self.window, self.max_crops)
 
     def crops(self, photo: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-        """uint8 [H, W, 3] -> crops uint8 [1 + rows*columns, S, S, 3] and the tiling."""
-        picture = Image.fromarray(photo)
+        """Cut an image uint8 [H, W, 3] into crops uint8 [1 + rows * columns, S, S, 3]. Returns them and the tiling."""
+        image = Image.fromarray(photo)
         rows, columns = self.tiling(*photo.shape[:2])
         side, step = self.crop_size, self.window
-        whole = _resize(picture, side, side)
+        whole = _resize(image, side, side)
         if (rows, columns) == (1, 1):
             return np.stack([whole, whole]), (1, 1)
-        large = _resize(picture, rows * step + 2 * self.margin, columns * step + 2 * self.margin)
+        large = _resize(image, rows * step + 2 * self.margin, columns * step + 2 * self.margin)
         tiles = [
             large[i * step : i * step + side, j * step : j * step + side] for i in range(rows) for j in range(columns)
         ]
         return np.stack([whole, *tiles]), (rows, columns)
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """One photo or a list of N: `pixel_values` uint8 [N, max_crops+1, 3, S, S], `image_sizes` int64 [N, 2].
+        """Process one image or a list of N.
 
-        Photos are PIL images, or uint8 arrays or tensors [H, W, 3] or [3, H, W]. Unused crops are zero.
+        Args:
+            images: PIL images, or uint8 arrays or tensors [H, W, 3] or [3, H, W].
+            **kwargs: Ignored.
+
+        Returns:
+            `pixel_values`, uint8 [N, max_crops + 1, 3, S, S], where unused crops are zero, and `image_sizes`, int64
+            [N, 2], the tilings.
+
+        Raises:
+            ValueError: If an item is not an image.
         """
         return self.preprocess(images, **kwargs)
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """See `__call__`. Raises ValueError for what is no picture."""
-        photos = [as_rgb(image) for image in _flatten(images)]
+        """See `__call__`."""
+        photos = [to_rgb_array(image) for image in _flatten(images)]
         shape = (len(photos), self.max_crops + 1, 3, self.crop_size, self.crop_size)
         pixel_values = torch.zeros(shape, dtype=torch.uint8)
         image_sizes = torch.ones((len(photos), 2), dtype=torch.long)
@@ -123,8 +148,8 @@ class MoondreamImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": pixel_values, "image_sizes": image_sizes})
 
 
-def as_rgb(image: Any) -> np.ndarray:
-    """A PIL image, or an array or tensor [H, W, 3], [3, H, W] or [H, W] of uint8, as uint8 [H, W, 3]."""
+def to_rgb_array(image: Any) -> np.ndarray:
+    """Convert a PIL image, or a uint8 array or tensor [H, W, 3], [3, H, W] or [H, W], to uint8 [H, W, 3]."""
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
     array = np.asarray(image)
@@ -133,7 +158,7 @@ def as_rgb(image: Any) -> np.ndarray:
     if array.ndim == 3 and array.shape[2] != 3 and array.shape[0] == 3:
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
-        raise ValueError(f"A photo is uint8 [H, W, 3] (RGB), got {array.dtype} {list(array.shape)}.")
+        raise ValueError(f"A photo must be uint8 [H, W, 3] (RGB), got {array.dtype} {list(array.shape)}.")
     return np.ascontiguousarray(array)
 
 
@@ -145,5 +170,5 @@ def _flatten(images: Any) -> list[Any]:
     raise ValueError(f"Not a photo: {type(images).__name__}.")
 
 
-def _resize(picture: Image.Image, height: int, width: int) -> np.ndarray:
-    return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
+def _resize(image: Image.Image, height: int, width: int) -> np.ndarray:
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))

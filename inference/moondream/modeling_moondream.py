@@ -1,4 +1,4 @@
-"""Moondream 2 as a transformers model: vision tower, language model, region heads, batched generation."""
+"""Moondream 2 as a transformers model: vision encoder, language model and region heads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
@@ -23,19 +23,22 @@ from .configuration_moondream import (
     MoondreamTextConfig,
     MoondreamVisionConfig,
 )
-from .generation_moondream import MoondreamGeneration, cache_length, without_repeats
+from .generation_moondream import MoondreamGenerationMixin, get_cache_length, unique_consecutive
 
 LAYER_NORM_EPS = 1e-5
 
 
 @dataclass
 class MoondreamModelOutput(ModelOutput):
-    """What the base model returns for B rows of L tokens and width D.
+    """Output of the base model for B rows of L tokens and width D.
 
-    `last_hidden_state` [B, L, D] is after the final norm (times the output head it gives logits);
-    `pre_norm_hidden_state` [B, L, D] is before it, which is what the region heads read;
-    `hidden_states` (on request): the embeddings and each block's output, the last one before the final norm;
-    `image_hidden_states` [N, T, D]: the features of the N images, when this call used any.
+    Attributes:
+        last_hidden_state: [B, L, D], after the final norm; input of the output head.
+        past_key_values: The cache.
+        hidden_states: If requested, the embeddings and the output of each block, the last one before the final norm.
+        attentions: Always None.
+        pre_norm_hidden_state: [B, L, D], before the final norm; input of the region heads.
+        image_hidden_states: [N, T, D], features of the N images of this call.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -48,7 +51,7 @@ class MoondreamModelOutput(ModelOutput):
 
 @dataclass
 class MoondreamOutput(ModelOutput):
-    """`MoondreamModelOutput` with `logits` [B, kept, vocab_size] and, where labels were given, the `loss`."""
+    """`MoondreamModelOutput` with `logits` [B, kept, vocab_size] and, if labels were passed, the `loss`."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -60,7 +63,7 @@ class MoondreamOutput(ModelOutput):
 
 
 class MoondreamMLP(nn.Module):
-    """Two linear layers with the tanh approximation of GELU between them."""
+    """Two linear layers with the tanh approximation of GELU in between."""
 
     def __init__(self, dim: int, inner_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -68,6 +71,7 @@ class MoondreamMLP(nn.Module):
         self.fc2 = nn.Linear(inner_dim, out_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [..., dim] to [..., out_dim]."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -81,7 +85,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: [B, heads, L, d] queries, additive float mask; returns [B, L, heads, d] and weights."""
+    """Compute attention of queries [B, heads, L, d] with an additive mask. Returns [B, L, heads, d] and weights."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -92,7 +96,7 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def _attend(
+def _attention(
     module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -106,6 +110,8 @@ def _attend(
 
 
 class MoondreamVisionAttention(nn.Module):
+    """Bidirectional self-attention of the vision encoder."""
+
     def __init__(self, config: MoondreamVisionConfig) -> None:
         super().__init__()
         self.config = config
@@ -116,11 +122,14 @@ class MoondreamVisionAttention(nn.Module):
         self.proj = nn.Linear(config.enc_dim, config.enc_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map patches [M, T, enc_dim] to [M, T, enc_dim]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
-        return self.proj(_attend(self, q, k, v, None))
+        return self.proj(_attention(self, q, k, v, None))
 
 
 class MoondreamVisionBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block of the vision encoder."""
+
     def __init__(self, config: MoondreamVisionConfig) -> None:
         super().__init__()
         self.ln1 = nn.LayerNorm(config.enc_dim, eps=LAYER_NORM_EPS)
@@ -129,11 +138,14 @@ class MoondreamVisionBlock(GradientCheckpointingLayer):
         self.mlp = MoondreamMLP(config.enc_dim, config.enc_ff_dim, config.enc_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map patches [M, T, enc_dim] to [M, T, enc_dim]."""
         x = x + self.attn(self.ln1(x))
         return x + self.mlp(self.ln2(x))
 
 
 class MoondreamPreTrainedModel(PreTrainedModel):
+    """Base class: configuration, initialisation and capabilities."""
+
     config: MoondreamConfig
     config_class = MoondreamConfig
     base_model_prefix = "model"
@@ -147,7 +159,7 @@ class MoondreamPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Small normal weights; the residual branches of a block are not rescaled."""
+        """Initialise weights from a normal distribution, without rescaling of residual branches."""
         std = 0.02
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=std)
@@ -166,7 +178,7 @@ class MoondreamPreTrainedModel(PreTrainedModel):
 
 
 class MoondreamVisionModel(MoondreamPreTrainedModel):
-    """The crops of N images become T tokens of the language model's width each, T = grid squared."""
+    """Vision encoder: encodes N images to T = grid**2 features of the language model's width each."""
 
     config: MoondreamVisionConfig
     config_class = MoondreamVisionConfig
@@ -184,9 +196,9 @@ class MoondreamVisionModel(MoondreamPreTrainedModel):
         self.post_init()
 
     def encode_crops(self, crops: torch.Tensor) -> torch.Tensor:
-        """[M, 3, S, S] values 0..255 (uint8) -> [M, T, enc_dim].
+        """Encode crops uint8 [M, 3, S, S] to [M, T, enc_dim].
 
-        Normalised here, in the model's own precision, because that is what the weights have seen.
+        Pixels are normalised in the model's precision, as in training of the released weights.
         """
         p, g = self.config.enc_patch_size, self.config.grid
         x = crops.to(self.patch_emb.weight.dtype).div(255.0).sub(0.5).div(0.5)
@@ -198,9 +210,9 @@ class MoondreamVisionModel(MoondreamPreTrainedModel):
         return self.post_ln(x)
 
     def stitch(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Tile features [n, th, tw, T, D] -> the whole picture's, pooled to one crop's grid, [n, T, D].
+        """Stitch tile features [n, rows, columns, T, D] and pool them to the grid of one crop, [n, T, D].
 
-        On inner edges the overlapping margin is dropped, on outer edges it stays.
+        The overlapping margins are dropped at inner edges and kept at outer edges.
         """
         g, m = self.config.grid, self.config.overlap_margin
         th, tw = tiles.shape[1:3]
@@ -214,33 +226,44 @@ class MoondreamVisionModel(MoondreamPreTrainedModel):
         return F.adaptive_avg_pool2d(whole, (g, g)).flatten(2).transpose(1, 2)
 
     def forward(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, max_crops+1, 3, S, S] and tilings [N, 2] -> [N, T, proj_out_dim].
+        """Encode images.
 
-        Padding crops are not computed, and an image that follows its own copy is not computed again (a trainer
-        repeats each photo once per rollout). For the tiling (1, 1) the only tile is the whole picture again, so its
-        features are used twice and computed once.
+        Padding crops are skipped, and consecutive equal images (as in GRPO training) are encoded once. For the tiling
+        (1, 1) the only tile equals the whole image, so its features are computed once and used twice.
+
+        Args:
+            pixel_values: Crops, uint8 [N, max_crops + 1, 3, S, S].
+            image_sizes: Tilings [N, 2].
+
+        Returns:
+            Features [N, T, proj_out_dim].
+
+        Raises:
+            ValueError: If there are fewer crops than the tilings need.
         """
-        first, place = without_repeats(len(pixel_values), lambda i, j: _same_image(pixel_values, image_sizes, i, j))
-        if len(first) < len(pixel_values):
-            return self(pixel_values[first], image_sizes[first])[place]
+        unique, inverse = unique_consecutive(
+            len(pixel_values), lambda i, j: _same_image(pixel_values, image_sizes, i, j)
+        )
+        if len(unique) < len(pixel_values):
+            return self(pixel_values[unique], image_sizes[unique])[inverse]
         tilings = [tuple(tiling) for tiling in image_sizes.tolist()]
         needed = [1 if tiling == (1, 1) else 1 + tiling[0] * tiling[1] for tiling in tilings]
         if max(needed, default=0) > pixel_values.shape[1]:
-            raise ValueError(f"image_sizes asks for {max(needed)} crops, pixel_values has {pixel_values.shape[1]}.")
+            raise ValueError(f"image_sizes needs {max(needed)} crops, but pixel_values has {pixel_values.shape[1]}.")
         if all(n == 1 for n in needed):
             whole = self.encode_crops(pixel_values[:, 0])
             return self.proj_mlp(torch.cat([whole, whole], dim=-1))
         crops = self.encode_crops(torch.cat([image[:n] for image, n in zip(pixel_values, needed)]))
-        both = []
+        image_features = []
         for features, tiling in zip(crops.split(needed), tilings):
             whole = features[0]
             tiles = whole if tiling == (1, 1) else self.stitch(features[1:].unflatten(0, tiling)[None])[0]
-            both.append(torch.cat([whole, tiles], dim=-1))
-        return self.proj_mlp(torch.stack(both))
+            image_features.append(torch.cat([whole, tiles], dim=-1))
+        return self.proj_mlp(torch.stack(image_features))
 
 
 def _same_image(pixel_values: torch.Tensor, image_sizes: torch.Tensor, i: int, j: int) -> bool:
-    """Whether two images of a batch are equal; the first crop is looked at first, it nearly always decides."""
+    """Whether two images of a batch are equal. Compares the first crops first, which nearly always decides."""
     return (
         torch.equal(image_sizes[i], image_sizes[j])
         and torch.equal(pixel_values[i, 0], pixel_values[j, 0])
@@ -251,14 +274,16 @@ def _same_image(pixel_values: torch.Tensor, image_sizes: torch.Tensor, i: int, j
 # Text
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions on the first dims of [B, heads, L, d]; cos and sin [B, 1, L, r/2] in float32, r <= d."""
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply rotary embeddings to the first r dims of [B, heads, L, d]; cos and sin are float32 [B, 1, L, r/2]."""
     half = cos.shape[-1]
     a, b = x[..., :half].float(), x[..., half : 2 * half].float()
     return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), x[..., 2 * half :]], dim=-1)
 
 
 class MoondreamTextAttention(nn.Module):
+    """Causal self-attention with rotary embeddings and a cache."""
+
     def __init__(self, config: MoondreamTextConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
@@ -276,17 +301,18 @@ class MoondreamTextAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
     ) -> torch.Tensor:
+        """Map hidden states [B, L, D] to [B, L, D]; updates the cache."""
         heads, kv_heads = self.config.n_heads, self.config.n_kv_heads
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        return self.proj(_attend(self, q, k, v, attention_mask))
+        return self.proj(_attention(self, q, k, v, attention_mask))
 
 
 class MoondreamTextBlock(GradientCheckpointingLayer):
-    """One norm feeds attention and MLP side by side; both are added to the residual."""
+    """Transformer block with attention and MLP in parallel after a shared norm."""
 
     def __init__(self, config: MoondreamTextConfig, layer_idx: int) -> None:
         super().__init__()
@@ -301,12 +327,13 @@ class MoondreamTextBlock(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
+        """Map hidden states [B, L, D] to [B, L, D]; updates the cache."""
         h = self.ln(x)
         return x + self.attn(h, rotary, attention_mask, past_key_values) + self.mlp(h)
 
 
 class MoondreamTextModel(MoondreamPreTrainedModel):
-    """The decoder: embeddings [B, L, D] in, hidden states before and after the final norm out."""
+    """Decoder: embeddings [B, L, D] to hidden states before and after the final norm."""
 
     config: MoondreamTextConfig
     config_class = MoondreamTextConfig
@@ -321,13 +348,15 @@ class MoondreamTextModel(MoondreamPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
         return self.wte
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
         self.wte = value
 
     def rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine [B, 1, L, head_dim/4] in float32 for positions [B, L]."""
+        """Return cosine and sine, float32 [B, 1, L, head_dim/4], for positions [B, L]."""
         half = self.config.head_dim // 4
         steps = torch.arange(half, dtype=torch.float32, device=position_ids.device) / half
         angles = position_ids[:, None, :, None].float() * self.config.rope_theta**-steps
@@ -341,9 +370,9 @@ class MoondreamTextModel(MoondreamPreTrainedModel):
         past_key_values: Cache | None = None,
         output_hidden_states: bool = False,
     ) -> MoondreamModelOutput:
-        """`attention_mask` is None (plainly causal) or the finished 4-D mask of the attention in use."""
+        """Run the decoder. `attention_mask` is None (causal) or a 4-D mask for the attention implementation."""
         if position_ids is None:
-            start = cache_length(past_key_values)
+            start = get_cache_length(past_key_values)
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + start
         rotary = self.rotary(position_ids)
         x, states = inputs_embeds, [inputs_embeds]
@@ -362,7 +391,7 @@ class MoondreamTextModel(MoondreamPreTrainedModel):
 
 
 class MoondreamRegionModel(nn.Module):
-    """Coordinates and sizes of boxes as embeddings (in) and as bins (out). All values are parts of the image, 0..1."""
+    """Region heads: encode coordinates and sizes (fractions of the image) to embeddings, and decode them to bins."""
 
     def __init__(self, config: MoondreamRegionConfig) -> None:
         super().__init__()
@@ -375,49 +404,49 @@ class MoondreamRegionModel(nn.Module):
         self.size_decoder = MoondreamMLP(config.dim, config.inner_dim, config.size_out_dim)
 
     def encode_coordinate(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., 1] a coordinate 0..1 -> [..., D] the embedding that stands for it."""
-        return self.coord_encoder(_fourier(x, self.coord_features))
+        """Encode a coordinate [..., 1] in 0..1 to an embedding [..., D]."""
+        return self.coord_encoder(_fourier_features(x, self.coord_features))
 
     def encode_size(self, wh: torch.Tensor) -> torch.Tensor:
-        """[..., 2] width and height 0..1 -> [..., D] the embedding that stands for them."""
-        return self.size_encoder(_fourier(wh, self.size_features))
+        """Encode width and height [..., 2] in 0..1 to an embedding [..., D]."""
+        return self.size_encoder(_fourier_features(wh, self.size_features))
 
     def decode_coordinate(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., D] hidden state before the final norm -> [..., bins] logits of the next coordinate."""
+        """Decode a hidden state [..., D] before the final norm to logits [..., bins] of the next coordinate."""
         return self.coord_decoder(hidden)
 
     def decode_size(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., D] hidden state before the final norm -> [..., 2, bins] logits of width and height."""
+        """Decode a hidden state [..., D] before the final norm to logits [..., 2, bins] of width and height."""
         return self.size_decoder(hidden).unflatten(-1, (2, -1))
 
-    def coordinate_of(self, bins: torch.Tensor) -> torch.Tensor:
-        """Bin numbers -> coordinates: bin / bins."""
+    def bin_to_coordinate(self, bins: torch.Tensor) -> torch.Tensor:
+        """Convert bins to coordinates: bin / number of bins."""
         return bins.float() / self.config.coord_out_dim
 
-    def size_of(self, bins: torch.Tensor) -> torch.Tensor:
-        """Bin numbers -> sizes on a logarithmic scale from 2^-10 to 1."""
+    def bin_to_size(self, bins: torch.Tensor) -> torch.Tensor:
+        """Convert bins to sizes on a logarithmic scale from 2^-10 to 1."""
         return torch.exp2(10.0 * bins.float() / (self.config.size_out_dim // 2 - 1) - 10.0)
 
-    def coordinate_bin(self, value: torch.Tensor) -> torch.Tensor:
-        """The bin nearest to a coordinate (a training label); values outside 0..1 are clamped."""
+    def coordinate_to_bin(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the bin nearest to a coordinate, as a training label. Clamped to 0..1."""
         return (value * self.config.coord_out_dim).round().long().clamp(0, self.config.coord_out_dim - 1)
 
-    def size_bin(self, value: torch.Tensor) -> torch.Tensor:
-        """The bin nearest to a size (a training label); values outside 2^-10..1 are clamped."""
+    def size_to_bin(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the bin nearest to a size, as a training label. Clamped to 2^-10..1."""
         last = self.config.size_out_dim // 2 - 1
         return ((value.clamp(min=2.0**-10).log2() + 10.0) / 10.0 * last).round().long().clamp(0, last)
 
 
-def _fourier(x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+def _fourier_features(x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     angles = 2 * math.pi * x.to(features.dtype) @ features
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-# The whole
+# Full model
 
 
 class MoondreamModel(MoondreamPreTrainedModel):
-    """Vision tower, decoder and region heads, without the output head."""
+    """Vision encoder, decoder and region heads, without the output head."""
 
     def __init__(self, config: MoondreamConfig) -> None:
         super().__init__(config)
@@ -427,21 +456,32 @@ class MoondreamModel(MoondreamPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
         return self.text.wte
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
         self.text.wte = value
 
     def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, max_crops+1, 3, S, S] and tilings [N, 2] -> [N, T, D], ready to stand in the text."""
+        """Encode crops uint8 [N, max_crops + 1, 3, S, S] with tilings [N, 2] to features [N, T, D]."""
         return self.vision(pixel_values, image_sizes)
 
     def embed(
         self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None, embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[B, L] ids -> [B, L, D], the image placeholders replaced by `image_features` [N, T, D] in reading order.
+        """Embed token ids and replace the image placeholders by image features, in order.
 
-        `embeds` [B, L, D] are used instead of the ids' own embeddings where they are given.
+        Args:
+            input_ids: [B, L].
+            image_features: [N, T, D].
+            embeds: [B, L, D], used instead of the embeddings of `input_ids`.
+
+        Returns:
+            Embeddings [B, L, D].
+
+        Raises:
+            ValueError: If the numbers of placeholders and features differ.
         """
         is_image = input_ids == self.config.image_token_id
         if embeds is None:
@@ -451,18 +491,18 @@ class MoondreamModel(MoondreamPreTrainedModel):
         features = image_features.to(embeds).flatten(0, 1)
         if int(is_image.sum()) != features.shape[0]:
             raise ValueError(
-                f"The text has {int(is_image.sum())} image placeholders, the images give {features.shape[0]} tokens; "
-                f"each image needs {self.config.image_tokens} times the id {self.config.image_token_id}."
+                f"The text has {int(is_image.sum())} image placeholders, the images have {features.shape[0]} tokens. "
+                f"Each image needs {self.config.image_tokens} times the id {self.config.image_token_id}."
             )
         return embeds.masked_scatter(is_image[..., None], features)
 
-    def prefix_of(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """[B, L] True where tokens see each other: everything real up to a row's last image token."""
+    def prefix_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Return bool [B, L], True for the bidirectional prefix: all unpadded tokens up to the last image token."""
         is_image = input_ids == self.config.image_token_id
         prefix = is_image.flip(1).cumsum(1).flip(1) > 0
         return prefix if attention_mask is None else prefix & (attention_mask[:, -input_ids.shape[1] :] != 0)
 
-    def _mask(
+    def _attention_mask(
         self,
         embeds: torch.Tensor,
         prefix: torch.Tensor | None,
@@ -494,31 +534,43 @@ class MoondreamModel(MoondreamPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MoondreamModelOutput | tuple:
-        """One pass over B rows of L tokens.
+        """Run the model on B rows of L tokens.
 
-        `input_ids` [B, L]; with `inputs_embeds` [B, L, D] beside them the ids only say where the image is.
-        `attention_mask` [B, past+L] with 0 on padding (at the left). Images: `pixel_values` uint8
-        [N, max_crops+1, 3, S, S] with `image_sizes` [N, 2], or `image_features` [N, T, D] computed before.
-        `token_type_ids` [B, L], 1 on the tokens that see each other, replaces what the ids say (needed only for
-        `inputs_embeds` alone).
+        Args:
+            input_ids: [B, L]. Next to `inputs_embeds` they only locate the image.
+            attention_mask: [B, past + L], 0 on padding at the left; or a 4-D mask.
+            position_ids: [B, L]. Default: derived from the mask.
+            past_key_values: The cache.
+            inputs_embeds: [B, L, D].
+            pixel_values: Crops, uint8 [N, max_crops + 1, 3, S, S].
+            image_sizes: Tilings [N, 2].
+            image_features: [N, T, D], used instead of `pixel_values`.
+            token_type_ids: [B, L], 1 on the bidirectional prefix. Only needed for `inputs_embeds` without `input_ids`.
+            use_cache: Whether to create a cache.
+            output_hidden_states: Whether to return all hidden states.
+            return_dict: False for a tuple.
+            **kwargs: Ignored.
+
+        Raises:
+            ValueError: If inputs are missing or inconsistent.
         """
         if input_ids is None and inputs_embeds is None:
-            raise ValueError("Give input_ids or inputs_embeds.")
+            raise ValueError("Pass input_ids or inputs_embeds.")
         if pixel_values is not None and image_features is None:
             if image_sizes is None:
-                raise ValueError("pixel_values need their image_sizes, the tiling of each image.")
+                raise ValueError("pixel_values require image_sizes, the tiling of each image.")
             image_features = self.get_image_features(pixel_values, image_sizes)
         embeds = inputs_embeds if input_ids is None else self.embed(input_ids, image_features, inputs_embeds)
-        past = cache_length(past_key_values)
+        past = get_cache_length(past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
         flat = attention_mask is None or attention_mask.ndim == 2
         if position_ids is None and attention_mask is not None and flat:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
-        prefix = self._prefix(input_ids, token_type_ids, attention_mask) if past == 0 and flat else None
+        prefix = self._bidirectional_prefix(input_ids, token_type_ids, attention_mask) if past == 0 and flat else None
         outputs = self.text(
             inputs_embeds=embeds,
-            attention_mask=self._mask(embeds, prefix, attention_mask, past_key_values),
+            attention_mask=self._attention_mask(embeds, prefix, attention_mask, past_key_values),
             position_ids=position_ids,
             past_key_values=past_key_values,
             output_hidden_states=bool(output_hidden_states),
@@ -526,7 +578,7 @@ class MoondreamModel(MoondreamPreTrainedModel):
         outputs.image_hidden_states = image_features
         return outputs if return_dict is not False else outputs.to_tuple()
 
-    def _prefix(
+    def _bidirectional_prefix(
         self,
         input_ids: torch.Tensor | None,
         token_type_ids: torch.Tensor | None,
@@ -536,56 +588,61 @@ class MoondreamModel(MoondreamPreTrainedModel):
             return token_type_ids == 1
         if input_ids is None or not (input_ids == self.config.image_token_id).any():
             return None
-        return self.prefix_of(input_ids, attention_mask)
+        return self.prefix_mask(input_ids, attention_mask)
 
 
-class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGeneration, GenerationMixin):
-    """Moondream 2 with its output head: text through `generate`, boxes and points through `detect` and `point`."""
+class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGenerationMixin, GenerationMixin):
+    """Moondream 2 with its output head: text by `generate`, boxes by `detect`, points by `point`."""
 
     def __init__(self, config: MoondreamConfig) -> None:
         super().__init__(config)
         self.model = MoondreamModel(config)
         self.lm_head = nn.Linear(config.text_config.dim, config.text_config.vocab_size)
         self.post_init()
-        self._name_special_tokens()
+        self._set_special_tokens()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads a folder or Hub repository in the original layout; see `PreTrainedModel.from_pretrained`.
+        """Load a folder or Hub repository in the original layout. See `PreTrainedModel.from_pretrained`.
 
-        Raises CheckpointError for quantised files and for any key that is missing, unknown or of another shape.
+        Raises:
+            CheckpointError: If weights are quantised, or keys are missing, unknown or of another shape.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
+        return_info = kwargs.pop("output_loading_info", False)
         any_shape = kwargs.pop("ignore_mismatched_sizes", False)
-        renamed = checkpoint.state_dict_to_pass(pretrained_model_name_or_path, kwargs)
-        if renamed is not None:
+        state_dict = checkpoint.load_compiled_state_dict(pretrained_model_name_or_path, kwargs)
+        if state_dict is not None:
             hub = {name: kwargs[name] for name in checkpoint.HUB_ARGUMENTS if name in kwargs}
             if not isinstance(kwargs.get("config"), MoondreamConfig):
                 kwargs["config"] = MoondreamConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-            kwargs["state_dict"], pretrained_model_name_or_path = renamed, None
+            kwargs["state_dict"], pretrained_model_name_or_path = state_dict, None
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        checkpoint.refuse_incomplete(info, any_shape)
-        model._name_special_tokens()
-        return (model, info) if wants_info else model
+        checkpoint.check_loading_info(info, any_shape)
+        model._set_special_tokens()
+        return (model, info) if return_info else model
 
-    def _name_special_tokens(self) -> None:
-        """BOS, EOS and padding are one token: said outright, because nothing can be inferred from the ids."""
+    def _set_special_tokens(self) -> None:
+        """Set BOS, EOS and padding tokens of the generation config; they share one id and cannot be inferred."""
         for name, value in (("bos", self.config.bos_id), ("eos", self.config.eos_id), ("pad", self.config.eos_id)):
             if getattr(self.generation_config, f"{name}_token_id") is None:
                 setattr(self.generation_config, f"{name}_token_id", value)
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
         return self.model.text.wte
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
         self.model.text.wte = value
 
     def get_output_embeddings(self) -> nn.Module:
+        """Return the output head."""
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the output head."""
         self.lm_head = value
 
     def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
@@ -610,10 +667,11 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MoondreamOutput | tuple:
-        """`MoondreamModel.forward` with logits [B, kept, vocab_size].
+        """Run the model and compute logits [B, kept, vocab_size]. See `MoondreamModel.forward` for common arguments.
 
-        `labels` [B, L] (-100 where nothing is asked) are compared with the logits one place before them.
-        `logits_to_keep`: the last so many places, or a tensor of places; 0 keeps all.
+        `labels` [B, L], -100 to ignore, are compared with the logits of the previous position. `logits_to_keep` is the
+        number of last positions, or a tensor of positions, to compute logits for; 0 for all. `num_items_in_batch`
+        divides the summed loss (gradient accumulation).
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -641,9 +699,9 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         return result if return_dict is not False else result.to_tuple()
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, count: int | torch.Tensor | None) -> torch.Tensor:
-        """Cross-entropy of the next tokens: the mean, or the sum over `count`, the labels of an accumulated step."""
-        wanted = labels.masked_fill(labels == self.config.image_token_id, -100)[:, 1:].flatten()
+        """Compute the next-token cross-entropy: the mean, or the sum divided by `count`."""
+        targets = labels.masked_fill(labels == self.config.image_token_id, -100)[:, 1:].flatten()
         scores = logits[:, :-1].flatten(0, 1).float()
         if count is None:
-            return F.cross_entropy(scores, wanted, ignore_index=-100)
-        return F.cross_entropy(scores, wanted, ignore_index=-100, reduction="sum") / count
+            return F.cross_entropy(scores, targets, ignore_index=-100)
+        return F.cross_entropy(scores, targets, ignore_index=-100, reduction="sum") / count

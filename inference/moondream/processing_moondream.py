@@ -1,4 +1,4 @@
-"""Photos and words become what Moondream reads: crops, and token ids in the templates of its skills."""
+"""Processor of Moondream: image crops, and token ids in the templates of the skills."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
-from .checkpoint import HUB_ARGUMENTS, find
+from .checkpoint import HUB_ARGUMENTS, find_file
 from .configuration_moondream import DEFAULT_TEMPLATES, MoondreamConfig
 from .image_processing_moondream import MoondreamImageProcessor
 
-STARMIE = "moondream/starmie-v1"
-END = "<|endoftext|>"
-# The marks of the templates: 1 opens the skill's name, 2 separates it, 3 asks for the answer.
-MARKS = {1: "<|md_reserved_0|>", 2: "<|md_reserved_1|>", 3: "<|md_reserved_2|>"}
+RELEASED_TOKENIZER = "moondream/starmie-v1"
+END_TOKEN = "<|endoftext|>"
+# Marker tokens of the templates: 1 precedes the skill's name, 2 follows it, 3 starts the answer.
+MARKER_TOKENS = {1: "<|md_reserved_0|>", 2: "<|md_reserved_1|>", 3: "<|md_reserved_2|>"}
 LENGTHS = ("short", "normal", "long")
 
-# One user turn. The words in <|...|> are this processor's own marks and no tokens: they count at the very start and
-# the very end of a prompt only, so whatever a user types between them stays text.
+# One user turn. The <|...|> markers belong to this processor and are not tokens. They are parsed only at the start and
+# the end of a prompt, so the same strings in the user's text stay text.
 CHAT_TEMPLATE = """\
 {%- if messages | length != 1 or messages[0]['role'] != 'user' -%}
 {{- raise_exception('Moondream answers one user message; there is no conversation.') -}}
@@ -54,11 +54,17 @@ PROMPT = re.compile(r"(<\|image\|>)?<\|(?:caption:(\w+)|(query|detect|point))\|>
 
 
 class MoondreamProcessor(ProcessorMixin):
-    """Image processor, tokenizer and skill templates in one.
+    """Combines image processor, tokenizer and skill templates.
 
-    `templates`: the ids around the user's words as in the model's `config.templates`; None makes them from the
-    tokenizer's own words. `image_token_id`: the placeholder, None for the first id beyond the tokenizer's.
-    Raises ValueError when the tokenizer does not have the templates' ids.
+    Args:
+        image_processor: The image processor.
+        tokenizer: The tokenizer.
+        templates: Token ids around the user's text, as in `config.templates`. Default: built from the tokenizer.
+        image_token_id: Id of the image placeholder. Default: the first id after the vocabulary.
+        chat_template: Jinja chat template. Default: `CHAT_TEMPLATE`.
+
+    Raises:
+        ValueError: If the tokenizer does not match the templates.
     """
 
     image_token = "<|image|>"
@@ -71,29 +77,33 @@ class MoondreamProcessor(ProcessorMixin):
         image_token_id: int | None = None,
         chat_template: str | None = None,
     ) -> None:
-        self.templates = make_templates(tokenizer) if templates is None else templates
+        self.templates = build_templates(tokenizer) if templates is None else templates
         check_tokenizer(tokenizer, self.templates)
         self.image_token_id = len(tokenizer) if image_token_id is None else image_token_id
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     @classmethod
     def from_config(cls, config: MoondreamConfig, tokenizer: PreTrainedTokenizerBase) -> MoondreamProcessor:
-        """The processor that fits a model: its crop sizes, its templates, its image placeholder."""
+        """Create the processor of a model: its crop sizes, templates and image placeholder."""
         image_processor = MoondreamImageProcessor.from_config(config)
         return cls(image_processor, tokenizer, templates=config.templates, image_token_id=config.image_token_id)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> MoondreamProcessor:
-        """From a folder or Hub repository: a saved processor, or else what the model's `config.json` says.
+        """Load a saved processor, or create one from the model's `config.json`.
 
-        `tokenizer` names another folder or repository for the tokenizer. The released weights are known to carry a
-        tokenizer of an older model, so theirs is fetched from moondream/starmie-v1 unless the folder has the right one.
+        The repository of the released weights contains the tokenizer of an older model. In this case the tokenizer is
+        loaded from moondream/starmie-v1.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub repository.
+            **kwargs: Hub arguments; `tokenizer`: another folder or repository of the tokenizer; `config`.
         """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         source = kwargs.pop("tokenizer", None)
-        if source is None and find(pretrained_model_name_or_path, PROCESSOR_NAME, hub) is not None:
+        if source is None and find_file(pretrained_model_name_or_path, PROCESSOR_NAME, hub) is not None:
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-            if find(pretrained_model_name_or_path, CONFIG_NAME, hub) is not None:
+            if find_file(pretrained_model_name_or_path, CONFIG_NAME, hub) is not None:
                 config = MoondreamConfig.from_pretrained(pretrained_model_name_or_path, **hub)
                 processor.image_token_id = config.image_token_id
             return processor
@@ -107,44 +117,64 @@ class MoondreamProcessor(ProcessorMixin):
         except (ValueError, OSError):
             if config.templates != DEFAULT_TEMPLATES:
                 raise
-            tokenizer = load_tokenizer(STARMIE, config.templates, **{k: hub[k] for k in hub.keys() - {"revision"}})
+            tokenizer = load_tokenizer(
+                RELEASED_TOKENIZER, config.templates, **{k: hub[k] for k in hub.keys() - {"revision"}}
+            )
         return cls.from_config(config, tokenizer)
 
     def prompt(self, skill: str = "query", text: str = "", length: str = "normal", image: bool = True) -> str:
-        """The written form of a prompt, as the chat template gives it."""
+        """Format a prompt as a string, as the chat template does."""
         start = self.image_token if image else ""
         return f"{start}<|caption:{length}|>" if skill == "caption" else f"{start}<|{skill}|>{text}<|answer|>"
 
     def prompt_ids(self, skill: str = "query", text: str = "", length: str = "normal", image: bool = True) -> list[int]:
-        """The ids of a prompt: BOS, the image placeholders, the skill's template around the user's words.
+        """Return the token ids of a prompt: BOS, the image placeholders, and the skill's template around the text.
 
-        `skill`: query, caption, detect or point; `length` (short, normal, long) is for caption alone.
-        Raises ValueError for an unknown skill or length.
+        Args:
+            skill: query, caption, detect or point.
+            text: The user's text.
+            length: Caption length: short, normal or long.
+            image: Whether the prompt includes an image.
+
+        Raises:
+            ValueError: If the skill or the length is unknown.
         """
-        ids = [self.tokenizer.convert_tokens_to_ids(END)]
+        ids = [self.tokenizer.convert_tokens_to_ids(END_TOKEN)]
         if image:
             ids += [self.image_token_id] * self.image_processor.image_tokens
         return ids + self._template_ids(skill, text, length)
 
     def _template_ids(self, skill: str, text: str, length: str) -> list[int]:
         if skill not in self.templates:
-            raise ValueError(f"There is no skill {skill!r}: choose one of {', '.join(self.templates)}.")
+            raise ValueError(f"Unknown skill {skill!r}. Choose one of {', '.join(self.templates)}.")
         template = self.templates[skill]
         if skill == "caption":
             if length not in template:
-                raise ValueError(f"There is no caption length {length!r}: choose one of {', '.join(template)}.")
+                raise ValueError(f"Unknown caption length {length!r}. Choose one of {', '.join(template)}.")
             return list(template[length])
         if skill == "query":
-            # The model has seen the closing mark twice after a question.
-            return [*template["prefix"], *plain_ids(self.tokenizer, text), *template["suffix"] * 2]
-        return [*template["prefix"], *plain_ids(self.tokenizer, " " + text), *template["suffix"]]
+            # The model was trained with two suffix markers after a question.
+            return [*template["prefix"], *encode_plain_text(self.tokenizer, text), *template["suffix"] * 2]
+        return [*template["prefix"], *encode_plain_text(self.tokenizer, " " + text), *template["suffix"]]
 
     def prepare(
         self, images: Any = None, skill: str = "query", text: str | Sequence[str] = "", length: str = "normal"
     ) -> BatchFeature:
-        """Model inputs for one photo or several, with the same or each its own words; padded at the left, as tensors.
+        """Prepare model inputs for one or several images and texts.
 
-        `images` None asks without a photo. One text goes with every photo, and one photo with every text.
+        A single text is combined with every image, and a single image with every text.
+
+        Args:
+            images: One image, a list of images, or None for text only.
+            skill: query, caption, detect or point.
+            text: One text, or one per image.
+            length: Caption length: short, normal or long.
+
+        Returns:
+            Tensors `input_ids` and `attention_mask` [B, L], padded at the left, `pixel_values` and `image_sizes`.
+
+        Raises:
+            ValueError: If the numbers of images and texts do not match.
         """
         texts = [text] if isinstance(text, str) else list(text)
         features = {} if images is None else self.image_processor(images)
@@ -155,9 +185,9 @@ class MoondreamProcessor(ProcessorMixin):
             features = {name: value.expand(len(texts), *value.shape[1:]) for name, value in features.items()}
             photos = len(texts)
         if photos not in (0, len(texts)):
-            raise ValueError(f"{photos} photos and {len(texts)} texts do not go together.")
-        rows = [self.prompt_ids(skill, words, length, image=photos > 0) for words in texts]
-        return BatchFeature({**self._padded(rows), **features})
+            raise ValueError(f"{photos} photos and {len(texts)} texts do not match.")
+        rows = [self.prompt_ids(skill, prompt, length, image=photos > 0) for prompt in texts]
+        return BatchFeature({**self._pad(rows), **features})
 
     def __call__(
         self,
@@ -167,109 +197,130 @@ class MoondreamProcessor(ProcessorMixin):
         return_tensors: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Prompts in their written form (`prompt`, or the chat template's output) with their images, in order.
+        """Process formatted prompts (from `prompt` or the chat template) and their images, in order.
 
-        Gives `input_ids` and `attention_mask` (lists, or tensors padded at the left when `padding` or
-        `return_tensors="pt"`), and `pixel_values`, `image_sizes` (always tensors). Raises ValueError when a prompt
-        has no such form or when images and placeholders do not match.
+        Args:
+            images: One image or a (nested) list of images.
+            text: One formatted prompt or a list.
+            padding: Whether to pad at the left and return tensors.
+            return_tensors: "pt" implies `padding`.
+            **kwargs: `truncation` is rejected, others are ignored.
+
+        Returns:
+            `input_ids` and `attention_mask` (lists or tensors), `pixel_values` and `image_sizes` (tensors).
+
+        Raises:
+            ValueError: If a prompt is malformed, or images and placeholders do not match.
         """
         if kwargs.get("truncation"):
-            raise ValueError("Prompts are not truncated: the template at the end must stay. Shorten the text.")
+            raise ValueError("Truncation is not supported, as it would cut the template at the end. Shorten the text.")
         features = self.image_processor(images) if images is not None else {}
         if text is None:
             return BatchFeature(dict(features))
         prompts = [self._parse(prompt) for prompt in ([text] if isinstance(text, str) else text)]
-        wanted = sum(image for image, _ in prompts)
-        given = len(features["pixel_values"]) if features else 0
-        if wanted != given:
-            raise ValueError(f"The prompts ask for {wanted} images, {given} are given.")
+        expected = sum(image for image, _ in prompts)
+        received = len(features["pixel_values"]) if features else 0
+        if expected != received:
+            raise ValueError(f"The prompts refer to {expected} images, but {received} were passed.")
         rows = [ids for _, ids in prompts]
         if padding or return_tensors == "pt":
-            return BatchFeature({**self._padded(rows), **features})
+            return BatchFeature({**self._pad(rows), **features})
         return BatchFeature({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows], **features})
 
     def _parse(self, prompt: str) -> tuple[bool, list[int]]:
         match = PROMPT.match(prompt)
         if match is None:
             raise ValueError(
-                "A prompt is written by `processor.prompt(...)` or the chat template, for instance "
+                "A prompt must be formatted by `processor.prompt(...)` or the chat template, for instance "
                 f"{self.prompt('query', 'Is it dark?')!r}; got {prompt[:80]!r}."
             )
         image, length, skill, text = match.groups()
         return bool(image), self.prompt_ids(skill or "caption", text, length or "normal", image=bool(image))
 
-    def _padded(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         longest = max(map(len, rows))
-        pad = self.tokenizer.convert_tokens_to_ids(END)
+        pad = self.tokenizer.convert_tokens_to_ids(END_TOKEN)
         ids = [[pad] * (longest - len(row)) + row for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
     def decode_answers(self, ids: Any) -> list[str]:
-        """The texts of generated ids [B, L], without marks and without surrounding space."""
+        """Decode generated ids [B, L] to texts, without special tokens and surrounding space."""
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     @property
     def model_input_names(self) -> list[str]:
+        """Names of the model inputs."""
         return ["input_ids", "attention_mask", "pixel_values", "image_sizes"]
 
 
-def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a user's text, in which no control token can occur, however it is spelt."""
+def encode_plain_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Encode a user's text so that it can never contain a control token."""
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     if not set(tokenizer.added_tokens_decoder).intersection(ids):
         return ids
-    # A control token that the tokenizer does not count as special: its spelling is broken up.
+    # A control token that the tokenizer does not mark as special: split its spelling.
     halves = re.split(r"(?<=<)(?=\|)", text)
     return [i for half in halves for i in tokenizer.encode(half, add_special_tokens=False, split_special_tokens=True)]
 
 
 def load_tokenizer(
-    source: Any = STARMIE, templates: dict[str, Any] | None = None, **hub: Any
+    source: Any = RELEASED_TOKENIZER, templates: dict[str, Any] | None = None, **hub: Any
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or Hub repository (default: the released model's), checked against `templates`.
+    """Load a tokenizer and check it against the templates.
 
-    Raises OSError when it cannot be had, ValueError when its ids are not the templates' (None: the released model's).
+    Args:
+        source: Folder or Hub repository. Default: the released model's tokenizer.
+        templates: Templates to check. Default: the released model's.
+        **hub: Arguments of the Hub, see `HUB_ARGUMENTS`.
+
+    Raises:
+        OSError: If tokenizer.json cannot be found.
+        ValueError: If the token ids do not match the templates.
     """
-    file = find(source, "tokenizer.json", hub)
+    file = find_file(source, "tokenizer.json", hub)
     if file is None:
         raise OSError(
-            f"There is no tokenizer.json in {source}. For Moondream 2 run `hf download {STARMIE}` on a machine with "
-            "network, or name a folder that holds its tokenizer.json."
+            f"There is no tokenizer.json in {source}. For Moondream 2 run `hf download {RELEASED_TOKENIZER}` on a "
+            "machine with network, or specify a folder with its tokenizer.json."
         )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=file, bos_token=END, eos_token=END, pad_token=END, padding_side="left"
+        tokenizer_file=file, bos_token=END_TOKEN, eos_token=END_TOKEN, pad_token=END_TOKEN, padding_side="left"
     )
     check_tokenizer(tokenizer, DEFAULT_TEMPLATES if templates is None else templates)
     return tokenizer
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, templates: dict[str, Any]) -> None:
-    """Raises ValueError unless the tokenizer has the end mark, the templates' marks and their skill names.
+    """Check that a tokenizer has the end token, the markers and the skill names at the templates' ids.
 
-    The wrong tokenizer would not fail: it gives fluent nonsense.
+    A wrong tokenizer would not fail later: the model would generate fluent nonsense.
+
+    Raises:
+        ValueError: If an id differs.
     """
     vocabulary = tokenizer.get_vocab()
-    expected = {END: 0, **{text: number for number, text in MARKS.items()}}
-    found = {text: vocabulary.get(text) for text in expected}
-    wrong = [f"{text} is {found[text]} and not {number}" for text, number in expected.items() if found[text] != number]
-    for word, around in (("query", templates["query"]["prefix"]), ("caption", templates["caption"]["normal"])):
-        name = around[1 : around.index(2)]
-        got = tokenizer.encode(word, add_special_tokens=False)
-        if got != name:
-            wrong.append(f"{word!r} is {got} and not {name}")
-    if wrong:
+    expected = {END_TOKEN: 0, **{text: number for number, text in MARKER_TOKENS.items()}}
+    actual = {text: vocabulary.get(text) for text in expected}
+    problems = [f"{text} is {actual[text]} and not {id_}" for text, id_ in expected.items() if actual[text] != id_]
+    for skill, template in (("query", templates["query"]["prefix"]), ("caption", templates["caption"]["normal"])):
+        expected_ids = template[1 : template.index(2)]
+        ids = tokenizer.encode(skill, add_special_tokens=False)
+        if ids != expected_ids:
+            problems.append(f"{skill!r} is {ids} and not {expected_ids}")
+    if problems:
         raise ValueError(
-            f"This is not the tokenizer of these weights: {'; '.join(wrong)}. Moondream 2 of 2025-06-21 needs "
-            f"{STARMIE}; the tokenizer.json in its own repository belongs to an older model."
+            f"This is not the tokenizer of these weights: {'; '.join(problems)}. Moondream 2 of 2025-06-21 needs "
+            f"{RELEASED_TOKENIZER}; the tokenizer.json in its own repository belongs to an older model."
         )
 
 
-def make_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The skill templates in a tokenizer's own ids: mark 1, the skill's name, mark 2, the user's words, mark 3."""
+def build_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Build the skill templates from a tokenizer: marker 1, the skill's name, marker 2, the user's text, marker 3."""
 
-    def name(word: str) -> list[int]:
-        return tokenizer.encode(word, add_special_tokens=False)
+    def encode(name: str) -> list[int]:
+        return tokenizer.encode(name, add_special_tokens=False)
 
-    around = {skill: {"prefix": [1, *name(skill), 2], "suffix": [3]} for skill in ("query", "detect", "point")}
-    return {"caption": {length: [1, *name("caption"), 2, *name(length), 3] for length in LENGTHS}, **around}
+    captions = {length: [1, *encode("caption"), 2, *encode(length), 3] for length in LENGTHS}
+    prompts = {skill: {"prefix": [1, *encode(skill), 2], "suffix": [3]} for skill in ("query", "detect", "point")}
+    return {"caption": captions, **prompts}

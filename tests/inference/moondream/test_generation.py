@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GenerationMixin
 
-from inference.moondream.generation_moondream import RoomyLayer
+from inference.moondream.generation_moondream import PreallocatedCacheLayer
 from tests.support.moondream_reference import Reference, fresh_small
 from tests.support.moondream_reference import reference as load
 
@@ -57,7 +57,7 @@ def test_candidates_are_those_of_rows_that_each_look_for_themselves(reference: R
     cases = [(0, "query"), (3, "caption_short")]
     batch = reference.batch(cases, features=False)
     assert batch["attention_mask"].min() == 0
-    tokens = RoomyLayer.ROOM + 12  # more than the shared cache has room for at first
+    tokens = PreallocatedCacheLayer.EXTRA_TOKENS + 12  # more than the cache layer preallocates
     settings = {"max_new_tokens": tokens, "do_sample": True, "temperature": 1.5, "cache_implementation": cache}
     torch.manual_seed(3)
     together = reference.model.generate(**batch, num_return_sequences=3, **settings)
@@ -195,7 +195,7 @@ def test_embeddings_beside_ids_keep_the_image_in_view(reference: Reference) -> N
     with torch.no_grad():
         expected = model(**batch).pre_norm_hidden_state
         beside = model(**batch, inputs_embeds=embeds).pre_norm_hidden_state
-        prefix = model.prefix_of(batch["input_ids"], None).long()
+        prefix = model.prefix_mask(batch["input_ids"], None).long()
         alone = model(inputs_embeds=embeds, token_type_ids=prefix).pre_norm_hidden_state
     torch.testing.assert_close(beside, expected)
     torch.testing.assert_close(alone, expected)
@@ -213,9 +213,9 @@ def test_the_state_before_the_norm_is_the_last_hidden_state(reference: Reference
 def test_region_bins_and_values_are_inverse(reference: Reference) -> None:
     region = reference.model.model.region
     bins = torch.arange(1024)
-    assert torch.equal(region.coordinate_bin(region.coordinate_of(bins)), bins)
-    assert torch.equal(region.size_bin(region.size_of(bins)), bins)
-    assert region.size_bin(torch.tensor([0.0, 2.0])).tolist() == [0, 1023]
+    assert torch.equal(region.coordinate_to_bin(region.bin_to_coordinate(bins)), bins)
+    assert torch.equal(region.size_to_bin(region.bin_to_size(bins)), bins)
+    assert region.size_to_bin(torch.tensor([0.0, 2.0])).tolist() == [0, 1023]
 
 
 def test_teacher_forcing_gives_the_scores_that_detect_reads(reference: Reference) -> None:
@@ -228,7 +228,7 @@ def test_teacher_forcing_gives_the_scores_that_detect_reads(reference: Reference
     with torch.no_grad():
         x = model.region.encode_coordinate(torch.tensor([[[first["x"]]]]))
         embeds = torch.cat([model.embed(ids, reference.features[:1]), x], dim=1)
-        prefix = torch.cat([model.prefix_of(ids, None), torch.tensor([[False]])], dim=1).long()
+        prefix = torch.cat([model.prefix_mask(ids, None), torch.tensor([[False]])], dim=1).long()
         hidden = model(inputs_embeds=embeds, token_type_ids=prefix).pre_norm_hidden_state[0, -2:]
         bins = model.region.decode_coordinate(hidden).argmax(-1)
     assert (bins / 1024).tolist() == [first["x"], first["y"]]
@@ -278,22 +278,22 @@ def test_repetition_penalty_is_refused(reference: Reference) -> None:
 def test_an_overlong_prompt_is_refused_with_what_would_fit() -> None:
     reference = load("moondream2-full")
     batch = reference.batch([(1, "query")])
-    with pytest.raises(ValueError, match=r"takes 742 tokens .* 729 of them.* 2000 more .* at most 1306"):
+    with pytest.raises(ValueError, match=r"has 742 tokens .* 729 of them.* 2000 new tokens .* at most 1306"):
         reference.model.generate(**batch, max_new_tokens=2000)
     long = torch.cat([batch["input_ids"], torch.full((1, 1400), 50)], dim=1)
-    with pytest.raises(ValueError, match="the context holds 2048"):
+    with pytest.raises(ValueError, match="the context is limited to 2048"):
         reference.model.generate(input_ids=long, image_features=batch["image_features"], max_new_tokens=1)
-    with pytest.raises(ValueError, match="the context holds 2048"):
+    with pytest.raises(ValueError, match="the context is limited to 2048"):
         reference.model.detect([50] * 1400, image_features=batch["image_features"])
 
 
 def test_mismatched_images_are_refused(reference: Reference) -> None:
     batch = reference.batch([(0, "query")], features=False)
-    with pytest.raises(ValueError, match="16 image placeholders, the images give 32"):
+    with pytest.raises(ValueError, match="16 image placeholders, the images have 32"):
         reference.model(input_ids=batch["input_ids"], image_features=reference.features[:2])
     with pytest.raises(ValueError, match="image_sizes"):
         reference.model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
-    with pytest.raises(ValueError, match="asks for 7 crops"):
+    with pytest.raises(ValueError, match="needs 7 crops"):
         reference.model.get_image_features(batch["pixel_values"][:, :3], torch.tensor([[2, 3]]))
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from trl import GRPOConfig, GRPOTrainer
 
 from inference.moondream import MoondreamConfig, MoondreamForConditionalGeneration, MoondreamProcessor
-from inference.moondream.processing_moondream import make_templates
+from inference.moondream.processing_moondream import build_templates
 from tests.inference.moondream.test_processor import build_tokenizer, fast
 from tests.support.moondream_reference import fresh_small, reference
 
@@ -179,7 +179,7 @@ def tiny() -> tuple[MoondreamForConditionalGeneration, MoondreamProcessor]:
             "crop_size": 56, "max_crops": 4, "overlap_margin": 1,
         },
         "region": {"inner_dim": 16},
-        "tokenizer": {"templates": make_templates(tokenizer)},
+        "tokenizer": {"templates": build_templates(tokenizer)},
     }  # fmt: skip
     torch.manual_seed(0)
     config = MoondreamConfig(config=sections)
