@@ -1,4 +1,4 @@
-"""The whole application: the page from ui.TABS, mounted beside the plain routes. `python app.py` serves it."""
+"""The application: the page built from `ui.TABS` with the API routes mounted beside it. Run it with `python app.py`."""
 
 from __future__ import annotations
 
@@ -15,69 +15,86 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from inference.offers import discover_hosted_models, register_hosted_models
+from inference.registry import discover_hosted_models, register_hosted_models
 from recipes import MAX_BYTES
-from serving import api as endpoint
 from serving import health, usage
+from serving.api import create_api
 from serving.auth import ApiKeyAuth
 from settings import ROOT, VERSION, Settings, SettingsError
-from storage.reward_functions import StoreError
+from storage.database import StoreError
+from training.data.bundled import PHOTO_FOLDER
 from training.runs.queue import COMMAND
 from ui import TABS
-from ui.playground.samples import PHOTOS
 from ui.services import AppServices, SharedComponents
 from ui.theme import HEAD, theme
-from usage.deployment import deployment
+from usage.deployment import resolve_deployment
 from usage.events import Deployment
 from usage.prices import PriceError, Prices
 
 TITLE = "Moondream Playground"
-LOCAL = ("127.0.0.1", "0.0.0.0", "::", "::1")
+LOCAL_HOSTS = ("127.0.0.1", "0.0.0.0", "::", "::1")
 
 
-def blocks(services: AppServices, where: Deployment | None = None) -> gr.Blocks:
-    """The page. where: the branch and commit that it says at its head to be; None: those under which calls count."""
+def build_page(services: AppServices, deployment: Deployment | None = None) -> gr.Blocks:
+    """Build the Gradio page.
+
+    Args:
+        services: The application's services.
+        deployment: Branch and commit shown in the header; by default those of the usage recorder.
+    """
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 24 * 3600)) as page:
-        gr.HTML(_head(where or services.meter.recorder.deployment), elem_id="banner", apply_default_css=False)
+        header = _header_html(deployment or services.meter.recorder.deployment)
+        gr.HTML(header, elem_id="banner", apply_default_css=False)
         with gr.Tabs() as tabs:
-            shared_components = SharedComponents.make(tabs)
+            shared_components = SharedComponents.create(tabs)
             for title, build in TABS.items():
                 with gr.Tab(title, id=title):
                     build(services, shared_components)
     return page.queue(max_size=64)
 
 
-def _head(where: Deployment) -> str:
-    """Title, branch and commit. The whole commit stands in the page, so that a deployer can read it there."""
-    branch, commit = escape(where.branch), escape(where.commit)
-    short = f" · <code>{commit[:7]}</code>" if commit else ""
-    told = f'<p id="deployment" title="What runs here: {branch} {commit}"><span>{branch}</span>{short}</p>'
-    return f'<div class="head"><h1>{TITLE}</h1>{told}</div>'
+def _header_html(deployment: Deployment) -> str:
+    """Return title, branch and commit. The preview deployer reads the full commit in the page."""
+    branch, commit = escape(deployment.branch), escape(deployment.commit)
+    short_commit = f" · <code>{commit[:7]}</code>" if commit else ""
+    version = f'<p id="deployment" title="Deployed: {branch} {commit}"><span>{branch}</span>{short_commit}</p>'
+    return f'<div class="head"><h1>{TITLE}</h1>{version}</div>'
 
 
-def build_services(settings: Settings, training: tuple[str, ...] = COMMAND) -> AppServices:
-    """What the page works on, opened. training: the command that does a run, given its folder."""
+def build_services(settings: Settings, command: tuple[str, ...] = COMMAND) -> AppServices:
+    """Build the application's services.
+
+    Args:
+        settings: The settings.
+        command: Command that runs a training run, given its folder.
+
+    Raises:
+        PriceError: The file of prices is invalid.
+        StoreError: The URL of the database is invalid.
+    """
     prices = Prices.read(settings.prices) if settings.prices else Prices()
-    where = deployment(settings.branch, settings.commit, settings.space, ROOT)
-    inside = _inside() if settings.train_in_request else None
+    deployment = resolve_deployment(settings.branch, settings.commit, settings.space, ROOT)
+    run_inline = _import_run_inline() if settings.train_in_request else None
     register_hosted_models(settings.moondream_url, settings.moondream_key, settings.moondream_rate, settings.endpoints)
     discover_hosted_models()
-    return AppServices.open(settings.data_dir, settings.store_url, training, where, prices, settings.hardware, inside)
+    return AppServices.build(
+        settings.data_dir, settings.store_url, command, deployment, prices, settings.hardware, run_inline
+    )
 
 
-def routes(settings: Settings, services: AppServices) -> FastAPI:
-    """Everything that is not the page."""
+def build_routes(settings: Settings, services: AppServices) -> FastAPI:
+    """Create the HTTP routes beside the page: health, usage and the /v1 API."""
     app = FastAPI(title=TITLE)
     recorder = services.meter.recorder
     app.include_router(health.router(VERSION, lambda: recorder.deployment, services.usage.database))
     app.include_router(usage.router(services.usage, services.budgets, recorder))
-    keys = ApiKeyAuth(settings.api_keys, settings.api_rate)
-    app.mount("/v1", endpoint.create(services.meter, keys, settings.data_dir / "tuning"))
+    auth = ApiKeyAuth(settings.api_keys, settings.api_rate)
+    app.mount("/v1", create_api(services.meter, auth, settings.data_dir / "tuning"))
     return app
 
 
-def how_served(settings: Settings) -> dict[str, Any]:
-    """What Gradio is told about the page, however it is served."""
+def gradio_options(settings: Settings) -> dict[str, Any]:
+    """Return the options of both `gr.mount_gradio_app` and `Blocks.launch`."""
     return {
         "theme": theme(),
         "head": HEAD,
@@ -86,43 +103,45 @@ def how_served(settings: Settings) -> dict[str, Any]:
         "ssr_mode": False,
         "show_error": False,
         "max_file_size": MAX_BYTES,
-        "allowed_paths": [str(PHOTOS)],
+        "allowed_paths": [str(PHOTO_FOLDER)],
         "blocked_paths": [str(settings.data_dir)],
     }
 
 
-def create_app(settings: Settings, training: tuple[str, ...] = COMMAND) -> FastAPI:
-    """Page and routes as one ASGI application. training: the command that does a run, given its folder."""
-    services = build_services(settings, training)
-    return gr.mount_gradio_app(routes(settings, services), blocks(services), path="/", **how_served(settings))
+def create_app(settings: Settings, command: tuple[str, ...] = COMMAND) -> FastAPI:
+    """Create the page and the routes as one ASGI application; see `build_services`."""
+    services = build_services(settings, command)
+    routes, page = build_routes(settings, services), build_page(services)
+    return gr.mount_gradio_app(routes, page, path="/", **gradio_options(settings))
 
 
-def _inside() -> Callable[[str], object]:
-    """What does a run inside a request. Imported before anything can use CUDA, as ZeroGPU demands."""
-    from training.runs import inline as zero_gpu
+def _import_run_inline() -> Callable[[str], object]:
+    """Import the runner of training runs inside a request. ZeroGPU requires the import before any use of CUDA."""
+    from training.runs.inline import run_inline
 
-    return zero_gpu.do
+    return run_inline
 
 
 def main() -> None:
-    """Serves until it is stopped."""
+    """Serve the application until it is stopped."""
     try:
         settings = Settings.from_env(os.environ)
         app = create_app(settings)
     except (SettingsError, PriceError, StoreError) as error:
         sys.exit(str(error))
-    print(f"{TITLE}: http://{'localhost' if settings.host in LOCAL else settings.host}:{settings.port}", flush=True)
+    host = "localhost" if settings.host in LOCAL_HOSTS else settings.host
+    print(f"{TITLE}: http://{host}:{settings.port}", flush=True)
     uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning")
 
 
-# ── In a Space ──────────────────────────────────────────────────────────────────────────────────────────────────────
-# Only `launch` starts what hot reload and ZeroGPU need, and hot reload shows a new page only if a line of this file
-# that makes the page is another one: so `python -m previews deploy` writes the commit into that line.
+# ── Hugging Face Spaces ─────────────────────────────────────────────────────────────────────────────────────────────
+# Hot reload and ZeroGPU need `Blocks.launch`. Hot reload shows a new page only if a line of this file that builds the
+# page has changed: `python -m previews deploy` therefore writes the commit into the line `demo = ...` below.
 
 
 @cache
-def space() -> tuple[Settings, AppServices]:
-    """The Space's one house, which hot reload keeps: its store, threads and models outlive a page."""
+def space_services() -> tuple[Settings, AppServices]:
+    """Return the settings and services of the Space. They survive hot reloads, unlike the page."""
     try:
         settings = Settings.from_env(os.environ)
         return settings, build_services(settings)
@@ -130,37 +149,41 @@ def space() -> tuple[Settings, AppServices]:
         sys.exit(str(error))
 
 
-def stamped(module: str, commit: str) -> gr.Blocks | None:
-    """The page of this commit, if this is the program of a Space. commit: "" for what the settings say.
+def space_page(module: str, commit: str) -> gr.Blocks | None:
+    """Build the page in a Space; return None elsewhere.
 
-    Calls count under the commit, and /healthz tells it, once its page has been built: one that fails changes nothing.
+    Usage events and /healthz report the commit once its page is built; if that fails, they keep the previous one.
+
+    Args:
+        module: `__name__` of this module.
+        commit: The deployed commit, or "" for the one in the settings.
     """
     if module != "__main__" or "SPACE_ID" not in os.environ:
         return None
-    services = space()[1]
+    _, services = space_services()
     recorder = services.meter.recorder
-    where = replace(recorder.deployment, commit=commit or recorder.deployment.commit)
-    page = blocks(services, where)
-    recorder.deployment = where
+    deployment = replace(recorder.deployment, commit=commit or recorder.deployment.commit)
+    page = build_page(services, deployment)
+    recorder.deployment = deployment
     return page
 
 
-def launch(page: gr.Blocks) -> None:
-    """Serves a Space's page, and the routes before Gradio's own."""
-    settings, services = space()
+def launch_in_space(page: gr.Blocks) -> None:
+    """Serve the page of a Space, with this application's routes before Gradio's own."""
+    settings, services = space_services()
     page.launch(
         server_name=settings.host,
         server_port=settings.port,
         prevent_thread_lock=True,
         quiet=True,
-        app_kwargs={"routes": [*routes(settings, services).router.routes]},
-        **how_served(settings),
+        app_kwargs={"routes": [*build_routes(settings, services).router.routes]},
+        **gradio_options(settings),
     )
     while True:
         time.sleep(3600)
 
 
-demo = stamped(__name__, "")
+demo = space_page(__name__, "")
 
 if __name__ == "__main__":
-    launch(demo) if demo else main()
+    launch_in_space(demo) if demo else main()

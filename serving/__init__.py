@@ -1,1 +1,1 @@
-"""What is served beside the page: plain HTTP routes."""
+"""HTTP routes beside the page: the /v1 API, the tuning API, usage, health and metrics."""

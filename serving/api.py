@@ -1,4 +1,4 @@
-"""This deployment as a Moondream endpoint: /v1/query, caption, detect, point and models, as on Moondream Cloud."""
+"""The /v1 API: query, caption, detect, point and models, wire-compatible with Moondream Cloud."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import astuple, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,112 +15,156 @@ from typing import Any
 import anyio
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
-from fastapi import Request as Http
+from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from inference import registry
+from inference.availability import unavailable
 from inference.metering import UsageMeter
-from inference.registry import MODELS, ModelSpec
-from inference.registry import answer as ask_model
-from inference.types import MAX_SEED, RECIPE_QUESTION, Answer, Event, InferenceError, Request, RequestError, TextUpdate
-from serving import errors
-from serving import schemas as wire
+from inference.registry import MODELS
+from inference.types import (
+    MAX_SEED,
+    RECIPE_QUESTION,
+    Answer,
+    Event,
+    InferenceError,
+    ModelSpec,
+    Request,
+    RequestError,
+    TextUpdate,
+)
+from serving import tuning
 from serving.auth import ApiKeyAuth
-from serving.errors import ApiError, ErrorResponse, of_inference, trouble
+from serving.errors import ApiError, ErrorResponse, add_exception_handlers, error_body, from_inference_error
 from serving.middleware import RequestGuard
-from serving.tuning import TuningService
-from serving.tuning import router as tuning
+from serving.schemas import (
+    ApiRequest,
+    CaptionRequest,
+    CaptionResponse,
+    DetectResponse,
+    ModelCard,
+    ModelList,
+    PointResponse,
+    QueryRequest,
+    QueryResponse,
+    RegionRequest,
+    SamplingSettings,
+    response_fields,
+)
 
-DEFAULT = "moondream-tiny"
-CHECKPOINT = re.compile(r"[\w.-]+/[0-9a-f]{26}@\d{1,9}")  # of a finetune: <base>/<id>@<step>
-MAX_WAITING = 64  # requests that compute or wait; more are sent away
+DEFAULT_MODEL = "moondream-tiny"
+CHECKPOINT_NAME = re.compile(r"[\w.-]+/[0-9a-f]{26}@\d{1,9}")  # <base>/<finetune id>@<step>
+MAX_REQUESTS = 64  # running and waiting; further requests are rejected
 TITLE = "Moondream Playground API"
-ABOUT = "Wire-compatible with Moondream Cloud's query, caption, detect and point. Every error is an ErrorAnswer."
-FAILURES: dict[int | str, dict[str, Any]] = {
+DESCRIPTION = (
+    "Wire-compatible with Moondream Cloud's query, caption, detect and point. Every error is an ErrorResponse."
+)
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 402, 404, 408, 409, 413, 429, 500, 503)
 }
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
 
 
-def create(metering: UsageMeter, keys: ApiKeyAuth, folder: Path, max_waiting: int = MAX_WAITING) -> FastAPI:
-    """The API as an application of its own, to be mounted at /v1; its schema is openapi.json beside the skills.
+def create_api(meter: UsageMeter, auth: ApiKeyAuth, folder: Path, max_requests: int = MAX_REQUESTS) -> FastAPI:
+    """Create the API, to be mounted at /v1.
 
-    folder: where finetunes are kept.
+    Args:
+        meter: Records every model call.
+        auth: Authenticates requests.
+        folder: Folder of the finetunes.
+        max_requests: Maximum number of running and waiting requests.
     """
-    api = FastAPI(title=TITLE, description=ABOUT, docs_url=None, redoc_url=None, responses=FAILURES)
-    errors.install(api)
-    api.add_middleware(RequestGuard, keys=keys)
-    bench = TuningService(folder)
-    api.include_router(tuning(bench))
-    desk = Dispatcher(metering, CapacityLimiter(max_waiting), bench)
+    api = FastAPI(title=TITLE, description=DESCRIPTION, docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
+    add_exception_handlers(api)
+    api.add_middleware(RequestGuard, auth=auth)
+    tuning_service = tuning.TuningService(folder)
+    api.include_router(tuning.router(tuning_service))
+    dispatcher = Dispatcher(meter, CapacityLimiter(max_requests), tuning_service)
 
     @api.get("/models")
-    async def models() -> wire.ModelList:
-        offered = [wire.ModelCard(id=name, name=e.title, description=e.note) for name, e in served().items()]
-        return wire.ModelList(data=sorted(offered, key=lambda card: card.id != DEFAULT))
+    async def models() -> ModelList:
+        cards = [
+            ModelCard(id=name, name=spec.title, description=spec.note) for name, spec in available_models().items()
+        ]
+        return ModelList(data=sorted(cards, key=lambda card: card.id != DEFAULT_MODEL))
 
-    @api.post("/query", response_model=wire.QueryAnswer, responses=STREAM)
-    async def query(asked: wire.QueryRequest, http: Http) -> Response:
-        entry = desk.entry_of(asked, http)
-        recipe = entry.grammar_constrained and asked.question == RECIPE_QUESTION
-        call = desk.call(http, entry, asked, "recipe" if recipe else "query", prompt=asked.question)
-        return await (call.streamed() if asked.stream else call.whole(lambda found: {"answer": found.text}))
+    @api.post("/query", response_model=QueryResponse, responses=STREAM_RESPONSES)
+    async def query(body: QueryRequest, http_request: HttpRequest) -> Response:
+        spec = dispatcher.find_model(body, http_request)
+        skill = "recipe" if spec.grammar_constrained and body.question == RECIPE_QUESTION else "query"
+        call = dispatcher.call(http_request, spec, body, skill, prompt=body.question)
+        return await (call.stream() if body.stream else call.response(lambda answer: {"answer": answer.text}))
 
-    @api.post("/caption", response_model=wire.CaptionAnswer, responses=STREAM)
-    async def caption(asked: wire.CaptionRequest, http: Http) -> Response:
-        call = desk.call(http, desk.entry_of(asked, http), asked, "caption", length=asked.length)
-        return await (call.streamed() if asked.stream else call.whole(lambda found: {"caption": found.text}))
+    @api.post("/caption", response_model=CaptionResponse, responses=STREAM_RESPONSES)
+    async def caption(body: CaptionRequest, http_request: HttpRequest) -> Response:
+        spec = dispatcher.find_model(body, http_request)
+        call = dispatcher.call(http_request, spec, body, "caption", length=body.length)
+        return await (call.stream() if body.stream else call.response(lambda answer: {"caption": answer.text}))
 
-    @api.post("/detect", response_model=wire.DetectAnswer)
-    async def detect(asked: wire.RegionRequest, http: Http) -> Response:
-        call = desk.call(http, desk.entry_of(asked, http), asked, "detect", prompt=asked.object)
-        return await call.whole(lambda found: {"objects": [_named(wire.Region, box) for box in found.boxes]})
+    @api.post("/detect", response_model=DetectResponse)
+    async def detect(body: RegionRequest, http_request: HttpRequest) -> Response:
+        spec = dispatcher.find_model(body, http_request)
+        call = dispatcher.call(http_request, spec, body, "detect", prompt=body.object)
+        return await call.response(lambda answer: {"objects": [asdict(box) for box in answer.boxes]})
 
-    @api.post("/point", response_model=wire.PointAnswer)
-    async def point(asked: wire.RegionRequest, http: Http) -> Response:
-        call = desk.call(http, desk.entry_of(asked, http), asked, "point", prompt=asked.object)
-        return await call.whole(lambda found: {"points": [_named(wire.PointModel, spot) for spot in found.points]})
+    @api.post("/point", response_model=PointResponse)
+    async def point(body: RegionRequest, http_request: HttpRequest) -> Response:
+        spec = dispatcher.find_model(body, http_request)
+        call = dispatcher.call(http_request, spec, body, "point", prompt=body.object)
+        return await call.response(lambda answer: {"points": [asdict(point) for point in answer.points]})
 
     return api
 
 
-def served() -> dict[str, ModelSpec]:
-    """The models that this API gives: those that compute here, tuned runs among them. Others' keys are not lent."""
-    return {name: e for name, e in MODELS.items() if e.backend != "hosted" and e.unavailable() is None}
-
-
-def _named(kind: type[Any], value: Any) -> dict[str, float]:
-    return dict(zip(kind.model_fields, astuple(value)))
+def available_models() -> dict[str, ModelSpec]:
+    """Return the local models, including tuned runs. Hosted models are excluded: their API keys are not shared."""
+    return {name: spec for name, spec in MODELS.items() if spec.backend != "hosted" and unavailable(spec) is None}
 
 
 class Dispatcher:
-    """Takes the calls, so many at once, and has each recorded."""
+    """Runs model calls in threads, limits their number, and records each."""
 
-    def __init__(self, metering: UsageMeter, limiter: CapacityLimiter, bench: TuningService) -> None:
-        self.metering, self.limiter, self.bench = metering, limiter, bench
+    def __init__(self, meter: UsageMeter, limiter: CapacityLimiter, tuning_service: tuning.TuningService) -> None:
+        self.meter, self.limiter, self.tuning_service = meter, limiter, tuning_service
 
-    def entry_of(self, asked: wire.ApiRequest, http: Http) -> ModelSpec:
-        """The model that is asked, as it is called; of a tenant's own finetunes, too. Raises ApiError (404)."""
-        name = asked.model or DEFAULT
-        entry = MODELS.get(name)
-        if entry is None and CHECKPOINT.fullmatch(name):
-            return self.bench.checkpoint(http.state.tenant, name)
-        if entry is None or entry.backend == "hosted":
-            raise ApiError(404, f"There is no model called {name[:100]!r} here. GET /v1/models lists those there are.")
-        return entry
+    def find_model(self, body: ApiRequest, http_request: HttpRequest) -> ModelSpec:
+        """Return the requested model, which may be a checkpoint of the tenant. Raises ApiError (404)."""
+        name = body.model or DEFAULT_MODEL
+        spec = MODELS.get(name)
+        if spec is None and CHECKPOINT_NAME.fullmatch(name):
+            return self.tuning_service.checkpoint_spec(http_request.state.tenant, name)
+        if spec is None or spec.backend == "hosted":
+            raise ApiError(404, f"There is no model called {name[:100]!r}. GET /v1/models lists the available models.")
+        return spec
 
-    def call(self, http: Http, entry: ModelSpec, asked: wire.ApiRequest, skill: str, **words: Any) -> _Call:
-        """A call that is to be answered. Raises ApiError where too many wait."""
+    def call(
+        self, http_request: HttpRequest, spec: ModelSpec, body: ApiRequest, skill: str, **fields: Any
+    ) -> ModelCall:
+        """Create a model call.
+
+        Args:
+            http_request: The HTTP request.
+            spec: The model.
+            body: The request's body.
+            skill: Key in `SKILLS`.
+            **fields: `prompt` or `length` of the inference request.
+
+        Raises:
+            ApiError: Too many requests are waiting (503).
+        """
         if self.limiter.available_tokens < 1:
-            raise ApiError(503, "Too many requests wait here. Try again in a few seconds.", {"Retry-After": "2"})
-        sampling = asked.settings or wire.Sampling()
+            raise ApiError(503, "Too many requests are waiting. Try again in a few seconds.", {"Retry-After": "2"})
+        sampling = body.settings or SamplingSettings()
         seed = secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed
 
-        def request() -> Request:
+        def create_request() -> Request:
             try:
                 return Request(
-                    asked.photo(),
+                    body.photo(),
                     skill,
-                    **words,
+                    **fields,
                     temperature=sampling.temperature,
                     seed=seed,
                     max_tokens=sampling.max_tokens,
@@ -129,32 +173,37 @@ class Dispatcher:
             except RequestError as error:
                 raise ApiError(400, str(error)) from None
 
-        exactly = replace(entry, temperature=1.0, top_p=sampling.top_p)
-        return _Call(self, http, exactly, request)
+        return ModelCall(self, http_request, replace(spec, temperature=1.0, top_p=sampling.top_p), create_request)
 
 
-class _Call:
-    """One request on its way to its answer, computed in threads; it stops when nobody listens any more."""
+class ModelCall:
+    """A model call and its HTTP response. The call is cancelled when the client disconnects."""
 
-    def __init__(self, desk: Dispatcher, http: Http, entry: ModelSpec, request: Callable[[], Request]) -> None:
-        self.desk, self.http, self.entry, self.request = desk, http, entry, request
-        self.id: str = http.state.request_id
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        http_request: HttpRequest,
+        spec: ModelSpec,
+        create_request: Callable[[], Request],
+    ) -> None:
+        self.dispatcher, self.http_request, self.spec = dispatcher, http_request, spec
+        self.create_request = create_request  # decodes the photo, so it runs in a thread
+        self.id: str = http_request.state.request_id
         self.cancel = threading.Event()
 
-    async def whole(self, fields: Callable[[Answer], dict[str, Any]]) -> Response:
-        """The answer in one piece."""
+    async def response(self, answer_fields: Callable[[Answer], dict[str, Any]]) -> Response:
+        """Return the complete answer as JSON. `answer_fields` returns the fields of the skill."""
         async with anyio.create_task_group() as group:
-            group.start_soon(self._watch)
-            found = await self._in_thread(self._last)
+            group.start_soon(self._cancel_on_disconnect)
+            answer = await self._in_thread(self._complete)
             group.cancel_scope.cancel()
-        if isinstance(found, ApiError):
-            raise found
-        told = wire.common(found, self.entry.name, self.id)
-        body = told | {"metrics": told["metrics"].model_dump()} | fields(found)
+        if isinstance(answer, ApiError):
+            raise answer
+        body = response_fields(answer, self.spec.name, self.id) | answer_fields(answer)
         return JSONResponse(body, headers={"X-Request-Id": self.id})
 
-    async def streamed(self) -> Response:
-        """The answer as server-sent events. What fails before the first word is an ordinary error."""
+    async def stream(self) -> Response:
+        """Return the answer as server-sent events. An error before the first text is an ordinary error response."""
         events = self._events()
         first = await self._in_thread(partial(self._next, events))
         if isinstance(first, ApiError):
@@ -165,55 +214,56 @@ class _Call:
     async def _stream(
         self, event: TextUpdate | Answer | ApiError | None, events: Iterator[Event]
     ) -> AsyncIterator[str]:
-        told = ""
+        sent = ""
         try:
             while isinstance(event, TextUpdate):
-                piece, told = event.text[len(told) :], event.text
-                if piece:
-                    yield _line(chunk=piece, completed=False, request_id=self.id)
+                chunk, sent = event.text[len(sent) :], event.text
+                if chunk:
+                    yield _sse(chunk=chunk, completed=False, request_id=self.id)
                 event = await self._in_thread(partial(self._next, events))
             if isinstance(event, Answer):
-                yield _line(chunk=event.text[len(told) :], completed=False, request_id=self.id)
-                last = wire.common(event, self.entry.name, self.id)
-                yield _line(chunk="", completed=True, **last | {"metrics": last["metrics"].model_dump()})
+                yield _sse(chunk=event.text[len(sent) :], completed=False, request_id=self.id)
+                yield _sse(chunk="", completed=True, **response_fields(event, self.spec.name, self.id))
             else:
-                error = event or ApiError(500, "The model gave no answer.")
-                yield _line(chunk="", completed=True, **trouble(error.status_code, str(error.detail), self.id))
+                error = event or ApiError(500, "The model returned no answer.")
+                yield _sse(chunk="", completed=True, **error_body(error.status_code, str(error.detail), self.id))
         finally:
             self.cancel.set()
 
-    async def _watch(self) -> None:
-        """Until the caller goes away."""
-        while (await self.http.receive())["type"] != "http.disconnect":
+    async def _cancel_on_disconnect(self) -> None:
+        while (await self.http_request.receive())["type"] != "http.disconnect":
             pass
         self.cancel.set()
 
-    async def _in_thread(self, work: Callable[[], Any]) -> Any:
-        return await to_thread.run_sync(work, limiter=self.desk.limiter, abandon_on_cancel=True)
+    async def _in_thread(self, function: Callable[[], Any]) -> Any:
+        return await to_thread.run_sync(function, limiter=self.dispatcher.limiter, abandon_on_cancel=True)
 
     def _events(self) -> Iterator[Event]:
-        """Asks the model, and has the call recorded."""
-        request, metering = self.request(), self.desk.metering
+        """Run the model and record the call."""
 
-        def ask(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
-            return ask_model(self.entry, request, cancel)
+        def answer(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
+            return registry.answer(self.spec, request, cancel)
 
-        yield from metering.ask(self.entry.name, request, self.cancel, ask, "v1", self.id)
+        request = self.create_request()
+        yield from self.dispatcher.meter.answer(self.spec.name, request, self.cancel, answer, "v1", self.id)
 
     def _next(self, events: Iterator[Event]) -> TextUpdate | Answer | ApiError | None:
+        """Return the next text or answer, an error, or None at the end."""
         try:
             return next((event for event in events if isinstance(event, TextUpdate | Answer)), None)
         except InferenceError as error:
-            return of_inference(error)
+            return from_inference_error(error)
         except ApiError as error:
             return error
 
-    def _last(self) -> Answer | ApiError:
-        events, found = self._events(), None
-        while isinstance(found := self._next(events), TextUpdate):
+    def _complete(self) -> Answer | ApiError:
+        """Run the model to its answer."""
+        events = self._events()
+        while isinstance(event := self._next(events), TextUpdate):
             pass
-        return found or ApiError(500, "The model gave no answer.")
+        return event or ApiError(500, "The model returned no answer.")
 
 
-def _line(**fields: Any) -> str:
+def _sse(**fields: Any) -> str:
+    """Format a server-sent event."""
     return f"data: {json.dumps(fields)}\n\n"

@@ -1,4 +1,4 @@
-"""Who may use the API: keys, compared in constant time as digests, and how often each may ask."""
+"""API keys of the /v1 API, and a rate limit per key."""
 
 from __future__ import annotations
 
@@ -14,67 +14,86 @@ from starlette.requests import HTTPConnection
 
 from serving.errors import ApiError
 
-LOCAL = "local"  # the tenant of a deployment without keys
-BURST = 4.0  # seconds' worth of requests that may come at once
-NAMES = ("localhost", "127.0.0.1", "[::1]")
-NO_KEY = "This API needs a key of this deployment in the header X-Moondream-Auth."
-CLOSED = "This API is open to its own machine alone. Set PLAYGROUND_API_KEYS to let others in, each with a key."
+LOCAL_TENANT = "local"  # the tenant of a deployment without keys
+BURST_SECONDS = 4.0  # a key may send this many seconds' worth of requests at once
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+INVALID_KEY = "This API needs a valid key in the header X-Moondream-Auth."
+LOCAL_ONLY = "Without API keys only this machine may use the API. Set PLAYGROUND_API_KEYS to allow other clients."
 
 
 class ApiKeyAuth:
-    """The keys of a deployment, as SHA-256 digests in hexadecimal; without any, only its own machine may ask.
+    """Authenticates requests by API key. Without keys, only requests from this machine are allowed.
 
-    rate: requests a second for each key. Nobody is limited where there are no keys.
+    Keys are stored as digests and compared in constant time.
     """
 
     def __init__(
         self, digests: Sequence[str] = (), rate: float = 10.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        """Create the authentication.
+
+        Args:
+            digests: SHA-256 digests of the keys, in hexadecimal.
+            rate: Requests per second for each key. Without keys there is no limit.
+            clock: Returns the time in seconds.
+        """
         self._digests, self._rate, self._clock = tuple(digests), rate, clock
         self._lock = threading.Lock()
-        self._buckets: dict[str, tuple[float, float]] = {}  # tenant -> requests left, and when that was
+        self._buckets: dict[str, tuple[float, float]] = {}  # tenant -> remaining requests, time of the last update
 
-    def tenant(self, connection: HTTPConnection) -> str:
-        """Whose request it is: a short name that tells no key. Raises ApiError (401, 429)."""
+    def authenticate(self, connection: HTTPConnection) -> str:
+        """Return the tenant of a request: a short name from which the key cannot be derived.
+
+        Raises:
+            ApiError: The key is invalid or missing (401), or exceeds its rate limit (429).
+        """
         if not self._digests:
-            if not _from_here(connection):
-                raise ApiError(401, CLOSED)
-            return LOCAL
-        digest = hashlib.sha256(_said(connection).encode("utf-8", "surrogateescape")).hexdigest()
-        known = [hmac.compare_digest(digest, ours) for ours in self._digests]  # all of them, whichever it is
-        if not any(known):
-            raise ApiError(401, NO_KEY)
-        self._take(digest[:16])
-        return digest[:16]
+            if not _is_local(connection):
+                raise ApiError(401, LOCAL_ONLY)
+            return LOCAL_TENANT
+        digest = hashlib.sha256(_read_key(connection).encode("utf-8", "surrogateescape")).hexdigest()
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]  # constant time: compare all
+        if not any(matches):
+            raise ApiError(401, INVALID_KEY)
+        tenant = digest[:16]
+        self._check_rate(tenant)
+        return tenant
 
-    def _take(self, tenant: str) -> None:
-        most = max(1.0, self._rate * BURST)
+    def _check_rate(self, tenant: str) -> None:
+        """Take a token from the tenant's bucket. Raises ApiError (429) if it is empty."""
+        capacity = max(1.0, self._rate * BURST_SECONDS)
         with self._lock:
             now = self._clock()
-            left, then = self._buckets.get(tenant, (most, now))
-            left = min(most, left + (now - then) * self._rate)
-            self._buckets[tenant] = (left - 1 if left >= 1 else left, now)
-        if left < 1:
-            wait = {"Retry-After": str(math.ceil((1 - left) / self._rate))}
-            raise ApiError(429, f"This key may ask {self._rate:g} times a second. Wait a moment.", wait)
+            tokens, updated = self._buckets.get(tenant, (capacity, now))
+            tokens = min(capacity, tokens + (now - updated) * self._rate)
+            self._buckets[tenant] = (tokens - 1 if tokens >= 1 else tokens, now)
+        if tokens < 1:
+            headers = {"Retry-After": str(math.ceil((1 - tokens) / self._rate))}
+            raise ApiError(429, f"This key may send {self._rate:g} requests per second. Try again later.", headers)
 
 
-def _said(connection: HTTPConnection) -> str:
+def _read_key(connection: HTTPConnection) -> str:
     bearer = connection.headers.get("authorization", "")
     return connection.headers.get("x-moondream-auth") or (bearer[7:] if bearer[:7].lower() == "bearer " else "")
 
 
-def _from_here(connection: HTTPConnection) -> bool:
-    """Whether the peer is this machine, and means it: the page of another site may send requests to this machine, too,
-    but under that site's name or with its Origin."""
+def _is_local(connection: HTTPConnection) -> bool:
+    """Check that a request comes from this machine, and not from another site's page in a browser on this machine.
+
+    Such pages are recognized by the Host header (DNS rebinding) or the Origin header.
+    """
     try:
         loopback = connection.client is not None and ipaddress.ip_address(connection.client.host).is_loopback
     except ValueError:
         loopback = False
     host = connection.headers.get("host", "")
     origin = connection.headers.get("origin", "")
-    return loopback and _name(host) in NAMES and (not origin or _name(origin.partition("://")[2]) in NAMES)
+    return (
+        loopback
+        and _hostname(host) in LOCAL_HOSTS
+        and (not origin or _hostname(origin.partition("://")[2]) in LOCAL_HOSTS)
+    )
 
 
-def _name(host: str) -> str:
+def _hostname(host: str) -> str:
     return host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]

@@ -1,4 +1,4 @@
-"""Errors of the API: one JSON shape for all of them, {"error": {"type", "message", "request_id"}}."""
+"""Errors of the /v1 API. All have the JSON body {"error": {"type", "message", "request_id"}}."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 
 from inference.types import InferenceError
 
-# HTTP status -> the error's type, for programs.
-TYPES = {
+# HTTP status -> type of the error.
+ERROR_TYPES = {
     400: "invalid_request",
     401: "unauthorized",
     402: "budget",
@@ -28,8 +28,8 @@ TYPES = {
     500: "failed",
     503: "unavailable",
 }
-# Kind of an InferenceError -> HTTP status; 500 for what is not here.
-STATUS = {
+# Kind of an InferenceError -> HTTP status. The default is 500.
+INFERENCE_STATUS = {
     "unknown_model": 404,
     "unavailable": 503,
     "missing_weights": 503,
@@ -41,7 +41,7 @@ STATUS = {
 
 
 class ErrorBody(BaseModel):
-    """What went wrong: `type` for programs, `message` for a person, `request_id` for the log."""
+    """An error: `type` for programs, `message` for users, `request_id` for the log."""
 
     type: str = Field(examples=["invalid_request"])
     message: str
@@ -49,48 +49,49 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The body of every answer that is not 200."""
+    """The body of every response with an error status."""
 
     error: ErrorBody
 
 
 class ApiError(HTTPException):
-    """A request that is refused; the message tells a person what to do."""
+    """Raised to reject a request. The message tells the user what to do."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(status, message, headers)
 
 
-def of_inference(error: InferenceError) -> ApiError:
-    """A model's failure as an answer."""
-    return ApiError(STATUS.get(error.kind, 500), error.message)
+def from_inference_error(error: InferenceError) -> ApiError:
+    """Convert a model's error to an API error."""
+    return ApiError(INFERENCE_STATUS.get(error.kind, 500), error.message)
 
 
-def trouble(status: int, message: str, request_id: str) -> dict[str, Any]:
-    """The documented shape."""
-    return {"error": {"type": TYPES.get(status, "failed"), "message": message, "request_id": request_id}}
+def error_body(status: int, message: str, request_id: str) -> dict[str, Any]:
+    """Return an `ErrorResponse` as JSON."""
+    error_type = ERROR_TYPES.get(status, "failed")
+    return {"error": {"type": error_type, "message": message, "request_id": request_id}}
 
 
-def answer(error: HTTPException, request_id: str) -> JSONResponse:
-    """An error as it is sent."""
+def error_response(error: HTTPException, request_id: str) -> JSONResponse:
+    """Return the HTTP response of an error."""
     headers = {**(error.headers or {}), "X-Request-Id": request_id}
-    return JSONResponse(trouble(error.status_code, str(error.detail), request_id), error.status_code, headers)
+    return JSONResponse(error_body(error.status_code, str(error.detail), request_id), error.status_code, headers)
 
 
-def install(api: FastAPI) -> None:
-    """Makes every error of this application have the one shape."""
+def add_exception_handlers(api: FastAPI) -> None:
+    """Make the application return every error as an `ErrorResponse`."""
 
     @api.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(error, request.state.request_id)
+    async def handle_http_exception(request: Request, error: HTTPException) -> JSONResponse:
+        return error_response(error, request.state.request_id)
 
     @api.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        found = "; ".join(_said(problem) for problem in error.errors()[:5])
-        return answer(ApiError(400, f"{found}."), request.state.request_id)
+    async def handle_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        problems = "; ".join(_describe(problem) for problem in error.errors()[:5])
+        return error_response(ApiError(400, f"{problems}."), request.state.request_id)
 
 
-def _said(problem: Mapping[str, Any]) -> str:
-    """One problem with the body, without what was sent: that may be a photo."""
-    place = ".".join(str(part) for part in problem["loc"] if part != "body")
-    return f"{place[:100] or 'The body'}: {problem['msg']}"[:300]
+def _describe(problem: Mapping[str, Any]) -> str:
+    """Describe a validation error without the value, which may be a photo."""
+    location = ".".join(str(part) for part in problem["loc"] if part != "body")
+    return f"{location[:100] or 'body'}: {problem['msg']}"[:300]

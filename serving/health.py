@@ -1,4 +1,4 @@
-"""GET /healthz: what runs here, and whether its store can be reached."""
+"""GET /healthz: version, deployment, loaded models, and whether the database can be reached."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from pydantic import BaseModel
 from sqlalchemy import text
 
 from inference.registry import loaded_models
-from storage.database import Database
-from storage.reward_functions import StoreError
+from storage.database import Database, StoreError
 from usage.events import Deployment
 
 
 class Health(BaseModel):
-    """The state of this process. It serves, whatever the rest says; models are loaded when they are first asked."""
+    """State of this process. `status` is "ok" whenever the process serves requests; models are loaded on first use."""
 
     status: str = "ok"
     version: str
@@ -26,26 +25,32 @@ class Health(BaseModel):
     store: str
 
 
-def router(version: str, deployed: Callable[[], Deployment], database: Database) -> APIRouter:
-    """The route. version: of the application; deployed: tells the branch and commit that run, which may change."""
+def router(version: str, get_deployment: Callable[[], Deployment], database: Database) -> APIRouter:
+    """Create the route.
+
+    Args:
+        version: Version of the application.
+        get_deployment: Returns the running deployment, which hot reload changes.
+        database: The database to check.
+    """
     routes = APIRouter()
 
     @routes.get("/healthz")
     def healthz() -> Health:
-        where = deployed()
+        deployment = get_deployment()
         return Health(
             version=version,
-            branch=where.branch,
-            revision=where.commit or None,
-            space=where.space or None,
+            branch=deployment.branch,
+            revision=deployment.commit or None,
+            space=deployment.space or None,
             models_loaded=loaded_models(),
-            store="ok" if _reachable(database) else "unreachable",
+            store="ok" if _is_reachable(database) else "unreachable",
         )
 
     return routes
 
 
-def _reachable(database: Database) -> bool:
+def _is_reachable(database: Database) -> bool:
     try:
         with database.transaction() as connection:
             connection.execute(text("SELECT 1"))

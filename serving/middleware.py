@@ -1,4 +1,4 @@
-"""What every request to the API passes first: it gets an id, its key is checked, and its body is limited."""
+"""ASGI middleware of the /v1 API: request ids, API keys, and limits on body size and upload time."""
 
 from __future__ import annotations
 
@@ -10,65 +10,71 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.auth import ApiKeyAuth
-from serving.errors import ApiError, answer
+from serving.errors import ApiError, error_response
 
-MAX_BODY = 16 * 2**20
-MAX_STEP = 128 * 2**20  # of a training step, in which every group has its photo
+MAX_BODY = 16 * 2**20  # bytes
+MAX_TRAIN_STEP_BODY = 128 * 2**20  # bytes; each group of a training step contains its photo
 BODY_SECONDS = 60.0
 
 
 class RequestGuard:
-    """ASGI middleware. Sets `state.request_id` and `state.tenant`; answers what may not pass."""
+    """Authenticates requests and limits their bodies. Sets `state.request_id` and `state.tenant`."""
 
     def __init__(
-        self, app: ASGIApp, keys: ApiKeyAuth, max_body: int = MAX_BODY, body_seconds: float = BODY_SECONDS
+        self, app: ASGIApp, auth: ApiKeyAuth, max_body: int = MAX_BODY, body_seconds: float = BODY_SECONDS
     ) -> None:
-        self.app, self.keys, self.max_body, self.body_seconds = app, keys, max_body, body_seconds
+        """Wrap an application.
+
+        Args:
+            app: The ASGI application.
+            auth: Authenticates requests.
+            max_body: Maximum size of a body in bytes, except for training steps.
+            body_seconds: Maximum time to receive a body.
+        """
+        self.app, self.auth, self.max_body, self.body_seconds = app, auth, max_body, body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         connection = HTTPConnection(scope)
         connection.state.request_id = uuid4().hex
         try:
-            connection.state.tenant = self.keys.tenant(connection)
-            most = MAX_STEP if scope["path"].endswith("/tuning/train_step") else self.max_body
-            _check_length(connection, most)
+            connection.state.tenant = self.auth.authenticate(connection)
+            max_body = MAX_TRAIN_STEP_BODY if scope["path"].endswith("/tuning/train_step") else self.max_body
+            length = connection.headers.get("content-length", "0")
+            if not length.isascii() or not length.isdigit() or int(length[:20]) > max_body:
+                raise body_too_large(max_body)
         except ApiError as error:
-            await answer(error, connection.state.request_id)(scope, receive, send)
+            await error_response(error, connection.state.request_id)(scope, receive, send)
             return
-        await self.app(scope, _Limited(receive, most, self.body_seconds), send)
+        await self.app(scope, BodyLimiter(receive, max_body, self.body_seconds), send)
 
 
-def _check_length(connection: HTTPConnection, most: int) -> None:
-    length = connection.headers.get("content-length", "0")
-    if not length.isascii() or not length.isdigit() or int(length[:20]) > most:
-        raise too_large(most)
+def body_too_large(max_body: int) -> ApiError:
+    """Return the error for a body of more than `max_body` bytes."""
+    return ApiError(413, f"The request is larger than {max_body // 2**20} MB. Send a smaller photo.")
 
 
-def too_large(most: int) -> ApiError:
-    """What a body over the limit is answered."""
-    return ApiError(413, f"The request is over {most // 2**20} MB. Send a smaller photo.")
+class BodyLimiter:
+    """ASGI `receive` that limits the size of a body and the time to receive it."""
 
-
-class _Limited:
-    """Receives a body of at most so many bytes in at most so many seconds."""
-
-    def __init__(self, receive: Receive, most: int, seconds: float) -> None:
-        self.receive, self.left, self.most = receive, most, most
-        self.end = time.monotonic() + seconds
+    def __init__(self, receive: Receive, max_body: int, seconds: float) -> None:
+        self.receive, self.remaining, self.max_body = receive, max_body, max_body
+        self.deadline = time.monotonic() + seconds
         self.complete = False
 
     async def __call__(self) -> Message:
+        """Receive the next part of the body. Raises ApiError (408, 413)."""
         if self.complete:
             return await self.receive()
         try:
-            message = await asyncio.wait_for(self.receive(), max(0.01, self.end - time.monotonic()))
+            message = await asyncio.wait_for(self.receive(), max(0.01, self.deadline - time.monotonic()))
         except asyncio.TimeoutError:
             raise ApiError(408, "The request did not arrive in time. Send it again.") from None
-        self.left -= len(message.get("body", b""))
-        if self.left < 0:
-            raise too_large(self.most)
+        self.remaining -= len(message.get("body", b""))
+        if self.remaining < 0:
+            raise body_too_large(self.max_body)
         self.complete = not message.get("more_body", False)
         return message

@@ -1,22 +1,25 @@
-"""/v1/tuning: a tuning server for moondream-tiny that speaks Moondream's tuning API, for its SDK and for this app's own
-hosted runs: questions (the skill `query`), point and detect."""
+"""The /v1/tuning API: a tuning server for moondream-tiny with Moondream's protocol.
+
+It serves Moondream's SDK and this application's own hosted runs. Supported skills: query, point and detect.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property, partial
-from pathlib import Path as Folder
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+import fastapi
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter, Path
-from fastapi import Request as Http
-from pydantic import BaseModel, Field
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from pydantic import BaseModel, Field, ValidationError
 
-from inference.registry import ModelSpec
-from inference.types import MAX_OBJECTS, MAX_TEMPERATURE, clean
+from inference.types import MAX_OBJECTS, MAX_TEMPERATURE, Box, ModelSpec, Point, clean
 from serving.errors import ApiError
-from serving.schemas import PointModel, Region, Words, photo_of
+from serving.schemas import Text, decode_photo
 from training.hosted.client import MAX_ROLLOUTS
 
 if TYPE_CHECKING:
@@ -24,23 +27,25 @@ if TYPE_CHECKING:
     from training.server.finetunes import Finetune, FinetuneStore
 
 MAX_GROUPS = 64
-Id = Annotated[str, Path(pattern=r"^[0-9A-Za-z]{1,64}$")]
-Bin = Annotated[int, Field(ge=0, lt=2**31)]
-RATE = 2e-4  # learning rate where none is sent, as on Moondream's server
-COORDINATE, SIZE = 5, 6  # the tokens that stand for a coordinate and for a size
-AT_ONCE = 8  # requests that compute or wait
-Number = Annotated[float, Field(allow_inf_nan=False)]
+MAX_REQUESTS = 8  # running and waiting; further requests are rejected
+MAX_PAGE_SIZE = 100
+DEFAULT_LEARNING_RATE = 2e-4  # as on Moondream's server
+COORDINATE_TOKEN, SIZE_TOKEN = 5, 6  # placeholders in `answer_tokens` for a coordinate and a size
+FinetuneId = Annotated[str, fastapi.Path(pattern=r"^[0-9A-Za-z]{1,64}$")]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+T = TypeVar("T")
 
 
-class Create(BaseModel):
-    """A finetune by its name."""
+class CreateFinetuneRequest(BaseModel):
+    """The name of a new finetune and the rank of its LoRA adapter."""
 
     name: str
     rank: int
 
 
-class Drawing(BaseModel):
-    """How rollouts are drawn. top_p must be 1: what is learned are the probabilities that were drawn from."""
+class RolloutSettings(BaseModel):
+    """Sampling settings of rollouts. top_p must be 1: training uses the probabilities of the full distribution."""
 
     temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(ge=1, le=1)] = 1.0
@@ -48,297 +53,332 @@ class Drawing(BaseModel):
     max_objects: Annotated[int, Field(ge=1, le=MAX_OBJECTS)] = MAX_OBJECTS
 
 
-class Question(BaseModel):
-    """A request: of `query` its question, of point and detect the object. What else is sent comes back as it was."""
+class PromptRequest(BaseModel):
+    """A prompt: the question of `query`, or the object of `point` and `detect`. Other fields are returned unchanged."""
 
     skill: Literal["query", "point", "detect"]
-    question: Words | None = None
-    object: Words | None = None
+    question: Text | None = None
+    object: Text | None = None
     image_url: str
-    settings: Drawing | None = None
+    settings: RolloutSettings | None = None
 
     @property
-    def words(self) -> str:
-        """What is asked. Raises ApiError (400) where it is missing."""
-        name = "question" if self.skill == "query" else "object"
-        words = clean(getattr(self, name) or "")
-        if not words:
-            raise ApiError(400, f"request.{name}: the skill {self.skill} needs it.")
-        return words
+    def prompt(self) -> str:
+        """The question or object. Raises ApiError (400) if it is missing."""
+        field = "question" if self.skill == "query" else "object"
+        prompt = clean(getattr(self, field) or "")
+        if not prompt:
+            raise ApiError(400, f"request.{field} is required for the skill {self.skill}.")
+        return prompt
 
 
 class GroundTruth(BaseModel):
-    """What is really there: points or boxes in shares of the photo."""
+    """True points or boxes, in fractions of the photo's width and height."""
 
-    points: list[PointModel] | None = None
-    boxes: list[Region] | None = None
+    points: list[Point] | None = None
+    boxes: list[Box] | None = None
 
     def regions(self) -> tuple[dict[str, float], ...]:
-        """All of it."""
-        return tuple(one.model_dump() for one in [*(self.points or []), *(self.boxes or [])])
+        """Return all points and boxes as JSON."""
+        return tuple(asdict(region) for region in [*(self.points or []), *(self.boxes or [])])
 
 
-class Rollouts(BaseModel):
-    """So many answers to a request."""
+class RolloutsRequest(BaseModel):
+    """A request for rollouts of a prompt."""
 
     finetune_id: str
     num_rollouts: Annotated[int, Field(ge=1, le=MAX_ROLLOUTS)] = 1
     request: dict[str, Any]
     ground_truth: GroundTruth | None = Field(
-        None, description="Of point and detect; then rewards come with the rollouts."
+        None, description="For point and detect. The response then includes rewards."
     )
 
 
-class Output(BaseModel):
-    """What was said."""
+class RolloutOutput(BaseModel):
+    """The text of a rollout."""
 
     answer: str = ""
 
 
 class Rollout(BaseModel):
-    """An answer, as it was given out."""
+    """A rollout as returned by POST /rollouts."""
 
     skill: str | None = None
     finish_reason: Literal["stop", "length"] = "stop"
-    answer_tokens: Annotated[list[Bin], Field(max_length=2048)]
-    coords: Annotated[list[Bin], Field(max_length=2 * MAX_OBJECTS)] = []
-    sizes: Annotated[list[Annotated[list[Bin], Field(min_length=2, max_length=2)]], Field(max_length=MAX_OBJECTS)] = []
-    output: Output = Output()
+    answer_tokens: Annotated[list[TokenId], Field(max_length=2048)]
+    coords: Annotated[list[TokenId], Field(max_length=2 * MAX_OBJECTS)] = []
+    sizes: Annotated[
+        list[Annotated[list[TokenId], Field(min_length=2, max_length=2)]], Field(max_length=MAX_OBJECTS)
+    ] = []
+    output: RolloutOutput = RolloutOutput()
 
 
-class Target(BaseModel):
-    """An answer to imitate; of point and detect what is there."""
+class SftTarget(BaseModel):
+    """The answer to imitate: text, points or boxes."""
 
-    answer: Words | None = None
-    points: list[PointModel] | None = None
-    boxes: list[Region] | None = None
+    answer: Text | None = None
+    points: list[Point] | None = None
+    boxes: list[Box] | None = None
 
 
-class Group(BaseModel):
-    """mode "rl": rollouts with their rewards; mode "sft": a target."""
+class TrainGroup(BaseModel):
+    """A prompt with rollouts and their rewards (mode "rl"), or with a target (mode "sft")."""
 
     mode: Literal["rl", "sft"]
     request: dict[str, Any]
     rollouts: Annotated[list[Rollout], Field(max_length=MAX_ROLLOUTS)] = []
-    rewards: Annotated[list[Number], Field(max_length=MAX_ROLLOUTS)] = []
-    target: Target | None = None
+    rewards: Annotated[list[FiniteFloat], Field(max_length=MAX_ROLLOUTS)] = []
+    target: SftTarget | None = None
 
 
-class Train(BaseModel):
-    """One step."""
+class TrainStepRequest(BaseModel):
+    """One training step."""
 
     finetune_id: str
-    groups: Annotated[list[Group], Field(min_length=1, max_length=MAX_GROUPS)]
-    lr: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = RATE
+    groups: Annotated[list[TrainGroup], Field(min_length=1, max_length=MAX_GROUPS)]
+    lr: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = DEFAULT_LEARNING_RATE
 
 
-class Metrics(BaseModel):
-    """Numbers of the user's own."""
+class LogMetricsRequest(BaseModel):
+    """Metrics to store with a finetune."""
 
     step: Annotated[int, Field(ge=0)]
     metrics: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_/-]{1,100}$")], Number], Field(min_length=1, max_length=100)
+        dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_/-]{1,100}$")], FiniteFloat],
+        Field(min_length=1, max_length=100),
     ]
 
 
 class TuningService:
-    """Where finetunes are worked on; the learner is loaded when it is first needed."""
+    """Runs operations on finetunes in threads. The model is loaded on first use."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._limiter = CapacityLimiter(AT_ONCE)
+        self._limiter = CapacityLimiter(MAX_REQUESTS)
 
     @cached_property
-    def tuner(self) -> FinetuneStore:
-        """The learner; the first call imports torch."""
+    def finetunes(self) -> FinetuneStore:
+        """The finetunes. The first access imports torch."""
         from training.server.finetunes import FinetuneStore
 
         return FinetuneStore(self.folder)
 
-    async def do(self, work: Callable[[FinetuneStore], Any]) -> Any:
-        """Something in a thread, its refusals as answers. Raises ApiError."""
-        if self._limiter.available_tokens < 1:
-            raise ApiError(503, "Too many requests wait here. Try again in a few seconds.", {"Retry-After": "2"})
-        return await to_thread.run_sync(partial(self._done, work), limiter=self._limiter)
+    async def run(self, operation: Callable[[FinetuneStore], T]) -> T:
+        """Run an operation in a thread.
 
-    def _done(self, work: Callable[[FinetuneStore], Any]) -> Any:
+        Raises:
+            ApiError: The operation failed, or too many requests are waiting (503).
+        """
+        if self._limiter.available_tokens < 1:
+            raise ApiError(503, "Too many requests are waiting. Try again in a few seconds.", {"Retry-After": "2"})
+        return await to_thread.run_sync(partial(self._run, operation), limiter=self._limiter)
+
+    def _run(self, operation: Callable[[FinetuneStore], T]) -> T:
         from training.server.finetunes import FinetuneError
 
         try:
-            return work(self.tuner)
+            return operation(self.finetunes)
         except FinetuneError as error:
             raise ApiError(error.status, str(error)) from None
         except OSError as error:
-            raise ApiError(503, f"The finetune cannot be kept ({error.strerror}). Nothing was changed.") from None
+            raise ApiError(503, f"The finetune cannot be saved ({error.strerror}). Nothing was changed.") from None
 
-    def checkpoint(self, tenant: str, name: str) -> ModelSpec:
-        """The model of a saved step. Raises ApiError (404)."""
-        return self._done(lambda work: work.checkpoint_spec(tenant, name))
+    def checkpoint_spec(self, tenant: str, name: str) -> ModelSpec:
+        """Return the model of a saved checkpoint. Raises ApiError (404)."""
+        return self._run(lambda finetunes: finetunes.checkpoint_spec(tenant, name))
 
 
-def router(bench: TuningService) -> APIRouter:
-    """The routes below /v1/tuning."""
+def router(service: TuningService) -> APIRouter:
+    """Create the routes."""
     routes = APIRouter(prefix="/tuning")
-    do: Callable[[Callable[[Any], Any]], Awaitable[Any]] = bench.do
 
     @routes.post("/finetunes")
-    async def create(asked: Create, http: Http) -> dict[str, Any]:
-        made = await do(lambda work: work.create(http.state.tenant, asked.name, asked.rank))
-        return {"finetune_id": made.finetune_id}
+    async def create_finetune(body: CreateFinetuneRequest, http_request: HttpRequest) -> dict[str, Any]:
+        tenant = http_request.state.tenant
+        finetune = await service.run(lambda finetunes: finetunes.create(tenant, body.name, body.rank))
+        return {"finetune_id": finetune.finetune_id}
 
     @routes.get("/finetunes")
-    async def listed(http: Http, limit: int = 20, cursor: str = "") -> dict[str, Any]:
-        every = await do(lambda work: [_shown(one) for one in work.list(http.state.tenant)])
-        return _page("finetunes", every, "finetune_id", limit, cursor)
+    async def list_finetunes(http_request: HttpRequest, limit: int = 20, cursor: str = "") -> dict[str, Any]:
+        tenant = http_request.state.tenant
+        finetunes = await service.run(lambda finetunes: finetunes.list(tenant))
+        items = [_finetune_json(finetune) for finetune in finetunes]
+        return _page("finetunes", items, "finetune_id", limit, cursor)
 
     @routes.get("/finetunes/{finetune_id}")
-    async def one(finetune_id: Id, http: Http) -> dict[str, Any]:
-        return {"finetune": _shown(await do(lambda work: work.get(http.state.tenant, finetune_id)))}
+    async def get_finetune(finetune_id: FinetuneId, http_request: HttpRequest) -> dict[str, Any]:
+        tenant = http_request.state.tenant
+        finetune = await service.run(lambda finetunes: finetunes.get(tenant, finetune_id))
+        return {"finetune": _finetune_json(finetune)}
 
     @routes.delete("/finetunes/{finetune_id}")
-    async def delete(finetune_id: Id, http: Http) -> dict[str, Any]:
-        await do(lambda work: work.delete(http.state.tenant, finetune_id))
+    async def delete_finetune(finetune_id: FinetuneId, http_request: HttpRequest) -> dict[str, Any]:
+        tenant = http_request.state.tenant
+        await service.run(lambda finetunes: finetunes.delete(tenant, finetune_id))
         return {"ok": True}
 
     @routes.post("/rollouts")
-    async def rollouts(asked: Rollouts, http: Http) -> dict[str, Any]:
-        question = _question(asked.request)
+    async def create_rollouts(body: RolloutsRequest, http_request: HttpRequest) -> dict[str, Any]:
+        tenant, request = http_request.state.tenant, _parse_prompt_request(body.request)
 
-        def write(work: FinetuneStore) -> Any:
-            return work.rollouts(http.state.tenant, asked.finetune_id, _asked(question), asked.num_rollouts)
+        def generate(finetunes: FinetuneStore) -> list[trainer.Completion]:
+            return finetunes.rollouts(tenant, body.finetune_id, _to_prompt(request), body.num_rollouts)
 
-        if asked.ground_truth and question.skill == "query":
-            raise ApiError(400, "ground_truth: a question has none. Score its answers yourself.")
-        said = await do(write)
-        rewards = _rewards(said, asked.ground_truth) if asked.ground_truth else None
-        told = [_rollout(one, question.skill) for one in said]
-        return {"request": asked.request, "rollouts": told, "rewards": rewards}
+        if body.ground_truth and request.skill == "query":
+            raise ApiError(400, "ground_truth is not supported for the skill query. Compute the rewards yourself.")
+        completions = await service.run(generate)
+        rewards = None
+        if body.ground_truth:
+            from training.server.regions import region_reward
+
+            truth = body.ground_truth.regions()
+            rewards = [region_reward(completion.regions, truth) for completion in completions]
+        rollouts = [_rollout_json(completion, request.skill) for completion in completions]
+        return {"request": body.request, "rollouts": rollouts, "rewards": rewards}
 
     @routes.post("/train_step")
-    async def train_step(asked: Train, http: Http) -> dict[str, Any]:
-        learned = await do(
-            lambda work: work.train_step(http.state.tenant, asked.finetune_id, [_group(g) for g in asked.groups], asked.lr)
-        )
-        return {**vars(learned), "router_kl": None}
+    async def train_step(body: TrainStepRequest, http_request: HttpRequest) -> dict[str, Any]:
+        tenant = http_request.state.tenant
+
+        def train(finetunes: FinetuneStore) -> trainer.StepResult:
+            groups = [_to_group(group) for group in body.groups]
+            return finetunes.train_step(tenant, body.finetune_id, groups, body.lr)
+
+        return {**vars(await service.run(train)), "router_kl": None}
 
     @routes.post("/finetunes/{finetune_id}/metrics")
-    async def metrics(finetune_id: Id, asked: Metrics, http: Http) -> dict[str, Any]:
-        await do(lambda work: work.log_metrics(http.state.tenant, finetune_id, asked.step, asked.metrics))
-        return {"ok": True, "step": asked.step, "logged_count": len(asked.metrics)}
+    async def log_metrics(
+        finetune_id: FinetuneId, body: LogMetricsRequest, http_request: HttpRequest
+    ) -> dict[str, Any]:
+        tenant = http_request.state.tenant
+        await service.run(lambda finetunes: finetunes.log_metrics(tenant, finetune_id, body.step, body.metrics))
+        return {"ok": True, "step": body.step, "logged_count": len(body.metrics)}
 
     @routes.get("/finetunes/{finetune_id}/checkpoints")
-    async def checkpoints(finetune_id: Id, http: Http, limit: int = 50, cursor: str = "") -> dict[str, Any]:
-        found = await do(lambda work: work.get(http.state.tenant, finetune_id))
-        every = [_checkpoint(found, step) for step in sorted(found.saved, key=int)]
-        return _page("checkpoints", every, "checkpoint_id", limit, cursor)
+    async def list_checkpoints(
+        finetune_id: FinetuneId, http_request: HttpRequest, limit: int = 50, cursor: str = ""
+    ) -> dict[str, Any]:
+        tenant = http_request.state.tenant
+        finetune = await service.run(lambda finetunes: finetunes.get(tenant, finetune_id))
+        items = [_checkpoint_json(finetune, step) for step in sorted(finetune.saved, key=int)]
+        return _page("checkpoints", items, "checkpoint_id", limit, cursor)
 
     @routes.post("/finetunes/{finetune_id}/checkpoints/save")
-    async def save(finetune_id: Id, http: Http) -> dict[str, Any]:
-        found = await do(lambda work: work.save_checkpoint(http.state.tenant, finetune_id))
-        return {"ok": True, "checkpoint": _checkpoint(found, str(found.step))}
+    async def save_checkpoint(finetune_id: FinetuneId, http_request: HttpRequest) -> dict[str, Any]:
+        tenant = http_request.state.tenant
+        finetune = await service.run(lambda finetunes: finetunes.save_checkpoint(tenant, finetune_id))
+        return {"ok": True, "checkpoint": _checkpoint_json(finetune, str(finetune.step))}
 
     @routes.delete("/finetunes/{finetune_id}/checkpoints/{step}")
-    async def forget(finetune_id: Id, step: int, http: Http) -> dict[str, Any]:
-        await do(lambda work: work.delete_checkpoint(http.state.tenant, finetune_id, step))
+    async def delete_checkpoint(finetune_id: FinetuneId, step: int, http_request: HttpRequest) -> dict[str, Any]:
+        tenant = http_request.state.tenant
+        await service.run(lambda finetunes: finetunes.delete_checkpoint(tenant, finetune_id, step))
         return {"ok": True}
 
     return routes
 
 
-def _question(request: dict[str, Any]) -> Question:
-    """A request as it is understood. Raises ApiError (400)."""
+# ── Requests ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _parse_prompt_request(request: dict[str, Any]) -> PromptRequest:
+    """Validate a prompt request. Raises ApiError (400)."""
     try:
-        return Question.model_validate(request)
-    except ValueError as error:
-        problems = getattr(error, "errors", list)()
-        said = "; ".join(f"request.{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in problems[:3])
-        raise ApiError(400, f"{said or 'The request cannot be read'}.") from None
+        return PromptRequest.model_validate(request)
+    except ValidationError as error:
+        problems = [f"request.{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()[:3]]
+        raise ApiError(400, f"{'; '.join(problems)}.") from None
 
 
-def _asked(question: Question) -> trainer.Prompt:
+def _to_prompt(request: PromptRequest) -> trainer.Prompt:
     from training.server.trainer import Prompt
 
-    drawing = question.settings or Drawing()
-    photo = photo_of(question.image_url)
-    how = (drawing.temperature, drawing.max_tokens, question.skill, drawing.max_objects)
-    return Prompt(photo, question.words, *how)
+    settings = request.settings or RolloutSettings()
+    return Prompt(
+        decode_photo(request.image_url),
+        request.prompt,
+        settings.temperature,
+        settings.max_tokens,
+        request.skill,
+        settings.max_objects,
+    )
 
 
-def _rewards(said: list[trainer.Completion], truth: GroundTruth) -> list[float]:
-    from training.server.regions import region_reward
-
-    return [region_reward(one.regions, truth.regions()) for one in said]
-
-
-def _group(group: Group) -> trainer.Group:
+def _to_group(group: TrainGroup) -> trainer.Group:
     from training.server import trainer
 
-    asked = _asked(_question(group.request))
+    prompt = _to_prompt(_parse_prompt_request(group.request))
     if group.mode == "sft":
-        return trainer.Group(asked, (_target(group.target, asked.skill),))
+        return trainer.Group(prompt, (_target_completion(group.target, prompt.skill),))
     if not group.rollouts or len(group.rollouts) != len(group.rewards):
-        raise ApiError(400, "A group of mode rl needs as many rewards as rollouts, at least one.")
-    if any(one.skill not in (None, asked.skill) for one in group.rollouts):
-        raise ApiError(400, f"These rollouts are of another skill than their request, which is {asked.skill}.")
-    return trainer.Group(asked, tuple(map(_said, group.rollouts)), tuple(group.rewards))
+        raise ApiError(400, "A group of mode rl needs one reward for each rollout, and at least one rollout.")
+    if any(rollout.skill not in (None, prompt.skill) for rollout in group.rollouts):
+        raise ApiError(400, f"The skill of a rollout differs from its request's, which is {prompt.skill}.")
+    return trainer.Group(prompt, tuple(map(_rollout_completion, group.rollouts)), tuple(group.rewards))
 
 
-def _target(target: Target | None, skill: str) -> trainer.Completion:
+def _target_completion(target: SftTarget | None, skill: str) -> trainer.Completion:
     from training.server.trainer import Completion
 
-    name = {"query": "answer", "point": "points", "detect": "boxes"}[skill]
-    if target is None or getattr(target, name) is None:
-        raise ApiError(400, f"target.{name}: a group of mode sft needs it for the skill {skill}.")
+    field = {"query": "answer", "point": "points", "detect": "boxes"}[skill]
+    if target is None or getattr(target, field) is None:
+        raise ApiError(400, f"target.{field} is required in a group of mode sft for the skill {skill}.")
     truth = GroundTruth(points=target.points, boxes=target.boxes) if skill != "query" else GroundTruth()
     return Completion(target.answer or "", (), True, regions=truth.regions())
 
 
-def _said(rollout: Rollout) -> trainer.Completion:
+def _rollout_completion(rollout: Rollout) -> trainer.Completion:
     from training.server.trainer import Completion
 
-    pairs = list(zip(rollout.coords[::2], rollout.coords[1::2]))
-    if 2 * len(pairs) != len(rollout.coords) or (rollout.sizes and len(rollout.sizes) != len(pairs)):
-        raise ApiError(400, "coords and sizes do not go together. Send rollouts back as they came.")
-    sizes = rollout.sizes or [[]] * len(pairs)
-    objects = tuple((*pair, *size) for pair, size in zip(pairs, sizes))
+    centers = list(zip(rollout.coords[::2], rollout.coords[1::2]))
+    if 2 * len(centers) != len(rollout.coords) or (rollout.sizes and len(rollout.sizes) != len(centers)):
+        raise ApiError(400, "coords and sizes have different lengths. Send rollouts back unchanged.")
+    sizes = rollout.sizes or [[]] * len(centers)
+    objects = tuple((*center, *size) for center, size in zip(centers, sizes))
     return Completion(rollout.output.answer, tuple(rollout.answer_tokens), rollout.finish_reason == "stop", objects)
 
 
-def _rollout(said: trainer.Completion, skill: str) -> dict[str, Any]:
-    outputs: dict[str, Any] = {"query": {"answer": said.text, "reasoning": None}}
-    outputs |= {"point": {"points": said.regions}, "detect": {"objects": said.regions}}
-    each = [COORDINATE, COORDINATE, *([SIZE] if skill == "detect" else [])]
+# ── Responses ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _rollout_json(completion: trainer.Completion, skill: str) -> dict[str, Any]:
+    outputs: dict[str, Any] = {
+        "query": {"answer": completion.text, "reasoning": None},
+        "point": {"points": completion.regions},
+        "detect": {"objects": completion.regions},
+    }
+    object_tokens = [COORDINATE_TOKEN, COORDINATE_TOKEN, *([SIZE_TOKEN] if skill == "detect" else [])]
     return {
         "skill": skill,
-        "finish_reason": "stop" if said.finished else "length",
+        "finish_reason": "stop" if completion.finished else "length",
         "output": outputs[skill],
-        "answer_tokens": list(said.tokens) if skill == "query" else each * len(said.objects),
+        "answer_tokens": list(completion.tokens) if skill == "query" else object_tokens * len(completion.objects),
         "thinking_tokens": [],
         "has_answer_separator": False,
-        "coords": [place for bins in said.objects for place in bins[:2]],
-        "sizes": [list(bins[2:]) for bins in said.objects] if skill == "detect" else [],
+        "coords": [coordinate for bins in completion.objects for coordinate in bins[:2]],
+        "sizes": [list(bins[2:]) for bins in completion.objects] if skill == "detect" else [],
     }
 
 
-def _shown(found: Finetune) -> dict[str, Any]:
-    return {name: value for name, value in vars(found).items() if name != "saved"}
+def _finetune_json(finetune: Finetune) -> dict[str, Any]:
+    return {name: value for name, value in vars(finetune).items() if name != "saved"}
 
 
-def _checkpoint(found: Finetune, step: str) -> dict[str, Any]:
-    when = found.saved[step]
+def _checkpoint_json(finetune: Finetune, step: str) -> dict[str, Any]:
+    saved_at = finetune.saved[step]
     return {
-        "checkpoint_id": f"{found.finetune_id}-{int(step):06d}",
-        "finetune_id": found.finetune_id,
+        "checkpoint_id": f"{finetune.finetune_id}-{int(step):06d}",
+        "finetune_id": finetune.finetune_id,
         "step": int(step),
         "expires_at_ms": None,
-        "created_at_ms": when,
-        "updated_at_ms": when,
+        "created_at_ms": saved_at,
+        "updated_at_ms": saved_at,
     }
 
 
-def _page(name: str, every: list[dict[str, Any]], key: str, limit: int, cursor: str) -> dict[str, Any]:
-    """So many from behind the cursor, which is the last one's id."""
-    start = next((place + 1 for place, one in enumerate(every) if one[key] == cursor), 0)
-    limit = min(max(limit, 1), 100)
-    some, more = every[start : start + limit], start + limit < len(every)
-    return {name: some, "next_cursor": some[-1][key] if more else None, "has_more": more}
+def _page(name: str, items: list[dict[str, Any]], key: str, limit: int, cursor: str) -> dict[str, Any]:
+    """Return the page of items after the cursor, which is the `key` of the previous page's last item."""
+    start = next((index + 1 for index, item in enumerate(items) if item[key] == cursor), 0)
+    limit = min(max(limit, 1), MAX_PAGE_SIZE)
+    page, has_more = items[start : start + limit], start + limit < len(items)
+    return {name: page, "next_cursor": page[-1][key] if has_more else None, "has_more": has_more}

@@ -37,7 +37,7 @@ def app_server(folder: Path, training: tuple[str, ...] = FAKE, **settings: Any) 
         patch.setitem(registry.BACKENDS, "fake", "tests.support.fake_backend")
         for name in (*WORKING_MODELS, *SPECIAL_MODELS):
             patch.setitem(registry.MODELS, name, fake_backend.fake_spec(name, name if name in SPECIAL_MODELS else ""))
-        application = app.create_app(Settings(data_dir=folder, **settings), training=training)
+        application = app.create_app(Settings(data_dir=folder, **settings), command=training)
         server = uvicorn.Server(uvicorn.Config(application, host="127.0.0.1", port=0, log_level="warning"))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
