@@ -1,4 +1,4 @@
-"""The settings: everything that the environment may say, read once, in one place."""
+"""Application settings, read from environment variables."""
 
 import hashlib
 import re
@@ -9,18 +9,34 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent
 VERSION = "0.6.0"
-YES = ("1", "t", "true", "yes", "on")
+TRUE_VALUES = ("1", "t", "true", "yes", "on")
 
 
 class SettingsError(ValueError):
-    """An environment variable holds something that cannot be used; the message says which and what would do."""
+    """Raised for an invalid environment variable. The message names it and says what is allowed."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment says. An empty environment gives a playground that works.
+    """Settings of the application. The defaults give a working local playground.
 
-    `database_url` and `moondream_key` are never shown: they hold secrets.
+    Attributes:
+        data_dir: Folder of runs, finetunes, spooled usage events and the SQLite database.
+        database_url: URL of the database; by default an SQLite file in `data_dir`. Not part of the repr.
+        host: Address to listen on.
+        port: Port to listen on.
+        branch: Git branch of the deployment; by default that of the checkout.
+        commit: Git commit of the deployment.
+        space: Hugging Face Space as owner/name.
+        hardware: Name of this machine in the table of prices.
+        prices: JSON file that overrides the table of prices.
+        train_in_request: Whether training runs work inside the request that starts them, as ZeroGPU requires.
+        moondream_key: API key of Moondream Cloud. Not part of the repr.
+        moondream_url: Address of Moondream Cloud's API.
+        moondream_rate: Requests per second to Moondream Cloud.
+        endpoints: Addresses of other servers with Moondream's API, by name.
+        api_keys: SHA-256 digests of the keys of this deployment's API, in hexadecimal. Not part of the repr.
+        api_rate: Requests per second for each of these keys.
     """
 
     data_dir: Path = ROOT / "data"
@@ -41,107 +57,105 @@ class Settings:
     api_rate: float = 10.0
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str]) -> "Settings":
-        """Read DATA_DIR, DATABASE_URL, GRADIO_SERVER_NAME and GRADIO_SERVER_PORT (or PORT). Empty means unset.
+    def from_env(cls, environ: Mapping[str, str]) -> "Settings":
+        """Read settings from environment variables. Empty variables count as unset.
 
-        TRAIN_IN_REQUEST (1 or 0) says whether a training run works inside the request that asked for it; it does so by
-        itself on ZeroGPU hardware (SPACES_ZERO_GPU), where nothing else has a GPU.
+        - Server: DATA_DIR, DATABASE_URL, GRADIO_SERVER_NAME (in a Space the default is 0.0.0.0), GRADIO_SERVER_PORT or
+          PORT.
+        - Training: TRAIN_IN_REQUEST (1 or 0; on ZeroGPU hardware the default is SPACES_ZERO_GPU).
+        - Moondream Cloud: MOONDREAM_API_KEY, MOONDREAM_API_URL, MOONDREAM_RATE (requests per second).
+        - Other servers with Moondream's API: MOONDREAM_ENDPOINTS, as name=address, separated by commas.
+        - This deployment's API: PLAYGROUND_API_KEYS, separated by commas, each a key or "sha256:" and its digest;
+          PLAYGROUND_API_RATE (requests per second for each key).
+        - Usage: PREVIEW_BRANCH, PREVIEW_COMMIT, SPACE_ID, PRICES_FILE, HARDWARE.
 
-        Of Moondream Cloud: MOONDREAM_API_KEY, MOONDREAM_API_URL, MOONDREAM_RATE (requests a second); of other servers
-        that speak its API: MOONDREAM_ENDPOINTS, as name=address, separated by commas.
+        Args:
+            environ: Environment variables.
 
-        Of this deployment's own API: PLAYGROUND_API_KEYS, separated by commas, each a key or "sha256:" and its digest;
-        what is kept are digests. PLAYGROUND_API_RATE: requests a second for each key.
-
-        For usage: PREVIEW_BRANCH, PREVIEW_COMMIT, SPACE_ID, PRICES_FILE, and the hardware (see `_hardware`).
-
-        In a Space (SPACE_ID) the server listens to the outside unless it is told otherwise. Raises SettingsError for a
-        port that is none.
+        Raises:
+            SettingsError: A variable is invalid.
         """
-        said = {name: text.strip() for name, text in env.items() if text.strip()}
-        port_name = "GRADIO_SERVER_PORT" if "GRADIO_SERVER_PORT" in said else "PORT"
+        env = {name: text.strip() for name, text in environ.items() if text.strip()}
+        port_name = "GRADIO_SERVER_PORT" if "GRADIO_SERVER_PORT" in env else "PORT"
+        moondream_url, moondream_rate = env.get("MOONDREAM_API_URL"), env.get("MOONDREAM_RATE")
         return cls(
-            data_dir=Path(said["DATA_DIR"]).expanduser() if "DATA_DIR" in said else cls.data_dir,
-            database_url=said.get("DATABASE_URL"),
-            host=said.get("GRADIO_SERVER_NAME", "0.0.0.0" if "SPACE_ID" in said else cls.host),
-            port=_port(port_name, said[port_name]) if port_name in said else cls.port,
-            branch=said.get("PREVIEW_BRANCH"),
-            commit=said.get("PREVIEW_COMMIT"),
-            space=said.get("SPACE_ID"),
-            hardware=_hardware(said),
-            prices=Path(said["PRICES_FILE"]).expanduser() if "PRICES_FILE" in said else None,
-            train_in_request=said.get("TRAIN_IN_REQUEST", said.get("SPACES_ZERO_GPU", "")).lower() in YES,
-            moondream_key=said.get("MOONDREAM_API_KEY"),
-            moondream_url=_address("MOONDREAM_API_URL", said["MOONDREAM_API_URL"])
-            if "MOONDREAM_API_URL" in said
-            else None,
-            moondream_rate=_rate("MOONDREAM_RATE", said["MOONDREAM_RATE"]) if "MOONDREAM_RATE" in said else None,
-            endpoints=_endpoints(said.get("MOONDREAM_ENDPOINTS", "")),
-            api_keys=_digests(said.get("PLAYGROUND_API_KEYS", "")),
-            api_rate=_rate("PLAYGROUND_API_RATE", said.get("PLAYGROUND_API_RATE", str(cls.api_rate))),
+            data_dir=Path(env["DATA_DIR"]).expanduser() if "DATA_DIR" in env else cls.data_dir,
+            database_url=env.get("DATABASE_URL"),
+            host=env.get("GRADIO_SERVER_NAME", "0.0.0.0" if "SPACE_ID" in env else cls.host),
+            port=_parse_port(port_name, env[port_name]) if port_name in env else cls.port,
+            branch=env.get("PREVIEW_BRANCH"),
+            commit=env.get("PREVIEW_COMMIT"),
+            space=env.get("SPACE_ID"),
+            hardware=_detect_hardware(env),
+            prices=Path(env["PRICES_FILE"]).expanduser() if "PRICES_FILE" in env else None,
+            train_in_request=env.get("TRAIN_IN_REQUEST", env.get("SPACES_ZERO_GPU", "")).lower() in TRUE_VALUES,
+            moondream_key=env.get("MOONDREAM_API_KEY"),
+            moondream_url=_parse_address("MOONDREAM_API_URL", moondream_url) if moondream_url else None,
+            moondream_rate=_parse_rate("MOONDREAM_RATE", moondream_rate) if moondream_rate else None,
+            endpoints=_parse_endpoints(env.get("MOONDREAM_ENDPOINTS", "")),
+            api_keys=_parse_api_keys(env.get("PLAYGROUND_API_KEYS", "")),
+            api_rate=_parse_rate("PLAYGROUND_API_RATE", env.get("PLAYGROUND_API_RATE", str(cls.api_rate))),
         )
 
     @property
     def store_url(self) -> str:
-        """Where the store is: DATABASE_URL, or without one an SQLite file in the data folder."""
+        """URL of the database: `database_url`, or an SQLite file in `data_dir`."""
         return self.database_url or f"sqlite:///{self.data_dir / 'playground.sqlite3'}"
 
 
-def _hardware(said: Mapping[str, str]) -> str | None:
-    """The machine's name in the table of prices: HARDWARE, or what a Space says of itself; None where nobody says.
+def _detect_hardware(env: Mapping[str, str]) -> str | None:
+    """Return HARDWARE, or the hardware of a Space; None if unknown.
 
-    A Space states ACCELERATOR ("none", or the kind of GPU) and CPU_CORES. Its two CPU machines have 2 and 8 cores.
+    A Space sets ACCELERATOR ("none" or the GPU) and CPU_CORES. Its CPU machines have 2 or 8 cores.
     """
-    if "HARDWARE" in said or "SPACE_ID" not in said:
-        return said.get("HARDWARE")
-    if said.get("ACCELERATOR", "none").lower() != "none":
-        return said["ACCELERATOR"]
-    return {"2": "cpu-basic", "8": "cpu-upgrade"}.get(said.get("CPU_CORES", ""))
+    if "HARDWARE" in env or "SPACE_ID" not in env:
+        return env.get("HARDWARE")
+    if env.get("ACCELERATOR", "none").lower() != "none":
+        return env["ACCELERATOR"]
+    return {"2": "cpu-basic", "8": "cpu-upgrade"}.get(env.get("CPU_CORES", ""))
 
 
-def _address(name: str, text: str | None) -> str | None:
-    if text is None:
-        return None
+def _parse_address(name: str, text: str) -> str:
     parts = urlsplit(text.rstrip("/"))
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
-        raise SettingsError(f"{name} must hold an address like https://api.moondream.ai/v1.")
+        raise SettingsError(f"{name} must be an address like https://api.moondream.ai/v1.")
     return text.rstrip("/")
 
 
-def _rate(name: str, text: str) -> float:
+def _parse_rate(name: str, text: str) -> float:
     try:
         rate = float(text)
     except ValueError:
         rate = 0.0
     if not 0 < rate <= 1000:
-        raise SettingsError(f"{name} must be a number of requests a second, more than 0 and at most 1000.")
+        raise SettingsError(f"{name} must be a number of requests per second, more than 0 and at most 1000.")
     return rate
 
 
-def _digests(text: str) -> tuple[str, ...]:
-    """The SHA-256 of each key, in hexadecimal. The text itself stays out of every message."""
-    found = []
+def _parse_api_keys(text: str) -> tuple[str, ...]:
+    """Return the SHA-256 digest of each key. Errors do not contain the keys."""
+    digests = []
     for key in filter(None, (part.strip() for part in text.split(","))):
-        kind, _, digest = key.partition(":")
-        if kind == "sha256" and not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise SettingsError("PLAYGROUND_API_KEYS: behind sha256: there must be 64 digits and letters a to f.")
-        if kind != "sha256" and not re.fullmatch(r"[!-~]{16,500}", key):
-            raise SettingsError("PLAYGROUND_API_KEYS: each key needs 16 to 500 characters, without spaces.")
-        found.append(digest if kind == "sha256" else hashlib.sha256(key.encode()).hexdigest())
-    return tuple(found)
+        prefix, _, digest = key.partition(":")
+        if prefix == "sha256" and not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise SettingsError("PLAYGROUND_API_KEYS: sha256: must be followed by 64 hexadecimal digits in lower case.")
+        if prefix != "sha256" and not re.fullmatch(r"[!-~]{16,500}", key):
+            raise SettingsError("PLAYGROUND_API_KEYS: each key needs 16 to 500 ASCII characters without spaces.")
+        digests.append(digest if prefix == "sha256" else hashlib.sha256(key.encode()).hexdigest())
+    return tuple(digests)
 
 
-def _endpoints(text: str) -> dict[str, str]:
-    found = {}
+def _parse_endpoints(text: str) -> dict[str, str]:
+    endpoints = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, address = (piece.strip() for piece in part.partition("="))
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,60}", name):
             raise SettingsError("MOONDREAM_ENDPOINTS must look like: lab=http://127.0.0.1:2020/v1, other=https://…/v1.")
-        found[name] = _address("MOONDREAM_ENDPOINTS", address) or ""
-    return found
+        endpoints[name] = _parse_address("MOONDREAM_ENDPOINTS", address)
+    return endpoints
 
 
-def _port(name: str, text: str) -> int:
+def _parse_port(name: str, text: str) -> int:
     if text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535:
         return int(text)
     raise SettingsError(f"{name} must be a number from 1 to 65535, not {text[:40]!r}.")

@@ -1,4 +1,4 @@
-"""The settings: an empty environment works, a wrong one says what is wrong, and secrets stay unseen."""
+"""Tests of the settings: defaults, environment variables, helpful errors, and secrets that are never shown."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ import pytest
 from settings import ROOT, Settings, SettingsError
 
 
-def test_an_empty_environment_gives_the_defaults() -> None:
+def test_empty_environment_gives_the_defaults() -> None:
     settings = Settings.from_env({})
     assert settings == Settings()
     assert settings.store_url == f"sqlite:///{ROOT / 'data' / 'playground.sqlite3'}"
     assert (settings.host, settings.port) == ("127.0.0.1", 7860)
 
 
-def test_every_variable_is_read() -> None:
+def test_server_variables_are_read() -> None:
     settings = Settings.from_env(
         {
             "DATA_DIR": "/somewhere/else",
@@ -28,11 +28,11 @@ def test_every_variable_is_read() -> None:
     assert settings.store_url == "postgres://me:secret@db/x"
 
 
-def test_the_port_may_be_called_port_too() -> None:
+def test_port_variable_sets_the_port() -> None:
     assert Settings.from_env({"PORT": "9000"}).port == 9000
 
 
-def test_a_space_is_reached_from_outside_and_a_desk_is_not() -> None:
+def test_space_listens_on_all_addresses_by_default() -> None:
     assert Settings.from_env({"SPACE_ID": "me/playground"}).host == "0.0.0.0"
     assert Settings.from_env({"SPACE_ID": "me/playground", "GRADIO_SERVER_NAME": "::1"}).host == "::1"
     assert Settings.from_env({}).host == "127.0.0.1"
@@ -44,27 +44,34 @@ def test_blank_variables_count_as_unset() -> None:
 
 
 @pytest.mark.parametrize("text", ["http", "0", "65536", "-1", "7860.0", "９０００", "9" * 5000, "0000099999"])
-def test_a_port_that_is_none_is_refused_by_name(text: str) -> None:
+def test_invalid_port_is_rejected_with_its_variable(text: str) -> None:
     with pytest.raises(SettingsError, match="GRADIO_SERVER_PORT") as caught:
         Settings.from_env({"GRADIO_SERVER_PORT": text})
     assert len(str(caught.value)) < 200
 
 
-def test_a_password_is_never_shown() -> None:
+def test_database_password_is_not_shown() -> None:
     settings = Settings.from_env({"DATABASE_URL": "postgres://me:hunter2@db/x"})
     assert "hunter2" not in repr(settings) + str(settings)
 
 
-def test_moondreams_servers_are_read_and_its_key_is_shown_nowhere() -> None:
-    said = {"MOONDREAM_API_KEY": "md-1", "MOONDREAM_API_URL": "https://host/v1/", "MOONDREAM_RATE": "10"}
-    read = Settings.from_env(said | {"MOONDREAM_ENDPOINTS": "lab=http://127.0.0.1:2020/v1, b=https://x/v1/"})
-    assert (read.moondream_key, read.moondream_url, read.moondream_rate) == ("md-1", "https://host/v1", 10.0)
-    assert dict(read.endpoints) == {"lab": "http://127.0.0.1:2020/v1", "b": "https://x/v1"}
-    assert "md-1" not in repr(read)
+def test_moondream_variables_are_read_and_the_key_is_not_shown() -> None:
+    settings = Settings.from_env(
+        {
+            "MOONDREAM_API_KEY": "md-1",
+            "MOONDREAM_API_URL": "https://host/v1/",
+            "MOONDREAM_RATE": "10",
+            "MOONDREAM_ENDPOINTS": "lab=http://127.0.0.1:2020/v1, b=https://x/v1/",
+        }
+    )
+    assert settings.moondream_key == "md-1"
+    assert (settings.moondream_url, settings.moondream_rate) == ("https://host/v1", 10.0)
+    assert dict(settings.endpoints) == {"lab": "http://127.0.0.1:2020/v1", "b": "https://x/v1"}
+    assert "md-1" not in repr(settings)
 
 
 @pytest.mark.parametrize(
-    "said",
+    "env",
     [
         {"MOONDREAM_API_URL": "host/v1"},
         {"MOONDREAM_API_URL": "https://user:secret@host/v1"},
@@ -74,7 +81,7 @@ def test_moondreams_servers_are_read_and_its_key_is_shown_nowhere() -> None:
         {"MOONDREAM_ENDPOINTS": "a b=http://host/v1"},
     ],
 )
-def test_a_server_that_cannot_be_is_refused(said: dict[str, str]) -> None:
+def test_invalid_moondream_server_is_rejected_without_its_password(env: dict[str, str]) -> None:
     with pytest.raises(SettingsError) as caught:
-        Settings.from_env(said)
+        Settings.from_env(env)
     assert "secret" not in str(caught.value)
