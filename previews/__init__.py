@@ -1,5 +1,5 @@
-"""Previews: every git branch is a Space of its own. `python -m previews --help`; nothing here imports the rest."""
+"""Preview deployments: one Hugging Face Space per git branch. See `python -m previews --help`."""
 
 import time
 
-STARTED = time.monotonic() - time.process_time()  # when this program began, on the monotonic clock
+PROCESS_START = time.monotonic() - time.process_time()  # on the monotonic clock

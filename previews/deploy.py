@@ -1,4 +1,4 @@
-"""A commit goes live: by hot reload, by a restart or by a build, until the running application itself reports it."""
+"""Deploys a commit to a Space by hot reload, restart or build, and waits until the application reports the commit."""
 
 from __future__ import annotations
 
@@ -8,48 +8,70 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path as Folder
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd
 
-from previews.errors import Exit, PreviewError, refused
-from previews.hot_reload import Program
-from previews.hub import Hub, SpaceSnapshot, State, asked
+from previews.errors import ExitCode, PreviewError, hub_error
+from previews.hot_reload import Codebase
+from previews.hub import Hub, SpaceSnapshot, SpaceState, in_thread
 from previews.names import space_name
-from previews.plan import FORCED, DeployPath, Plan, plan, read_front_matter
-from previews.source import APP_FILE, README, File, Source, blob_oid, blobs, is_ancestor, read
+from previews.plan import RESTART_FILE, DeployPath, Plan, make_plan, read_front_matter
+from previews.source import APP_FILE, README, File, Source, blob_oid, is_ancestor, read_blobs, read_commit
 
-MARKER, BRANCH = "PREVIEW_OF", "PREVIEW_BRANCH"
-STARTING = ("BUILDING", "RUNNING_BUILDING", "APP_STARTING", "RUNNING_APP_STARTING")
-BROKEN = {"BUILD_ERROR": Exit.BUILD, "CONFIG_ERROR": Exit.BUILD, "NO_APP_FILE": Exit.BUILD, "RUNTIME_ERROR": Exit.APP}
-HALTED = ("PAUSED", "STOPPED", "SLEEPING")
-DEPLOY, PART = "Deploy ", "Hot reload of "  # how the titles of our commits in a Space begin
-GRACE = 30.0  # seconds after a commit in which an error may be one of before
-HOT_LIMIT = 15.0  # seconds until a hot-reloaded commit must be seen
-HOT_POLL = 0.1
-KNOWN = 1.5  # seconds in which a replica that has reloaded before must hear of a commit
-PATIENCE = 5.0  # seconds in which what another deploy has sent may go live
-RETRIES = 3  # plans, when somebody else commits in between
-JOB_PRICE, JOB_SECONDS = 0.02, 1800  # dollars an hour: cpu-basic .01 and a public port .01
+MARKER_VARIABLE, BRANCH_VARIABLE = "PREVIEW_OF", "PREVIEW_BRANCH"
+STARTING_STAGES = ("BUILDING", "RUNNING_BUILDING", "APP_STARTING", "RUNNING_APP_STARTING")
+FAILED_STAGES = {
+    "BUILD_ERROR": ExitCode.BUILD,
+    "CONFIG_ERROR": ExitCode.BUILD,
+    "NO_APP_FILE": ExitCode.BUILD,
+    "RUNTIME_ERROR": ExitCode.APP,
+}
+HALTED_STAGES = ("PAUSED", "STOPPED", "SLEEPING")
+DEPLOY_TITLE, RELOAD_TITLE = "Deploy ", "Hot reload of "  # prefixes of commit titles in a Space
+STALE_STATE_SECONDS = 30.0  # after a commit, a failed stage may still belong to the previous one
+HOT_RELOAD_TIMEOUT = 15.0  # seconds until a hot-reloaded commit must be visible
+HOT_RELOAD_POLL = 0.1
+KNOWN_REPLICA_TIMEOUT = 1.5  # seconds until a replica known from an earlier reload must know a commit
+CONCURRENT_DEPLOY_TIMEOUT = 5.0  # seconds until files sent by a concurrent deploy must be live
+MAX_ATTEMPTS = 3  # on concurrent commits
+JOB_SECONDS = 1800
+JOB_PRICE = 0.02  # dollars an hour: $0.01 for cpu-basic and $0.01 for the public port
 
 
 @dataclass(frozen=True)
 class Target:
-    """A Space to deploy to. marker: the variable's value by which this application knows its own Spaces.
+    """A Space to deploy to.
 
-    shared: it shows now this branch, now that one, as main's Space does; a preview's is one branch's for good.
+    Attributes:
+        space: Id of the Space, "owner/name".
+        branch: The branch it shows.
+        marker: Value of the variable that marks the application's own Spaces.
+        is_production: Whether different branches may be deployed to it; a preview belongs to one branch.
     """
 
     space: str
     branch: str
     marker: str
-    shared: bool = False
+    is_production: bool = False
 
 
 @dataclass(frozen=True)
-class Options:
-    """How a new Space is made, and how long to wait."""
+class DeployOptions:
+    """Options of a deploy.
+
+    Attributes:
+        visibility: Visibility of a new Space.
+        secrets: Secrets of a new Space.
+        variables: Public variables of a new Space.
+        hardware: Hardware of a new Space, or None for the Hub's default.
+        timeout: Seconds to wait for a restart or build.
+        poll: Seconds between two status requests.
+        min_path: Cheapest path to use.
+        slim: Install previews without torch.
+        job_image_space: Space whose image a Job uses to serve a first preview while it is built, or None for no Job.
+    """
 
     visibility: str = "private"
     secrets: dict[str, str] = field(default_factory=dict, repr=False)
@@ -57,18 +79,23 @@ class Options:
     hardware: str | None = None
     timeout: float = 1200.0
     poll: float = 1.0
-    at_least: DeployPath = DeployPath.NOTHING
-    slim: bool = False  # a preview without models of its own, whose image is built sooner
-    fast_from: str | None = None  # the Space whose image serves a first preview in a Job
+    min_path: DeployPath = DeployPath.NOTHING
+    slim: bool = False
+    job_image_space: str | None = None
 
 
 @dataclass(frozen=True)
-class Result:
-    """What came of a deploy.
+class DeployResult:
+    """Result of a deploy; the fields are the keys of `--json`.
 
-    seconds: until live, since the push where its time was told, else since the command began (`since` says which);
-    by_path: of these, what each path took that was tried, in order; own_seconds: processor time of the deployer
-    itself, the rest is waiting; job_seconds: until a Job served the commit meanwhile.
+    Attributes:
+        path: The path that succeeded.
+        seconds: Time until live, since the push or the start of the command.
+        since: "push" or "start".
+        by_path: Seconds spent on each path that was tried, in order.
+        own_seconds: Processor time of the deployer; the rest is waiting.
+        fallbacks: Why cheaper paths failed.
+        job_seconds: Time until a Job served the commit, or None.
     """
 
     space: str
@@ -85,17 +112,17 @@ class Result:
     job_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For --json."""
+        """Convert to a dictionary for `--json`."""
         return asdict(self)
 
 
 @dataclass
-class _Run:
-    """A deploy that is going on: what it has made, what it took, and what did not work."""
+class _Deployment:
+    """State of a deploy in progress."""
 
     target: Target
     source: Source
-    program: Callable[[], Program]
+    codebase: Callable[[], Codebase]
     created: bool = False
     fallbacks: list[str] = field(default_factory=list)
     by_path: dict[str, float] = field(default_factory=dict)
@@ -104,375 +131,417 @@ class _Run:
     job_seconds: float | None = None
 
 
-class _NotShown(Exception):
-    """Why a hot reload has not come about."""
+class _HotReloadFailed(Exception):  # noqa: N818 - a reason to fall back, not an error of the deploy
+    """Raised with the reason why a hot reload did not take effect."""
 
 
 class Deployer:
-    """Brings Spaces to commits. say: takes a line for a person; tick: takes one that the next may replace.
+    """Deploys commits to Spaces.
 
-    began: when the program began, on the monotonic clock; pushed: when the commit was pushed, in seconds of Unix time.
+    Args:
+        hub: Hub client.
+        folder: The git repository.
+        options: Options of the deploy.
+        log: Receives lasting progress lines.
+        progress: Receives progress lines that the next one may replace.
+        started: Start of the program on the monotonic clock, if earlier than the call of `deploy`.
+        pushed: Time of the push, in seconds since 1970.
     """
 
     def __init__(
         self,
         hub: Hub,
-        folder: Folder,
-        options: Options,
-        say: Callable[[str], None],
-        tick: Callable[[str], None] = lambda _: None,
-        began: float | None = None,
+        folder: Path,
+        options: DeployOptions,
+        log: Callable[[str], None],
+        progress: Callable[[str], None] = lambda _: None,
+        started: float | None = None,
         pushed: float | None = None,
     ) -> None:
-        self.hub, self.folder, self.options, self.say, self.tick = hub, folder, options, say, tick
-        self.began, self.pushed = began, pushed
+        self.hub, self.folder, self.options, self.log, self.progress = hub, folder, options, log, progress
+        self.started, self.pushed = started, pushed
 
-    def deploy(self, target: Target, sha: str) -> Result:
-        """Until the application reports the commit. Raises PreviewError."""
-        began, used = (time.monotonic(), _processor()) if self.began is None else (self.began, 0.0)
-        look = asked(lambda: self.hub.look(target.space))
-        source = read(self.folder, sha, slim=self.options.slim and not target.shared)
-        # It takes as long as the Hub does to answer.
-        run = _Run(target, source, asked(lambda: Program(source.python)).result)
+    def deploy(self, target: Target, sha: str) -> DeployResult:
+        """Deploy a commit and wait until the application reports it.
+
+        Raises:
+            PreviewError: If the commit cannot be deployed, or does not become live in time.
+        """
+        started, initial_cpu = (time.monotonic(), _cpu_seconds()) if self.started is None else (self.started, 0.0)
+        snapshot = in_thread(lambda: self.hub.snapshot(target.space))
+        source = read_commit(self.folder, sha, slim=self.options.slim and not target.is_production)
+        codebase = in_thread(lambda: Codebase(source.python))  # parsed while the Hub responds
+        deployment = _Deployment(target, source, codebase.result)
         try:
-            done, url = self._with_retries(run, look.result())
+            plan, url = self._deploy_with_retries(deployment, snapshot.result())
         finally:
-            if run.job is not None:
-                self.hub.end_job(run.job.id, target.space.split("/", 1)[0])
-                self.say("the Job has been ended")
-        spent = time.monotonic() - began
-        return Result(
-            target.space,
-            target.branch,
-            run.source.sha,
-            url,
-            done.path.value,
-            done.reason,
-            seconds=round(max(spent, time.time() - self.pushed) if self.pushed else spent, 2),
+            if deployment.job is not None:
+                self.hub.cancel_job(deployment.job.id, target.space.split("/", 1)[0])
+                self.log("the temporary Job has been canceled")
+        elapsed = time.monotonic() - started
+        return DeployResult(
+            space=target.space,
+            branch=target.branch,
+            sha=source.sha,
+            url=url,
+            path=plan.path.value,
+            reason=plan.reason,
+            seconds=round(max(elapsed, time.time() - self.pushed) if self.pushed else elapsed, 2),
             since="push" if self.pushed else "start",
-            by_path={path: round(seconds, 2) for path, seconds in run.by_path.items()},
-            own_seconds=round(_processor() - used, 2),
-            fallbacks=run.fallbacks,
-            job_seconds=run.job_seconds,
+            by_path={path: round(seconds, 2) for path, seconds in deployment.by_path.items()},
+            own_seconds=round(_cpu_seconds() - initial_cpu, 2),
+            fallbacks=deployment.fallbacks,
+            job_seconds=deployment.job_seconds,
         )
 
     # ── Steps ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _with_retries(self, run: _Run, seen: SpaceSnapshot | None) -> tuple[Plan, str]:
-        for attempt in range(1, RETRIES + 1):
+    def _deploy_with_retries(self, deployment: _Deployment, snapshot: SpaceSnapshot | None) -> tuple[Plan, str]:
+        for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
-                return self._bring(run, self._found(run, seen))
+                return self._deploy_once(deployment, self._ensure_space(deployment, snapshot))
             except PreviewError as error:
-                if error.code is not Exit.CONFLICT or error.final or seen is None or attempt == RETRIES:
+                if error.code is not ExitCode.CONFLICT or error.final or snapshot is None or attempt == MAX_ATTEMPTS:
                     raise
-                self._give_way(run.target, run.source.sha)
-                self.say("somebody else committed to this Space; looking again")
-                seen = self.hub.look(run.target.space)
+                self._check_superseded(deployment.target, deployment.source.sha)
+                self.log("the Space received another commit meanwhile; starting over")
+                snapshot = self.hub.snapshot(deployment.target.space)
         raise AssertionError("unreachable")
 
-    def _found(self, run: _Run, seen: SpaceSnapshot | None) -> SpaceSnapshot:
-        """The Space, made if it is not there. Raises PreviewError for another application's or branch's."""
-        target, options = run.target, self.options
-        if seen is None:
-            variables = {**options.variables, MARKER: target.marker, BRANCH: target.branch}
-            self.say(f"creating {target.space} ({options.visibility})")
-            run.created = self.hub.create(
+    def _ensure_space(self, deployment: _Deployment, snapshot: SpaceSnapshot | None) -> SpaceSnapshot:
+        """Create the Space if it does not exist, and check that it belongs to the target.
+
+        Raises:
+            PreviewError: If it belongs to another application or branch.
+        """
+        target, options = deployment.target, self.options
+        if snapshot is None:
+            variables = {**options.variables, MARKER_VARIABLE: target.marker, BRANCH_VARIABLE: target.branch}
+            self.log(f"creating {target.space} ({options.visibility})")
+            deployment.created = self.hub.create(
                 target.space, options.visibility, options.secrets, variables, options.hardware
             )
-            seen = self.hub.look(target.space)
-            if seen is None:
-                raise PreviewError(f"{target.space} has been made and cannot be seen. Run this again.", Exit.NOT_FOUND)
-        said = seen.variables
-        if said.get(MARKER) != target.marker:
-            message = f"{target.space} exists and is not one of this application's ({MARKER} is not {target.marker!r})."
-            message += " Choose another --app, or set that variable if it is yours."
-            raise PreviewError(message, Exit.CONFLICT, final=True)
-        if said.get(BRANCH) != target.branch and not target.shared:
-            message = f"{target.space} is the preview of another branch, {said.get(BRANCH)!r}. Rename this branch."
-            raise PreviewError(message, Exit.CONFLICT, final=True)
+            snapshot = self.hub.snapshot(target.space)
+            if snapshot is None:
+                message = f"{target.space} was created but cannot be read yet. Run the command again."
+                raise PreviewError(message, ExitCode.NOT_FOUND)
+        variables = snapshot.variables
+        if variables.get(MARKER_VARIABLE) != target.marker:
+            message = (
+                f"{target.space} belongs to another application: its variable {MARKER_VARIABLE} is not"
+                f" {target.marker!r}. Choose another --app, or set the variable if the Space is yours."
+            )
+            raise PreviewError(message, ExitCode.CONFLICT, final=True)
+        branch = variables.get(BRANCH_VARIABLE)
+        if branch != target.branch and not target.is_production:
+            message = f"{target.space} is the preview of another branch, {branch!r}. Rename this branch."
+            raise PreviewError(message, ExitCode.CONFLICT, final=True)
         for name, value in options.variables.items():
-            if not run.created and said.get(name) != value:
-                self.say(f"{name} has another value in this Space: it is given when a Space is made. See its settings.")
-        return seen
+            if not deployment.created and variables.get(name) != value:
+                self.log(f"--variable {name} only applies to a new Space; change it in this Space's settings")
+        return snapshot
 
-    def _give_way(self, target: Target, sha: str) -> None:
-        """Raises PreviewError if what was committed in between is newer than what shall be deployed."""
-        for _, words in self.hub.titles(target.space)[:1]:
-            newer = deployed_sha(words) or _sha(words.removeprefix(PART).rpartition(" for ")[2])
+    def _check_superseded(self, target: Target, sha: str) -> None:
+        """Raise PreviewError if the Space's last commit deploys a newer commit of the branch."""
+        for _, title in self.hub.commits(target.space)[:1]:
+            newer = deployed_sha(title) or _full_sha(title.removeprefix(RELOAD_TITLE).rpartition(" for ")[2])
             if newer and newer != sha and is_ancestor(self.folder, sha, newer):
                 message = f"Superseded: {newer[:12]} of this branch is being deployed."
-                raise PreviewError(message, Exit.CONFLICT, final=True)
+                raise PreviewError(message, ExitCode.CONFLICT, final=True)
 
-    def _bring(self, run: _Run, seen: SpaceSnapshot) -> tuple[Plan, str]:
-        began = time.monotonic()
-        made = self._plan(run, seen)
-        made = self._fitting(made, run, seen.state)
-        self.say(f"{made.path.value}: {made.reason}")
-        state = seen.state
-        if made.path is DeployPath.HOT_RELOAD:
-            problem = self._hot(run, made, seen)
-            run.by_path[DeployPath.HOT_RELOAD.value] = time.monotonic() - began
+    def _deploy_once(self, deployment: _Deployment, snapshot: SpaceSnapshot) -> tuple[Plan, str]:
+        """Apply the difference between Space and commit.
+
+        Returns:
+            The plan that succeeded, and the application's URL.
+        """
+        path_started = time.monotonic()
+        plan = self._adjust_plan(self._make_plan(deployment, snapshot), deployment, snapshot.state)
+        self.log(f"{plan.path.value}: {plan.reason}")
+        state = snapshot.state
+        if plan.path is DeployPath.HOT_RELOAD:
+            problem = self._hot_reload(deployment, plan, snapshot)
+            deployment.by_path[DeployPath.HOT_RELOAD.value] = time.monotonic() - path_started
             if problem is None:
-                return made, state.host
-            run.fallbacks.append(f"hot reload: {problem}")
-            self.say(f"hot reload did not show it ({problem}); restarting instead")
-            began, seen = time.monotonic(), self._found(run, self.hub.look(state.id))
-            state = seen.state
-            made = self._forced(self._plan(run, seen), run.source, problem)
+                return plan, state.host
+            deployment.fallbacks.append(f"hot reload: {problem}")
+            self.log(f"hot reload failed ({problem}); restarting instead")
+            path_started = time.monotonic()
+            snapshot = self._ensure_space(deployment, self.hub.snapshot(state.id))
+            state = snapshot.state
+            plan = _force_restart(self._make_plan(deployment, snapshot), deployment.source, problem)
         head = state.head
-        if made.path is not DeployPath.NOTHING:
-            additions = self._prepared(seen, made)
-            head = self.hub.commit(state.id, head, title(run.source.sha), additions, made.delete)
-            if self.options.at_least is DeployPath.BUILD and not run.created:
-                self.hub.restart(state.id, factory=True)  # a commit alone takes from the last image what it can
-            if run.created and self.options.fast_from and run.job is None:
-                self._fast(run, head)
-        # What is only started again tells the commit before that, too.
-        again = made.path is not DeployPath.NOTHING and not {file.path for file in made.send} - {FORCED}
-        return made, self._until_live(run, head, made.path, began, again)
+        if plan.path is not DeployPath.NOTHING:
+            additions = self._prepare_uploads(snapshot, plan)
+            head = self.hub.commit(state.id, head, deploy_title(deployment.source.sha), additions, plan.delete)
+            if self.options.min_path is DeployPath.BUILD and not deployment.created:
+                self.hub.restart(state.id, factory=True)  # the commit alone would reuse cached layers of the image
+            if deployment.created and self.options.job_image_space and deployment.job is None:
+                self._start_job(deployment, head)
+        # If no file of the commit changed, the application that is about to stop already reports it.
+        only_restart = plan.path is not DeployPath.NOTHING and {file.path for file in plan.upload} <= {RESTART_FILE}
+        return plan, self._wait_until_live(deployment, head, plan.path, path_started, only_restart)
 
-    def _plan(self, run: _Run, seen: SpaceSnapshot) -> Plan:
-        """What differs between the Space and the commit."""
+    def _make_plan(self, deployment: _Deployment, snapshot: SpaceSnapshot) -> Plan:
+        space = snapshot.state.id
 
-        def before(paths: list[str]) -> dict[str, bytes]:
-            here = blobs(self.folder, [seen.files[path].oid for path in paths if path != APP_FILE])
-            found = {APP_FILE: seen.app} if APP_FILE in paths else {}
+        def read_remote(paths: list[str]) -> dict[str, bytes]:
+            """Read contents from the local repository where it has the blob, otherwise from the Space."""
+            local = read_blobs(self.folder, [snapshot.files[path].oid for path in paths if path != APP_FILE])
+            contents: dict[str, bytes] = {}
             for path in paths:
-                if path not in found:
-                    known = here.get(seen.files[path].oid)
-                    found[path] = known if known is not None else self.hub.content(seen.state.id, path)
-            return {path: content for path, content in found.items() if content is not None}
+                content = snapshot.app if path == APP_FILE else local.get(snapshot.files[path].oid)
+                if content is None and path != APP_FILE:
+                    content = self.hub.content(space, path)
+                if content is not None:
+                    contents[path] = content
+            return contents
 
-        ours, theirs = run.source.files[README], seen.files.get(README)
-        front = read_front_matter(ours)
-        if theirs is not None and theirs.oid != ours.oid:
-            front = read_front_matter(File(README, theirs.oid, self.hub.content(seen.state.id, README) or b""))
-        return plan(run.source, seen.files, front, before, run.program)
+        readme, remote_readme = deployment.source.files[README], snapshot.files.get(README)
+        front_matter = read_front_matter(readme)
+        if remote_readme is not None and remote_readme.oid != readme.oid:
+            front_matter = read_front_matter(File(README, remote_readme.oid, self.hub.content(space, README) or b""))
+        return make_plan(deployment.source, snapshot.files, front_matter, read_remote, deployment.codebase)
 
-    def _fitting(self, made: Plan, run: _Run, state: State) -> Plan:
-        """The plan as the options and the Space's state allow it."""
-        least = self.options.at_least
-        if made.path.is_less_than(least):
-            more = replace(made, path=least, reason="asked for")
-            return self._forced(more, run.source, more.reason) if made.path is DeployPath.NOTHING else more
-        if made.path is DeployPath.HOT_RELOAD:
-            state = self._settled(state)
-        if made.path is DeployPath.HOT_RELOAD and state.stage != "RUNNING":
-            run.fallbacks.append(f"hot reload: the Space is {state.stage}")
-            return replace(made, path=DeployPath.RESTART, reason=f"{made.reason}, but the Space is {state.stage}")
-        if made.path is DeployPath.NOTHING and state.stage not in STARTING:
-            running = self._soon(state.host, run.source.sha)
-            if running != run.source.sha:
-                return self._forced(made, run.source, f"the Space has the files, and runs {running and running[:12]}")
-        return made
+    def _adjust_plan(self, plan: Plan, deployment: _Deployment, state: SpaceState) -> Plan:
+        """Choose a more expensive path where the options or the Space's state require it."""
+        if plan.path.is_cheaper_than(self.options.min_path):
+            forced = replace(plan, path=self.options.min_path, reason="requested with --path")
+            is_unchanged = plan.path is DeployPath.NOTHING
+            return _force_restart(forced, deployment.source, forced.reason) if is_unchanged else forced
+        if plan.path is DeployPath.HOT_RELOAD:
+            state = self._wait_until_started(state)
+            if state.stage != "RUNNING":
+                deployment.fallbacks.append(f"hot reload: the Space is {state.stage}")
+                reason = f"{plan.reason}, but the Space is {state.stage}"
+                return replace(plan, path=DeployPath.RESTART, reason=reason)
+        if plan.path is DeployPath.NOTHING and state.stage not in STARTING_STAGES:
+            sha = deployment.source.sha
+            running = self._wait_for_concurrent_deploy(state.host, sha)
+            if running != sha:
+                reason = f"the Space has the files, but runs {running and running[:12]}"
+                return _force_restart(plan, deployment.source, reason)
+        return plan
 
-    def _soon(self, host: str, sha: str) -> str | None:
-        """What runs, once it is the commit or has had time to become it: another deploy may be at work."""
-        deadline = time.monotonic() + PATIENCE
+    def _wait_for_concurrent_deploy(self, host: str, sha: str) -> str | None:
+        """Wait for another deploy of the same commit to become live; return the running commit."""
+        deadline = time.monotonic() + CONCURRENT_DEPLOY_TIMEOUT
         while (running := self.hub.revision(host)) != sha and time.monotonic() < deadline:
-            self.tick("the files are there; waiting for the application")
+            self.progress("the Space has the files; waiting for the application")
             time.sleep(self.options.poll)
         return running
 
-    def _settled(self, state: State) -> State:
-        """A Space that is starting, when it has started: hot reload opens its port a little after the page."""
-        deadline = time.monotonic() + GRACE
-        while state.stage in STARTING and time.monotonic() < deadline:
-            self.tick(f"waiting until the Space has started ({_words(state.stage)})")
+    def _wait_until_started(self, state: SpaceState) -> SpaceState:
+        """Wait for a starting Space, whose hot-reload port opens a little after the page."""
+        deadline = time.monotonic() + STALE_STATE_SECONDS
+        while state.stage in STARTING_STAGES and time.monotonic() < deadline:
+            self.progress(f"waiting for the Space to start ({_readable(state.stage)})")
             time.sleep(self.options.poll)
             state = self.hub.state(state.id) or state
         return state
 
-    def _forced(self, made: Plan, source: Source, reason: str) -> Plan:
-        """A plan that restarts even where no file differs: the Hub makes no commit of nothing, so one line changes."""
-        content = f"{source.sha} {time.time_ns()}\n".encode()
-        mark = File(FORCED, blob_oid(content), content)
-        path = made.path if made.path is DeployPath.BUILD else DeployPath.RESTART
-        return Plan(path, reason, [*made.send, mark], made.delete)
+    def _prepare_uploads(self, snapshot: SpaceSnapshot, plan: Plan) -> list[CommitOperationAdd]:
+        """Prepare the plan's uploads, and check that the snapshot's files are those of its head.
 
-    def _prepared(self, seen: SpaceSnapshot, made: Plan) -> list[CommitOperationAdd]:
-        """What to commit, known to the Hub. Raises PreviewError if the Space has other files than were looked at.
+        State and files were read concurrently, so the files may be older than the head on which the commit is made.
+        They are read a second time while the uploads are prepared.
 
-        A commit is made upon the head that was looked at. The files were asked for at the same time, so they may be
-        those of just before that head; a second look, for which nobody has to wait, would show it.
+        Raises:
+            PreviewError: With `ExitCode.CONFLICT` if the files have changed.
         """
-        again = asked(lambda: self.hub.files(seen.state.id))
-        additions = self.hub.additions(seen.state.id, made.send)
-        if again.result() != seen.files:
-            raise refused(412, f"commit to {seen.state.id}", "")
+        current_files = in_thread(lambda: self.hub.files(snapshot.state.id))
+        additions = self.hub.prepare_uploads(snapshot.state.id, plan.upload)
+        if current_files.result() != snapshot.files:
+            raise hub_error(412, f"commit to {snapshot.state.id}", "")
         return additions
 
-    def _hot(self, run: _Run, made: Plan, seen: SpaceSnapshot) -> str | None:
-        """Sends the files one by one, the stamp last; None when the page is the commit's, else why it is not.
+    def _hot_reload(self, deployment: _Deployment, plan: Plan, snapshot: SpaceSnapshot) -> str | None:
+        """Commit and hot-reload the files one by one, app.py with the stamp last.
 
-        Raises PreviewError if the new code does not run: then the old goes on serving.
+        Returns:
+            None once the page was built for the commit, otherwise the reason why it was not.
+
+        Raises:
+            PreviewError: If the new code fails; the old code continues to serve.
         """
-        sha, state, head = run.source.sha, seen.state, seen.state.head
-        additions = self._prepared(seen, made)
-        for file, addition in zip(made.send, additions):
-            last = file is made.send[-1]
-            self.tick(f"hot reload of {file.path}")
-            words = title(sha) if last else part_title(file.path, sha)
-            parent, head = head, self.hub.commit(state.id, head, words, [addition], hot=True)
+        sha, state, head = deployment.source.sha, snapshot.state, snapshot.state.head
+        additions = self._prepare_uploads(snapshot, plan)
+        for file, addition in zip(plan.upload, additions):
+            self.progress(f"hot reload of {file.path}")
+            title = deploy_title(sha) if file is plan.upload[-1] else f"{RELOAD_TITLE}{file.path} for {sha}"
+            parent, head = head, self.hub.commit(state.id, head, title, [addition], hot=True)
             try:
-                state = self._reloaded(state, file, parent, head)
-            except _NotShown as problem:
+                state = self._wait_for_reload(state, file, parent, head)
+            except _HotReloadFailed as problem:
                 return str(problem)
-        deadline = time.monotonic() + HOT_LIMIT
+        deadline = time.monotonic() + HOT_RELOAD_TIMEOUT
         while time.monotonic() < deadline:
-            if self.hub.revision(state.host) == sha and self.hub.page_tells(state.host, sha):
+            if self.hub.revision(state.host) == sha and self.hub.page_contains(state.host, sha):
                 return None
-            time.sleep(HOT_POLL)
-        return f"after {HOT_LIMIT:.0f} s the page was still another commit's"
+            time.sleep(HOT_RELOAD_POLL)
+        return f"the page still shows another commit after {HOT_RELOAD_TIMEOUT:.0f} s"
 
-    def _reloaded(self, state: State, file: File, parent: str, head: str) -> State:
-        """Waits for a file's reload; the Space's state then.
+    def _wait_for_reload(self, state: SpaceState, file: File, parent: str, head: str) -> SpaceState:
+        """Wait for the hot reload of one file.
 
-        Raises _NotShown if it does not come about, PreviewError if somebody else commits or the new code does not run.
+        Returns:
+            The Space's status afterwards.
+
+        Raises:
+            _HotReloadFailed: If the reload does not happen.
+            PreviewError: If the Space receives another commit, or the new code fails.
         """
         events = None
-        if state.replicas:  # known from an earlier reload, which spares a question to the Hub
-            with suppress(PreviewError):  # they may have gone, or the Hub has not done it
-                events = self.hub.reload_events(state, head, patience=KNOWN)
+        if state.replicas:  # known from an earlier reload, which saves a request to the Hub
+            with suppress(PreviewError):  # the replicas may be gone, or the Hub has not started the reload
+                events = self.hub.reload_events(state, head, timeout=KNOWN_REPLICA_TIMEOUT)
         if events is None:
-            state = self._reload_state(state.id, file, parent, head)
+            state = self._wait_for_reload_status(state.id, file, parent, head)
             try:
                 events = self.hub.reload_events(state, head)
             except PreviewError as error:
-                raise _NotShown(str(error)) from None
+                raise _HotReloadFailed(str(error)) from None
         for event in events:
             if event.get("kind") in ("exception", "error"):
                 trace = str(event.get("traceback", "")).strip().splitlines()
                 message = (
-                    f"{file.path} does not run: {trace[-1] if trace else 'no traceback'}. The old application goes on"
-                    " serving. Mend it and deploy again; if it runs after a restart, deploy with --path restart."
+                    f"{file.path} fails: {trace[-1] if trace else 'no traceback'}. The old application continues to"
+                    " serve. Fix the code and deploy again; if it needs a restart, deploy with --path restart."
                 )
-                raise PreviewError(message, Exit.APP, trace)
+                raise PreviewError(message, ExitCode.APP, trace)
         return state
 
-    def _reload_state(self, space: str, file: File, parent: str, head: str) -> State:
-        """The Space's state once the Hub has made the reload."""
-        deadline = time.monotonic() + HOT_LIMIT
+    def _wait_for_reload_status(self, space: str, file: File, parent: str, head: str) -> SpaceState:
+        """Wait until the Hub reports the hot reload of a commit; return the Space's status."""
+        deadline = time.monotonic() + HOT_RELOAD_TIMEOUT
         while (state := self._state(space)).head != head or state.reload is None:
             if state.head not in (head, parent):
-                raise refused(412, f"reload {file.path}", "")
+                raise hub_error(412, f"reload {file.path}", "")
             if state.stage != "RUNNING" or time.monotonic() > deadline:
-                raise _NotShown(f"the Hub did not do it (stage {state.stage})")
-            time.sleep(HOT_POLL)
+                raise _HotReloadFailed(f"the Hub did not start it (stage {state.stage})")
+            time.sleep(HOT_RELOAD_POLL)
         if state.reload != "created":
-            raise _NotShown(f"the Hub has {state.reload} it")
+            raise _HotReloadFailed(f"the Hub {state.reload} it")
         return state
 
-    def _until_live(self, run: _Run, head: str, path: DeployPath, began: float, again: bool = False) -> str:
-        """The address, once the application there reports the commit. Raises PreviewError when that cannot be.
+    def _wait_until_live(
+        self, deployment: _Deployment, head: str, path: DeployPath, path_started: float, only_restart: bool = False
+    ) -> str:
+        """Wait until the application reports the commit, and return its URL.
 
-        again: not the one that may have reported it before, but the one that is started now.
+        Args:
+            deployment: The deploy in progress.
+            head: Last commit of the Space.
+            path: The path in progress; a restart that takes half the timeout falls back to a build.
+            path_started: Start of the path on the monotonic clock.
+            only_restart: Whether the application that is about to stop already reports the commit, so that a restart
+                must be seen first.
+
+        Raises:
+            PreviewError: If the build fails, the application does not start, or the timeout passes.
         """
-        target, sha = run.target, run.source.sha
-        shown, woken, moved = "", False, False
+        target, sha = deployment.target, deployment.source.sha
+        logged_stage, restarted, has_started = "", False, False
         while True:
             state = self._state(target.space)
-            spent = time.monotonic() - began
-            moved = moved or state.stage in STARTING
-            new = not again or (moved and state.stage == "RUNNING") or state.running == head
-            if new and self.hub.revision(state.host) == sha:
-                run.by_path[path.value] = run.by_path.get(path.value, 0.0) + spent
+            elapsed = time.monotonic() - path_started
+            has_started = has_started or state.stage in STARTING_STAGES
+            is_new = not only_restart or (has_started and state.stage == "RUNNING") or state.running == head
+            if is_new and self.hub.revision(state.host) == sha:
+                deployment.by_path[path.value] = deployment.by_path.get(path.value, 0.0) + elapsed
                 return state.host
-            self._look_at_job(run, began)
-            # Right after a commit the Hub may still tell of what was before it.
-            current = state.running == head or moved or spent > (GRACE * 4 if state.stage == "NO_APP_FILE" else GRACE)
-            if state.stage in BROKEN and current:
-                self._broken(target, state)
-            if state.stage in HALTED and not woken:
-                woken = True
-                self.say(f"the Space is {_words(state.stage)}: starting it")
+            if deployment.job_url and deployment.job_seconds is None and self.hub.revision(deployment.job_url) == sha:
+                deployment.job_seconds = round(time.monotonic() - path_started, 2)
+                self.log(f"live in the temporary Job after {deployment.job_seconds:.0f} s: {deployment.job_url}")
+            # Right after a commit the Hub may still report the stage of the previous one.
+            stale_seconds = STALE_STATE_SECONDS * 4 if state.stage == "NO_APP_FILE" else STALE_STATE_SECONDS
+            is_current = state.running == head or has_started or elapsed > stale_seconds
+            if state.stage in FAILED_STAGES and is_current:
+                code = FAILED_STAGES[state.stage]
+                log = self.hub.logs(target.space, build=code is ExitCode.BUILD)
+                problem = "could not be built" if code is ExitCode.BUILD else "does not start"
+                raise PreviewError(f"{target.space} {problem} ({state.stage}). Last lines of its log:", code, log)
+            if state.stage in HALTED_STAGES and not restarted:
+                restarted = True
+                self.log(f"the Space is {_readable(state.stage)}: starting it")
                 self.hub.restart(target.space)
-            if state.stage != shown:
-                shown = state.stage
-                self.say(f"{_words(state.stage)}, {spent:.0f} s")
-            self.tick(f"{path.value}: {_words(state.stage)}, {spent:.0f} s")
-            if spent > self.options.timeout / 2 and path is DeployPath.RESTART:
-                run.fallbacks.append(f"restart: not live after {spent:.0f} s")
-                run.by_path[path.value] = spent
-                self.say(f"not live after {spent:.0f} s; building it anew")
+            if state.stage != logged_stage:
+                logged_stage = state.stage
+                self.log(f"{_readable(state.stage)}, {elapsed:.0f} s")
+            self.progress(f"{path.value}: {_readable(state.stage)}, {elapsed:.0f} s")
+            if elapsed > self.options.timeout / 2 and path is DeployPath.RESTART:
+                deployment.fallbacks.append(f"restart: not live after {elapsed:.0f} s")
+                deployment.by_path[path.value] = elapsed
+                self.log(f"not live after {elapsed:.0f} s; rebuilding the image")
                 self.hub.restart(target.space, factory=True)
-                path, began = DeployPath.BUILD, time.monotonic()
-            if spent > self.options.timeout:
-                log = self.hub.logs(target.space)
-                message = f"{target.space} does not report {sha[:12]} after {spent:.0f} s (stage {state.stage})."
-                message += " Look at: python -m previews logs; or give it a longer --timeout."
-                raise PreviewError(message, Exit.TIMEOUT, log)
+                path, path_started = DeployPath.BUILD, time.monotonic()
+            if elapsed > self.options.timeout:
+                message = (
+                    f"{target.space} does not report {sha[:12]} after {elapsed:.0f} s (stage {state.stage})."
+                    " See `python -m previews logs`, or set a longer --timeout."
+                )
+                raise PreviewError(message, ExitCode.TIMEOUT, self.hub.logs(target.space))
             time.sleep(self.options.poll)
 
-    def _broken(self, target: Target, state: State) -> None:
-        building = BROKEN[state.stage] is Exit.BUILD
-        log = self.hub.logs(target.space, build=building)
-        what = "could not be built" if building else "does not start"
-        message = f"{target.space} {what} ({state.stage}). The last lines of its log:"
-        raise PreviewError(message, BROKEN[state.stage], log)
-
-    def _fast(self, run: _Run, head: str) -> None:
-        """Starts a Job that serves the preview until its Space is ready, if one can be started."""
-        owner = run.target.space.split("/", 1)[0]
-        env = {BRANCH: run.target.branch, "PREVIEW_COMMIT": run.source.sha, "DATA_DIR": "/tmp/data"}
+    def _start_job(self, deployment: _Deployment, head: str) -> None:
+        """Start a Job that serves the preview until its Space is ready; on failure, only log the reason."""
+        target = deployment.target
+        env = {BRANCH_VARIABLE: target.branch, "PREVIEW_COMMIT": deployment.source.sha, "DATA_DIR": "/tmp/data"}
         env |= {"GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SERVER_PORT": "7860"}
+        image, owner = f"hf.co/spaces/{self.options.job_image_space}", target.space.split("/", 1)[0]
         try:
-            image = f"hf.co/spaces/{self.options.fast_from}"
-            run.job = self.hub.run_job(image, run.target.space, head, env, JOB_SECONDS, owner)
+            deployment.job = self.hub.run_job(image, target.space, head, env, JOB_SECONDS, owner)
         except PreviewError as error:
-            self.say(f"no Job for the meantime: {error}")
+            self.log(f"no temporary Job: {error}")
             return
-        run.job_url = next(iter(run.job.status.expose_urls or []), "").rstrip("/")
-        where = run.job_url or run.job.url
-        self.say(f"in the meantime a Job serves it, open to all, for ${JOB_PRICE:.2f} an hour: {where}")
+        deployment.job_url = next(iter(deployment.job.status.expose_urls or []), "").rstrip("/")
+        url = deployment.job_url or deployment.job.url
+        self.log(f"starting a temporary Job, public, ${JOB_PRICE:.2f} an hour: {url}")
 
-    def _look_at_job(self, run: _Run, began: float) -> None:
-        """Says when the Job serves the commit, once."""
-        if run.job_url and run.job_seconds is None and self.hub.revision(run.job_url) == run.source.sha:
-            run.job_seconds = round(time.monotonic() - began, 2)
-            self.say(f"the Job serves it since {run.job_seconds:.0f} s: {run.job_url}")
-
-    def _state(self, space: str) -> State:
+    def _state(self, space: str) -> SpaceState:
         state = self.hub.state(space)
         if state is None:
-            raise PreviewError(f"{space} has been deleted in the meantime.", Exit.NOT_FOUND)
+            raise PreviewError(f"{space} was deleted during the deploy.", ExitCode.NOT_FOUND)
         return state
 
 
-def preview(owner: str, app: str, branch: str) -> Target:
-    """The Space of a branch."""
+def preview_target(owner: str, app: str, branch: str) -> Target:
+    """Return the preview Space of a branch."""
     return Target(f"{owner}/{space_name(owner, app, branch)}", branch, app)
 
 
-def production(owner: str, app: str, branch: str) -> Target:
-    """The application's main Space."""
-    return Target(f"{owner}/{app}", branch, f"{app}/production", shared=True)
+def production_target(owner: str, app: str, branch: str) -> Target:
+    """Return the application's production Space."""
+    return Target(f"{owner}/{app}", branch, f"{app}/production", is_production=True)
 
 
-def title(sha: str) -> str:
-    """The title of the commit that completes a deploy."""
-    return f"{DEPLOY}{sha}"
+def deploy_title(sha: str) -> str:
+    """Return the title of the Space commit that completes a deploy."""
+    return f"{DEPLOY_TITLE}{sha}"
 
 
-def part_title(path: str, sha: str) -> str:
-    """The title of a commit that brings one file of several."""
-    return f"{PART}{path} for {sha}"
+def deployed_sha(title: str) -> str | None:
+    """Return the commit whose deploy a Space commit completed, from its title; None for other commits."""
+    return _full_sha(title.removeprefix(DEPLOY_TITLE)) if title.startswith(DEPLOY_TITLE) else None
 
 
-def deployed_sha(words: str) -> str | None:
-    """The commit that a Space's commit completed the deploy of, by its title."""
-    return _sha(words.removeprefix(DEPLOY)) if words.startswith(DEPLOY) else None
-
-
-def _sha(text: str) -> str | None:
+def _full_sha(text: str) -> str | None:
     return text if re.fullmatch(r"[0-9a-f]{40}", text) else None
 
 
-def _words(stage: str) -> str:
+def _force_restart(plan: Plan, source: Source, reason: str) -> Plan:
+    """Add a changed file to a plan, since the Hub ignores empty commits."""
+    content = f"{source.sha} {time.time_ns()}\n".encode()
+    file = File(RESTART_FILE, blob_oid(content), content)
+    path = plan.path if plan.path is DeployPath.BUILD else DeployPath.RESTART
+    return Plan(path, reason, [*plan.upload, file], plan.delete)
+
+
+def _readable(stage: str) -> str:
     return stage.lower().replace("_", " ")
 
 
-def _processor() -> float:
-    """Seconds of processor time that this process and those it has waited for have used."""
-    spent = os.times()
-    return spent.user + spent.system + spent.children_user + spent.children_system
+def _cpu_seconds() -> float:
+    """Return the processor time used by this process and its finished children, in seconds."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system

@@ -1,9 +1,10 @@
-"""`python -m previews.github report|comment FILE` and `opened`: a deploy as GitHub shows it.
+"""`python -m previews.github report|comment FILE` and `opened`: show a deploy in GitHub Actions and pull requests.
 
-report: a deploy's JSON as outputs and summary of a step. comment: as a status of its commit and as the one comment of
-its pull request. opened: the comment of a pull request that has been opened after its commit was deployed, from that
-status. Reads what GitHub Actions sets: GITHUB_OUTPUT, GITHUB_STEP_SUMMARY, GITHUB_API_URL, GITHUB_REPOSITORY,
-GITHUB_SHA, GITHUB_SERVER_URL, GITHUB_RUN_ID; and GITHUB_TOKEN, PULL_REQUEST, HEAD_SHA, GITHUB_HEAD_REF.
+report: writes the JSON result of a deploy as step outputs and job summary. comment: sets the commit's status and writes
+the one comment of each open pull request. opened: writes the comment of a pull request that was opened after its commit
+was deployed, from the commit's status. Reads the environment of GitHub Actions: GITHUB_OUTPUT, GITHUB_STEP_SUMMARY,
+GITHUB_API_URL, GITHUB_REPOSITORY, GITHUB_SHA, GITHUB_SERVER_URL, GITHUB_RUN_ID; and GITHUB_TOKEN, PULL_REQUEST,
+HEAD_SHA, GITHUB_HEAD_REF.
 """
 
 from __future__ import annotations
@@ -19,167 +20,165 @@ from urllib.parse import quote
 
 import httpx2
 
-from previews.errors import without_secrets
+from previews.errors import redact_secrets
 
-MARK = "<!-- moondream-playground preview -->"
-STATUS = "preview"  # the name of the commit's status
-LONGEST = 140  # characters of a status's description
-CODE = str.maketrans({"`": "'", "|": "/", "<": "‹", ">": "›", "\n": " ", "\r": " ", "[": "(", "]": ")", "@": "＠"})
+COMMENT_MARKER = "<!-- moondream-playground preview -->"
+STATUS_CONTEXT = "preview"
+MAX_DESCRIPTION = 140  # characters of a status description
+PAGE_SIZE = 100
+ESCAPES = str.maketrans({"`": "'", "|": "/", "<": "‹", ">": "›", "\n": " ", "\r": " ", "[": "(", "]": ")", "@": "＠"})
 
 
 def main(arguments: Sequence[str] | None = None, env: Mapping[str, str] = os.environ) -> int:
-    """0, or 1 with a message where GitHub refuses."""
+    """Run a command and return its exit code: 1 if GitHub rejects a request, 2 for wrong arguments."""
     match list(sys.argv[1:] if arguments is None else arguments):
         case ["report", file]:
-            report(read(Path(file)), env)
+            write_report(read_result(Path(file)), env)
             return 0
         case ["comment", file]:
-            told = read(Path(file))
+            result = read_result(Path(file))
         case ["opened"]:
-            told = None
+            result = None
         case _:
             print(__doc__, file=sys.stderr)
             return 2
+    headers = {"Authorization": f"Bearer {env['GITHUB_TOKEN']}", "Accept": "application/vnd.github+json"}
+    url = f"{env['GITHUB_API_URL']}/repos/{env['GITHUB_REPOSITORY']}"
     try:
-        with _github(env) as github:
-            opened(github, env) if told is None else comment(github, told, env)
+        with httpx2.Client(base_url=url, headers=headers, timeout=20) as github:
+            if result is None:
+                comment_on_opened_pull_request(github, env)
+            else:
+                publish_result(github, result, env)
     except httpx2.HTTPError as error:
-        print(f"GitHub did not take it: {without_secrets(str(error))}", file=sys.stderr)
+        print(f"The request to GitHub failed: {redact_secrets(str(error))}", file=sys.stderr)
         return 1
     return 0
 
 
-def read(file: Path) -> dict[str, Any]:
-    """A deploy's JSON; where it has left none, because it was ended from outside, an error that says so."""
+def read_result(file: Path) -> dict[str, Any]:
+    """Read the JSON result of a deploy; an error result if the file is missing or incomplete."""
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
+        result = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        told = {}
-    if not isinstance(told, dict) or not ("error" in told or "url" in told):
-        return {
-            "error": "The deploy was ended before it told anything. See its log; a repeated run goes on from there."
-        }
-    return told
+        result = {}
+    if not isinstance(result, dict) or not ("error" in result or "url" in result):
+        return {"error": "The deploy ended without a result. See its log; run it again to continue."}
+    return result
 
 
-def report(told: Mapping[str, Any], env: Mapping[str, str]) -> None:
-    """Writes the step's outputs and the job's summary."""
-    outputs = {"url": _url(told.get("url", "")), "result": json.dumps(told)}
+def write_report(result: Mapping[str, Any], env: Mapping[str, str]) -> None:
+    """Write the step outputs `url` and `result`, and the job summary."""
+    outputs = {"url": _safe_url(result.get("url", "")), "result": json.dumps(result)}
     with open(env["GITHUB_OUTPUT"], "a", encoding="utf-8") as file:
         file.writelines(f"{name}={' '.join(str(value).split())}\n" for name, value in outputs.items())
     with open(env["GITHUB_STEP_SUMMARY"], "a", encoding="utf-8") as file:
-        file.write(words(told) + "\n")
+        file.write(format_result(result) + "\n")
 
 
-def words(told: Mapping[str, Any], log_url: str = "") -> str:
-    """What a person reads: address, commit, seconds to live, usage; or what went wrong."""
-    where = f"\n\n[The run's log]({log_url})" if log_url else ""
-    if "error" in told:
-        log = "\n".join(f"    {_inert(line)}" for line in told.get("log", []))
-        return f"### The preview failed\n\n{_inert(told['error'])}\n\n{log}".rstrip() + where
-    url = _url(told["url"])
-    taken = ", ".join(f"{_inert(path)} {seconds} s" for path, seconds in told.get("by_path", {}).items())
+def format_result(result: Mapping[str, Any], log_url: str = "") -> str:
+    """Format a deploy's result as Markdown: URL, branch, commit, duration and usage link, or the error."""
+    log_link = f"\n\n[Log of the run]({log_url})" if log_url else ""
+    if "error" in result:
+        log = "\n".join(f"    {_escape(line)}" for line in result.get("log", []))
+        return f"### The preview failed\n\n{_escape(result['error'])}\n\n{log}".rstrip() + log_link
+    url, by_path = _safe_url(result["url"]), result.get("by_path", {})
+    details = ", ".join(f"{_escape(path)} {seconds} s" for path, seconds in by_path.items())
+    usage = f"[of this branch]({url}/?usage.branches={quote(result['branch'], safe='')})" if url else ""
     rows = [
         ("Preview", url),
-        ("Branch", f"`{_inert(told['branch'])}`"),
-        ("Commit", f"`{_inert(told['sha'])[:12]}`"),
-        ("Live", _inert(live(told)) + (f" ({taken})" if len(told.get("by_path", {})) > 1 else "")),
-        ("Usage", f"[of this branch]({url}/?usage.branches={quote(told['branch'], safe='')})" if url else ""),
+        ("Branch", f"`{_escape(result['branch'])}`"),
+        ("Commit", f"`{_escape(result['sha'])[:12]}`"),
+        ("Live", _escape(describe_duration(result)) + (f" ({details})" if len(by_path) > 1 else "")),
+        ("Usage", usage),
     ]
-    rows += [("Fell back", _inert(why)) for why in told.get("fallbacks", [])]
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows) + where
+    rows += [("Fallback", _escape(reason)) for reason in result.get("fallbacks", [])]
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows) + log_link
 
 
-def live(told: Mapping[str, Any]) -> str:
-    """How long it took and by which path, in words; those of a status, where that is all there is."""
-    if "live" in told:
-        return str(told["live"])
-    since = "after the push" if told.get("since") == "push" else "after the start of the deploy"
-    if told["path"] == "nothing":
-        return "already before: nothing of it has changed"
-    return f"{told['seconds']} s {since}, by {told['path']}"
+def describe_duration(result: Mapping[str, Any]) -> str:
+    """Describe the duration and path of a deploy; a result built from a status has the description as `live`."""
+    if "live" in result:
+        return str(result["live"])
+    if result["path"] == "nothing":
+        return "already live: no file changed"
+    start = "after the push" if result.get("since") == "push" else "after the start of the deploy"
+    return f"{result['seconds']} s {start}, by {result['path']}"
 
 
 # ── GitHub's API ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def comment(github: httpx2.Client, told: Mapping[str, Any], env: Mapping[str, str]) -> None:
-    """Gives the commit a status, and tells each open pull request that it is in."""
-    sha, log_url = env["GITHUB_SHA"], _log_url(env)
-    failed = "error" in told
+def publish_result(github: httpx2.Client, result: Mapping[str, Any], env: Mapping[str, str]) -> None:
+    """Set the commit's status, and comment on each open pull request that contains the commit."""
+    sha, log_url, failed = env["GITHUB_SHA"], "", "error" in result
+    if "GITHUB_RUN_ID" in env:
+        run = f"{env['GITHUB_REPOSITORY']}/actions/runs/{env['GITHUB_RUN_ID']}"
+        log_url = _safe_url(f"{env['GITHUB_SERVER_URL']}/{run}")
     status = {
-        "context": STATUS,
+        "context": STATUS_CONTEXT,
         "state": "failure" if failed else "success",
-        "description": _inert(told["error"] if failed else live(told))[:LONGEST],
-        "target_url": log_url if failed else _url(told["url"]),
+        "description": _escape(result["error"] if failed else describe_duration(result))[:MAX_DESCRIPTION],
+        "target_url": log_url if failed else _safe_url(result["url"]),
     }
     github.post(f"/statuses/{quote(sha)}", json=status).raise_for_status()
-    for pull in _get(github, f"/commits/{quote(sha)}/pulls"):
+    for pull in _get_all(github, f"/commits/{quote(sha)}/pulls"):
         if pull.get("state") == "open":
-            say(github, int(pull["number"]), words(told, log_url))
+            write_comment(github, int(pull["number"]), format_result(result, log_url))
 
 
-def opened(github: httpx2.Client, env: Mapping[str, str]) -> None:
-    """Tells a pull request of the deploy that its last commit has had; nothing where that is still to come."""
-    sha, branch = env["HEAD_SHA"], env["GITHUB_HEAD_REF"]
-    for status in _get(github, f"/commits/{quote(sha)}/statuses"):  # newest first
-        if status.get("context") == STATUS:
-            said = {"branch": branch, "sha": sha, "url": status.get("target_url") or "", "live": status["description"]}
-            failed = {"error": status["description"]}
-            told, log_url = (said, "") if status["state"] == "success" else (failed, _url(said["url"]))
-            say(github, int(env["PULL_REQUEST"]), words(told, log_url))
+def comment_on_opened_pull_request(github: httpx2.Client, env: Mapping[str, str]) -> None:
+    """Comment with the status of the pull request's last commit, if it was already deployed."""
+    sha = env["HEAD_SHA"]
+    for status in _get_all(github, f"/commits/{quote(sha)}/statuses"):  # newest first
+        if status.get("context") == STATUS_CONTEXT:
+            url, description = status.get("target_url") or "", status["description"]
+            if status["state"] == "success":
+                result = {"branch": env["GITHUB_HEAD_REF"], "sha": sha, "url": url, "live": description}
+                text = format_result(result)
+            else:
+                text = format_result({"error": description}, _safe_url(url))
+            write_comment(github, int(env["PULL_REQUEST"]), text)
             return
 
 
-def say(github: httpx2.Client, pull: int, text: str) -> None:
-    """Creates the pull request's one comment, or edits it."""
-    body = {"body": f"{MARK}\n{text}"}
-    there = [one for one in _get(github, f"/issues/{pull}/comments") if _is_ours(one)]
-    if there:
-        github.patch(f"/issues/comments/{int(there[0]['id'])}", json=body).raise_for_status()
-    else:
-        github.post(f"/issues/{pull}/comments", json=body).raise_for_status()
+def write_comment(github: httpx2.Client, pull: int, text: str) -> None:
+    """Create or edit the workflow's comment on a pull request."""
+    body = {"body": f"{COMMENT_MARKER}\n{text}"}
+    for comment in _get_all(github, f"/issues/{pull}/comments"):
+        if _is_own_comment(comment):
+            github.patch(f"/issues/comments/{int(comment['id'])}", json=body).raise_for_status()
+            return
+    github.post(f"/issues/{pull}/comments", json=body).raise_for_status()
 
 
-def _is_ours(comment: Mapping[str, Any]) -> bool:
-    """A workflow's own comment, and not a person's who has copied its mark."""
-    return (comment.get("body") or "").startswith(MARK) and (comment.get("user") or {}).get("type") == "Bot"
+def _is_own_comment(comment: Mapping[str, Any]) -> bool:
+    """Return whether a workflow wrote the comment; a user may have copied the marker."""
+    return (comment.get("body") or "").startswith(COMMENT_MARKER) and (comment.get("user") or {}).get("type") == "Bot"
 
 
-def _github(env: Mapping[str, str]) -> httpx2.Client:
-    headers = {"Authorization": f"Bearer {env['GITHUB_TOKEN']}", "Accept": "application/vnd.github+json"}
-    return httpx2.Client(
-        base_url=f"{env['GITHUB_API_URL']}/repos/{env['GITHUB_REPOSITORY']}", headers=headers, timeout=20
-    )
-
-
-def _get(github: httpx2.Client, path: str) -> list[dict[str, Any]]:
-    """All pages of a list."""
-    found: list[dict[str, Any]] = []
+def _get_all(github: httpx2.Client, path: str) -> list[dict[str, Any]]:
+    """Read all pages of a list."""
+    items: list[dict[str, Any]] = []
     page = 1
     while True:
-        answer = github.get(path, params={"per_page": 100, "page": page})
-        answer.raise_for_status()
-        found += answer.json()
-        if len(answer.json()) < 100:
-            return found
+        response = github.get(path, params={"per_page": PAGE_SIZE, "page": page})
+        response.raise_for_status()
+        batch = response.json()
+        items += batch
+        if len(batch) < PAGE_SIZE:
+            return items
         page += 1
 
 
-def _log_url(env: Mapping[str, str]) -> str:
-    if "GITHUB_RUN_ID" not in env:
-        return ""
-    return _url(f"{env['GITHUB_SERVER_URL']}/{env['GITHUB_REPOSITORY']}/actions/runs/{env['GITHUB_RUN_ID']}")
-
-
-def _url(text: Any) -> str:
-    """An address that may be shown; "" for what is none."""
+def _safe_url(text: Any) -> str:
+    """Return the text if it is a plain HTTP URL, otherwise ""."""
     return str(text) if re.fullmatch(r"https?://[\w.:/-]+", str(text)) else ""
 
 
-def _inert(text: Any) -> str:
-    """Text that is no Markdown, no HTML, and calls nobody."""
-    return without_secrets(str(text)).translate(CODE)
+def _escape(text: Any) -> str:
+    """Neutralize Markdown, HTML and @mentions, and redact secrets."""
+    return redact_secrets(str(text)).translate(ESCAPES)
 
 
 if __name__ == "__main__":

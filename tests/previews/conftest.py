@@ -1,4 +1,4 @@
-"""A small world for the deployer, anew for each test."""
+"""Fixtures of the preview tests."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from pathlib import Path
 import pytest
 
 from bench.spaces_server import spaces_server
-from previews import deploy as deploying
-from tests.support.preview_world import World
+from previews import deploy
+from previews import hub as hub_client
+from tests.support.preview_world import PreviewWorld
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PreviewWorld]:
+    """Provide a repository and a simulated Hub, with short timeouts."""
     import huggingface_hub.constants
 
     with spaces_server(tmp_path / "hub") as hub:
-        (hub.folder / "site" / "sitecustomize.py").write_text("")  # nothing of Gradio's to change here
-        hub.stale = 0.1
+        (hub.folder / "site" / "sitecustomize.py").write_text("")  # the small application has no Gradio to patch
+        hub.stale_seconds, hub.poll = 0.1, 0.02
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
         monkeypatch.setattr(huggingface_hub.hf_api.constants, "ENDPOINT", hub.address)
-        monkeypatch.setattr(deploying, "HOT_LIMIT", 3.0)
-        monkeypatch.setattr(deploying, "PATIENCE", 1.0)
-        yield World(tmp_path / "repository", hub)
+        monkeypatch.setattr(deploy, "HOT_RELOAD_TIMEOUT", 1.5)
+        monkeypatch.setattr(deploy, "CONCURRENT_DEPLOY_TIMEOUT", 1.0)
+        monkeypatch.setattr(hub_client, "RETRY_DELAY", 0.05)
+        yield PreviewWorld(tmp_path / "repository", hub)

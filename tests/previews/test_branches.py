@@ -1,4 +1,4 @@
-"""The branch demo: this application, real processes with real hot reload, behind a stand-in for the Hub (see there)."""
+"""Branches of this application deployed as real processes with real hot reload, behind the simulated Hub."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SpacesServer]:
 
 @pytest.fixture
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The address of a database that previews share: PostgreSQL, or SQLite where there is none."""
+    """Return the URL of a database that previews share: PostgreSQL, or SQLite if it is not installed."""
     try:
         return request.getfixturevalue("postgres_url")
     except pytest.skip.Exception:
@@ -41,100 +41,107 @@ def repository(tmp_path: Path, hub: SpacesServer, database: str) -> PreviewRepos
     return PreviewRepository(tmp_path / "repository", hub, database)
 
 
-def shown(url: str) -> tuple[str, str]:
-    """What the application at an address says it is, and its page's configuration."""
-    health = httpx.get(f"{url}/healthz").json()
-    return health["revision"], httpx.get(f"{url}/config").text
+def revision(url: str) -> str:
+    return httpx.get(f"{url}/healthz").json()["revision"]
 
 
-def ask(url: str) -> None:
-    """A model call, which counts in the usage of who answers it."""
+def page(url: str) -> str:
+    return httpx.get(f"{url}/config").text
+
+
+def call_model(url: str) -> None:
     photo = base64.b64encode((ROOT / "assets" / "photos" / "chelsea.jpg").read_bytes()).decode()
-    asked = {"image_url": f"data:image/jpeg;base64,{photo}", "question": "Is it bright or dark?"}
-    httpx.post(f"{url}/v1/query", json=asked, timeout=60).raise_for_status()
+    request = {"image_url": f"data:image/jpeg;base64,{photo}", "question": "Is it bright or dark?"}
+    httpx.post(f"{url}/v1/query", json=request, timeout=60).raise_for_status()
 
 
-def counted(url: str) -> set[tuple[str, str, str]]:
-    """Branch, commit and Space of the calls of the last day, as a preview's dashboard has them."""
+def recorded_calls(url: str) -> set[tuple[str, str, str]]:
+    """Return branch, commit and Space of the usage events of the last day."""
     rows = csv.DictReader(httpx.get(f"{url}/v1/usage.csv").text.splitlines())
     return {(row["branch"], row["commit"], row["space"]) for row in rows}
 
 
 @pytest.mark.timeout(280)
-def test_branches_live_side_by_side_until_they_are_swept(repository: PreviewRepository, hub: SpacesServer) -> None:
-    at, main = repository, repository.git("rev-parse", "HEAD")
+def test_deploy_promote_rollback_and_sweep_of_two_branches(repository: PreviewRepository, hub: SpacesServer) -> None:
+    main = repository.git("rev-parse", "HEAD")
 
-    # A deploys, by a build
-    at.git("checkout", "-q", "-b", "feature/A")
-    first = at.commit("a branch")
-    done = at.previews("deploy", "--branch", "feature/A", "--variable", "COLOUR=red", "--secret", "DATABASE_URL")
-    assert (done["path"], done["sha"], done["fallbacks"]) == ("build", first, [])
-    a = done["url"]
+    # The first deploy of A is a build.
+    repository.git("checkout", "-q", "-b", "feature/A")
+    first = repository.commit("a branch")
+    result = repository.previews(
+        "deploy", "--branch", "feature/A", "--variable", "COLOUR=red", "--secret", "DATABASE_URL"
+    )
+    assert (result["path"], result["sha"], result["fallbacks"]) == ("build", first, [])
+    a = result["url"]
     space_a = hub.spaces[f"{OWNER}/{space_name(OWNER, APP, 'feature/A')}"]
-    assert space_a.asked["visibility"] == "private" and space_a.variables["COLOUR"] == "red"
-    assert shown(a)[0] == first and "feature/A" in shown(a)[1] and first[:7] in shown(a)[1]
+    assert space_a.request["visibility"] == "private" and space_a.variables["COLOUR"] == "red"
+    assert revision(a) == first and "feature/A" in page(a) and first[:7] in page(a)
 
-    # a change of its page is hot-reloaded, and only what changed is sent
-    second = at.edit("ui/playground/tab.py", BUTTON, 'gr.Button("Reward of A"')
-    done = at.previews("deploy", "--branch", "feature/A")
-    assert (done["path"], done["fallbacks"], space_a.starts) == ("hot reload", [], 1)
+    # A change of its page is hot-reloaded, and only changed files are sent.
+    second = repository.edit("ui/playground/tab.py", BUTTON, '"Reward of A"')
+    result = repository.previews("deploy", "--branch", "feature/A")
+    assert (result["path"], result["fallbacks"], space_a.starts) == ("hot reload", [], 1)
     assert [names for _, hot, names in hub.uploads[-2:] if hot] == [["ui/playground/tab.py"], ["app.py"]]
-    assert shown(a)[0] == second and "Reward of A" in shown(a)[1]
+    assert revision(a) == second and "Reward of A" in page(a)
 
-    # the same again does nothing
+    # Deploying the same commit again does nothing.
     uploads = len(hub.uploads)
-    done = at.previews("deploy", "--branch", "feature/A")
-    assert done["path"] == "nothing" and len(hub.uploads) == uploads and "already" in at.stderr
+    result = repository.previews("deploy", "--branch", "feature/A")
+    assert result["path"] == "nothing" and len(hub.uploads) == uploads and "already" in repository.stderr
 
-    # B deploys; both answer, each with its own commit
-    at.git("checkout", "-q", "-b", "b_ütf", "main")
-    third = at.edit("ui/playground/tab.py", BUTTON, 'gr.Button("Reward of B"')
-    b = at.previews("deploy", "--branch", "b_ütf", "--secret", "DATABASE_URL")["url"]
-    assert (shown(a)[0], shown(b)[0]) == (second, third)
-    assert "Reward of A" in shown(a)[1] and "Reward of B" in shown(b)[1]
-    listed = {row["branch"]: row["revision"] for row in at.previews("list")}
+    # B is deployed; both respond, each with its own commit.
+    repository.git("checkout", "-q", "-b", "b_ütf", "main")
+    third = repository.edit("ui/playground/tab.py", BUTTON, '"Reward of B"')
+    b = repository.previews("deploy", "--branch", "b_ütf", "--secret", "DATABASE_URL")["url"]
+    assert (revision(a), revision(b)) == (second, third)
+    assert "Reward of A" in page(a) and "Reward of B" in page(b)
+    listed = {row["branch"]: row["revision"] for row in repository.previews("list")}
     assert listed == {"feature/A": second[:12], "b_ütf": third[:12]}
 
-    # they share a database: each one's dashboard has the calls of both, under the commit that runs, hot-reloaded or not
+    # They share a database: each lists the calls of both, with the running commit, whether hot-reloaded or not.
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(ask, (a, b)))
+        list(pool.map(call_model, (a, b)))
     calls = {("feature/A", second, space_a.id), ("b_ütf", third, f"{OWNER}/{space_name(OWNER, APP, 'b_ütf')}")}
     deadline = time.monotonic() + 20
-    while counted(b) != calls and time.monotonic() < deadline:
+    while recorded_calls(b) != calls and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert counted(a) == counted(b) == calls
+    assert recorded_calls(a) == recorded_calls(b) == calls
 
-    # what hot reload cannot show falls back: a name that another module holds
-    at.git("checkout", "-q", "feature/A")
-    fourth = at.edit("ui/usage/tab.py", 'TAB = "Usage"', 'TAB = "Usage of A"')
-    done = at.previews("deploy", "--branch", "feature/A")
-    assert done["path"] == "restart" and "other modules hold TAB" in done["reason"]
-    assert shown(a)[0] == fourth and "Usage of A" in shown(a)[1]
+    # A change that hot reload cannot apply falls back to a restart: a name that another module holds.
+    repository.git("checkout", "-q", "feature/A")
+    fourth = repository.edit("ui/usage/tab.py", 'TAB = "Usage"', 'TAB = "Usage of A"')
+    result = repository.previews("deploy", "--branch", "feature/A")
+    assert result["path"] == "restart" and "other modules hold TAB" in result["reason"]
+    assert revision(a) == fourth and "Usage of A" in page(a)
 
-    # code that does not run leaves the old application serving
-    at.edit("ui/playground/tab.py", 'gr.Button("Reward of A"', "gr.Button((")
+    # Code that fails leaves the old application serving.
+    repository.edit("ui/playground/tab.py", '"Reward of A"', '"Reward of A" (/')
     uploads = len(hub.uploads)
-    error = at.previews("deploy", "--branch", "feature/A", code=9)
+    error = repository.previews("deploy", "--branch", "feature/A", code=9)
     assert "ui/playground/tab.py, line" in error["error"] and len(hub.uploads) == uploads
-    at.edit("ui/playground/tab.py", "gr.Button((", 'gr.Button("Reward A"')
-    at.edit("ui/playground/tab.py", "MODELS, answer\n", "MODELS, answer\nfrom inference import no_such_name\n")
-    error = at.previews("deploy", "--branch", "feature/A", code=9)
-    assert "no_such_name" in error["error"] and shown(a)[0] == fourth and "Reward of A" in shown(a)[1]
-    fifth = at.edit("ui/playground/tab.py", "from inference import no_such_name\n", "")
-    assert at.previews("deploy", "--branch", "feature/A")["path"] == "hot reload" and shown(a)[0] == fifth
+    repository.edit("ui/playground/tab.py", '"Reward of A" (/', '"Reward A"')
+    repository.edit("ui/playground/tab.py", "MODELS, answer\n", "MODELS, answer\nfrom inference import no_such_name\n")
+    error = repository.previews("deploy", "--branch", "feature/A", code=9)
+    assert "no_such_name" in error["error"] and revision(a) == fourth and "Reward of A" in page(a)
+    fifth = repository.edit("ui/playground/tab.py", "from inference import no_such_name\n", "")
+    assert repository.previews("deploy", "--branch", "feature/A")["path"] == "hot reload" and revision(a) == fifth
 
-    # B is deleted and swept, and nothing else is
-    foreign = hub.spaces[f"{OWNER}/{APP}-notes-123abc45"] = type(space_a)("x", at.folder, {}, {}, {})
-    at.git("branch", "-q", "-D", "b_ütf")
-    assert [row["branch"] for row in at.previews("sweep")] == ["b_ütf"]
-    assert at.previews("sweep") == [] and foreign in hub.spaces.values() and shown(a)[0] == fifth
+    # Branch B is deleted; only its preview is swept.
+    foreign = hub.spaces[f"{OWNER}/{APP}-notes-123abc45"] = type(space_a)("x", repository.folder, {}, {}, {})
+    repository.git("branch", "-q", "-D", "b_ütf")
+    assert [row["branch"] for row in repository.previews("sweep")] == ["b_ütf"]
+    assert repository.previews("sweep") == [] and foreign in hub.spaces.values() and revision(a) == fifth
     del hub.spaces[f"{OWNER}/{APP}-notes-123abc45"]
 
-    # A is promoted, then rolled back
-    done = at.previews("deploy", "--branch", "main", "--production", "--sha", main)
-    assert done["space"] == f"{OWNER}/{APP}" and shown(done["url"])[0] == main
-    done = at.previews("promote", "--branch", "feature/A")
-    assert done["sha"] == fifth and shown(done["url"])[0] == fifth and "Reward A" in shown(done["url"])[1]
-    done = at.previews("rollback", "--branch", "main", "--production")
-    assert done["sha"] == main and shown(done["url"])[0] == main and "Teach a model" in shown(done["url"])[1]
-    assert at.previews("sweep") == []
+    # A is promoted, and production is rolled back.
+    result = repository.previews("deploy", "--branch", "main", "--production", "--sha", main)
+    assert result["space"] == f"{OWNER}/{APP}" and revision(result["url"]) == main
+    result = repository.previews("promote", "--branch", "feature/A")
+    assert result["sha"] == fifth and revision(result["url"]) == fifth and "Reward A" in page(result["url"])
+    result = repository.previews("rollback", "--branch", "main", "--production")
+    assert (
+        result["sha"] == main
+        and revision(result["url"]) == main
+        and "Fine-tune with this reward" in page(result["url"])
+    )
+    assert repository.previews("sweep") == []

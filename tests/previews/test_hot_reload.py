@@ -1,4 +1,4 @@
-"""Which changes hot reload shows: what is claimed of each kind, and that Gradio's own hot reload bears it out."""
+"""Hot-reload analysis: its verdict for each kind of change, compared with Gradio's own hot-reload server."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bench.spaces_server import SITE, free_port
-from previews.hot_reload import Program, obstacle
-from previews.source import read
+from bench.spaces_server import SITECUSTOMIZE, free_port
+from previews.hot_reload import Codebase, reload_blocker
+from previews.source import read_commit
 
 ROOT = Path(__file__).resolve().parents[2]
 APP = '''"""An application."""
@@ -25,10 +25,10 @@ import gradio as gr
 from page import build
 from start import opened
 
-def stamped(name, commit):
+def space_page(name, commit):
     return build(commit)
 
-demo = stamped(__name__, "one")
+demo = space_page(__name__, "one")
 
 if __name__ == "__main__":
     opened()
@@ -71,10 +71,10 @@ def build(commit):
     return page
 '''
 PARTS = '"""Parts."""\nNAME = "name-A"\ndef part():\n    return "part-A"\n'
-START = '"""What is done once."""\nOPENED = []\nWORD = "word-A"\ndef opened():\n    OPENED.append("opened-A")\n'
+START = '"""Startup."""\nOPENED = []\nWORD = "word-A"\ndef opened():\n    OPENED.append("opened-A")\n'
 FILES = {"app.py": APP, "page.py": PAGE, "parts.py": PARTS, "start.py": START}
 
-# What is changed from A to B, in which file, and why hot reload would not show it ("" where it does).
+# File, word that changes from A to B, and why hot reload does not apply the change ("" if it does).
 CHANGES = [
     ("page.py", "body", ""),
     ("page.py", "label", ""),
@@ -83,41 +83,51 @@ CHANGES = [
     ("page.py", "default", ""),
     ("parts.py", "part", ""),
     ("parts.py", "name", "other modules hold NAME"),
-    ("page.py", "base", "BASE is used where the module is loaded"),
+    ("page.py", "base", "BASE is used at module level"),
     ("page.py", "field", "class Thing changes in more than its methods"),
     ("page.py", "kept", "kept() has a decorator"),
     ("start.py", "word", "other modules hold WORD"),
-    ("start.py", "opened", "opened() has done its work"),
+    ("start.py", "opened", "opened() already ran at startup"),
 ]
 
 
-def changed(name: str, word: str) -> dict[str, str]:
+def change(name: str, word: str) -> dict[str, str]:
     text = FILES[name].replace(f'{word}-A"', f'{word}-B"')
     assert text != FILES[name]
     return {**FILES, name: text}
 
 
-def why(files: dict[str, str]) -> str | None:
-    """The obstacle between the application and these files."""
+def find_blocker(files: dict[str, str]) -> str | None:
+    """Return why hot reload would not apply the change from FILES to these files."""
     before = {name: text.encode() for name, text in FILES.items() if files.get(name) != text}
-    return obstacle(before, Program({name: text.encode() for name, text in files.items()}))
+    return reload_blocker(before, Codebase({name: text.encode() for name, text in files.items()}))
 
 
 @pytest.mark.parametrize(("name", "word", "expected"), CHANGES, ids=[word for _, word, _ in CHANGES])
-def test_a_change_is_judged(name: str, word: str, expected: str) -> None:
-    found = why(changed(name, word))
-    assert (found or "").startswith(f"{name}: {expected}") if expected else found is None
+def test_blocker_of_each_kind_of_change(name: str, word: str, expected: str) -> None:
+    blocker = find_blocker(change(name, word))
+    assert (blocker or "").startswith(f"{name}: {expected}") if expected else blocker is None
 
 
 @pytest.mark.parametrize(
     ("name", "old", "new", "expected"),
     [
         ("app.py", '"one"', '"two"', ""),  # the stamp itself
-        ("app.py", "    opened()\n", "", "a statement that runs while it is loaded changes"),
+        ("app.py", "    opened()\n", "", "a module-level statement changes"),
         ("app.py", "return build(commit)", "return build(commit + commit)", ""),
         ("page.py", "import gradio as gr\n", "import gradio as gr\nimport json\n", ""),
-        ("page.py", "import dataclass\n", "import dataclass, field\n", ""),  # though the first is used while loading
-        ("page.py", "from functools import cache", "from functools import lru_cache as cache", "cache is used where"),
+        (
+            "page.py",
+            "import dataclass\n",
+            "import dataclass, field\n",
+            "",
+        ),  # though `dataclass` is used at module level
+        (
+            "page.py",
+            "from functools import cache",
+            "from functools import lru_cache as cache",
+            "cache is used at module level",
+        ),
         ("page.py", 'TABLE = {"x"', 'NEW = 1\nTABLE = {"x"', ""),
         ("page.py", "def default", "def new():\n    return 1\n\ndef default", ""),
         ("page.py", '"""Its page."""', '"""The page."""', ""),
@@ -126,30 +136,30 @@ def test_a_change_is_judged(name: str, word: str, expected: str) -> None:
         ("page.py", "from parts import NAME, part", "from start import NAME, part", ""),
         ("page.py", "def build(commit):\n", "def build(commit):\n    # a comment\n", ""),
         ("start.py", "OPENED = []", "OPENED = [1]", "other modules hold OPENED"),
-        ("start.py", "def opened", "print(OPENED)\n\n\ndef opened", "a statement that runs while it is loaded"),
-        ("parts.py", PARTS, "", ""),  # nothing of it is left that could be wrong; who still uses it fails
+        ("start.py", "def opened", "print(OPENED)\n\n\ndef opened", "a module-level statement changes"),
+        ("parts.py", PARTS, "", ""),  # no old state is left
     ],
 )
-def test_other_changes_are_judged(name: str, old: str, new: str, expected: str) -> None:
+def test_blocker_of_other_changes(name: str, old: str, new: str, expected: str) -> None:
     assert old in FILES[name]
-    found = why({**FILES, name: FILES[name].replace(old, new, 1)})
-    assert (found or "").startswith(f"{name}: {expected}") if expected else found is None, found
+    blocker = find_blocker({**FILES, name: FILES[name].replace(old, new, 1)})
+    assert (blocker or "").startswith(f"{name}: {expected}") if expected else blocker is None, blocker
 
 
-def test_a_new_file_is_no_obstacle_and_an_unreadable_old_one_is() -> None:
-    assert why({**FILES, "more.py": "A = 1\n"}) is None
+def test_new_file_is_no_blocker_and_unparsable_old_file_is() -> None:
+    assert find_blocker({**FILES, "more.py": "A = 1\n"}) is None
     assert (
-        obstacle({"page.py": b"def ("}, Program({"page.py": b""}))
-        == "page.py: the Space's version of it cannot be read"
+        reload_blocker({"page.py": b"def ("}, Codebase({"page.py": b""}))
+        == "page.py: the Space's version cannot be parsed"
     )
 
 
-class Running:
-    """The application in a process of its own, with Gradio's hot-reload server."""
+class AppProcess:
+    """The application in a process, with Gradio's hot-reload server."""
 
     def __init__(self, folder: Path) -> None:
         (folder / "site").mkdir(parents=True)
-        (folder / "site" / "sitecustomize.py").write_text(SITE)
+        (folder / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
         self.folder, self.port, self.reload_port, self.reloads = folder / "app", free_port(), free_port(), 0
         self.folder.mkdir()
         for name, text in FILES.items():
@@ -160,7 +170,7 @@ class Running:
         log = (folder / "log").open("w")
         self.process = subprocess.Popen([sys.executable, "app.py"], cwd=self.folder, env=env, stdout=log, stderr=log)
 
-    def wait(self) -> None:
+    def wait_until_started(self) -> None:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
@@ -172,56 +182,57 @@ class Running:
         raise AssertionError((self.folder.parent / "log").read_text())
 
     def text(self) -> str:
+        """Return the text of the page."""
         config = httpx.get(f"http://127.0.0.1:{self.port}/config").json()
-        (found,) = [one["props"]["value"] for one in config["components"] if one["type"] == "markdown"]
-        return found
+        (text,) = [part["props"]["value"] for part in config["components"] if part["type"] == "markdown"]
+        return text
 
-    def send(self, name: str, text: str) -> list[str]:
-        """Reloads one file; the kinds of what happened."""
+    def hot_reload(self, name: str, text: str) -> list[str]:
+        """Hot-reload one file, and return the kinds of the events."""
         self.reloads += 1
-        asked = {"filepath": name, "contents": text, "reloadId": f"r{self.reloads}"}
+        request = {"filepath": name, "contents": text, "reloadId": f"r{self.reloads}"}
         address = f"http://127.0.0.1:{self.reload_port}"
-        httpx.post(f"{address}/create-reload", json=asked).raise_for_status()
-        told = httpx.post(f"{address}/get-reload", json={"reloadId": asked["reloadId"]}, timeout=30).text
-        return [json.loads(line[5:])["data"]["kind"] for line in told.splitlines() if line.startswith("data:")]
+        httpx.post(f"{address}/create-reload", json=request).raise_for_status()
+        events = httpx.post(f"{address}/get-reload", json={"reloadId": request["reloadId"]}, timeout=30).text
+        return [json.loads(line[5:])["data"]["kind"] for line in events.splitlines() if line.startswith("data:")]
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = Running(tmp_path_factory.mktemp("hot"))
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppProcess]:
+    app = AppProcess(tmp_path_factory.mktemp("hot"))
     try:
-        running.wait()
-        yield running
+        app.wait_until_started()
+        yield app
     finally:
-        running.process.kill()
-        running.process.wait()
+        app.process.kill()
+        app.process.wait()
 
 
 @pytest.mark.parametrize(("name", "word", "expected"), CHANGES, ids=[word for _, word, _ in CHANGES])
-def test_hot_reload_does_as_is_claimed(running: Running, name: str, word: str, expected: str) -> None:
-    """With the file and then the stamp, as the deployer sends them. What is not shown is success to hot reload."""
-    now = (running.folder / name).read_text()
-    kinds = running.send(name, now.replace(f'{word}-A"', f'{word}-B"'))
-    stamp = f"s{running.reloads}"
-    kinds += running.send("app.py", re.sub(r'__name__, "\w+"', f'__name__, "{stamp}"', APP))
+def test_gradios_hot_reload_agrees_with_the_blocker(app: AppProcess, name: str, word: str, expected: str) -> None:
+    """Files are sent as by the deployer, the stamp last; hot reload reports success in all cases."""
+    text = (app.folder / name).read_text()
+    kinds = app.hot_reload(name, text.replace(f'{word}-A"', f'{word}-B"'))
+    stamp = f"s{app.reloads}"
+    kinds += app.hot_reload("app.py", re.sub(r'__name__, "\w+"', f'__name__, "{stamp}"', APP))
     assert not {"exception", "error"} & set(kinds)
-    text = running.text()
+    text = app.text()
     assert text.startswith(stamp)
     assert (f"{word}-A" in text, f"{word}-B" in text) == ((True, False) if expected else (False, True))
 
 
-def test_this_applications_page_can_be_hot_reloaded_and_its_start_cannot() -> None:
+def test_blockers_of_changes_to_this_application() -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    python = read(ROOT, head.strip()).python
+    python = read_commit(ROOT, head.strip()).python
 
-    def edited(name: str, old: bytes, new: bytes) -> str | None:
+    def edit(name: str, old: bytes, new: bytes) -> str | None:
         assert old in python[name]
-        return obstacle({name: python[name]}, Program({**python, name: python[name].replace(old, new, 1)}))
+        return reload_blocker({name: python[name]}, Codebase({**python, name: python[name].replace(old, new, 1)}))
 
-    assert edited("ui/playground/tab.py", b"Teach a model this reward", b"Another label") is None
-    assert edited("rewards/sharpness.py", b"return ", b"return 0 * 0 + ") is None
-    assert edited("ui/__init__.py", b'"Playground": ', b'"Play": ') == "ui/__init__.py: other modules hold TABS"
-    assert edited("ui/usage/tab.py", b'TAB = "Usage"', b'TAB = "Calls"') == "ui/usage/tab.py: other modules hold TAB"
-    assert "has done its work" in (edited("serving/health.py", b"version=version", b"version=version[:9]") or "")
-    assert "class Settings" in (edited("settings.py", b'"PREVIEW_BRANCH"', b'"BRANCH"') or "")
-    assert "app.py" in (edited("app.py", b"footer_links", b"footer") or "")
+    assert edit("ui/playground/tab.py", b"Fine-tune with this reward", b"Another label") is None
+    assert edit("rewards/sharpness.py", b"return float(", b"return 0 * 0 + float(") is None
+    assert edit("ui/__init__.py", b'"Playground": ', b'"Play": ') == "ui/__init__.py: other modules hold TABS"
+    assert edit("ui/usage/tab.py", b'TAB = "Usage"', b'TAB = "Calls"') == "ui/usage/tab.py: other modules hold TAB"
+    assert "already ran at startup" in (edit("serving/health.py", b"version=version", b"version=version[:9]") or "")
+    assert "class Settings" in (edit("settings.py", b'"PREVIEW_BRANCH"', b'"BRANCH"') or "")
+    assert "app.py" in (edit("app.py", b"footer_links", b"footer") or "")

@@ -1,8 +1,8 @@
-"""A stand-in for GitHub's API, over real HTTP, and a runner that executes a job of a workflow. They are no GitHub.
+"""A simulated GitHub API over HTTP, and a runner that executes the jobs of a workflow.
 
-Of the API: statuses, pull requests of a commit, comments, and the identity tokens of a job. Of a runner: expressions,
-conditions, environments, outputs, and `run` steps in bash as GitHub runs them; `uses` steps are played (checkout is a
-clone of a local repository, setup-python nothing), and `python -m pip` installs nothing.
+The API has statuses, the pull requests of a commit, comments, and the identity tokens of jobs. The runner evaluates
+expressions and conditions, and executes `run` steps in bash with outputs and summary as GitHub does. `uses` steps are
+replaced: checkout clones a local repository, setup-python does nothing; `python -m pip` installs nothing.
 """
 
 from __future__ import annotations
@@ -26,83 +26,96 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / ".github" / "workflows"
 TOKEN, IDENTITY = "ghs_workflowworkflowworkflow", "an-identity"
-BOT, PERSON = {"type": "Bot"}, {"type": "User"}
+BOT, USER = {"type": "Bot"}, {"type": "User"}
 
 
-class StandInGitHub(ThreadingHTTPServer):
-    """One repository. pulls: of any commit. page: how many entries a list gives at a time."""
+class GitHubServer(ThreadingHTTPServer):
+    """The API of one repository, o/r.
+
+    Attributes:
+        comments: Comments of pull request 7; 120 of users at first.
+        statuses: Statuses by commit, newest first.
+        pulls: Pull requests that contain any commit.
+        requests: Methods and paths of all requests.
+        error_status: Status with which every request fails, or 0.
+    """
 
     daemon_threads = True
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
-        self.comments: list[dict[str, Any]] = [{"id": n, "body": "a person's", "user": PERSON} for n in range(120)]
+        super().__init__(("127.0.0.1", 0), RequestHandler)
+        self.comments: list[dict[str, Any]] = [{"id": n, "body": "a user's", "user": USER} for n in range(120)]
         self.statuses: dict[str, list[dict[str, Any]]] = {}
         self.pulls: list[dict[str, Any]] = [{"number": 7, "state": "open"}, {"number": 3, "state": "closed"}]
-        self.asked: list[str] = []
-        self.refuse = 0
+        self.requests: list[str] = []
+        self.error_status = 0
 
     @property
     def address(self) -> str:
+        """The URL of the API."""
         return f"http://127.0.0.1:{self.server_port}"
 
 
-class Answers(BaseHTTPRequestHandler):
-    """One request to the stand-in."""
+class RequestHandler(BaseHTTPRequestHandler):
+    """Handles one request to the simulated API."""
 
-    server: StandInGitHub
+    server: GitHubServer
 
-    def any(self) -> None:
-        hub, parts = self.server, urlsplit(self.path)
+    def handle_request(self) -> None:
+        """Check the token, and route the request."""
+        github, parts = self.server, urlsplit(self.path)
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
-        hub.asked.append(f"{self.command} {parts.path}")
+        github.requests.append(f"{self.command} {parts.path}")
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            self.answer(401, {"message": "Bad credentials"})
-        elif hub.refuse:
-            self.answer(hub.refuse, {"message": f"no, {TOKEN}"})
+            self.respond(401, {"message": "Bad credentials"})
+        elif github.error_status:
+            self.respond(github.error_status, {"message": f"no, {TOKEN}"})
         else:
-            self.answer(*self.done(parts.path.split("/")[1:], body, int(parse_qs(parts.query).get("page", ["1"])[0])))
+            page = int(parse_qs(parts.query).get("page", ["1"])[0])
+            self.respond(*self.route(parts.path.split("/")[1:], body, slice((page - 1) * 100, page * 100)))
 
-    def done(self, path: list[str], body: dict[str, Any], page: int) -> tuple[int, Any]:
-        hub = self.server
+    def route(self, path: list[str], body: dict[str, Any], page: slice) -> tuple[int, Any]:
+        """Return status and body of the response."""
+        github = self.server
         match self.command, path:
             case "GET", ["identity"]:
                 return 200, {"value": IDENTITY}
             case "POST", ["repos", "o", "r", "statuses", sha]:
-                hub.statuses.setdefault(sha, []).insert(0, body)
+                github.statuses.setdefault(sha, []).insert(0, body)
                 return 201, body
             case "GET", ["repos", "o", "r", "commits", sha, "statuses"]:
-                return 200, hub.statuses.get(sha, [])[(page - 1) * 100 : page * 100]
+                return 200, github.statuses.get(sha, [])[page]
             case "GET", ["repos", "o", "r", "commits", _, "pulls"]:
-                return 200, hub.pulls[(page - 1) * 100 : page * 100]
+                return 200, github.pulls[page]
             case "GET", ["repos", "o", "r", "issues", "7", "comments"]:
-                return 200, hub.comments[(page - 1) * 100 : page * 100]
+                return 200, github.comments[page]
             case "POST", ["repos", "o", "r", "issues", "7", "comments"]:
-                hub.comments.append({"id": 1000 + len(hub.comments), "user": BOT, **body})
-                return 201, hub.comments[-1]
+                github.comments.append({"id": 1000 + len(github.comments), "user": BOT, **body})
+                return 201, github.comments[-1]
             case "PATCH", ["repos", "o", "r", "issues", "comments", id]:
-                next(one for one in hub.comments if one["id"] == int(id)).update(body)
+                next(comment for comment in github.comments if comment["id"] == int(id)).update(body)
                 return 200, {}
         return 404, {"message": "Not Found"}
 
-    do_GET = do_POST = do_PATCH = any
+    do_GET = do_POST = do_PATCH = handle_request  # noqa: N815
 
-    def answer(self, code: int, value: Any) -> None:
+    def respond(self, status: int, value: Any) -> None:
+        """Send a JSON response."""
         text = json.dumps(value).encode()
-        self.send_response(code)
+        self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
 
     def log_message(self, *_: object) -> None:
-        """Nothing is printed."""
+        """Print nothing."""
 
 
 @contextmanager
-def stand_in_github() -> Iterator[StandInGitHub]:
-    """Runs a stand-in."""
-    server = StandInGitHub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+def github_server() -> Iterator[GitHubServer]:
+    """Run a simulated GitHub API."""
+    server = GitHubServer()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield server
     finally:
@@ -110,76 +123,95 @@ def stand_in_github() -> Iterator[StandInGitHub]:
         server.server_close()
 
 
-# ── The runner ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Runner ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
-class Done:
-    """What came of a job: success, failure or skipped, its outputs and summary, and all that its steps printed."""
+class JobResult:
+    """Result of a workflow job.
+
+    Attributes:
+        result: "success", "failure" or "skipped".
+        outputs: Outputs of the job.
+        url: URL of the job's environment.
+        summary: Job summary in Markdown.
+        log: Everything that the steps printed.
+    """
 
     result: str
     outputs: dict[str, str] = field(default_factory=dict)
     url: str = ""
     summary: str = ""
-    printed: str = ""
+    log: str = ""
 
 
 def run_job(
     workflow: str, job: str, folder: Path, repository: Path, contexts: dict[str, Any], environment: Mapping[str, str]
-) -> Done:
-    """Executes a job in a folder of its own, on a clone of a repository.
+) -> JobResult:
+    """Execute a workflow job on a clone of a repository.
 
-    contexts: github, vars, secrets and needs, as expressions see them. environment: what the runner itself gives.
+    Args:
+        workflow: File name of the workflow.
+        job: Name of the job.
+        folder: Folder for the job's files.
+        repository: The repository to clone.
+        contexts: Contexts of expressions: github, vars, secrets and needs.
+        environment: Environment variables that the runner sets.
     """
-    asked = yaml.safe_load((WORKFLOWS / workflow).read_text())["jobs"][job]
-    if "if" in asked and not evaluate(str(asked["if"]), contexts):
-        return Done("skipped")
-    workspace, done, steps = folder / "workspace", Done("success"), {}
-    tools = _tools(folder)
-    base = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(folder), "PYTHONPATH": str(ROOT), **environment}
-    base["GITHUB_STEP_SUMMARY"] = str(folder / "summary")
-    for step in asked["steps"]:
-        here = {**contexts, "steps": steps}
-        if done.result == "failure" and "always()" not in str(step.get("if", "")):
+    spec = yaml.safe_load((WORKFLOWS / workflow).read_text())["jobs"][job]
+    if "if" in spec and not evaluate(str(spec["if"]), contexts):
+        return JobResult("skipped")
+    workspace, result = folder / "workspace", JobResult("success")
+    steps: dict[str, dict[str, Any]] = {}
+    contexts = {**contexts, "steps": steps}
+    summary = folder / "summary"
+    job_env = {"PATH": f"{_python_without_pip(folder)}:{os.environ['PATH']}", "HOME": str(folder)}
+    job_env |= {"PYTHONPATH": str(ROOT), "GITHUB_STEP_SUMMARY": str(summary), **environment}
+    for step in spec["steps"]:
+        if result.result == "failure" and "always()" not in str(step.get("if", "")):
             continue
-        if "if" in step and not evaluate(str(step["if"]), here):
+        if "if" in step and not evaluate(str(step["if"]), contexts):
             continue
         if "uses" in step:
-            _play(step["uses"], repository, workspace, contexts)
+            _run_action(step["uses"], repository, workspace, contexts["github"]["sha"])
             continue
-        env = {name: fill(str(value), here) for name, value in step.get("env", {}).items()}
-        env["GITHUB_OUTPUT"] = str(folder / f"output{len(steps)}")
+        env = {name: substitute_expressions(str(value), contexts) for name, value in step.get("env", {}).items()}
+        output = folder / f"output{len(steps)}"
         command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]
-        ran = subprocess.run(command, cwd=workspace, env={**base, **env}, capture_output=True, text=True, timeout=200)
-        done.printed += ran.stdout + ran.stderr
-        steps[step.get("id") or str(len(steps))] = {"outputs": _outputs(Path(env["GITHUB_OUTPUT"]))}
-        if ran.returncode:
-            done.result = "failure"
-    here = {**contexts, "steps": steps}
-    done.outputs = {name: fill(value, here) for name, value in asked.get("outputs", {}).items()}
-    if isinstance(asked.get("environment"), dict):
-        done.url = fill(asked["environment"].get("url", ""), here)
-    summary = folder / "summary"
-    done.summary = summary.read_text() if summary.exists() else ""
-    return done
+        run = subprocess.run(
+            command,
+            cwd=workspace,
+            env={**job_env, **env, "GITHUB_OUTPUT": str(output)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        result.log += run.stdout + run.stderr
+        lines = output.read_text().splitlines() if output.exists() else []
+        steps[step.get("id") or str(len(steps))] = {"outputs": dict(line.split("=", 1) for line in lines)}
+        if run.returncode:
+            result.result = "failure"
+    result.outputs = {name: substitute_expressions(text, contexts) for name, text in spec.get("outputs", {}).items()}
+    if isinstance(spec.get("environment"), dict):
+        result.url = substitute_expressions(spec["environment"].get("url", ""), contexts)
+    result.summary = summary.read_text() if summary.exists() else ""
+    return result
 
 
-def fill(text: str, contexts: Mapping[str, Any]) -> str:
-    """A text with its expressions replaced by their values."""
-    return re.sub(r"\$\{\{(.*?)\}\}", lambda found: str(evaluate(found[1], contexts)), text)
+def substitute_expressions(text: str, contexts: Mapping[str, Any]) -> str:
+    """Replace each `${{ expression }}` in a text by its value."""
+    return re.sub(r"\$\{\{(.*?)\}\}", lambda match: str(evaluate(match[1], contexts)), text)
 
 
-def evaluate(text: str, contexts: Mapping[str, Any]) -> Any:
-    """An expression of names, strings, comparisons and logic."""
+def evaluate(expression: str, contexts: Mapping[str, Any]) -> Any:
+    """Evaluate an expression of names, strings, comparisons and logical operators."""
+    operators = {"&&": " and ", "||": " or ", "!": " not ", "==": "==", "!=": "!=", "always()": "True"}
 
-    def translated(found: re.Match[str]) -> str:
-        token = found[0]
-        if token in ("&&", "||", "!"):
-            return {"&&": " and ", "||": " or ", "!": " not "}[token]
-        if token in ("==", "!="):
-            return token
-        if token == "always()":
-            return "True"
+    def to_python(match: re.Match[str]) -> str:
+        token = match[0]
+        if token in operators:
+            return operators[token]
         if token.startswith("'"):
             return repr(token[1:-1])
         value: Any = contexts
@@ -188,30 +220,25 @@ def evaluate(text: str, contexts: Mapping[str, Any]) -> Any:
         return repr(value)
 
     tokens = r"'[^']*'|always\(\)|[A-Za-z_][\w.-]*|&&|\|\||==|!=|!"
-    return eval(re.sub(tokens, translated, text.strip()), {"__builtins__": {}})
+    return eval(re.sub(tokens, to_python, expression.strip()), {"__builtins__": {}})
 
 
-def _play(action: str, repository: Path, workspace: Path, contexts: Mapping[str, Any]) -> None:
+def _run_action(action: str, repository: Path, workspace: Path, sha: str) -> None:
+    """Replace the action of a `uses` step."""
     name = action.partition("@")[0]
     if name == "actions/checkout":
         subprocess.run(["git", "clone", "-q", str(repository), str(workspace)], check=True)
         subprocess.run(["git", "-C", str(workspace), "fetch", "-q", "origin"], check=True)
-        command = ["git", "-C", str(workspace), "checkout", "-q", contexts["github"]["sha"]]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(["git", "-C", str(workspace), "checkout", "-q", sha], check=True, capture_output=True)
     else:
-        assert name == "actions/setup-python", f"the runner cannot play {action}"
+        assert name == "actions/setup-python", f"the runner does not support {action}"
 
 
-def _tools(folder: Path) -> Path:
-    """A python that is this one, but for pip."""
+def _python_without_pip(folder: Path) -> Path:
+    """Create a folder with a `python` that runs this interpreter, except that `-m pip` does nothing."""
     tools = folder / "tools"
     tools.mkdir(parents=True)
     script = f'#!/bin/sh\n[ "$1 $2" = "-m pip" ] && exit 0\nexec {sys.executable} "$@"\n'
     (tools / "python").write_text(script)
     (tools / "python").chmod(0o755)
     return tools
-
-
-def _outputs(file: Path) -> dict[str, str]:
-    lines = file.read_text().splitlines() if file.exists() else []
-    return dict(line.split("=", 1) for line in lines)
