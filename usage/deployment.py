@@ -12,7 +12,7 @@ def resolve_deployment(branch: str | None, commit: str | None, space: str | None
     """Return the deployment.
 
     Args:
-        branch: Branch from the settings; without one, git is asked.
+        branch: Branch from the settings; by default that of the git checkout.
         commit: Commit from the settings.
         space: Hugging Face Space as owner/name.
         root: Folder of the repository.
