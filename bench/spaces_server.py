@@ -521,7 +521,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         headers = {"Content-Type": self.headers.get("Content-Type") or "text/plain"}
         url = f"http://127.0.0.1:{port}/{inner}"
         try:
-            response = httpx.request(self.command, url, content=body, headers=headers, timeout=30)
+            response = httpx.request(self.command, url, content=body, headers=headers, timeout=60)
         except httpx.HTTPError:
             self.respond(503, {"error": "Your space is in error, check its status on hf.co"})
             return

@@ -300,7 +300,8 @@ def build_parser() -> argparse.ArgumentParser:
     space.add_argument("--production", action="store_true", help="use the production Space instead of the preview")
 
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--visibility", choices=("private", "protected", "public"), default="private")
+    visibilities = ("private", "protected", "public")
+    options.add_argument("--visibility", choices=visibilities, default="private", help="of a new Space")
     secret_help = "environment variable to set as a secret of a new Space; repeatable"
     options.add_argument("--secret", action="append", default=[], metavar="NAME", help=secret_help)
     variable_help = "public variable of a new Space; repeatable"
