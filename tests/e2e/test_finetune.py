@@ -94,7 +94,7 @@ def test_job_shows_its_price_needs_a_token_and_clears_it(open_page: Open, runs: 
     page.get_by_role("button", name="Retrain with this reward").click()
     page.get_by_text("Enter your Hugging Face token").wait_for()
     assert all(run.config().seed != 142 for run in runs.list())
-    token = page.get_by_label("Hugging Face token", exact=True)
+    token = page.get_by_label("Hugging Face token")
     token.fill(TOKEN)
     page.get_by_role("button", name="Retrain with this reward").click()
     page.locator(".run-summary").get_by_text("seed 142").wait_for()
@@ -117,7 +117,7 @@ def test_winner_is_selected_beside_its_base_until_it_is_reverted(open_page: Open
     assert page.locator(".pair").count() == 3
     page.wait_for_function("() => [...document.querySelectorAll('.pair img')].every(image => image.naturalWidth > 0)")
     page.get_by_role("tab", name="Playground").click()
-    page.wait_for_function("() => document.querySelector('.picker-selection').textContent.includes('tuned: sharpness 1')")
+    page.locator(".picker-selection").get_by_text("tuned: sharpness 1").wait_for()
     assert selected_models(page) == "moondream-tiny · tuned: sharpness 1"
     page.get_by_role("button", name="Run", exact=True).click()
     page.wait_for_selector(f".model-column[data-model='run-{run.id}'][data-status=done]")
@@ -146,7 +146,7 @@ def test_run_survives_a_reload_and_a_second_page_can_cancel_it(open_page: Open) 
     other.get_by_role("button", name="Cancel", exact=True).last.click()
     for view in (page, other):
         wait_for_state(view, "cancelled")
-        assert "what was learned is kept" in view.locator(".run-message").inner_text()
+        assert "The training so far is kept" in view.locator(".run-message").inner_text()
 
 
 def test_second_run_waits_for_the_first(open_page: Open) -> None:
@@ -186,7 +186,7 @@ def test_failed_run_shows_its_log_and_can_be_resumed(open_page: Open) -> None:
     page = open_page("")
     start_run(page, seed=200)
     wait_for_state(page, "failed")
-    assert "Its log says why" in page.locator(".run-message").inner_text()
+    assert "exit code 3). See the log" in page.locator(".run-message").inner_text()
     assert page.locator(".run-log").is_visible()
     assert page.get_by_role("button", name="Resume").is_enabled()
 

@@ -62,4 +62,4 @@ def test_real_run_trains_and_its_model_answers_in_the_playground(open_page: Open
     page.get_by_role("button", name="Run", exact=True).click()
     for model in ("moondream-tiny", f"run-{run.id}"):
         page.wait_for_selector(f".model-column[data-model='{model}'][data-status=done]")
-    assert page.locator(".card[data-state=ready]").count() == 2
+    assert page.locator(".card[data-status=ready]").count() == 2

@@ -161,7 +161,7 @@ def draw_form(services: AppServices, base_models: list[tuple[str, str]]) -> Retr
         )
     with gr.Group(visible=False, elem_id="tune-hosted") as hosted_group:
         gr.Markdown(
-            f"Trains **{BASE}**, the API's only base model, on your Moondream account. The photos are sent to Moondream.",
+            f"Trains **{BASE}**, the API's only base model, on your Moondream account. Photos are sent to it.",
             elem_id="tune-hosted-note",
         )
         fields["moondream_key"] = gr.Textbox(
