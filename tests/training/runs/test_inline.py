@@ -67,7 +67,7 @@ def test_mark_orphans_interrupts_queued_inline_runs_of_an_earlier_process(tmp_pa
 
 
 def test_api_call_returns_when_its_inline_run_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "_inside", lambda: fake_run.main)
+    monkeypatch.setattr(app, "_import_run_inline", lambda: fake_run.main)
     with app_server(tmp_path, train_in_request=True) as address:
         client = Client(address, verbose=False)
         status = client.predict({"colour": 1}, "moondream-tiny", "bundled", 4, 107, "", api_name="/retrain")
