@@ -14,7 +14,7 @@ from bench.spaces_server import TOKEN, SpacesServer
 
 ROOT = Path(__file__).resolve().parents[1]
 OWNER = "team"
-BUTTON = 'gr.Button("Teach a model this reward"'  # in ui/playground/tab.py: a change that hot reload can apply
+BUTTON = '"Fine-tune with this reward"'  # in ui/playground/tab.py: a change that hot reload can apply
 
 
 class PreviewRepository:
