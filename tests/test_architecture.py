@@ -47,7 +47,7 @@ ALLOWED_LIBRARIES: dict[str, set[str]] = {
     "rewards": {"numpy", "cv2"},
     "settings": set(),
     "storage": {"alembic", "sqlalchemy"},
-    "usage": {"numpy", "pyarrow", "pydantic", "sqlalchemy"},
+    "usage": {"numpy", "prometheus_client", "pyarrow", "pydantic", "sqlalchemy"},
 }
 # Library -> the files that may import it, for libraries that are heavy or tie the code to a framework.
 LIBRARY_LOCATIONS: dict[str, re.Pattern[str]] = {

@@ -38,7 +38,11 @@ def app_server(folder: Path, training: tuple[str, ...] = FAKE, **settings: Any) 
         for name in (*WORKING_MODELS, *SPECIAL_MODELS):
             patch.setitem(registry.MODELS, name, fake_backend.fake_spec(name, name if name in SPECIAL_MODELS else ""))
         application = app.create_app(Settings(data_dir=folder, **settings), command=training)
-        server = uvicorn.Server(uvicorn.Config(application, host="127.0.0.1", port=0, log_level="warning"))
+        # Gradio keeps a stream open for each client: without a limit the shutdown would wait for it.
+        config = uvicorn.Config(
+            application, host="127.0.0.1", port=0, log_level="critical", timeout_graceful_shutdown=1
+        )
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         while not server.started:
