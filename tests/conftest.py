@@ -1,4 +1,4 @@
-"""What tests share: drawn and bundled photos, a real browser, a real PostgreSQL."""
+"""Shared fixtures: photos, a browser, a PostgreSQL database and a simulated Hugging Face Hub."""
 
 import os
 import shutil
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 import pytest
 
-from training.data.bundled import PhotoInfo, bundled
+from training.data.bundled import BundledPhoto, bundled_photos
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-    from tests.support.hub_server import StandInHub
+    from tests.support.hub_server import HubServer
 
 BROWSERS = ("chromium", "google-chrome", "chromium-browser")
 BROWSER_ARGS = (
@@ -31,12 +31,12 @@ BROWSER_ARGS = (
     "--disable-sync",
 )
 CI = os.environ.get("CI", "").lower() in ("1", "true")
-# Here and not in pytest_configure: the Hub's library reads it when another conftest imports it, which is earlier.
+# huggingface_hub reads this when it is imported, which another conftest does before pytest_configure.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keeps tests off the network and out of the developer's own data folder."""
+    """Keep tests off the network and out of the developer's data folder."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     data = tempfile.TemporaryDirectory(prefix="playground-tests-")
     os.environ["DATA_DIR"] = data.name
@@ -44,16 +44,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(data.cleanup)
 
 
-def _missing(what: str, how: str) -> NoReturn:
-    """In CI everything must be tested; elsewhere a machine may lack something, and the report says so."""
+def _missing(program: str, remedy: str) -> NoReturn:
+    """Fail in CI, and skip with the reason elsewhere, where a program is not installed."""
     if CI:
-        pytest.fail(f"CI must have {what}: {how}", pytrace=False)
-    pytest.skip(f"no {what} here: {how}")
+        pytest.fail(f"CI requires {program}: {remedy}", pytrace=False)
+    pytest.skip(f"{program} is not installed: {remedy}")
 
 
 @pytest.fixture
 def photo() -> np.ndarray:
-    """A drawn photo, uint8 [240, 320, 3] RGB: a sky, a sun, hills, a red house and some grain."""
+    """Return a drawn photo, uint8 RGB [240, 320, 3]: sky, sun, hills, a red building and grain."""
     height, width = 240, 320
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
     sky = np.stack([90 + rows * 0.5, 140 + rows * 0.35, 220 - rows * 0.2], axis=-1)
@@ -68,14 +68,14 @@ def photo() -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def bundled_photos() -> list[PhotoInfo]:
-    """All photos that ship with the project."""
-    return bundled()
+def bundled_photos() -> list[BundledPhoto]:
+    """Return all bundled photos."""
+    return bundled_photos()
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
-    """A headless Chromium or Chrome that calls nobody by itself; CHROMIUM names another."""
+    """Launch headless Chromium or Chrome without background requests; CHROMIUM overrides its path."""
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         _missing("browser", "install Chromium, or set CHROMIUM to its path")
@@ -89,7 +89,7 @@ def browser() -> Iterator["Browser"]:
 
 @pytest.fixture(scope="session")
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a PostgreSQL database for tests: TEST_DATABASE_URL, or a server of our own where its binaries are."""
+    """Yield the URL of a PostgreSQL database: TEST_DATABASE_URL, or a server started for the session."""
     if os.environ.get("TEST_DATABASE_URL"):
         yield os.environ["TEST_DATABASE_URL"]
         return
@@ -98,12 +98,12 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if binaries is None:
         _missing("PostgreSQL", "install it, or set TEST_DATABASE_URL to an empty database")
     if os.geteuid() == 0 and not shutil.which("runuser"):
-        _missing("PostgreSQL", "it does not start as root; set TEST_DATABASE_URL to an empty database")
-    yield from _own_server(binaries)
+        _missing("runuser", "PostgreSQL does not start as root; set TEST_DATABASE_URL to an empty database")
+    yield from _start_postgres(binaries)
 
 
-def _own_server(binaries: Path) -> Iterator[str]:
-    """Starts a server on a free port, in a folder of its own, as the user postgres where we are root."""
+def _start_postgres(binaries: Path) -> Iterator[str]:
+    """Start a server on a free port in a temporary folder, as the user postgres if the tests run as root."""
     as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
     with tempfile.TemporaryDirectory(prefix="playground-postgres-") as folder:
         if as_user:
@@ -119,12 +119,14 @@ def _own_server(binaries: Path) -> Iterator[str]:
         try:
             yield f"postgresql://tester@127.0.0.1:{port}/postgres"
         finally:
-            subprocess.run([*as_user, *control, "-m", "immediate", "stop"], stdout=subprocess.DEVNULL, cwd=folder)
+            subprocess.run(
+                [*as_user, *control, "-m", "immediate", "stop"], stdout=subprocess.DEVNULL, cwd=folder, check=False
+            )
 
 
 @pytest.fixture
 def postgres_url(postgres_server: str) -> Iterator[str]:
-    """The URL of a schema of one test's own, empty at first and gone afterwards."""
+    """Yield the URL of an empty schema for one test, and drop it afterwards."""
     import psycopg.sql
 
     schema = f"test_{uuid.uuid4().hex}"
@@ -135,13 +137,13 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Iterator[StandInHub]":
-    """A stand-in for the Hugging Face Hub, which this process then takes for it."""
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Iterator[HubServer]":
+    """Run a simulated Hugging Face Hub and make this process use it."""
     import huggingface_hub.constants
 
-    from tests.support.hub_server import TOKEN, stand_in_hub
+    from tests.support.hub_server import TOKEN, run_hub_server
 
-    with stand_in_hub(tmp_path / "hub") as running:
+    with run_hub_server(tmp_path / "hub") as running:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.address)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
