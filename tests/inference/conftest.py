@@ -1,4 +1,4 @@
-"""A random little Moondream in a folder, laid out like the embedded model."""
+"""Fixtures: a small random Moondream model in the layout of the bundled model."""
 
 from pathlib import Path
 
@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from inference.moondream import MoondreamConfig, MoondreamForConditionalGeneration
-from inference.registry import ModelSpec
+from inference.types import ModelSpec
 from training.pretrain.tokenizer import build_tokenizer, templates
 
 TEXTS = ["A bright photo with warm colours.", "How should this photo be finished?", "the main subject"]
-CONTEXT = 128
+MAX_CONTEXT = 128
 
 
 def save_random_model(folder: Path, seed: int = 0) -> None:
-    """Config, random weights and tokenizer of a model of about 0.2 M parameters."""
+    """Save config, random weights and tokenizer of a model with about 0.2 M parameters."""
     tokenizer = build_tokenizer(TEXTS * 3, vocab_size=512)
     sizes = {
-        "text": {"dim": 64, "ff_dim": 128, "n_layers": 2, "n_heads": 2, "max_context": CONTEXT},
+        "text": {"dim": 64, "ff_dim": 128, "n_layers": 2, "n_heads": 2, "max_context": MAX_CONTEXT},
         "vision": {"enc_dim": 32, "enc_n_layers": 2, "enc_ff_dim": 64, "enc_n_heads": 2, "proj_inner_dim": 64},
         "region": {"inner_dim": 64},
         "tokenizer": {"templates": templates(tokenizer)},
@@ -32,13 +32,13 @@ def save_random_model(folder: Path, seed: int = 0) -> None:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a random model; not to be written to."""
+    """Return the read-only folder of a random model."""
     folder = tmp_path_factory.mktemp("model")
     save_random_model(folder)
     return folder
 
 
 @pytest.fixture
-def entry(model_folder: Path) -> ModelSpec:
-    """An entry for the random model."""
+def spec(model_folder: Path) -> ModelSpec:
+    """Return the spec of the random model."""
     return ModelSpec("random", "Random", "for tests", "local", str(model_folder))

@@ -1,4 +1,4 @@
-"""Requests are checked and cleaned when they are made, with messages for a person."""
+"""Validation and cleaning of requests."""
 
 import math
 from typing import Any
@@ -24,21 +24,21 @@ PHOTO = np.zeros((4, 6, 3), np.uint8)
 
 
 @pytest.mark.parametrize("skill", SKILLS.values(), ids=list(SKILLS))
-def test_every_skill_can_be_asked_with_its_default(skill: Any) -> None:
+def test_default_prompt_of_every_skill_is_valid(skill: Any) -> None:
     request = Request(PHOTO, skill.name, skill.default_prompt)
     assert request.prompt == skill.default_prompt
     if skill.prompt != "required":
         assert Request(PHOTO, skill.name).prompt == skill.default_prompt
 
 
-def test_an_empty_recipe_prompt_is_the_question_the_embedded_model_learned() -> None:
+def test_empty_recipe_prompt_becomes_the_recipe_question() -> None:
     assert Request(PHOTO, "recipe", " \n ").prompt == RECIPE_QUESTION
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"skill": "paint"}, "no skill"),
+        ({"skill": "paint"}, "Unknown skill"),
         ({"photo": None}, "no photo"),
         ({"photo": PHOTO.astype(float)}, "no photo"),
         ({"photo": PHOTO[..., 0]}, "no photo"),
@@ -59,18 +59,18 @@ def test_an_empty_recipe_prompt_is_the_question_the_embedded_model_learned() -> 
         ({"temperature": "warm"}, "from 0 to 2"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_in_words(change: dict[str, Any], message: str) -> None:
+def test_invalid_request_raises_with_a_message(change: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         Request(**{"photo": PHOTO, "skill": "query", "prompt": "Is it dark?", **change})
 
 
-def test_whole_numbers_may_come_as_floats() -> None:
+def test_integral_floats_are_accepted_as_integers() -> None:
     request = Request(PHOTO, "recipe", n=4.0, seed=7.0)  # type: ignore[arg-type]
     assert (request.n, request.seed) == (4, 7) and isinstance(request.n, int)
 
 
 @pytest.mark.parametrize(
-    ("typed", "read"),
+    ("typed", "cleaned"),
     [
         ("a\x00b\x1b[31m", "ab[31m"),
         ("one\r\n\ttwo", "one   two"),
@@ -80,26 +80,26 @@ def test_whole_numbers_may_come_as_floats() -> None:
         ("<b>é 日本 👩\u200d🚀 می\u200cخواهم</b>", "<b>é 日本 👩\u200d🚀 می\u200cخواهم</b>"),
     ],
 )
-def test_prompts_lose_control_characters_and_nothing_else(typed: str, read: str) -> None:
-    assert Request(PHOTO, "query", typed).prompt == read
+def test_prompt_cleaning_removes_only_control_characters(typed: str, cleaned: str) -> None:
+    assert Request(PHOTO, "query", typed).prompt == cleaned
 
 
 @given(st.text())
-def test_clean_text_is_clean(text: str) -> None:
-    once = clean(text)
-    assert clean(once) == once
-    once.encode("utf-8")
+def test_clean_is_idempotent_and_encodable(text: str) -> None:
+    cleaned = clean(text)
+    assert clean(cleaned) == cleaned
+    cleaned.encode("utf-8")
 
 
-def test_a_caption_needs_no_words_and_takes_none() -> None:
+def test_caption_ignores_the_prompt() -> None:
     assert Request(PHOTO, "caption", "whatever was typed before").prompt == ""
 
 
-def test_the_explained_grammar_can_be_followed() -> None:
-    """A model that copies the example from the prompt has written a recipe, and all the operations are named."""
+def test_recipe_prompt_contains_a_valid_example() -> None:
+    """The example in the prompt is a valid recipe with all operations."""
     prompt = recipe_prompt("make it moody")
     parsed = recipes.parse(prompt.split("values: ")[1].split(". The operations")[0])
-    assert parsed.found == tuple(recipes.OPERATIONS) and not parsed.problems
+    assert parsed.operations == tuple(recipes.OPERATIONS) and not parsed.problems
     assert all(f"{name} (" in prompt for name in recipes.OPERATIONS)
     assert prompt.endswith("make it moody")
     assert "wish" not in recipe_prompt() and "wish" not in recipe_prompt(RECIPE_QUESTION)

@@ -27,7 +27,7 @@ def fake_spec(name: str, behaviour: str = "", **settings: object) -> ModelSpec:
         **settings: Other fields of ModelSpec.
     """
     return ModelSpec(
-        name=name, title=f"Fake {name}", note=f"{name} of the tests", backend="fake", source=behaviour, **settings
+        name=name, title=f"Fake {name}", note=f"Fake model {name}.", backend="fake", source=behaviour, **settings
     )
 
 

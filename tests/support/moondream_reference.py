@@ -1,4 +1,4 @@
-"""The recorded answers of the original implementation, as the Moondream tests read them."""
+"""Recorded outputs of the original Moondream implementation, for parity tests."""
 
 from __future__ import annotations
 
@@ -20,49 +20,54 @@ SMALL = DATA / "moondream2-small"
 
 @dataclass(frozen=True)
 class Reference:
-    """One folder: a model, its images as uint8 [H, W, 3], and what was answered about them."""
+    """A folder with a small model, images (uint8 [H, W, 3]) and the recorded outputs."""
 
     folder: Path
 
     @cached_property
     def expected(self) -> dict:
+        """Recorded texts, regions and prompts."""
         return json.loads((self.folder / "expected.json").read_text())
 
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
+        """Images and recorded tensors."""
         return load_file(self.folder / "expected.safetensors")
 
     @cached_property
     def model(self) -> MoondreamForConditionalGeneration:
+        """The model in float32."""
         return AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float32).eval()
 
     @cached_property
     def images(self) -> list[torch.Tensor]:
+        """The images, uint8 [H, W, 3]."""
         return [self.tensors[f"image{i}"] for i in range(len(self.expected["images"]))]
 
     @cached_property
     def inputs(self) -> dict[str, torch.Tensor]:
-        """pixel_values and image_sizes of all images."""
+        """`pixel_values` and `image_sizes` of all images."""
         processor = MoondreamImageProcessor.from_config(self.model.config)
         return dict(processor([image.numpy() for image in self.images]))
 
     @cached_property
     def features(self) -> torch.Tensor:
+        """Image features [N, T, D]."""
         with torch.no_grad():
             return self.model.model.get_image_features(**self.inputs)
 
     @cached_property
     def cases(self) -> list[tuple[int, str]]:
-        """Every (image, prompt name), so that a batch of all of them needs padding and has several tilings."""
+        """All pairs of image index and prompt name; as a batch they need padding and have several tilings."""
         return [(i, name) for i in range(len(self.images)) for name in self.expected["prompts"]]
 
     def ids(self, name: str) -> list[int]:
-        """A prompt with BOS and the image placeholders before it."""
+        """Return the ids of a prompt with BOS and the image placeholders."""
         config = self.model.config
         return [config.bos_id, *[config.image_token_id] * config.image_tokens, *self.expected["prompts"][name]]
 
     def batch(self, cases: list[tuple[int, str]], features: bool = True) -> dict[str, torch.Tensor]:
-        """Model inputs for these cases, padded at the left; from cached features or from the pixels."""
+        """Return model inputs for cases, padded at the left, with cached features or with pixels."""
         rows = [self.ids(name) for _, name in cases]
         images = [i for i, _ in cases]
         longest = max(map(len, rows))
@@ -77,10 +82,10 @@ class Reference:
 
 @lru_cache
 def reference(name: str) -> Reference:
-    """The reference of that name, loaded once per test run. Tests that change a model load their own."""
+    """Load a reference, cached per test run. Tests must not modify its model."""
     return Reference(DATA / name)
 
 
-def fresh_small() -> MoondreamForConditionalGeneration:
-    """A small model of one's own, for tests that change it."""
+def load_small_model() -> MoondreamForConditionalGeneration:
+    """Load a new copy of the small model, which tests may modify."""
     return AutoModelForImageTextToText.from_pretrained(SMALL, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The grammar constraint: all that is sampled under it is a recipe, and a trainer sees the same distribution."""
+"""RecipeConstraint: samples are valid recipes, and training sees the same distribution as sampling."""
 
 import itertools
 from typing import Any
@@ -18,9 +18,9 @@ Pair = tuple[Any, RecipeConstraint]  # a tokenizer, and the constraint compiled 
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token per byte: every alternative is several tokens, and many begin alike."""
+    """Return a tokenizer with one token per byte: alternatives take several tokens and share prefixes."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: place for place, token in enumerate(["<|endoftext|>", *letters])}
+    vocabulary = {token: index for index, token in enumerate(["<|endoftext|>", *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -34,19 +34,19 @@ def words() -> Any:
 
 @pytest.fixture(scope="module")
 def one_token(words: Any) -> Pair:
-    return words, RecipeConstraint(words, recipes.grammar())
+    return words, RecipeConstraint(words, recipes.grammar_segments())
 
 
 @pytest.fixture(scope="module")
 def many_tokens() -> Pair:
     tokenizer = byte_tokenizer()
-    return tokenizer, RecipeConstraint(tokenizer, recipes.grammar(), end_id=0)
+    return tokenizer, RecipeConstraint(tokenizer, recipes.grammar_segments(), end_id=0)
 
 
 def sample(
     constraint: RecipeConstraint, logits: torch.Generator, rows: int, vocab_size: int, scale: float
 ) -> torch.Tensor:
-    """Completions drawn step by step from random logits under the constraint."""
+    """Sample completions step by step from random logits under the constraint."""
     ids = torch.zeros(rows, 0, dtype=torch.long)
     for _ in range(constraint.max_tokens):
         scores = torch.randn(rows, vocab_size, generator=logits) * scale
@@ -64,7 +64,7 @@ def written(tokenizer: Any, ids: torch.Tensor) -> str:
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), scale=st.floats(0.1, 30), many=st.booleans())
-def test_whatever_is_sampled_is_a_recipe(
+def test_constrained_samples_are_valid_recipes(
     one_token: Pair, many_tokens: Pair, seed: int, scale: float, many: bool
 ) -> None:
     tokenizer, constraint = many_tokens if many else one_token
@@ -76,17 +76,17 @@ def test_whatever_is_sampled_is_a_recipe(
         assert str(parsed.recipe) == text
 
 
-def test_every_alternative_can_be_reached(one_token: Pair) -> None:
+def test_every_alternative_is_reachable(one_token: Pair) -> None:
     tokenizer, constraint = one_token
     ids = torch.zeros(1, 0, dtype=torch.long)
-    for alternatives in recipes.grammar():
+    for alternatives in recipes.grammar_segments():
         allowed = constraint.next_mask(ids, len(tokenizer))[0].nonzero().flatten().tolist()
         assert sorted(tokenizer.decode([i]) for i in allowed) == sorted(alternatives)
         ids = torch.cat([ids, torch.tensor([[allowed[0]]])], 1)
     assert constraint.next_mask(ids, len(tokenizer))[0].nonzero().flatten().tolist() == [0]
 
 
-def test_the_automaton_accepts_exactly_the_language_where_alternatives_begin_alike() -> None:
+def test_automaton_accepts_exactly_the_language_with_shared_prefixes() -> None:
     tokenizer = byte_tokenizer()
     grammar = [["a", "ab", "abc"], ["b", "bc", "c"], ["x"]]
     constraint = RecipeConstraint(tokenizer, grammar, end_id=0)
@@ -102,7 +102,7 @@ def test_the_automaton_accepts_exactly_the_language_where_alternatives_begin_ali
     assert found == language
 
 
-def test_mask_agrees_with_the_steps_and_is_finite_in_every_precision(one_token: Pair) -> None:
+def test_mask_matches_next_mask_and_logits_stay_finite(one_token: Pair) -> None:
     tokenizer, constraint = one_token
     ids = sample(constraint, torch.Generator().manual_seed(1), 3, len(tokenizer), 1.0)
     mask = constraint.mask(ids, len(tokenizer))
@@ -117,20 +117,20 @@ def test_mask_agrees_with_the_steps_and_is_finite_in_every_precision(one_token: 
         assert logp.exp()[~mask].max() == 0
 
 
-def test_a_text_that_broke_the_rules_may_only_end(one_token: Pair) -> None:
+def test_text_outside_the_language_can_only_end(one_token: Pair) -> None:
     tokenizer, constraint = one_token
     stray = torch.tensor([tokenizer.encode("A bright photo")])
     assert constraint.next_mask(stray, len(tokenizer))[0].nonzero().flatten().tolist() == [0]
     assert not constraint.mask(stray, len(tokenizer))[0, 0, stray[0, 0]]
 
 
-def test_ids_beyond_the_tokenizer_are_never_allowed(one_token: Pair) -> None:
+def test_ids_beyond_the_vocabulary_are_never_allowed(one_token: Pair) -> None:
     tokenizer, constraint = one_token
     ids = torch.full((1, 2), 10**6)
     assert constraint.mask(ids, len(tokenizer) + 100)[..., len(tokenizer) :].sum() == 0
 
 
-def test_a_tokenizer_that_cannot_write_the_grammar_is_refused(words: Any) -> None:
+def test_tokenizer_that_cannot_encode_the_grammar_raises(words: Any) -> None:
     class Shouting:
         eos_token_id = 0
 
@@ -139,13 +139,13 @@ def test_a_tokenizer_that_cannot_write_the_grammar_is_refused(words: Any) -> Non
 
         decode = staticmethod(words.decode)
 
-    with pytest.raises(ValueError, match="cannot write"):
-        RecipeConstraint(Shouting(), recipes.grammar())
+    with pytest.raises(ValueError, match="cannot encode"):
+        RecipeConstraint(Shouting(), recipes.grammar_segments())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_generate_and_a_trainers_pass_see_the_same_distribution(one_token: Pair, temperature: float) -> None:
-    """Importance ratios of a left-padded batch are 1 with the constraint on both sides, and are not without it."""
+def test_generate_and_training_pass_see_the_same_distribution(one_token: Pair, temperature: float) -> None:
+    """Importance ratios of a left-padded batch are 1 with the constraint, but not without it."""
     tokenizer, constraint = one_token
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)

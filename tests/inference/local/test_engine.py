@@ -1,4 +1,4 @@
-"""Local answers from a random little model: what is asked, drawn, streamed, cancelled, adapted, and what goes wrong."""
+"""The local engine on a small random model: sampling, streaming, queueing, batching, cancellation, adapters, errors."""
 
 import contextlib
 import contextvars
@@ -19,22 +19,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import recipes
-from inference import availability as weights
-from inference.local import generation as decoding
-from inference.local.engine import Engine, explain
-from inference.local.generation import Job, ask
+from inference import availability
+from inference.availability import unavailable
+from inference.local import generation
+from inference.local.engine import Engine, as_inference_error
+from inference.local.generation import Job, PerRowSampler, StreamCallback, prepare_inputs
 from inference.local.model_cache import LoadedModel, ModelCache
 from inference.moondream import MoondreamForConditionalGeneration
-from inference.registry import MODELS, ModelSpec
-from inference.types import (
-    SKILLS,
-    Answer,
-    Event,
-    InferenceError,
-    Queued,
-    Request,
-    TextUpdate,
-)
+from inference.registry import MODELS
+from inference.types import SKILLS, Answer, Event, InferenceError, ModelSpec, Queued, Request, TextUpdate
 
 CPU = torch.device("cpu")
 PROMPTS = {"query": "Is it dark?", "detect": "the main subject", "point": "the main subject"}
@@ -42,19 +35,19 @@ LORA = r"model\.text\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 
 
 @pytest.fixture(scope="module")
-def shelf() -> ModelCache:
-    """Keeps the random model loaded between tests."""
+def model_cache() -> ModelCache:
+    """Return a cache that keeps the random model loaded between tests."""
     return ModelCache()
 
 
 @pytest.fixture
-def engine(shelf: ModelCache) -> Engine:
-    return Engine(CPU, shelf)
+def engine(model_cache: ModelCache) -> Engine:
+    return Engine(CPU, model_cache)
 
 
 @pytest.fixture
-def fresh() -> Engine:
-    """An engine for tests that change what is loaded."""
+def new_engine() -> Engine:
+    """Return an engine with an empty cache, for tests that modify loaded models."""
     return Engine(CPU)
 
 
@@ -62,30 +55,30 @@ def request(photo: np.ndarray, skill: str = "recipe", **settings: Any) -> Reques
     return Request(photo, skill, settings.pop("prompt", PROMPTS.get(skill, "")), **settings)
 
 
-def events(engine: Engine, entry: ModelSpec, asked: Request, cancel: threading.Event | None = None) -> list[Event]:
-    return list(engine.answer(entry, asked, cancel or threading.Event()))
+def events(engine: Engine, spec: ModelSpec, req: Request, cancel: threading.Event | None = None) -> list[Event]:
+    return list(engine.answer(spec, req, cancel or threading.Event()))
 
 
-def answers(engine: Engine, entry: ModelSpec, asked: Request) -> list[Answer]:
-    found = [event for event in events(engine, entry, asked) if isinstance(event, Answer)]
+def answers(engine: Engine, spec: ModelSpec, req: Request) -> list[Answer]:
+    found = [event for event in events(engine, spec, req) if isinstance(event, Answer)]
     return sorted(found, key=lambda answer: answer.index)
 
 
-def texts(engine: Engine, entry: ModelSpec, asked: Request) -> list[str]:
-    return [answer.text for answer in answers(engine, entry, asked)]
+def texts(engine: Engine, spec: ModelSpec, req: Request) -> list[str]:
+    return [answer.text for answer in answers(engine, spec, req)]
 
 
-def until(what: Callable[[], bool]) -> None:
-    """Waits for something that must come, however slow the machine is."""
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds, for at most about 10 seconds."""
     for _ in range(2000):
-        if what():
+        if condition():
             return
         time.sleep(0.005)
-    pytest.fail("it did not come")
+    pytest.fail("the condition did not become true")
 
 
-class Steps:
-    """Counts the passes of the language model, tells whether two threads ever met in one, and can hold them up."""
+class ForwardGate:
+    """Counts the forward passes of the model and the threads inside, and can block them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = self.inside = self.most_inside = 0
@@ -106,17 +99,17 @@ class Steps:
         monkeypatch.setattr(MoondreamForConditionalGeneration, "forward", counted)
 
 
-# What is asked and answered
+# Answers
 
 
 @pytest.mark.parametrize("skill", [skill for skill in SKILLS if skill != "segment"])  # hosted models alone outline
 @pytest.mark.parametrize("n", [1, 3])
-def test_each_candidate_is_answered_once(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray, skill: str, n: int
+def test_every_candidate_gets_one_answer(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, skill: str, n: int
 ) -> None:
-    told = events(engine, entry, request(photo, skill, n=n))
-    assert told[0] == Queued(0)
-    found = [event for event in told if isinstance(event, Answer)]
+    received = events(engine, spec, request(photo, skill, n=n))
+    assert received[0] == Queued(0)
+    found = [event for event in received if isinstance(event, Answer)]
     assert sorted(answer.index for answer in found) == list(range(n))
     for answer in found:
         assert answer.tokens_in > 16 and answer.tokens_out > 0
@@ -125,8 +118,8 @@ def test_each_candidate_is_answered_once(
         assert len(answer.points) > 0 if skill == "point" else not answer.points
 
 
-def test_eight_recipes_are_distinct_and_without_a_flaw(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
-    written = texts(engine, entry, request(photo, n=8))
+def test_eight_recipes_are_distinct_and_valid(engine: Engine, spec: ModelSpec, photo: np.ndarray) -> None:
+    written = texts(engine, spec, request(photo, n=8))
     assert len(set(written)) == 8
     for text in written:
         parsed = recipes.parse(text)
@@ -134,9 +127,11 @@ def test_eight_recipes_are_distinct_and_without_a_flaw(engine: Engine, entry: Mo
 
 
 @pytest.mark.parametrize("skill", ["recipe", "query", "caption"])
-def test_partial_texts_grow_into_the_answer(engine: Engine, entry: ModelSpec, photo: np.ndarray, skill: str) -> None:
+def test_text_updates_are_prefixes_of_the_answer(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, skill: str
+) -> None:
     so_far = {0: "", 1: ""}
-    for event in events(engine, entry, request(photo, skill, n=2)):
+    for event in events(engine, spec, request(photo, skill, n=2)):
         if isinstance(event, TextUpdate | Answer):
             assert event.text.startswith(so_far[event.index])
             so_far[event.index] = event.text
@@ -144,119 +139,119 @@ def test_partial_texts_grow_into_the_answer(engine: Engine, entry: ModelSpec, ph
 
 
 @pytest.mark.parametrize("skill", ["recipe", "query"])
-def test_the_same_seed_gives_the_same_answers(engine: Engine, entry: ModelSpec, photo: np.ndarray, skill: str) -> None:
-    asked = request(photo, skill, n=3, seed=11)
-    first = texts(engine, entry, asked)
+def test_equal_seeds_give_equal_answers(engine: Engine, spec: ModelSpec, photo: np.ndarray, skill: str) -> None:
+    req = request(photo, skill, n=3, seed=11)
+    first = texts(engine, spec, req)
     torch.manual_seed(5)  # what others draw elsewhere does not matter
-    assert texts(Engine(CPU), entry, asked) == first
-    assert texts(engine, entry, dataclasses.replace(asked, seed=12)) == [
+    assert texts(Engine(CPU), spec, req) == first
+    assert texts(engine, spec, dataclasses.replace(req, seed=12)) == [
         *first[1:],
-        *texts(engine, entry, dataclasses.replace(asked, seed=14, n=1)),
-    ], "candidate i is drawn with seed + i"
-    assert texts(engine, entry, dataclasses.replace(asked, seed=111)) != first
+        *texts(engine, spec, dataclasses.replace(req, seed=14, n=1)),
+    ], "candidate i is sampled with seed + i"
+    assert texts(engine, spec, dataclasses.replace(req, seed=111)) != first
 
 
-def test_no_global_randomness_is_consumed_or_set(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
+def test_global_random_state_is_unchanged(engine: Engine, spec: ModelSpec, photo: np.ndarray) -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    events(engine, entry, request(photo, n=1))
+    events(engine, spec, request(photo, n=1))
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_drawing_follows_the_probabilities() -> None:
+def test_per_row_sampler_follows_the_probabilities() -> None:
     scores = torch.tensor([[0.5, 0.2, 0.3, 0.0]]).log().expand(4000, -1)
-    drawn = decoding._Draw(range(4000))(torch.zeros(4000, 1).long(), scores)
+    drawn = PerRowSampler(range(4000))(torch.zeros(4000, 1).long(), scores)
     shares = torch.isfinite(drawn).float().mean(0)
     assert torch.equal(torch.isfinite(drawn).sum(1), torch.ones(4000))
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.2, 0.3, 0.0]), atol=0.03, rtol=0)
     assert shares[3] == 0
 
 
-def test_at_temperature_zero_one_answer_is_computed_and_told_n_times(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_temperature_zero_generates_once_for_all_candidates(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = Steps(monkeypatch)
-    alone = texts(engine, entry, request(photo, temperature=0))
-    single, steps.count = steps.count, 0
-    assert texts(engine, entry, request(photo, n=4, temperature=0, seed=9)) == alone * 4
-    assert steps.count == single
+    gate = ForwardGate(monkeypatch)
+    alone = texts(engine, spec, request(photo, temperature=0))
+    single, gate.count = gate.count, 0
+    assert texts(engine, spec, request(photo, n=4, temperature=0, seed=9)) == alone * 4
+    assert gate.count == single
 
 
-def test_an_entrys_temperature_is_a_factor(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
-    steady = dataclasses.replace(entry, temperature=0.5)
-    asked = request(photo, n=4)
-    assert texts(engine, steady, asked) == texts(engine, entry, dataclasses.replace(asked, temperature=0.5))
-    assert texts(engine, steady, asked) != texts(engine, entry, asked)
+def test_spec_temperature_is_a_factor(engine: Engine, spec: ModelSpec, photo: np.ndarray) -> None:
+    steady = dataclasses.replace(spec, temperature=0.5)
+    req = request(photo, n=4)
+    assert texts(engine, steady, req) == texts(engine, spec, dataclasses.replace(req, temperature=0.5))
+    assert texts(engine, steady, req) != texts(engine, spec, req)
 
 
-def test_top_p_of_nearly_nothing_is_greedy(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
-    narrow = dataclasses.replace(entry, top_p=1e-6)
-    assert texts(engine, narrow, request(photo, n=2)) == texts(engine, entry, request(photo, n=2, temperature=0))
+def test_tiny_top_p_is_greedy(engine: Engine, spec: ModelSpec, photo: np.ndarray) -> None:
+    narrow = dataclasses.replace(spec, top_p=1e-6)
+    assert texts(engine, narrow, request(photo, n=2)) == texts(engine, spec, request(photo, n=2, temperature=0))
 
 
-def test_eight_candidates_cost_one_look(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_eight_candidates_encode_the_photo_once(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = engine.shelf.get(entry, CPU)
+    loaded = engine.model_cache.get(spec, CPU)
     looks = []
     hook = loaded.model.model.vision.register_forward_hook(lambda module, inputs, output: looks.append(len(inputs[0])))
-    events(engine, entry, request(photo, n=8))
+    events(engine, spec, request(photo, n=8))
     hook.remove()
     assert looks == [1]
 
 
-def test_regions_stay_inside_the_photo(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
-    boxes = answers(engine, entry, request(photo, "detect"))[0].boxes
+def test_boxes_are_clipped_to_the_photo(engine: Engine, spec: ModelSpec, photo: np.ndarray) -> None:
+    boxes = answers(engine, spec, request(photo, "detect"))[0].boxes
     edges = [edge for box in boxes for edge in dataclasses.astuple(box)]
     assert edges and min(edges) >= 0 and max(edges) <= 1
 
 
-def test_a_model_that_never_learned_recipes_is_told_the_grammar(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray
-) -> None:
-    loaded = engine.shelf.get(entry, CPU)
+def test_grammar_in_prompt_adds_the_grammar(engine: Engine, spec: ModelSpec, photo: np.ndarray) -> None:
+    loaded = engine.model_cache.get(spec, CPU)
 
-    def asked(grammar_in_prompt: bool) -> str:
-        ids = ask(loaded, request(photo), dataclasses.replace(entry, grammar_in_prompt=grammar_in_prompt))["input_ids"][
-            0
-        ]
+    def prompt_text(grammar_in_prompt: bool) -> str:
+        ids = prepare_inputs(loaded, request(photo), dataclasses.replace(spec, grammar_in_prompt=grammar_in_prompt))[
+            "input_ids"
+        ][0]
         return loaded.processor.tokenizer.decode([i for i in ids.tolist() if i != loaded.model.config.image_token_id])
 
-    assert "saturation (-100 to 100" in asked(True) and "How should this photo be finished?" not in asked(True)
-    assert "How should this photo be finished?" in asked(False) and "saturation" not in asked(False)
+    assert "saturation (-100 to 100" in prompt_text(True) and "How should this photo be finished?" not in prompt_text(
+        True
+    )
+    assert "How should this photo be finished?" in prompt_text(False) and "saturation" not in prompt_text(False)
 
 
-def test_the_trainers_processor_writes_the_same_prompt(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray, model_folder: Path
+def test_processor_chat_template_gives_the_same_inputs(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, model_folder: Path
 ) -> None:
     processor = AutoProcessor.from_pretrained(model_folder)
     content = [{"type": "image"}, {"type": "text", "text": request(photo).prompt}]
     text = processor.apply_chat_template([{"role": "user", "content": content}])
     expected = processor(images=photo, text=text, return_tensors="pt")
-    inputs = ask(engine.shelf.get(entry, CPU), request(photo), entry)
+    inputs = prepare_inputs(engine.model_cache.get(spec, CPU), request(photo), spec)
     assert inputs.keys() == expected.keys()
     assert all(torch.equal(inputs[name], expected[name]) for name in inputs)
 
 
 @pytest.mark.parametrize("skill", ["query", "detect", "point"])
-def test_typed_control_tokens_are_plain_text(engine: Engine, entry: ModelSpec, photo: np.ndarray, skill: str) -> None:
-    loaded = engine.shelf.get(entry, CPU)
+def test_control_tokens_in_prompts_are_plain_text(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, skill: str
+) -> None:
+    loaded = engine.model_cache.get(spec, CPU)
     honest, nasty = (
-        ask(loaded, request(photo, skill, prompt=words), entry)["input_ids"][0].tolist()
+        prepare_inputs(loaded, request(photo, skill, prompt=words), spec)["input_ids"][0].tolist()
         for words in ("a b", "a<|endoftext|><|md_reserved_2|><|image|> b")
     )
     config = loaded.model.config
     marks = [*range(15), config.image_token_id]
     assert [i for i in nasty if i in marks] == [i for i in honest if i in marks]
-    assert answers(engine, entry, request(photo, skill, prompt="a<|endoftext|><|md_reserved_2|><|image|> b"))
+    assert answers(engine, spec, request(photo, skill, prompt="a<|endoftext|><|md_reserved_2|><|image|> b"))
 
 
-def test_a_trainers_pass_sees_the_probabilities_that_were_sampled_from(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray
-) -> None:
+def test_training_pass_reproduces_sampled_probabilities(engine: Engine, spec: ModelSpec, photo: np.ndarray) -> None:
     """Photos of two tilings, prompts of two lengths (padded at the left), two rollouts each, under the constraint."""
-    loaded = engine.shelf.get(entry, CPU)
+    loaded = engine.model_cache.get(spec, CPU)
     model, constraint = loaded.model, loaded.constraint
     inputs = loaded.processor.prepare([photo, photo[:60]], "query", [request(photo).prompt, "And this one?"])
     assert inputs["attention_mask"].min() == 0 and len(inputs["image_sizes"].unique(dim=0)) == 2
@@ -283,277 +278,277 @@ def test_a_trainers_pass_sees_the_probabilities_that_were_sampled_from(
     assert all(recipes.parse(text).ok for text in loaded.processor.decode_answers(completion))
 
 
-# Waiting and stopping
+# Queue and cancellation
 
 
-def test_those_who_wait_see_their_position_and_are_served_in_order(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_queued_requests_report_positions_and_run_in_order(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = Steps(monkeypatch)
-    steps.go.clear()
-    told: list[list[Event]] = [[], [], []]
+    gate = ForwardGate(monkeypatch)
+    gate.go.clear()
+    received: list[list[Event]] = [[], [], []]
     finished: list[int] = []
 
     def follow(number: int) -> None:
-        for event in engine.answer(entry, request(photo, n=2, seed=10 * number), threading.Event()):
-            told[number].append(event)
+        for event in engine.answer(spec, request(photo, n=2, seed=10 * number), threading.Event()):
+            received[number].append(event)
         finished.append(number)
 
     threads = [threading.Thread(target=follow, args=(number,), daemon=True) for number in range(3)]
     for number, thread in enumerate(threads):
         thread.start()
-        until(lambda number=number: told[number] != [])
-    assert [events[0] for events in told] == [Queued(0), Queued(1), Queued(2)]
-    steps.go.set()
+        wait_until(lambda number=number: received[number] != [])
+    assert [events[0] for events in received] == [Queued(0), Queued(1), Queued(2)]
+    gate.go.set()
     for thread in threads:
         thread.join(60)
-    assert finished == [0, 1, 2] and steps.most_inside == 1
-    assert [event for event in told[2] if isinstance(event, Queued)] == [Queued(2), Queued(1), Queued(0)]
-    for number, events_ in enumerate(told):
+    assert finished == [0, 1, 2] and gate.most_inside == 1
+    assert [event for event in received[2] if isinstance(event, Queued)] == [Queued(2), Queued(1), Queued(0)]
+    for number, events_ in enumerate(received):
         got = {event.index: event.text for event in events_ if isinstance(event, Answer)}
-        assert [got[0], got[1]] == texts(engine, entry, request(photo, n=2, seed=10 * number)), (
-            "nobody disturbs another"
+        assert [got[0], got[1]] == texts(engine, spec, request(photo, n=2, seed=10 * number)), (
+            "requests do not affect each other"
         )
 
 
-def test_cancelled_while_computing_it_stops_at_the_next_token(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_cancel_stops_generation_within_one_token(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps, cancel, told = Steps(monkeypatch), threading.Event(), []
+    gate, cancel, received = ForwardGate(monkeypatch), threading.Event(), []
     with pytest.raises(InferenceError) as caught:
-        for event in engine.answer(entry, request(photo, "query", n=2), cancel):
-            told.append(event)
+        for event in engine.answer(spec, request(photo, "query", n=2), cancel):
+            received.append(event)
             if isinstance(event, TextUpdate):
-                steps.go.clear()
+                gate.go.clear()
                 cancel.set()
-                seen = steps.count
-                steps.go.set()
+                seen = gate.count
+                gate.go.set()
     assert caught.value.kind == "cancelled"
-    assert not any(isinstance(event, Answer) for event in told)
-    assert steps.count <= seen + 2
-    assert len(engine.turns) == 0, "the device is free when the cancelled run has ended"
+    assert not any(isinstance(event, Answer) for event in received)
+    assert gate.count <= seen + 2
+    assert len(engine.device_queue) == 0, "the device is free when the cancelled run has ended"
 
 
-def test_the_device_is_kept_until_the_cancelled_run_really_ends(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_cancelled_request_holds_the_device_until_it_ends(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps, cancel = Steps(monkeypatch), threading.Event()
-    steps.go.clear()
-    first = engine.answer(entry, request(photo), cancel)
+    gate, cancel = ForwardGate(monkeypatch), threading.Event()
+    gate.go.clear()
+    first = engine.answer(spec, request(photo), cancel)
     assert next(first) == Queued(0)
-    until(lambda: steps.inside == 1)
+    wait_until(lambda: gate.inside == 1)
     cancel.set()
-    second = engine.answer(entry, request(photo), threading.Event())
+    second = engine.answer(spec, request(photo), threading.Event())
     assert next(second) == Queued(1), "a token is still being computed"
-    steps.go.set()
+    gate.go.set()
     assert next(second) == Queued(0)
-    assert [event for event in second if isinstance(event, Answer)] and steps.most_inside == 1
+    assert [event for event in second if isinstance(event, Answer)] and gate.most_inside == 1
     with pytest.raises(InferenceError):
         list(first)
 
 
-def test_cancelled_while_waiting_it_leaves_the_queue_at_once(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_cancel_while_queued_leaves_the_queue(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps, cancel = Steps(monkeypatch), threading.Event()
-    steps.go.clear()
-    first = engine.answer(entry, request(photo), threading.Event())
+    gate, cancel = ForwardGate(monkeypatch), threading.Event()
+    gate.go.clear()
+    first = engine.answer(spec, request(photo), threading.Event())
     assert next(first) == Queued(0)
-    second = engine.answer(entry, request(photo), cancel)
+    second = engine.answer(spec, request(photo), cancel)
     assert next(second) == Queued(1)
     cancel.set()
     with pytest.raises(InferenceError) as caught:
         next(second)
-    assert caught.value.kind == "cancelled" and len(engine.turns) == 1
-    steps.go.set()
-    assert [event for event in first if isinstance(event, Answer)], "the one who computes is not disturbed"
+    assert caught.value.kind == "cancelled" and len(engine.device_queue) == 1
+    gate.go.set()
+    assert [event for event in first if isinstance(event, Answer)], "the running request is not affected"
 
 
-def test_a_listener_that_goes_away_stops_the_computing(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_closing_the_iterator_stops_generation(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = Steps(monkeypatch)
-    stream = engine.answer(entry, request(photo, "query", n=2), threading.Event())
+    gate = ForwardGate(monkeypatch)
+    stream = engine.answer(spec, request(photo, "query", n=2), threading.Event())
     while not isinstance(next(stream), TextUpdate):
         pass
     stream.close()  # type: ignore[attr-defined]
-    seen = steps.count
-    until(lambda: len(engine.turns) == 0)
-    assert steps.count <= seen + 2
+    seen = gate.count
+    wait_until(lambda: len(engine.device_queue) == 0)
+    assert gate.count <= seen + 2
 
 
-def test_a_listener_that_dawdles_keeps_nobody_waiting(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
-    slow = engine.answer(entry, request(photo), threading.Event())
+def test_slow_consumer_does_not_block_other_requests(engine: Engine, spec: ModelSpec, photo: np.ndarray) -> None:
+    slow = engine.answer(spec, request(photo), threading.Event())
     assert next(slow) == Queued(0)
-    assert answers(engine, entry, request(photo, seed=3))
+    assert answers(engine, spec, request(photo, seed=3))
     assert [event for event in slow if isinstance(event, Answer)]
 
 
-def test_one_that_is_cancelled_before_it_starts_never_computes(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_request_cancelled_before_start_never_runs_the_model(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps, cancel = Steps(monkeypatch), threading.Event()
+    gate, cancel = ForwardGate(monkeypatch), threading.Event()
     cancel.set()
     with pytest.raises(InferenceError, match="Cancelled"):
-        events(engine, entry, request(photo), cancel)
-    assert steps.count == 0
+        events(engine, spec, request(photo), cancel)
+    assert gate.count == 0
 
 
-def test_partials_come_at_most_twelve_times_a_second(
-    entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_text_updates_are_limited_to_twelve_per_second(
+    spec: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a clock of our own: 500 tokens in 5 seconds."""
+    """Uses a fake clock: 500 tokens in 5 seconds."""
     now = [0.0]
-    monkeypatch.setattr(decoding.time, "perf_counter", lambda: now[0])
-    told: list[Any] = []
-    loaded = ModelCache().get(entry, CPU)
-    job = Job(entry, request(photo, n=2), lambda: False, told.append, 0.0)
-    watcher = decoding._Watcher(loaded, [decoding._Row(job, [index], 5) for index in (0, 1)], 0.0)
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: now[0])
+    received: list[Any] = []
+    loaded = ModelCache().get(spec, CPU)
+    job = Job(spec, request(photo, n=2), lambda: False, received.append, 0.0)
+    watcher = StreamCallback(loaded, [generation._Row(job, [index], 5) for index in (0, 1)], 0.0)
     for _ in range(500):
         now[0] += 0.01
         watcher(torch.full((2, 6), 100), torch.zeros(2, 1))
     for index in (0, 1):
-        count = sum(event.index == index for event in told)
+        count = sum(event.index == index for event in received)
         assert 50 <= count <= 61
 
 
-# Single answers that wait are computed together
+# Batching
 
 
-class Crowd:
-    """Requests that wait behind one that holds the device, each in a thread; what they were told, in the end."""
+class QueuedRequests:
+    """Requests in threads, queued behind one that holds the device, and their events."""
 
-    def __init__(self, engine: Engine, entry: ModelSpec, photo: np.ndarray, steps: Steps) -> None:
-        self.engine, self.entry, self.steps = engine, entry, steps
-        self.told: dict[int, list[Event | InferenceError]] = {}
+    def __init__(self, engine: Engine, spec: ModelSpec, photo: np.ndarray, gate: ForwardGate) -> None:
+        self.engine, self.spec, self.gate = engine, spec, gate
+        self.received: dict[int, list[Event | InferenceError]] = {}
         self.cancels: list[threading.Event] = []
         self.threads: list[threading.Thread] = []
-        steps.go.clear()
+        gate.go.clear()
         self.add(request(photo, n=2))
-        until(lambda: steps.inside == 1)
+        wait_until(lambda: gate.inside == 1)
 
-    def add(self, asked: Request) -> int:
+    def add(self, req: Request) -> int:
         number = len(self.threads)
-        self.told[number] = []
+        self.received[number] = []
         self.cancels.append(threading.Event())
-        self.threads.append(threading.Thread(target=self._follow, args=(number, asked), daemon=True))
+        self.threads.append(threading.Thread(target=self._follow, args=(number, req), daemon=True))
         self.threads[-1].start()
-        until(lambda: self.told[number] != [])
+        wait_until(lambda: self.received[number] != [])
         return number
 
-    def _follow(self, number: int, asked: Request) -> None:
+    def _follow(self, number: int, req: Request) -> None:
         try:
-            for event in self.engine.answer(self.entry, asked, self.cancels[number]):
-                self.told[number].append(event)
+            for event in self.engine.answer(self.spec, req, self.cancels[number]):
+                self.received[number].append(event)
         except InferenceError as error:
-            self.told[number].append(error)
+            self.received[number].append(error)
 
     def go(self) -> None:
-        self.steps.go.set()
+        self.gate.go.set()
         for thread in self.threads:
             thread.join(60)
 
     def texts(self, number: int) -> list[str]:
-        return [event.text for event in self.told[number] if isinstance(event, Answer)]
+        return [event.text for event in self.received[number] if isinstance(event, Answer)]
 
 
 @pytest.mark.parametrize("skill", ["recipe", "query", "detect"])
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_a_batch_gives_each_what_it_would_get_alone(
+def test_batched_answers_equal_single_answers(
     engine: Engine,
-    entry: ModelSpec,
+    spec: ModelSpec,
     photo: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
     skill: str,
     temperature: float,
 ) -> None:
     words = ["Is it dark?", "And is it warm or cold?", "Is it dark?", "Sharp?"]
-    asked = [
+    req = [
         request(
             photo[: 90 - 9 * i], skill, prompt=words[i], seed=i, temperature=temperature, max_tokens=24, max_objects=5
         )
         for i in range(4)
     ]
-    alone = [answers(engine, entry, one)[0] for one in asked]
+    alone = [answers(engine, spec, one)[0] for one in req]
     looks: list[int] = []
-    vision = engine.shelf.get(entry, CPU).model.model.vision
-    crowd = Crowd(engine, entry, photo, Steps(monkeypatch))
+    vision = engine.model_cache.get(spec, CPU).model.model.vision
+    queued = QueuedRequests(engine, spec, photo, ForwardGate(monkeypatch))
     hook = vision.register_forward_hook(lambda module, inputs, output: looks.append(len(inputs[0])))
-    for one in asked:
-        crowd.add(one)
-    crowd.go()
+    for one in req:
+        queued.add(one)
+    queued.go()
     hook.remove()
-    assert looks[-1] == 4, "one look at four photos"
+    assert looks[-1] == 4, "four photos are encoded in one batch"
     for number, expected in enumerate(alone, start=1):
-        (got,) = [event for event in crowd.told[number] if isinstance(event, Answer)]
+        (got,) = [event for event in queued.received[number] if isinstance(event, Answer)]
         assert (got.text, got.tokens_in, got.tokens_out) == (expected.text, expected.tokens_in, expected.tokens_out)
         assert [round(box.x_min, 3) for box in got.boxes] == [round(box.x_min, 3) for box in expected.boxes]
 
 
-def test_what_differs_in_more_than_words_is_not_batched(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_requests_with_other_settings_are_not_batched(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crowd = Crowd(engine, entry, photo, Steps(monkeypatch))
+    queued = QueuedRequests(engine, spec, photo, ForwardGate(monkeypatch))
     sizes: list[int] = []
-    answer = decoding.answer
-    monkeypatch.setattr(decoding, "answer", lambda loaded, jobs: (sizes.append(len(jobs)), answer(loaded, jobs)))
+    answer = generation.answer
+    monkeypatch.setattr(generation, "answer", lambda loaded, jobs: (sizes.append(len(jobs)), answer(loaded, jobs)))
     for settings in ({}, {"temperature": 0.5}, {"seed": 3}, {"n": 2}, {"skill": "query"}):
-        crowd.add(request(photo, **settings))
-    crowd.go()
+        queued.add(request(photo, **settings))
+    queued.go()
     assert sorted(sizes) == [1, 1, 1, 2]
-    assert all(crowd.texts(number) for number in crowd.told)
+    assert all(queued.texts(number) for number in queued.received)
 
 
-def test_one_of_a_batch_that_is_cancelled_ends_alone(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_cancelling_one_batched_request_leaves_the_others(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = Steps(monkeypatch)
-    crowd = Crowd(engine, entry, photo, steps)
-    first, second, third = (crowd.add(request(photo, "query", seed=seed)) for seed in range(3))
-    steps.go.set()
-    until(lambda: isinstance(crowd.told[second][-1], TextUpdate))
-    steps.go.clear()
-    crowd.cancels[second].set()
-    crowd.go()
-    assert crowd.texts(first) and crowd.texts(third) and not crowd.texts(second)
-    assert isinstance(crowd.told[second][-1], InferenceError)
-    until(lambda: len(engine.turns) == 0)
+    gate = ForwardGate(monkeypatch)
+    queued = QueuedRequests(engine, spec, photo, gate)
+    first, second, third = (queued.add(request(photo, "query", seed=seed)) for seed in range(3))
+    gate.go.set()
+    wait_until(lambda: isinstance(queued.received[second][-1], TextUpdate))
+    gate.go.clear()
+    queued.cancels[second].set()
+    queued.go()
+    assert queued.texts(first) and queued.texts(third) and not queued.texts(second)
+    assert isinstance(queued.received[second][-1], InferenceError)
+    wait_until(lambda: len(engine.device_queue) == 0)
 
 
-def test_a_batch_that_fails_is_asked_one_by_one(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_failed_batch_is_retried_one_by_one(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crowd = Crowd(engine, entry, photo, Steps(monkeypatch))
-    answer = decoding.answer
+    queued = QueuedRequests(engine, spec, photo, ForwardGate(monkeypatch))
+    answer = generation.answer
 
     def narrow(loaded: LoadedModel, jobs: list[Job]) -> None:
         if len(jobs) > 1:
             raise torch.OutOfMemoryError("no room for several")
         answer(loaded, jobs)
 
-    monkeypatch.setattr(decoding, "answer", narrow)
-    good, other = crowd.add(request(photo, "query")), crowd.add(request(photo, "query", seed=1))
-    long = crowd.add(request(photo, "query", prompt="word " * 200))
-    crowd.go()
-    assert crowd.texts(good) and crowd.texts(other)
-    (error,) = [event for event in crowd.told[long] if isinstance(event, InferenceError)]
+    monkeypatch.setattr(generation, "answer", narrow)
+    good, other = queued.add(request(photo, "query")), queued.add(request(photo, "query", seed=1))
+    long = queued.add(request(photo, "query", prompt="word " * 200))
+    queued.go()
+    assert queued.texts(good) and queued.texts(other)
+    (error,) = [event for event in queued.received[long] if isinstance(event, InferenceError)]
     assert error.kind == "too_long"
 
 
-def test_the_callers_context_goes_along(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
-    visitor: contextvars.ContextVar[str] = contextvars.ContextVar("visitor", default="nobody")
-    visitor.set("somebody")
+def test_callers_context_is_inherited(engine: Engine, spec: ModelSpec, photo: np.ndarray) -> None:
+    visitor: contextvars.ContextVar[str] = contextvars.ContextVar("visitor", default="unset")
+    visitor.set("alice")
     seen: list[str] = []
-    shelf = engine.shelf
+    model_cache = engine.model_cache
 
     class Recording:
         def get(self, *args: Any) -> LoadedModel:
             seen.append(visitor.get())
-            return shelf.get(*args)
+            return model_cache.get(*args)
 
-    engine.shelf = Recording()  # type: ignore[assignment]
-    events(engine, entry, request(photo))
-    assert seen == ["somebody"]
+    engine.model_cache = Recording()  # type: ignore[assignment]
+    events(engine, spec, request(photo))
+    assert seen == ["alice"]
 
 
 # Adapters
@@ -569,51 +564,51 @@ def save_adapter(model_folder: Path, folder: Path, seed: int, **changes: Any) ->
 
 
 @pytest.fixture
-def tuned(entry: ModelSpec, model_folder: Path, tmp_path: Path) -> list[ModelSpec]:
-    """Two entries with random adapters on the same base."""
+def tuned(spec: ModelSpec, model_folder: Path, tmp_path: Path) -> list[ModelSpec]:
+    """Return two specs with random adapters on the same base."""
     folders = [save_adapter(model_folder, tmp_path / f"lora{seed}", seed) for seed in (1, 2)]
-    return [dataclasses.replace(entry, name=Path(folder).name, adapter=folder) for folder in folders]
+    return [dataclasses.replace(spec, name=Path(folder).name, adapter=folder) for folder in folders]
 
 
-def test_adapters_are_switched_on_one_base(
-    fresh: Engine, entry: ModelSpec, tuned: list[ModelSpec], photo: np.ndarray, model_folder: Path
+def test_adapters_share_one_base_model(
+    new_engine: Engine, spec: ModelSpec, tuned: list[ModelSpec], photo: np.ndarray, model_folder: Path
 ) -> None:
-    asked = request(photo, n=3)
-    base = texts(fresh, entry, asked)
-    one, two = (texts(fresh, model, asked) for model in tuned)
+    req = request(photo, n=3)
+    base = texts(new_engine, spec, req)
+    one, two = (texts(new_engine, model, req) for model in tuned)
     assert base != one != two != base
-    assert [texts(fresh, model, asked) for model in (tuned[1], entry, tuned[0], entry)] == [two, base, one, base]
-    assert len(fresh.shelf._kept) == 1, "there is one copy of the base"
+    assert [texts(new_engine, model, req) for model in (tuned[1], spec, tuned[0], spec)] == [two, base, one, base]
+    assert len(new_engine.model_cache._models) == 1, "there is one copy of the base"
     expected = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(model_folder), tuned[0].adapter)
-    inputs = ask(fresh.shelf.get(entry, CPU), asked, entry)
-    with torch.no_grad(), fresh.shelf.get(entry, CPU).adapted(tuned[0].adapter):
-        switched = fresh.shelf.get(entry, CPU).model(**inputs).logits
+    inputs = prepare_inputs(new_engine.model_cache.get(spec, CPU), req, spec)
+    with torch.no_grad(), new_engine.model_cache.get(spec, CPU).use_adapter(tuned[0].adapter):
+        switched = new_engine.model_cache.get(spec, CPU).model(**inputs).logits
         torch.testing.assert_close(switched, expected(**inputs).logits, atol=1e-5, rtol=0)
 
 
-def test_an_adapter_that_was_trained_further_is_loaded_again(
-    fresh: Engine, tuned: list[ModelSpec], photo: np.ndarray, model_folder: Path
+def test_modified_adapter_is_reloaded(
+    new_engine: Engine, tuned: list[ModelSpec], photo: np.ndarray, model_folder: Path
 ) -> None:
-    before = texts(fresh, tuned[0], request(photo))
+    before = texts(new_engine, tuned[0], request(photo))
     save_adapter(model_folder, Path(str(tuned[0].adapter)), seed=3)
-    assert texts(fresh, tuned[0], request(photo)) != before
+    assert texts(new_engine, tuned[0], request(photo)) != before
 
 
-def test_only_so_many_adapters_are_kept(
-    fresh: Engine, entry: ModelSpec, tuned: list[ModelSpec], photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_adapter_cache_is_limited(
+    new_engine: Engine, spec: ModelSpec, tuned: list[ModelSpec], photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("inference.local.model_cache.MAX_ADAPTERS", 1)
-    asked = request(photo)
-    one, two = (texts(fresh, model, asked) for model in tuned)
-    assert [texts(fresh, model, asked) for model in tuned] == [one, two]
-    assert len(fresh.shelf.get(entry, CPU)._adapters) == 1
+    req = request(photo)
+    one, two = (texts(new_engine, model, req) for model in tuned)
+    assert [texts(new_engine, model, req) for model in tuned] == [one, two]
+    assert len(new_engine.model_cache.get(spec, CPU)._adapters) == 1
 
 
 @pytest.mark.parametrize("flaw", ["shape", "names", "garbage"])
-def test_an_adapter_that_does_not_fit_is_refused_and_harms_nothing(
-    fresh: Engine, entry: ModelSpec, model_folder: Path, photo: np.ndarray, tmp_path: Path, flaw: str
+def test_mismatched_adapter_fails_without_side_effects(
+    new_engine: Engine, spec: ModelSpec, model_folder: Path, photo: np.ndarray, tmp_path: Path, flaw: str
 ) -> None:
-    before = texts(fresh, entry, request(photo))
+    before = texts(new_engine, spec, request(photo))
     folder = Path(save_adapter(model_folder, tmp_path / "lora", 1))
     config = folder / "adapter_config.json"
     if flaw == "garbage":
@@ -623,42 +618,42 @@ def test_an_adapter_that_does_not_fit_is_refused_and_harms_nothing(
         text = config.read_text()
         assert old in text
         config.write_text(text.replace(old, new) if flaw == "shape" else text.replace("|mlp", "|nothing"))
-    broken = dataclasses.replace(entry, adapter=str(folder))
+    broken = dataclasses.replace(spec, adapter=str(folder))
     with pytest.raises(InferenceError, match="adapter of Random does not fit") as caught:
-        events(fresh, broken, request(photo))
+        events(new_engine, broken, request(photo))
     assert caught.value.kind == "bad_weights"
-    assert texts(fresh, entry, request(photo)) == before
+    assert texts(new_engine, spec, request(photo)) == before
 
 
-# What goes wrong
+# Errors
 
 
 def copied(model_folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(model_folder, to))
 
 
-def fails(engine: Engine, entry: ModelSpec, asked: Request) -> InferenceError:
+def fails(engine: Engine, spec: ModelSpec, req: Request) -> InferenceError:
     with pytest.raises(InferenceError) as caught:
-        events(engine, entry, asked)
-    assert len(engine.turns) == 0
+        events(engine, spec, req)
+    assert len(engine.device_queue) == 0
     return caught.value
 
 
-def test_too_long_a_prompt_is_told_with_how_much(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
+def test_too_long_prompt_raises(engine: Engine, spec: ModelSpec, photo: np.ndarray) -> None:
     for skill in ("query", "detect", "recipe"):
-        error = fails(engine, entry, request(photo, skill, prompt="strange " * 200))
+        error = fails(engine, spec, request(photo, skill, prompt="strange " * 200))
         assert error.kind == "too_long" and "Use fewer words" in error.message
-    assert answers(engine, entry, request(photo))
+    assert answers(engine, spec, request(photo))
 
 
-def test_an_answer_that_fills_the_context_is_cut_off(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
-    long = answers(engine, entry, request(photo, "query", prompt="s " * 40))[0]
-    assert long.tokens_in + long.tokens_out == engine.shelf.get(entry, CPU).model.config.text_config.max_context
+def test_answer_is_truncated_at_the_context_limit(engine: Engine, spec: ModelSpec, photo: np.ndarray) -> None:
+    long = answers(engine, spec, request(photo, "query", prompt="s " * 40))[0]
+    assert long.tokens_in + long.tokens_out == engine.model_cache.get(spec, CPU).model.config.text_config.max_context
 
 
 @pytest.mark.parametrize("flaw", ["cut", "garbage", "sizes"])
-def test_corrupt_weights_are_told_without_the_path(
-    engine: Engine, entry: ModelSpec, model_folder: Path, photo: np.ndarray, tmp_path: Path, flaw: str
+def test_corrupt_weights_raise_without_exposing_the_path(
+    engine: Engine, spec: ModelSpec, model_folder: Path, photo: np.ndarray, tmp_path: Path, flaw: str
 ) -> None:
     folder = copied(model_folder, tmp_path / "broken")
     file = folder / "model.safetensors"
@@ -667,64 +662,64 @@ def test_corrupt_weights_are_told_without_the_path(
         config.write_text(config.read_text().replace('"n_layers": 2', '"n_layers": 3'))
     else:
         file.write_bytes(file.read_bytes()[:5000] if flaw == "cut" else b"\x00" * 5000)
-    error = fails(engine, dataclasses.replace(entry, source=str(folder)), request(photo))
+    error = fails(engine, dataclasses.replace(spec, source=str(folder)), request(photo))
     assert error.kind == "bad_weights" and "Random" in error.message and str(tmp_path) not in error.message
 
 
-def test_weights_that_vanish_are_missing_weights(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray, tmp_path: Path
+def test_deleted_weights_raise_missing_weights(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, tmp_path: Path
 ) -> None:
-    error = fails(engine, dataclasses.replace(entry, source=str(tmp_path / "gone")), request(photo))
+    error = fails(engine, dataclasses.replace(spec, source=str(tmp_path / "gone")), request(photo))
     assert error.kind == "missing_weights"
 
 
-def test_a_bug_is_told_by_its_kind_alone(
-    engine: Engine, entry: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_unexpected_error_exposes_only_its_type(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @functools.wraps(MoondreamForConditionalGeneration.forward)
     def burst(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("secret at /home/somebody")
+        raise RuntimeError("secret at /home/alice")
 
     monkeypatch.setattr(MoondreamForConditionalGeneration, "forward", burst)
-    error = fails(engine, entry, request(photo))
+    error = fails(engine, spec, request(photo))
     assert error.kind == "failed" and "secret" not in error.message and "RuntimeError" in error.message
 
 
-def test_little_memory_is_told_with_what_to_do(entry: ModelSpec) -> None:
+def test_out_of_memory_error_has_advice(spec: ModelSpec) -> None:
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA")):
-        told = explain(error, entry)
-        assert told.kind == "out_of_memory" and "fewer candidates" in told.message
+        received = as_inference_error(error, spec)
+        assert received.kind == "out_of_memory" and "fewer candidates" in received.message
 
 
-def test_a_model_for_a_gpu_does_not_crawl_on_a_processor(engine: Engine, entry: ModelSpec, photo: np.ndarray) -> None:
-    assert fails(engine, dataclasses.replace(entry, needs_gpu=True), request(photo)).kind == "unavailable"
+def test_gpu_model_is_unavailable_on_a_cpu(engine: Engine, spec: ModelSpec, photo: np.ndarray) -> None:
+    assert fails(engine, dataclasses.replace(spec, needs_gpu=True), request(photo)).kind == "unavailable"
 
 
-# Models kept, and the layout of the released one
+# Model cache, and the layout of the released model
 
 
-def test_the_model_that_was_not_asked_for_the_longest_gives_way(
-    entry: ModelSpec, model_folder: Path, photo: np.ndarray, tmp_path: Path
+def test_least_recently_used_model_is_evicted(
+    spec: ModelSpec, model_folder: Path, photo: np.ndarray, tmp_path: Path
 ) -> None:
     engine = Engine(CPU, ModelCache(limit=2))
-    entries = [dataclasses.replace(entry, source=str(copied(model_folder, tmp_path / name))) for name in "abc"]
-    a, b, c = (lambda at=at: engine.shelf.get(entries[at], CPU) for at in range(3))
+    specs = [dataclasses.replace(spec, source=str(copied(model_folder, tmp_path / name))) for name in "abc"]
+    a, b, c = (lambda at=at: engine.model_cache.get(specs[at], CPU) for at in range(3))
     first, second = a(), b()
     assert a() is first, "it is kept"
     c()
-    assert a() is first and len(engine.shelf._kept) == 2
+    assert a() is first and len(engine.model_cache._models) == 2
     assert b() is not second, "it was let go"
-    assert texts(engine, entries[2], request(photo)) == texts(engine, entries[0], request(photo))
+    assert texts(engine, specs[2], request(photo)) == texts(engine, specs[0], request(photo))
 
 
-def test_entries_with_the_same_weights_share_them(engine: Engine, entry: ModelSpec) -> None:
-    steady = dataclasses.replace(entry, name="steady", temperature=0.4)
-    assert engine.shelf.get(entry, CPU) is engine.shelf.get(steady, CPU)
+def test_specs_with_equal_weights_share_one_model(engine: Engine, spec: ModelSpec) -> None:
+    steady = dataclasses.replace(spec, name="steady", temperature=0.4)
+    assert engine.model_cache.get(spec, CPU) is engine.model_cache.get(steady, CPU)
 
 
 @pytest.fixture
 def downloaded(
-    entry: ModelSpec, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: ModelSpec, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[ModelSpec, Path, Path]]:
     """Weights and tokenizer in the Hub's cache as the released model has them: two repositories, and code beside."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -747,46 +742,46 @@ def downloaded(
     yield dataclasses.replace(released, needs_gpu=False, memory_bytes=0), *folders
 
 
-def test_the_released_layout_answers_from_the_cache(
+def test_released_layout_loads_from_the_hub_cache(
     engine: Engine, downloaded: tuple[ModelSpec, Path, Path], photo: np.ndarray
 ) -> None:
-    entry, _, _ = downloaded
-    assert entry.unavailable() is None
+    spec, _, _ = downloaded
+    assert unavailable(spec) is None
     for skill in ("query", "caption", "detect", "point"):
-        assert answers(engine, entry, request(photo, skill))
+        assert answers(engine, spec, request(photo, skill))
 
 
-def test_the_stale_tokenizer_beside_the_released_weights_is_not_used(
+def test_stale_tokenizer_beside_released_weights_is_ignored(
     engine: Engine, downloaded: tuple[ModelSpec, Path, Path], photo: np.ndarray
 ) -> None:
-    entry, weights_folder, tokenizer_folder = downloaded
+    spec, weights_folder, tokenizer_folder = downloaded
     stale = (tokenizer_folder / "tokenizer.json").read_text().replace("<|md_reserved_2|>", "<|stale|>")
     (weights_folder / "tokenizer.json").write_text(stale)
-    assert answers(engine, entry, request(photo, "query"))
+    assert answers(engine, spec, request(photo, "query"))
     (tokenizer_folder / "tokenizer.json").write_text(stale)
-    error = fails(Engine(CPU), entry, request(photo, "query"))
+    error = fails(Engine(CPU), spec, request(photo, "query"))
     assert error.kind == "wrong_tokenizer" and "moondream/starmie-v1" in error.message
 
 
-def test_nothing_is_downloaded(
+def test_no_network_access(
     downloaded: tuple[ModelSpec, Path, Path], monkeypatch: pytest.MonkeyPatch, photo: np.ndarray
 ) -> None:
-    entry, weights_folder, _ = downloaded
+    spec, weights_folder, _ = downloaded
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("the network was asked for")
+        raise AssertionError("the network was used")
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setattr("socket.getaddrinfo", refuse)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    assert answers(Engine(CPU), entry, request(photo, "query"))
+    assert answers(Engine(CPU), spec, request(photo, "query"))
     (weights_folder / "model.safetensors").unlink()
-    assert "hf download" in str(weights.unavailable(entry))
-    assert fails(Engine(CPU), entry, request(photo, "query")).kind == "missing_weights"
+    assert "hf download" in str(availability.unavailable(spec))
+    assert fails(Engine(CPU), spec, request(photo, "query")).kind == "missing_weights"
 
 
-def test_the_engine_of_the_app_is_reached_through_models(entry: ModelSpec, photo: np.ndarray) -> None:
+def test_registry_answer_uses_the_engine(spec: ModelSpec, photo: np.ndarray) -> None:
     from inference.registry import answer
 
-    with contextlib.closing(answer(entry, request(photo))) as stream:  # type: ignore[type-var]
+    with contextlib.closing(answer(spec, request(photo))) as stream:  # type: ignore[type-var]
         assert any(isinstance(event, Answer) for event in stream)

@@ -1,4 +1,4 @@
-"""Moondream's files: the Hub's layout in and out, default sizes, and everything that must be refused."""
+"""Moondream checkpoints: original layout, default sizes and rejected files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the small model's folder, to spoil."""
+    """Return a modifiable copy of the small model's folder."""
     for name in ("config.json", WEIGHTS):
         shutil.copy(SMALL / name, tmp_path)
     return tmp_path
 
 
 def rewrite(folder: Path, change: Callable[[dict], object]) -> None:
-    """Saves the weights again after `change` worked on the dictionary."""
+    """Apply `change` to the weights and save them."""
     weights = load_file(folder / WEIGHTS)
     change(weights)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
@@ -39,7 +39,7 @@ def edit_config(folder: Path, change: Callable[[dict], object]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_an_empty_nested_config_means_the_released_sizes() -> None:
+def test_empty_nested_config_has_released_sizes() -> None:
     config = MoondreamConfig(config={})
     with torch.device("meta"):
         model = MoondreamForConditionalGeneration(config)
@@ -49,7 +49,7 @@ def test_an_empty_nested_config_means_the_released_sizes() -> None:
     assert config.templates["caption"]["long"] == [1, 32708, 2, 4059, 3]
 
 
-def test_the_released_layout_has_these_names_and_shapes() -> None:
+def test_state_dict_has_released_names_and_shapes() -> None:
     with torch.device("meta"):
         model = MoondreamForConditionalGeneration(MoondreamConfig())
     shapes = {name: list(weight.shape) for name, weight in model.state_dict().items()}
@@ -65,7 +65,7 @@ def test_the_released_layout_has_these_names_and_shapes() -> None:
     assert shapes["model.region.size_decoder.fc2.weight"] == [2048, 8192]
 
 
-def test_missing_sections_take_defaults_that_fit_the_text(folder: Path) -> None:
+def test_missing_sections_default_to_fit_the_text_config(folder: Path) -> None:
     edit_config(folder, lambda config: [config["config"].pop(name) for name in ("region", "tokenizer")])
     config = AutoConfig.from_pretrained(folder)
     assert config.text_config.dim == 64
@@ -73,14 +73,14 @@ def test_missing_sections_take_defaults_that_fit_the_text(folder: Path) -> None:
     assert config.templates["query"] == {"prefix": [1, 15381, 2], "suffix": [3]}
 
 
-def test_the_hubs_remote_code_is_not_asked_for(folder: Path) -> None:
+def test_remote_code_is_not_used(folder: Path) -> None:
     remote = {"AutoConfig": "hf_moondream.HfConfig", "AutoModelForCausalLM": "hf_moondream.HfMoondream"}
     edit_config(folder, lambda config: config.update(auto_map=remote))
     model = AutoModelForImageTextToText.from_pretrained(folder)
     assert isinstance(model, MoondreamForConditionalGeneration)
 
 
-def test_saving_writes_the_original_names_and_values(tmp_path: Path) -> None:
+def test_saving_preserves_original_names_and_values(tmp_path: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(SMALL)
     model.save_pretrained(tmp_path)
     original, saved = load_file(SMALL / WEIGHTS), load_file(tmp_path / WEIGHTS)
@@ -98,25 +98,25 @@ def test_saving_writes_the_original_names_and_values(tmp_path: Path) -> None:
     "name",
     ["model.text.lm_head.bias", "model.text.wte", "model.vision.pos_emb", "model.region.coord_features"],
 )
-def test_a_missing_key_is_an_error(folder: Path, name: str) -> None:
+def test_missing_key_raises(folder: Path, name: str) -> None:
     rewrite(folder, lambda weights: weights.pop(name))
     with pytest.raises(CheckpointError, match="1 .* missing"):
         AutoModelForImageTextToText.from_pretrained(folder)
 
 
-def test_an_unknown_key_is_an_error(folder: Path) -> None:
+def test_unknown_key_raises(folder: Path) -> None:
     rewrite(folder, lambda weights: weights.update({"model.text.blocks.2.ln.weight": torch.ones(64)}))
     with pytest.raises(CheckpointError, match=r"model\.text\.blocks\.2\.ln\.weight.* unknown"):
         AutoModelForImageTextToText.from_pretrained(folder)
 
 
-def test_a_wrong_shape_is_an_error(folder: Path) -> None:
+def test_wrong_shape_raises(folder: Path) -> None:
     rewrite(folder, lambda weights: weights.update({"model.vision.pos_emb": torch.zeros(1, 9, 48)}))
     with pytest.raises(CheckpointError, match=r"pos_emb.*\[1, 9, 48\].*\[1, 16, 48\]"):
         AutoModelForImageTextToText.from_pretrained(folder)
 
 
-def test_marks_of_a_compiled_model_are_stripped(folder: Path) -> None:
+def test_compiled_prefix_is_stripped_from_keys(folder: Path) -> None:
     def compile_marks(weights: dict[str, torch.Tensor]) -> None:
         for name in [name for name in weights if ".blocks." in name]:
             start, end = name.split(".blocks.")
@@ -131,7 +131,7 @@ def test_marks_of_a_compiled_model_are_stripped(folder: Path) -> None:
     assert model.generation_config.eos_token_id == 0
 
 
-def test_quantised_weights_are_refused_with_a_reason(folder: Path) -> None:
+def test_quantised_weights_are_rejected_with_a_reason(folder: Path) -> None:
     def quantise(weights: dict[str, torch.Tensor]) -> None:
         del weights["model.text.blocks.0.mlp.fc1.weight"]
         for part in ("packed", "scale", "zero_point"):
@@ -143,14 +143,14 @@ def test_quantised_weights_are_refused_with_a_reason(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_two_byte_files_load_as_they_are_or_as_asked(folder: Path, dtype: torch.dtype) -> None:
+def test_half_precision_files_load_in_stored_or_requested_dtype(folder: Path, dtype: torch.dtype) -> None:
     rewrite(folder, lambda weights: weights.update({name: value.to(dtype) for name, value in weights.items()}))
     assert AutoModelForImageTextToText.from_pretrained(folder).dtype == dtype
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
 
 
-def test_several_files_with_an_index_load(folder: Path) -> None:
+def test_sharded_checkpoint_loads(folder: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(folder)
     model.save_pretrained(folder / "shards", max_shard_size="1MB")
     assert len(list((folder / "shards").glob("*.safetensors"))) > 1
@@ -158,11 +158,11 @@ def test_several_files_with_an_index_load(folder: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
 
 
-def test_special_tokens_are_said_outright() -> None:
+def test_generation_config_has_special_tokens() -> None:
     generation = reference("moondream2-small").model.generation_config
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (0, 0, 0)
 
 
-def test_a_head_that_rotary_positions_cannot_split_is_refused() -> None:
+def test_head_size_not_divisible_by_4_raises() -> None:
     with pytest.raises(ValueError, match="divisible by 4"):
         MoondreamConfig(config={"text": {"dim": 60, "n_heads": 10}})

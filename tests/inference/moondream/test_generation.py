@@ -1,4 +1,4 @@
-"""Moondream's generation: one look for all candidates, text without a photo, limits and refusals."""
+"""Moondream generation: shared prefill, text-only prompts, limits and errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationMixin
 
 from inference.moondream.generation_moondream import PreallocatedCacheLayer
-from tests.support.moondream_reference import Reference, fresh_small
+from tests.support.moondream_reference import Reference, load_small_model
 from tests.support.moondream_reference import reference as load
 
 
@@ -21,8 +21,8 @@ def reference() -> Reference:
 
 
 @contextmanager
-def counted(reference: Reference) -> Iterator[dict[str, int]]:
-    """Counts images through the vision tower's first norm and tokens through the first text block."""
+def count_computed(reference: Reference) -> Iterator[dict[str, int]]:
+    """Count patches through the vision encoder and tokens through the first text block."""
     counts = {"crops": 0, "tokens": 0}
     vision, block = reference.model.model.vision, reference.model.model.text.blocks[0]
 
@@ -41,11 +41,11 @@ def counted(reference: Reference) -> Iterator[dict[str, int]]:
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_candidates_cost_one_look(reference: Reference, cache: str) -> None:
+def test_num_return_sequences_encodes_and_prefills_once(reference: Reference, cache: str) -> None:
     batch = reference.batch([(0, "query")], features=False)
-    with counted(reference) as one:
+    with count_computed(reference) as one:
         reference.model.generate(**batch, max_new_tokens=1, do_sample=True, cache_implementation=cache)
-    with counted(reference) as eight:
+    with count_computed(reference) as eight:
         reference.model.generate(
             **batch, max_new_tokens=1, do_sample=True, num_return_sequences=8, cache_implementation=cache
         )
@@ -53,7 +53,7 @@ def test_candidates_cost_one_look(reference: Reference, cache: str) -> None:
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_candidates_are_those_of_rows_that_each_look_for_themselves(reference: Reference, cache: str) -> None:
+def test_shared_prefill_gives_the_same_samples_as_separate_prefill(reference: Reference, cache: str) -> None:
     cases = [(0, "query"), (3, "caption_short")]
     batch = reference.batch(cases, features=False)
     assert batch["attention_mask"].min() == 0
@@ -62,13 +62,13 @@ def test_candidates_are_those_of_rows_that_each_look_for_themselves(reference: R
     torch.manual_seed(3)
     together = reference.model.generate(**batch, num_return_sequences=3, **settings)
     torch.manual_seed(3)
-    apart = _without_sharing(reference, batch, 3, settings)
+    apart = _generate_with_separate_prefill(reference, batch, 3, settings)
     assert together.tolist() == apart.tolist()
     assert len({tuple(row) for row in together.tolist()}) > 2
 
 
-def _without_sharing(reference: Reference, batch: dict, n: int, settings: dict) -> torch.Tensor:
-    """The same candidates with the library's own prefill of every row."""
+def _generate_with_separate_prefill(reference: Reference, batch: dict, n: int, settings: dict) -> torch.Tensor:
+    """Generate with the prefill of transformers, which computes every row."""
     model = reference.model
     model._prefill = MethodType(GenerationMixin._prefill, model)
     try:
@@ -77,48 +77,48 @@ def _without_sharing(reference: Reference, batch: dict, n: int, settings: dict) 
         del model._prefill
 
 
-def test_a_trainers_repeated_rows_cost_one_look(reference: Reference) -> None:
+def test_repeated_rows_encode_and_prefill_once(reference: Reference) -> None:
     cases = [(0, "query")] * 4 + [(1, "query")] * 4
-    with counted(reference) as repeated:
+    with count_computed(reference) as repeated:
         reference.model.generate(**reference.batch(cases, features=False), max_new_tokens=1, do_sample=True)
-    with counted(reference) as single:
+    with count_computed(reference) as single:
         reference.model.generate(**reference.batch([cases[0], cases[4]], features=False), max_new_tokens=1)
     assert repeated == single
 
 
-def test_a_training_forward_encodes_repeated_photos_once(reference: Reference) -> None:
+def test_forward_encodes_repeated_images_once(reference: Reference) -> None:
     batch = reference.batch([(3, "query")] * 4, features=False)
-    with counted(reference) as four, torch.no_grad():
+    with count_computed(reference) as four, torch.no_grad():
         logits = reference.model(**batch).logits
-    with counted(reference) as one, torch.no_grad():
+    with count_computed(reference) as one, torch.no_grad():
         alone = reference.model(**{name: value[:1] for name, value in batch.items()}).logits
     assert four["crops"] == one["crops"]
     torch.testing.assert_close(logits, alone.expand_as(logits), atol=1e-5, rtol=0)
 
 
-def test_equal_texts_about_different_photos_are_not_confused(reference: Reference) -> None:
+def test_equal_prompts_with_different_images_are_not_shared(reference: Reference) -> None:
     both = reference.batch([(0, "query"), (2, "query")], features=False)
     written = reference.model.generate(**both, max_new_tokens=6, do_sample=False)
     expected = [reference.expected["greedy"][f"{i}_query"][:6] for i in (0, 2)]
     assert written[:, -6:].tolist() == expected
 
 
-def test_beams_share_the_look(reference: Reference) -> None:
+def test_beam_search_encodes_the_image_once(reference: Reference) -> None:
     batch = reference.batch([(0, "query")], features=False)
-    with counted(reference) as counts:
+    with count_computed(reference) as counts:
         written = reference.model.generate(**batch, max_new_tokens=4, num_beams=3, num_return_sequences=2)
     assert counts["crops"] == 4 * reference.model.config.image_tokens
     assert written.shape == (2, batch["input_ids"].shape[1] + 4)
 
 
-def test_beams_write_what_they_write_without_sharing(reference: Reference) -> None:
+def test_beam_search_gives_the_same_texts_as_separate_prefill(reference: Reference) -> None:
     batch = reference.batch([(0, "query"), (1, "query")], features=False)
     settings = {"max_new_tokens": 12, "num_beams": 4, "do_sample": False}
     together = reference.model.generate(**batch, num_return_sequences=2, **settings)
-    assert together.tolist() == _without_sharing(reference, batch, 2, settings).tolist()
+    assert together.tolist() == _generate_with_separate_prefill(reference, batch, 2, settings).tolist()
 
 
-def test_sampling_is_reproducible(reference: Reference) -> None:
+def test_sampling_is_reproducible_by_seed(reference: Reference) -> None:
     batch = reference.batch([(1, "query")])
 
     def sample(seed: int) -> list:
@@ -128,7 +128,7 @@ def test_sampling_is_reproducible(reference: Reference) -> None:
     assert sample(1) == sample(1) != sample(2)
 
 
-def test_text_alone_and_text_beside_photos(reference: Reference) -> None:
+def test_text_only_rows_and_image_rows_mix_in_a_batch(reference: Reference) -> None:
     config, prompt = reference.model.config, reference.expected["prompts"]["query"]
     text = [config.bos_id, *prompt]
     photo = reference.ids("query")
@@ -145,7 +145,7 @@ def test_text_alone_and_text_beside_photos(reference: Reference) -> None:
     assert len(several) == 6
 
 
-def test_text_alone_is_plainly_causal(reference: Reference) -> None:
+def test_text_only_attention_is_causal(reference: Reference) -> None:
     text = torch.tensor([[0, *reference.expected["prompts"]["query"]]])
     changed = text.clone()
     changed[0, -1] = 77
@@ -154,7 +154,7 @@ def test_text_alone_is_plainly_causal(reference: Reference) -> None:
     torch.testing.assert_close(before[:, :-1], after[:, :-1])
 
 
-def test_the_image_is_seen_both_ways_and_the_text_is_not(reference: Reference) -> None:
+def test_image_prefix_is_bidirectional_and_text_is_causal(reference: Reference) -> None:
     batch = reference.batch([(0, "query")])
     changed = batch["image_features"].clone()
     changed[:, -1] *= -1
@@ -169,7 +169,7 @@ def test_the_image_is_seen_both_ways_and_the_text_is_not(reference: Reference) -
     torch.testing.assert_close(before[:, :-1], after[:, :-1])
 
 
-def test_the_text_can_be_given_in_pieces(reference: Reference) -> None:
+def test_incremental_forward_with_cache_matches_full_forward(reference: Reference) -> None:
     batch = reference.batch([(0, "query"), (1, "caption_short")])
     with torch.no_grad():
         whole = reference.model(**batch).logits
@@ -188,7 +188,7 @@ def test_the_text_can_be_given_in_pieces(reference: Reference) -> None:
     torch.testing.assert_close(rest.logits, whole[:, cut:], atol=1e-5, rtol=0)
 
 
-def test_embeddings_beside_ids_keep_the_image_in_view(reference: Reference) -> None:
+def test_inputs_embeds_with_and_without_ids_match_ids(reference: Reference) -> None:
     batch = reference.batch([(0, "query")])
     model = reference.model.model
     embeds = model.embed(batch["input_ids"], batch["image_features"])
@@ -201,7 +201,7 @@ def test_embeddings_beside_ids_keep_the_image_in_view(reference: Reference) -> N
     torch.testing.assert_close(alone, expected)
 
 
-def test_the_state_before_the_norm_is_the_last_hidden_state(reference: Reference) -> None:
+def test_pre_norm_state_is_the_last_hidden_state(reference: Reference) -> None:
     with torch.no_grad():
         outputs = reference.model(**reference.batch([(0, "query")]), output_hidden_states=True)
     assert len(outputs.hidden_states) == reference.model.config.text_config.n_layers + 1
@@ -210,7 +210,7 @@ def test_the_state_before_the_norm_is_the_last_hidden_state(reference: Reference
     torch.testing.assert_close(logits, outputs.logits)
 
 
-def test_region_bins_and_values_are_inverse(reference: Reference) -> None:
+def test_bins_and_values_are_inverse(reference: Reference) -> None:
     region = reference.model.model.region
     bins = torch.arange(1024)
     assert torch.equal(region.coordinate_to_bin(region.bin_to_coordinate(bins)), bins)
@@ -218,8 +218,8 @@ def test_region_bins_and_values_are_inverse(reference: Reference) -> None:
     assert region.size_to_bin(torch.tensor([0.0, 2.0])).tolist() == [0, 1023]
 
 
-def test_teacher_forcing_gives_the_scores_that_detect_reads(reference: Reference) -> None:
-    """One pass over prompt, x, y finds the bins that the loop found step by step."""
+def test_teacher_forcing_reproduces_decoded_point(reference: Reference) -> None:
+    """One pass over prompt, x and y gives the bins that step-by-step decoding gave."""
     config, model = reference.model.config, reference.model.model
     around = config.templates["point"]
     ids = [config.bos_id, *[config.image_token_id] * config.image_tokens]
@@ -234,12 +234,12 @@ def test_teacher_forcing_gives_the_scores_that_detect_reads(reference: Reference
     assert (bins / 1024).tolist() == [first["x"], first["y"]]
 
 
-def test_sampled_regions_share_one_look(reference: Reference) -> None:
+def test_sampled_regions_encode_images_once(reference: Reference) -> None:
     given = {name: value[:2] for name, value in reference.inputs.items()}
-    with counted(reference) as one:
+    with count_computed(reference) as one:
         reference.model.point(reference.expected["object_ids"], max_objects=1, **given)
     torch.manual_seed(0)
-    with counted(reference) as four:
+    with count_computed(reference) as four:
         found = reference.model.point(
             reference.expected["object_ids"], max_objects=1, temperature=2.0, num_return_sequences=4, **given
         )
@@ -249,8 +249,8 @@ def test_sampled_regions_share_one_look(reference: Reference) -> None:
     assert len({str(entries) for entries in found}) > 2
 
 
-def test_a_row_that_has_ended_stays_ended_while_others_go_on() -> None:
-    reference, model = load("moondream2-small"), fresh_small().eval()
+def test_finished_row_adds_no_regions_while_others_continue() -> None:
+    reference, model = load("moondream2-small"), load_small_model().eval()
     ends = iter([[True, False], [False, False], [True, True]])
 
     def script(module: torch.nn.Module, given: tuple, scores: torch.Tensor) -> torch.Tensor:
@@ -262,7 +262,7 @@ def test_a_row_that_has_ended_stays_ended_while_others_go_on() -> None:
     assert [len(entries) for entries in found] == [0, 2]
 
 
-def test_regions_stop_when_told(reference: Reference) -> None:
+def test_stop_callback_ends_region_decoding(reference: Reference) -> None:
     calls = iter([False, False, True, True, True])
     found = reference.model.detect(
         reference.expected["object_ids"], image_features=reference.features[:1], stop=lambda: next(calls)
@@ -270,12 +270,12 @@ def test_regions_stop_when_told(reference: Reference) -> None:
     assert len(found[0]) == 1
 
 
-def test_repetition_penalty_is_refused(reference: Reference) -> None:
+def test_repetition_penalty_raises(reference: Reference) -> None:
     with pytest.raises(ValueError, match="repetition_penalty must be 1"):
         reference.model.generate(**reference.batch([(0, "query")]), repetition_penalty=1.2, max_new_tokens=2)
 
 
-def test_an_overlong_prompt_is_refused_with_what_would_fit() -> None:
+def test_too_long_prompt_raises_with_the_number_that_fits() -> None:
     reference = load("moondream2-full")
     batch = reference.batch([(1, "query")])
     with pytest.raises(ValueError, match=r"has 742 tokens .* 729 of them.* 2000 new tokens .* at most 1306"):
@@ -287,7 +287,7 @@ def test_an_overlong_prompt_is_refused_with_what_would_fit() -> None:
         reference.model.detect([50] * 1400, image_features=batch["image_features"])
 
 
-def test_mismatched_images_are_refused(reference: Reference) -> None:
+def test_mismatched_images_raise(reference: Reference) -> None:
     batch = reference.batch([(0, "query")], features=False)
     with pytest.raises(ValueError, match="16 image placeholders, the images have 32"):
         reference.model(input_ids=batch["input_ids"], image_features=reference.features[:2])
@@ -297,8 +297,8 @@ def test_mismatched_images_are_refused(reference: Reference) -> None:
         reference.model.get_image_features(batch["pixel_values"][:, :3], torch.tensor([[2, 3]]))
 
 
-def test_the_answer_marker_is_not_repeated(reference: Reference) -> None:
-    model = fresh_small().eval()
+def test_answer_marker_is_generated_only_as_first_token(reference: Reference) -> None:
+    model = load_small_model().eval()
     with torch.no_grad():
         model.lm_head.bias[3] = 1e4
     written = model.generate(**reference.batch([(0, "query")]), max_new_tokens=5, do_sample=True)[0, -5:].tolist()

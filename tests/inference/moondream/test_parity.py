@@ -1,4 +1,4 @@
-"""Moondream gives the same as the original implementation: tilings, features, logits, greedy text, boxes, points."""
+"""Parity with the original implementation: tilings, features, logits, greedy texts, boxes and points."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def reference(request: pytest.FixtureRequest) -> Reference:
     return load(request.param)
 
 
-def test_there_are_references() -> None:
+def test_references_exist() -> None:
     assert len(NAMES) >= 2
 
 
@@ -43,7 +43,7 @@ def test_vision_features(reference: Reference) -> None:
         torch.testing.assert_close(features, reference.tensors[f"vision{i}"], atol=FEATURES, rtol=0)
 
 
-def test_logits_one_by_one(reference: Reference) -> None:
+def test_logits_of_single_rows(reference: Reference) -> None:
     for i, name in reference.cases:
         with torch.no_grad():
             logits = reference.model(**reference.batch([(i, name)])).logits[0]
@@ -61,13 +61,13 @@ def test_logits_of_a_left_padded_batch_with_different_tilings(reference: Referen
 
 
 def _assert_logits(reference: Reference, i: int, name: str, logits: torch.Tensor) -> None:
-    """`logits` of one row without padding: the prompt's are recorded, and the log of the sum at every place."""
+    """Compare the logits of one unpadded row: recorded for the prompt, and their logsumexp at every position."""
     expected = reference.tensors[f"logits{i}_{name}"]
     torch.testing.assert_close(logits[-len(expected) :], expected, atol=LOGITS, rtol=0)
     torch.testing.assert_close(logits.logsumexp(-1), reference.tensors[f"logsumexp{i}_{name}"], atol=LOGITS, rtol=0)
 
 
-def test_eager_attention_gives_the_same() -> None:
+def test_eager_attention_matches_sdpa() -> None:
     reference = load("moondream2-small")
     model = AutoModelForImageTextToText.from_pretrained(reference.folder, attn_implementation="eager").eval()
     batch = reference.batch(reference.cases, features=False)
@@ -97,7 +97,7 @@ def test_greedy_text_without_a_cache() -> None:
 
 
 @pytest.mark.parametrize("skill", ["detect", "point"])
-def test_regions_of_all_images_at_once(reference: Reference, skill: str) -> None:
+def test_regions_of_a_batch_of_images(reference: Reference, skill: str) -> None:
     expected = [reference.expected[skill][str(i)] for i in range(len(reference.images))]
     find = getattr(reference.model, skill)
     found = find(reference.expected["object_ids"], max_objects=len(expected[0]), **reference.inputs)
@@ -105,7 +105,7 @@ def test_regions_of_all_images_at_once(reference: Reference, skill: str) -> None
 
 
 @pytest.mark.parametrize("skill", ["detect", "point"])
-def test_regions_one_image_at_a_time(skill: str) -> None:
+def test_regions_of_single_images(skill: str) -> None:
     reference = load("moondream2-small")
     for i in range(len(reference.images)):
         expected = reference.expected[skill][str(i)]
@@ -114,7 +114,7 @@ def test_regions_one_image_at_a_time(skill: str) -> None:
         _assert_regions(getattr(reference.model, skill)(ids, max_objects=len(expected), **one), [expected])
 
 
-def test_regions_of_finished_prompts_padded_at_the_left() -> None:
+def test_regions_of_complete_left_padded_prompts() -> None:
     reference = load("moondream2-small")
     config = reference.model.config
     around = config.templates["detect"]
@@ -136,7 +136,7 @@ def _assert_regions(found: list, expected: list) -> None:
             assert entry == pytest.approx(want, abs=REGIONS)
 
 
-def test_a_single_tile_is_computed_once_and_padding_not_at_all() -> None:
+def test_single_tile_is_encoded_once_and_padding_is_skipped() -> None:
     reference = load("moondream2-small")
     vision, seen = reference.model.model.vision, []
     original = vision.encode_crops
@@ -162,11 +162,11 @@ def test_a_single_tile_is_computed_once_and_padding_not_at_all() -> None:
         ((8000, 500), (12, 1)),  # 13 rows in the original, beyond its own limit
     ],
 )
-def test_tilings_at_the_real_sizes(size: tuple[int, int], tiling: tuple[int, int]) -> None:
+def test_tilings_at_released_sizes(size: tuple[int, int], tiling: tuple[int, int]) -> None:
     assert MoondreamImageProcessor().tiling(*size) == tiling
 
 
-def test_no_size_needs_more_tiles_than_there_is_room_for() -> None:
+def test_tilings_never_exceed_max_crops() -> None:
     processor = MoondreamImageProcessor()
     sides = [1, 20, 378, 379, 500, 700, 1000, 3000, 8000, 40_000]
     tilings = [processor.tiling(height, width) for height in sides for width in sides]

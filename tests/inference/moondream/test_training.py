@@ -1,4 +1,4 @@
-"""Moondream can be trained: LoRA, gradient checkpointing, two-byte floats, and TRL's own GRPO trainer."""
+"""Training of Moondream: LoRA, gradient checkpointing, bfloat16 and TRL's GRPOTrainer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from trl import GRPOConfig, GRPOTrainer
 
 from inference.moondream import MoondreamConfig, MoondreamForConditionalGeneration, MoondreamProcessor
 from inference.moondream.processing_moondream import build_templates
-from tests.inference.moondream.test_processor import build_tokenizer, fast
-from tests.support.moondream_reference import fresh_small, reference
+from tests.support.moondream_reference import load_small_model, reference
+from tests.support.moondream_tokenizer import as_fast_tokenizer, build_tokenizer
 
 TEXT_LINEARS = r".*\.text\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
 
 
 def batch() -> dict[str, torch.Tensor]:
-    """A padded batch with two tilings, from pixels, with labels on the prompts' ends."""
+    """Return a padded batch with two tilings, from pixels, with labels on the last four tokens."""
     given = reference("moondream2-small").batch([(0, "query"), (1, "caption_short")], features=False)
     labels = torch.full_like(given["input_ids"], -100)
     labels[:, -4:] = given["input_ids"][:, -4:]
@@ -46,15 +46,15 @@ def descend(model: torch.nn.Module, steps: int, rate: float) -> list[float]:
     return losses
 
 
-def test_every_weight_that_answers_gets_a_gradient() -> None:
-    model = fresh_small().train()
+def test_all_weights_but_region_heads_get_gradients() -> None:
+    model = load_small_model().train()
     model(**batch()).loss.backward()
     without = {name for name, weight in model.named_parameters() if weight.grad is None}
     assert without
     assert all(name.startswith("model.region.") for name in without)
 
 
-def test_the_loss_is_that_of_the_next_token() -> None:
+def test_loss_is_next_token_cross_entropy() -> None:
     given = batch()
     labels = given.pop("labels")
     model = reference("moondream2-small").model
@@ -67,8 +67,8 @@ def test_the_loss_is_that_of_the_next_token() -> None:
     torch.testing.assert_close(accumulated, wanted / 2)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients() -> None:
-    plain, checkpointed = fresh_small().train(), fresh_small().train()
+def test_gradient_checkpointing_gives_equal_gradients() -> None:
+    plain, checkpointed = load_small_model().train(), load_small_model().train()
     checkpointed.gradient_checkpointing_enable()
     assert checkpointed.model.text.blocks[0].gradient_checkpointing
     calls = []
@@ -82,8 +82,8 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
             torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_lora_on_the_text_blocks_trains_saves_loads_and_merges(tmp_path: Path) -> None:
-    model = lora(fresh_small())
+def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
+    model = lora(load_small_model())
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert len(trained) == 2 * 4 * 2  # two blocks, four linears, A and B
     losses = descend(model, steps=6, rate=1e-2)
@@ -92,8 +92,8 @@ def test_lora_on_the_text_blocks_trains_saves_loads_and_merges(tmp_path: Path) -
     with torch.no_grad():
         expected = model.eval()(**given).logits
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(fresh_small(), tmp_path).eval()
-    merged = PeftModel.from_pretrained(fresh_small(), tmp_path).merge_and_unload().eval()
+    loaded = PeftModel.from_pretrained(load_small_model(), tmp_path).eval()
+    merged = PeftModel.from_pretrained(load_small_model(), tmp_path).merge_and_unload().eval()
     assert isinstance(merged, MoondreamForConditionalGeneration)
     with torch.no_grad():
         torch.testing.assert_close(loaded(**given).logits, expected, atol=1e-5, rtol=0)
@@ -104,8 +104,8 @@ def test_lora_on_the_text_blocks_trains_saves_loads_and_merges(tmp_path: Path) -
     assert (base - expected).abs().max() > 1e-2
 
 
-def test_a_merged_model_saves_under_the_original_names(tmp_path: Path) -> None:
-    model = lora(fresh_small())
+def test_merged_model_saves_under_original_names(tmp_path: Path) -> None:
+    model = lora(load_small_model())
     descend(model, steps=1, rate=1e-2)
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path)
@@ -113,8 +113,8 @@ def test_a_merged_model_saves_under_the_original_names(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(merged.state_dict().values(), again.state_dict().values()))
 
 
-def test_an_adapted_model_generates_and_shares_its_look() -> None:
-    model = lora(fresh_small()).eval()
+def test_adapted_model_generates_and_encodes_images_once() -> None:
+    model = lora(load_small_model()).eval()
     given = batch()
     del given["labels"]
     written = model.generate(**given, max_new_tokens=6, do_sample=False)
@@ -126,15 +126,15 @@ def test_an_adapted_model_generates_and_shares_its_look() -> None:
     assert seen == [5]  # four crops of the first photo, one of the second
 
 
-def test_lora_with_checkpointing_trains() -> None:
-    model = lora(fresh_small()).train()
+def test_lora_trains_with_gradient_checkpointing() -> None:
+    model = lora(load_small_model()).train()
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     losses = descend(model, steps=4, rate=1e-2)
     assert losses[-1] < losses[0]
 
 
-def test_bfloat16_stays_close_and_answers() -> None:
+def test_bfloat16_is_close_to_float32_and_generates() -> None:
     exact = reference("moondream2-small")
     model = copy.deepcopy(exact.model).to(torch.bfloat16)
     given = exact.batch([(0, "query"), (1, "caption_short")], features=False)
@@ -152,7 +152,7 @@ def test_bfloat16_stays_close_and_answers() -> None:
     assert model.model.text.blocks[0].attn.qkv.weight.grad.isfinite().all()
 
 
-def test_crops_are_normalised_in_the_models_own_precision() -> None:
+def test_crops_are_normalised_in_the_model_dtype() -> None:
     exact = reference("moondream2-small")
     vision = copy.deepcopy(exact.model.model.vision).to(torch.bfloat16)
     crops = exact.inputs["pixel_values"][0, :1]
@@ -170,8 +170,8 @@ def test_crops_are_normalised_in_the_models_own_precision() -> None:
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[MoondreamForConditionalGeneration, MoondreamProcessor]:
-    """A model of a few thousand weights with a tokenizer of its own."""
-    tokenizer = fast(build_tokenizer())
+    """Return a model of a few thousand parameters with its tokenizer."""
+    tokenizer = as_fast_tokenizer(build_tokenizer())
     sections = {
         "text": {"dim": 32, "ff_dim": 64, "n_layers": 2, "n_heads": 2, "vocab_size": len(tokenizer)},
         "vision": {
@@ -186,7 +186,7 @@ def tiny() -> tuple[MoondreamForConditionalGeneration, MoondreamProcessor]:
     return MoondreamForConditionalGeneration(config), MoondreamProcessor.from_config(config, tokenizer)
 
 
-def test_the_stock_grpo_trainer_runs_two_steps(tiny: tuple, tmp_path: Path) -> None:
+def test_trl_grpo_trainer_runs_two_steps(tiny: tuple, tmp_path: Path) -> None:
     model, processor = tiny
     rng = np.random.default_rng(0)
     photos = [Image.fromarray(rng.integers(0, 256, (side, 90, 3), dtype=np.uint8)) for side in (50, 120, 60, 130)]
@@ -218,8 +218,8 @@ def test_the_stock_grpo_trainer_runs_two_steps(tiny: tuple, tmp_path: Path) -> N
     assert all("lora_" in name for name in changed)
 
 
-def test_trls_log_probabilities_are_those_that_were_sampled(tiny: tuple, tmp_path: Path) -> None:
-    """The trainer's pass must see the image both ways too: with a plainly causal prefix this fails."""
+def test_trainer_log_probabilities_equal_sampled_ones(tiny: tuple, tmp_path: Path) -> None:
+    """The trainer's forward pass must use the bidirectional image prefix; a causal prefix gives other values."""
     model, processor = tiny
     photos = [np.full((120, 90, 3), 200, np.uint8), np.zeros((50, 60, 3), np.uint8)]
     given = processor.prepare(photos, "query", ["is it dark?", "?"])
