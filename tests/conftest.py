@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 import pytest
 
-from training.data.bundled import BundledPhoto, bundled_photos
+from training.data import bundled
+from training.data.bundled import BundledPhoto
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -70,7 +71,7 @@ def photo() -> np.ndarray:
 @pytest.fixture(scope="session")
 def bundled_photos() -> list[BundledPhoto]:
     """Return all bundled photos."""
-    return bundled_photos()
+    return bundled.bundled_photos()
 
 
 @pytest.fixture(scope="module")
