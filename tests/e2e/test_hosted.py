@@ -1,109 +1,107 @@
-"""Hosted models in the page, with a played Moondream Cloud over real HTTP: own key, recipes, reasoning, outlines."""
+"""Tests of hosted models in the page, with a fake Moondream Cloud: API key, recipes, reasoning, outlines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
 from inference.registry import MODELS
-from tests.e2e.conftest import serving
-from tests.e2e.test_page import PHONE, violations
-from tests.e2e.test_playground import run
+from tests.support.app_server import app_server
+from tests.support.browser import PHONE, OpenPage, run_comparison, violations
 from tests.support.cloud_server import PATH, cloud
-from tests.support.fault_server import KEY, Faults, fault_server, malformed
+from tests.support.fault_server import KEY, FaultServer, fault_server, malformed_json
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 pytestmark = pytest.mark.browser
-Open = Callable[..., "Page"]
 TITLE = "Moondream 3 preview"
 
 
 @pytest.fixture(scope="module")
-def played() -> Iterator[Faults]:
-    with fault_server() as found:
-        found.play(cloud)
-        yield found
+def fake_cloud() -> Iterator[FaultServer]:
+    with fault_server() as server:
+        server.respond_with(cloud)
+        yield server
 
 
 @pytest.fixture(scope="module")
-def server(played: Faults, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An application of this file's own, whose Cloud is the played one and which has no key."""
-    before = dict(MODELS)
-    settings = {"moondream_url": played.address, "moondream_rate": 500.0}
-    with serving(tmp_path_factory.mktemp("hosted"), **settings) as address:
+def server(fake_cloud: FaultServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of an application that uses the fake cloud and has no key of its own."""
+    original = dict(MODELS)
+    settings = {"moondream_url": fake_cloud.address, "moondream_rate": 500.0}
+    with app_server(tmp_path_factory.mktemp("hosted"), **settings) as address:
         yield address
     MODELS.clear()
-    MODELS.update(before)
+    MODELS.update(original)
 
 
-def give_key(page: Page, key: str = KEY) -> None:
-    page.get_by_role("button", name="Your own Moondream key").click()
+def enter_key(page: Page, key: str = KEY) -> None:
+    page.get_by_role("button", name="Moondream API key").click()
     page.locator("#key input").fill(key)
     page.locator("#key input").press("Enter")
 
 
-def choosable(page: Page) -> None:
-    """Until the hosted model is greyed no more."""
+def wait_until_available(page: Page) -> None:
+    """Wait until the hosted model can be selected."""
     page.wait_for_function("() => !document.querySelector('.picker-box[value=\"moondream3-preview\"]').dataset.reason")
 
 
-def test_ones_own_key_opens_the_cloud_and_is_kept_nowhere(open_page: Open, played: Faults) -> None:
+def test_users_key_enables_hosted_models_and_is_not_stored(open_page: OpenPage, fake_cloud: FaultServer) -> None:
     page = open_page("models=moondream3-preview&photo=chelsea.jpg&n=4")
     page.locator("#models summary").click()
-    greyed = page.locator(".picker-choice.greyed").filter(has_text=TITLE)
-    assert "needs a Moondream key" in greyed.inner_text()
+    disabled = page.locator(".picker-choice.disabled").filter(has_text=TITLE)
+    assert "needs a Moondream API key" in disabled.inner_text()
     page.keyboard.press("Escape")
-    played.play(cloud, malformed, cloud)
-    give_key(page)
-    choosable(page)
-    run(page)
-    assert page.locator(".card[data-state=ready]").count() == 3
-    failed = page.locator(".card[data-state=failed]")
-    assert "something else than JSON" in failed.inner_text()
-    assert page.locator(".column-state").inner_text() == "Done · 3 of 4 recipes could be read"
+    fake_cloud.respond_with(cloud, malformed_json, cloud)
+    enter_key(page)
+    wait_until_available(page)
+    run_comparison(page)
+    assert page.locator(".card[data-status=ready]").count() == 3
+    failed = page.locator(".card[data-status=failed]")
+    assert "did not return a JSON object" in failed.inner_text()
+    assert page.locator(".column-status").inner_text() == "Done · 3 of 4 recipes are valid"
     assert KEY not in page.url and KEY not in page.content()
     page.reload()
     page.wait_for_selector("body[data-opened]")
-    page.get_by_role("button", name="Your own Moondream key").click()
+    page.get_by_role("button", name="Moondream API key").click()
     assert page.locator("#key input").input_value() == ""
 
 
-def test_a_wrong_key_is_said_to_be_one(open_page: Open, played: Faults) -> None:
-    played.play(cloud)
+def test_invalid_key_shows_a_message_without_the_key(open_page: OpenPage, fake_cloud: FaultServer) -> None:
+    fake_cloud.respond_with(cloud)
     page = open_page("models=moondream3-preview&photo=chelsea.jpg&n=2")
-    give_key(page, "md-wrong-key")
-    choosable(page)
-    run(page)
+    enter_key(page, "md-wrong-key")
+    wait_until_available(page)
+    run_comparison(page)
     error = page.locator(".column-error").inner_text()
     assert "does not accept the key" in error and "md-wrong-key" not in page.content()
 
 
-def test_reasoning_is_shown_with_what_it_points_at(open_page: Open, played: Faults) -> None:
-    played.play(cloud)
+def test_reasoning_highlights_the_text_that_refers_to_points(open_page: OpenPage, fake_cloud: FaultServer) -> None:
+    fake_cloud.respond_with(cloud)
     page = open_page("models=moondream3-preview&photo=chelsea.jpg&n=1&skill=query&prompt=How many cats?")
-    give_key(page)
-    choosable(page)
-    page.get_by_label("Think first").check()
-    run(page)
-    page.locator(".card-thought summary").click()
+    enter_key(page)
+    wait_until_available(page)
+    page.get_by_label("Reasoning").check()
+    run_comparison(page)
+    page.locator(".card-reasoning-details summary").click()
     assert page.locator(".card-reasoning").inner_text() == "I see cats <b>here</b>."
     assert page.locator(".card-reasoning mark").inner_text() == "cats"
-    assert page.locator(".card-marks circle.mark-line").count() == 2
+    assert page.locator(".card-regions circle.region-line").count() == 2
     assert violations(page) == []
 
 
-def test_an_outline_is_drawn_on_the_photo_on_a_phone_in_the_dark(open_page: Open, played: Faults) -> None:
-    played.play(cloud)
+def test_outline_is_drawn_on_a_phone_in_dark_mode(open_page: OpenPage, fake_cloud: FaultServer) -> None:
+    fake_cloud.respond_with(cloud)
     page = open_page(
         "models=moondream3-preview&photo=chelsea.jpg&n=1&skill=segment&prompt=cat", **PHONE, color_scheme="dark"
     )
-    give_key(page)
-    choosable(page)
-    run(page)
-    assert page.locator(".card-marks path.mark-line").get_attribute("d") == PATH
+    enter_key(page)
+    wait_until_available(page)
+    run_comparison(page)
+    assert page.locator(".card-regions path.region-line").get_attribute("d") == PATH
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert violations(page) == []

@@ -372,7 +372,8 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     changes = [photo.choose, inputs["models"].choose, inputs["seed"].change, run_button.click]
     changes += [inputs[name].input for name in ("skill", "prompt", "length", "n", "temperature")]
     changes += [slider.input for slider in sliders]
-    gr.on(changes, None, link_values, None, js=link_js(copy=False), **PRIVATE)
+    for change in changes:  # gr.on does not accept the events of gr.HTML
+        change(None, link_values, None, js=link_js(copy=False), **PRIVATE)
     copied = copy_link.click(None, link_values, copy_link, js=link_js(copy=True), **PRIVATE)
     copied.then(None, None, copy_link, js=RESET_LABEL_JS, **PRIVATE)
 
