@@ -1,13 +1,13 @@
-"""`python -m bench [--only NAME] [--json FILE]`: every benchmark as one table with pass or miss, and as JSON.
+"""`python -m bench [--only NAME] [--json FILE]`: run the benchmarks and print one table with pass or miss, and JSON.
 
 A benchmark is a module named in BENCHMARKS with `rows() -> list[dict]`. A row has
 
-- `name`, `value`, `unit`: what was measured, for example "8 answers to one photo", 1.9, "s";
-- `baseline`, `ratio` (or None): what it is compared with, measured in the same run, and how they compare;
-- `target` (or None): "<= 250" is about the value, "ratio >= 5" about the ratio;
-- `note`: how it was measured, in a few words.
+- `name`, `value`, `unit`: for example "8 answers to one photo", 1.9, "s";
+- `baseline`, `ratio` (or None): a reference measured in the same run, and the comparison with it;
+- `target` (or None): "<= 250" refers to the value, "ratio >= 5" to the ratio;
+- `note`: how it was measured.
 
-Each module runs in a process of its own, so that threads and memory of one do not change another.
+Each module runs in a separate process, so that its threads and memory do not affect the others.
 """
 
 import argparse
@@ -53,79 +53,80 @@ COMPARISONS = {
     ">": operator.gt,
 }
 TARGET = re.compile(
-    r"\s*(?P<what>value|ratio)?\s*(?P<sign><=|>=|≤|≥|<|>)\s*(?P<limit>-?\d+(?:\.\d+)?)\s*(?P<unit>\S*)\s*"
+    r"\s*(?P<field>value|ratio)?\s*(?P<operator><=|>=|≤|≥|<|>)\s*(?P<limit>-?\d+(?:\.\d+)?)\s*(?P<unit>\S*)\s*"
 )
 LIBRARIES = ("torch", "transformers", "gradio", "opencv-python-headless", "numpy")
 MARKS = {True: "pass", False: "MISS", None: ""}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, print, write; 1 if a benchmark failed, 0 otherwise: a missed target is a result."""
+    """Run the benchmarks. Returns 1 if one failed, else 0; a missed target is not a failure."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the playground against its targets.")
-    parser.add_argument("--only", action="append", choices=BENCHMARKS, help="run this one; may be given several times")
-    parser.add_argument("--json", type=Path, default=ROOT / "bench-results" / "bench.json", help="where to write")
-    chosen = parser.parse_args(arguments)
+    parser.add_argument("--only", action="append", choices=BENCHMARKS, help="run only this benchmark; repeatable")
+    parser.add_argument("--json", type=Path, default=ROOT / "bench-results" / "bench.json", help="output file")
+    options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
-    for name in chosen.only or BENCHMARKS:
+    for name in options.only or BENCHMARKS:
         print(f"measuring {name} …", file=sys.stderr, flush=True)
         try:
-            measured = measure(BENCHMARKS[name])
-            rows += [{"benchmark": name, **checked(row)} for row in measured]
+            rows += [{"benchmark": name, **validate(row)} for row in measure(BENCHMARKS[name])]
         except BenchmarkError as error:
             failures[name] = str(error)
     print(table(rows))
-    for name, why in failures.items():
-        print(f"\n{name}: FAILED: {why}")
-    write(chosen.json, {**machine(), "rows": rows, "failures": failures})
-    print(f"\n{summary(rows, failures)} Written to {chosen.json}.")
+    for name, reason in failures.items():
+        print(f"\n{name}: FAILED: {reason}")
+    write(options.json, {**machine(), "rows": rows, "failures": failures})
+    print(f"\n{summary(rows, failures)} Saved to {options.json}.")
     return 1 if failures else 0
 
 
 class BenchmarkError(Exception):
-    """A benchmark that could not be measured, and why."""
+    """Raised when a benchmark cannot be measured. The message says why."""
 
 
 def measure(module: str) -> list[dict[str, Any]]:
-    """The rows of one module, run in a process of its own. Raises BenchmarkError if that ends badly."""
+    """Run one module in a separate process and return its rows. Raises BenchmarkError if the process fails."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
-        program = "import sys; from bench.__main__ import _measure_here; _measure_here(*sys.argv[1:])"
+        program = "import sys; from bench.__main__ import _write_rows; _write_rows(*sys.argv[1:])"
         command = [sys.executable, "-c", program, module, str(file)]
-        run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        run = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
         sys.stderr.write(run.stdout)
         if run.returncode != 0:
-            said = run.stdout.strip().splitlines()[-1:] or [f"it ended with {run.returncode} and said nothing"]
-            raise BenchmarkError(said[0])
+            lines = run.stdout.strip().splitlines() or [f"exited with code {run.returncode} without output"]
+            raise BenchmarkError(lines[-1])
         return json.loads(file.read_text())
 
 
-def _measure_here(module: str, file: str) -> None:
+def _write_rows(module: str, file: str) -> None:
     Path(file).write_text(json.dumps(list(importlib.import_module(module).rows())))
 
 
-def checked(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with every field in order and `met`: True, False, or None without a target."""
+def validate(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row with all fields in order and `met`: True, False, or None without a target."""
     unknown = set(row) - set(FIELDS)
     if unknown or not {"name", "value", "unit"} <= set(row):
         raise BenchmarkError(f"a row needs name, value and unit, and may have {', '.join(FIELDS[3:])}; got {row}")
-    full = {field: row.get(field) for field in FIELDS}
-    return {**full, "met": met(full)}
+    complete = {field: row.get(field) for field in FIELDS}
+    return {**complete, "met": target_met(complete)}
 
 
-def met(row: dict[str, Any]) -> bool | None:
-    """Whether the row's value or ratio is within its target."""
+def target_met(row: dict[str, Any]) -> bool | None:
+    """Return whether the row's value or ratio meets its target; None without a target."""
     if not row["target"]:
         return None
     target = TARGET.fullmatch(str(row["target"]))
     if target is None:
-        raise BenchmarkError(f'a target reads "<= 250" or "ratio >= 5", not {row["target"]!r}')
-    number = row[target["what"] or "value"]
-    return number is not None and COMPARISONS[target["sign"]](number, float(target["limit"]))
+        raise BenchmarkError(f'a target is written like "<= 250" or "ratio >= 5", not {row["target"]!r}')
+    number = row[target["field"] or "value"]
+    return number is not None and COMPARISONS[target["operator"]](number, float(target["limit"]))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as aligned text."""
+    """Format the rows as aligned text."""
     header = ("benchmark", "measure", "value", "unit", "baseline", "ratio", "target", "", "note")
     lines = [header, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
@@ -141,10 +142,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    numbers = [_number(row[field]) for field in ("value", "baseline", "ratio")]
-    value, baseline, ratio = numbers
-    words = [str(row[field] or "") for field in ("benchmark", "name", "unit", "target", "note")]
-    return (words[0], words[1], value, words[2], baseline, ratio, words[3], MARKS[row["met"]], words[4])
+    value, baseline, ratio = (_number(row[field]) for field in ("value", "baseline", "ratio"))
+    benchmark, name, unit, target, note = (
+        str(row[field] or "") for field in ("benchmark", "name", "unit", "target", "note")
+    )
+    return benchmark, name, value, unit, baseline, ratio, target, MARKS[row["met"]], note
 
 
 def _number(value: float | None) -> str:
@@ -154,14 +156,14 @@ def _number(value: float | None) -> str:
 
 
 def summary(rows: list[dict[str, Any]], failures: dict[str, str]) -> str:
-    """One sentence: how many targets were met and what failed."""
-    judged = [row for row in rows if row["met"] is not None]
+    """Return one sentence with the number of targets met and of failures."""
+    with_target = [row for row in rows if row["met"] is not None]
     failed = f", {len(failures)} benchmarks failed" if failures else ""
-    return f"{sum(row['met'] for row in judged)} of {len(judged)} targets met{failed}."
+    return f"{sum(row['met'] for row in with_target)} of {len(with_target)} targets met{failed}."
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Describe the machine and the commit."""
     return {
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -181,7 +183,7 @@ def machine() -> dict[str, Any]:
 def _commit() -> str | None:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     except FileNotFoundError:
         return None
 

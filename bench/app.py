@@ -1,4 +1,4 @@
-"""How long from `python app.py` to the first page, against an empty Gradio page on the same machine."""
+"""Startup: time from `python app.py` to the first page, against an empty Gradio page on the same machine."""
 
 import http.client
 import os
@@ -15,8 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REPEATS = 5
-# Python looks for compiled files where there are none, and writes none.
-UNCOMPILED = {"PYTHONPYCACHEPREFIX": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"}
+# No compiled files are found, and none are written.
+NO_BYTECODE = {"PYTHONPYCACHEPREFIX": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"}
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 EMPTY = """
 import os
@@ -25,24 +25,24 @@ with gr.Blocks() as page:
     pass
 page.launch(server_port=int(os.environ["GRADIO_SERVER_PORT"]))
 """
-# Runs app.py as `python app.py` does, and tells on SIGUSR1 which modules are loaded.
-TELLING = """
+# Runs app.py like `python app.py`, and writes the names of the loaded modules to a file on SIGUSR1.
+WRITE_MODULES = """
 import os, runpy, signal, sys
-def tell(*_):
-    with open(sys.argv[1] + ".half", "w") as file:
+def write_modules(*_):
+    with open(sys.argv[1] + ".part", "w") as file:
         file.write(" ".join(list(sys.modules)))
-    os.replace(sys.argv[1] + ".half", sys.argv[1])
-signal.signal(signal.SIGUSR1, tell)
+    os.replace(sys.argv[1] + ".part", sys.argv[1])
+signal.signal(signal.SIGUSR1, write_modules)
 runpy.run_path("app.py", run_name="__main__")
 """
 
 
 def rows() -> list[dict[str, Any]]:
-    """The median start of the app and of an empty page, with compiled bytecode and without, and the heavy modules."""
+    """Measure the median startup of the app and of an empty page, with and without bytecode, and list heavy modules."""
     loaded = heavy_modules()
     return [
         start_row("start to first page", {}, "warm disk"),
-        start_row("the same without compiled bytecode", UNCOMPILED, "as uv installs, or where nothing can be written"),
+        start_row("start to first page without bytecode", NO_BYTECODE, "as uv installs, or on a read-only disk"),
         {
             "name": "heavy modules at the first page",
             "value": len(loaded),
@@ -53,11 +53,11 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-def start_row(name: str, environment: dict[str, str], words: str) -> dict[str, Any]:
-    """The app against an empty page, in turns."""
+def start_row(name: str, environment: dict[str, str], condition: str) -> dict[str, Any]:
+    """Measure the app against an empty page, alternating."""
     ours, empty = ["app.py"], ["-c", EMPTY]
     for command in (ours, empty):
-        first_page(command, environment)  # the first start reads files from the disk and compiles them
+        first_page(command, environment)  # warm-up: reads files from the disk and compiles them
     pairs = [(first_page(ours, environment), first_page(empty, environment)) for _ in range(REPEATS)]
     app, gradio = (statistics.median(times) for times in zip(*pairs))
     return {
@@ -67,12 +67,12 @@ def start_row(name: str, environment: dict[str, str], words: str) -> dict[str, A
         "baseline": gradio,
         "ratio": app / gradio,
         "target": "ratio <= 1.5",
-        "note": f"against an empty Gradio page, medians of {REPEATS} in turns, {words}",
+        "note": f"against an empty Gradio page, medians of {REPEATS} alternating starts, {condition}",
     }
 
 
 def first_page(arguments: Sequence[str], environment: dict[str, str] | None = None) -> float:
-    """Seconds from the start of `python <arguments>` to its first 200 on /. The process is gone afterwards."""
+    """Return the seconds from the start of `python <arguments>` to its first 200 on /, and stop the process."""
     port = free_port()
     started = time.perf_counter()
     process = start(arguments, port, environment)
@@ -84,17 +84,17 @@ def first_page(arguments: Sequence[str], environment: dict[str, str] | None = No
 
 
 def heavy_modules() -> list[str]:
-    """Which modules of HEAVY app.py has loaded by its first page."""
+    """Return the modules of HEAVY that app.py has loaded at its first page."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "modules"
-        process = start(["-c", TELLING, str(file)], port)
+        process = start(["-c", WRITE_MODULES, str(file)], port)
         try:
             wait_for_page(process, port)
             process.send_signal(signal.SIGUSR1)
             while not file.exists():
                 if process.poll() is not None:
-                    raise RuntimeError(f"it ended with {process.returncode} instead of telling its modules")
+                    raise RuntimeError(f"the app exited with code {process.returncode} before it listed its modules")
                 time.sleep(0.02)
             loaded = set(file.read_text().split())
         finally:
@@ -103,7 +103,7 @@ def heavy_modules() -> list[str]:
 
 
 def start(arguments: Sequence[str], port: int, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Starts Python in the project's folder, told to serve on `port`."""
+    """Start Python in the project's folder with a Gradio server on `port`."""
     environment = {
         **os.environ,
         **(environment or {}),
@@ -116,7 +116,7 @@ def start(arguments: Sequence[str], port: int, environment: dict[str, str] | Non
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process, by force if it does not go."""
+    """Terminate the process; kill it after 10 seconds."""
     process.terminate()
     try:
         process.wait(10)
@@ -125,12 +125,17 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def wait_for_page(process: subprocess.Popen[bytes], port: int, patience: float = 120) -> None:
-    """Returns at the first 200 on /. Raises RuntimeError if the process ends first, TimeoutError after `patience` s."""
-    deadline = time.monotonic() + patience
+def wait_for_page(process: subprocess.Popen[bytes], port: int, timeout: float = 120) -> None:
+    """Wait for the first 200 on /.
+
+    Raises:
+        RuntimeError: If the process exits first.
+        TimeoutError: After `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"it ended with {process.returncode} before it served a page")
+            raise RuntimeError(f"the server exited with code {process.returncode} before it served a page")
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         try:
             connection.request("GET", "/")
@@ -141,10 +146,10 @@ def wait_for_page(process: subprocess.Popen[bytes], port: int, patience: float =
         finally:
             connection.close()
         time.sleep(0.01)
-    raise TimeoutError(f"no page within {patience:.0f} s")
+    raise TimeoutError(f"no page within {timeout:.0f} s")
 
 
 def free_port() -> int:
-    """A port that nothing listens on right now."""
+    """Return an unused port."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]

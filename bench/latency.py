@@ -1,4 +1,4 @@
-"""What a fine-tune in the background does to the other requests: their p50 and p99, idle and while a run trains."""
+"""Request latency while a fine-tuning run trains in the background: p50 and p99, against the idle server."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from bench.app import ROOT, free_port, start, stop, wait_for_page
 from training.runs.run import Run, RunConfig
 
 REQUESTS = 300
-PAUSE = 0.02  # seconds between two requests, as of somebody who clicks
+PAUSE = 0.02  # seconds between two requests
 
 
 def rows() -> list[dict[str, Any]]:
-    """One server, measured before and while `training.grpo` works beside it."""
+    """Measure one server before and during a run of `training.grpo`."""
     port = free_port()
     server = start(["app.py"], port)
     try:
@@ -32,13 +32,13 @@ def rows() -> list[dict[str, Any]]:
                 _times(request, 40)
             idle = {name: _times(request) for name, request in requests.items()}
             with tempfile.TemporaryDirectory() as folder:
-                child = _training(Path(folder))
+                child = _start_run(Path(folder))
                 busy = {name: _times(request) for name, request in requests.items()}
                 ended = child.poll()
                 child.kill()
                 child.wait()
                 if ended is not None:
-                    raise RuntimeError("the run ended before the measuring did")
+                    raise RuntimeError("the run ended before the measurement")
     finally:
         stop(server)
     return [_row(name, idle[name], busy[name]) for name in requests]
@@ -49,18 +49,18 @@ def _models(client: httpx.Client) -> None:
 
 
 def _times(request: Any, count: int = REQUESTS) -> np.ndarray:
-    """Milliseconds of each request."""
-    found = []
+    """Return the milliseconds of each request."""
+    times = []
     for _ in range(count):
-        began = time.perf_counter()
+        started = time.perf_counter()
         request()
-        found.append(1000 * (time.perf_counter() - began))
+        times.append(1000 * (time.perf_counter() - started))
         time.sleep(PAUSE)
-    return np.array(found)
+    return np.array(times)
 
 
-def _training(folder: Path) -> subprocess.Popen[bytes]:
-    """A run that is past its start: it trains."""
+def _start_run(folder: Path) -> subprocess.Popen[bytes]:
+    """Start a run and wait for its first step."""
     config = RunConfig.create(base="moondream-tiny", reward={"sharpness": 1.0}, seed=1, steps=1_000)
     (folder / "config.json").write_text(json.dumps(config.model_dump()))
     command = [sys.executable, "-m", "training.grpo", str(folder)]

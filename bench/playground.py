@@ -1,8 +1,7 @@
-"""How long a reward slider takes to show on the screen: 24 candidates in the real page, in a real browser.
+"""Playground: time from a reward slider to the screen with 24 candidates, in the real page and a real browser.
 
-The alternative is measured beside it: the sliders' values go to the server, which scores and ranks and sends back small
-news (no picture twice), and the page draws them in the same way.
-`answer` here is a backend that answers at once: no model is measured.
+The baseline sends the sliders' values to the server, which scores, ranks and returns a small update without pictures,
+and renders it in the same way. `answer` is a backend without a model.
 """
 
 from __future__ import annotations
@@ -27,11 +26,17 @@ from recipes import random_recipe
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-MODELS_AT_ONCE, CANDIDATES, MOVES = 3, 8, 60
+MODEL_COUNT, CANDIDATES, MOVES = 3, 8, 60
 BROWSERS = ("chromium", "google-chrome", "chromium-browser")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-# Moves a slider, waits for the grid to change and for the frame that shows it. Milliseconds, one per move.
-MEASURE = """async ({slider, moves}) => {
+BROWSER_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+]
+# Moves a slider, waits until the grid has changed and a frame is painted. Returns milliseconds per move.
+MEASURE_MOVES = """async ({slider, moves}) => {
   const grid = document.querySelector('#candidates'), node = document.querySelector(slider), times = [];
   for (let move = 0; move < moves; move++) {
     const changed = new Promise(done => {
@@ -49,35 +54,35 @@ MEASURE = """async ({slider, moves}) => {
   return times;
 }"""
 
-SHOW = """news => {
-  document.dispatchEvent(new CustomEvent('playground-weights', {detail: news.weights}));
+APPLY_UPDATE = """update => {
+  document.dispatchEvent(new CustomEvent('playground-weights', {detail: update.weights}));
   return [];
 }"""
 
 
 def rows() -> list[dict[str, Any]]:
-    """Slider to paint, and the first picture and all pictures after a click; needs Chromium (CHROMIUM names one)."""
-    names = [f"bench-{place}" for place in range(MODELS_AT_ONCE)]
+    """Measure slider to paint, and click to pictures. Needs Chromium; the variable CHROMIUM may name the executable."""
+    names = [f"bench-{index}" for index in range(MODEL_COUNT)]
     BACKENDS["bench"] = __name__
     MODELS.update({name: ModelSpec(name, name, "", "bench", "") for name in names})
-    with _served(_application()) as address, _page() as page:
+    with _serve(_create_app()) as address, _open_page() as page:
         page.goto(f"{address}/?photo=chelsea.jpg&n={CANDIDATES}&models={','.join(names)}")
         page.wait_for_selector("#photo img[src]")
-        first, complete = _click(page)
-        here = page.evaluate(MEASURE, {"slider": "#weight-sharpness input[type=range]", "moves": MOVES})
-    with _served(_alternative()) as address, _page() as page:
+        first, complete = _measure_run(page)
+        client_times = page.evaluate(MEASURE_MOVES, {"slider": "#weight-sharpness input[type=range]", "moves": MOVES})
+    with _serve(_create_baseline()) as address, _open_page() as page:
         page.goto(address)
         page.wait_for_selector(".card-after[src]")
-        there = page.evaluate(MEASURE, {"slider": "#weight-sharpness input[type=range]", "moves": MOVES})
-    count = MODELS_AT_ONCE * CANDIDATES
-    note = f"median {statistics.median(here):.0f} ms; baseline: p95 of a round trip to the server, on this machine"
+        server_times = page.evaluate(MEASURE_MOVES, {"slider": "#weight-sharpness input[type=range]", "moves": MOVES})
+    count = MODEL_COUNT * CANDIDATES
+    note = f"median {statistics.median(client_times):.0f} ms; baseline: p95 with a round trip to a local server"
     return [
         {
             "name": f"slider to paint, {count} candidates, p95",
-            "value": _p95(here),
+            "value": _p95(client_times),
             "unit": "ms",
-            "baseline": _p95(there),
-            "ratio": _p95(there) / _p95(here),
+            "baseline": _p95(server_times),
+            "ratio": _p95(server_times) / _p95(client_times),
             "target": "<= 50",
             "note": note,
         },
@@ -87,44 +92,45 @@ def rows() -> list[dict[str, Any]]:
 
 
 def answer(entry: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
-    """The contract of a backend, at once."""
+    """Answer at once, as a backend."""
     yield Queued(0)
     for index in range(request.n):
-        draw = np.random.default_rng((request.seed, index, sum(entry.name.encode())))
-        yield Answer(index, str(random_recipe(draw)))
+        rng = np.random.default_rng((request.seed, index, sum(entry.name.encode())))
+        yield Answer(index, str(random_recipe(rng)))
 
 
 def _p95(times: list[float]) -> float:
     return float(np.percentile(times, 95))
 
 
-def _click(page: Page) -> tuple[float, float]:
-    """Milliseconds from the click on Run to the first picture and to the last."""
+def _measure_run(page: Page) -> tuple[float, float]:
+    """Return the milliseconds from the click on Run to the first and to the last picture."""
     return tuple(
         page.evaluate(
             """async count => {
-              const start = performance.now(), shown = () => document.querySelectorAll('.card-after[src]').length;
-              const until = many => new Promise(done => {
-                const look = () => shown() >= many ? done(performance.now() - start) : requestAnimationFrame(look);
-                look();
+              const start = performance.now(), countShown = () => document.querySelectorAll('.card-after[src]').length;
+              const until = count => new Promise(done => {
+                const elapsed = () => performance.now() - start;
+                const poll = () => countShown() >= count ? done(elapsed()) : requestAnimationFrame(poll);
+                poll();
               });
               document.querySelector('#run').click();
               return [await until(1), await until(count)];
             }""",
-            MODELS_AT_ONCE * CANDIDATES,
+            MODEL_COUNT * CANDIDATES,
         )
     )
 
 
-def _application() -> Any:
+def _create_app() -> Any:
     import app
     from settings import Settings
 
     return app.create_app(Settings(data_dir=Path(tempfile.mkdtemp(prefix="playground-bench-"))))
 
 
-def _alternative() -> Any:
-    """The same grid and sliders, scored and ranked by the server on every move."""
+def _create_baseline() -> Any:
+    """Create a page with the same grid and sliders, ranked by the server on every move."""
     import gradio as gr
     from fastapi import FastAPI
 
@@ -135,48 +141,50 @@ def _alternative() -> Any:
     value = _grid_value()
     with gr.Blocks(analytics_enabled=False, fill_width=True) as page:
         sliders = [
-            gr.Slider(0, 1, EQUAL_WEIGHTS.weights[name], step=0.05, label=name, elem_id=f"weight-{name}") for name in REWARDS
+            gr.Slider(0, 1, EQUAL_WEIGHTS.weights[name], step=0.05, label=name, elem_id=f"weight-{name}")
+            for name in REWARDS
         ]
-        grid, news = candidate_grid(), gr.JSON(visible=False)
+        grid, update = candidate_grid(), gr.JSON(visible=False)
         page.load(lambda: value, None, grid)
         for slider in sliders:
             moved = slider.change(
-                lambda *weights: _ranked(value, weights), sliders, news, queue=False, show_progress="hidden"
+                lambda *weights: _ranked(value, weights), sliders, update, queue=False, show_progress="hidden"
             )
-            moved.then(None, news, None, js=SHOW)
+            moved.then(None, update, None, js=APPLY_UPDATE)
     return gr.mount_gradio_app(FastAPI(), page, path="/", theme=theme(), head=HEAD, ssr_mode=False)
 
 
 def _grid_value() -> dict[str, Any]:
-    from recipes import load_photo, shrink
-    from ui.playground.compare import compare, picture_url
-    from ui.playground.grid import grid_value
+    from recipes import jpeg_data_url, load_photo, shrink
+    from ui.playground.compare import PICTURE_QUALITY, compare
+    from ui.playground.grid import grid_snapshot
     from ui.playground.samples import SAMPLES
 
     photo = load_photo(SAMPLES["chelsea.jpg"].path)
     names = [name for name in MODELS if name.startswith("bench-")]
-    *_, last = compare(names, Request(photo, "recipe", n=CANDIDATES), threading.Event(), every=0.0)
-    view = {"src": picture_url(shrink(photo)), "width": photo.shape[1], "height": photo.shape[0]}
-    return grid_value(last, "bench", view)
+    *_, last = compare(names, Request(photo, "recipe", n=CANDIDATES), threading.Event(), interval=0.0)
+    view = {"src": jpeg_data_url(shrink(photo), PICTURE_QUALITY), "width": photo.shape[1], "height": photo.shape[0]}
+    return grid_snapshot(last, "bench", view)
 
 
 def _ranked(value: dict[str, Any], weights: tuple[float, ...]) -> dict[str, Any]:
-    """The weights, and each column's cards with their totals, best first."""
+    """Return the weights, and each column's totals and candidate indices, best first."""
     from rewards import REWARDS, RewardFunction
 
-    named = dict(zip(REWARDS, weights))
-    function = RewardFunction(named) if any(weights) else None
+    weights_by_name = dict(zip(REWARDS, weights))
+    function = RewardFunction(weights_by_name) if any(weights) else None
     order = {}
     for column in value["columns"]:
-        totalled = [
-            (function.total(card["scores"]) or 0.0 if function else 0.0, card["index"]) for card in column["cards"]
+        totals = [
+            (function.total(candidate["scores"]) or 0.0 if function else 0.0, candidate["index"])
+            for candidate in column["candidates"]
         ]
-        order[column["name"]] = sorted(totalled, key=lambda one: -one[0])
-    return {"weights": named, "order": order}
+        order[column["name"]] = sorted(totals, key=lambda pair: -pair[0])
+    return {"weights": weights_by_name, "order": order}
 
 
 @contextmanager
-def _served(application: Any) -> Iterator[str]:
+def _serve(application: Any) -> Iterator[str]:
     import uvicorn
 
     server = uvicorn.Server(uvicorn.Config(application, host="127.0.0.1", port=0, log_level="error"))
@@ -190,12 +198,12 @@ def _served(application: Any) -> Iterator[str]:
 
 
 @contextmanager
-def _page() -> Iterator[Page]:
+def _open_page() -> Iterator[Page]:
     from playwright.sync_api import sync_playwright
 
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=path, args=BROWSER_ARGUMENTS)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(60_000)
         yield page

@@ -1,7 +1,7 @@
-"""From a push to a live preview: real processes of this application behind a stand-in for the Hub, by each path.
+"""Previews: time from a push to a live preview by build, restart and hot reload, with a simulated Hub.
 
-Simulated, and stated in the rows: what the Hub takes for an answer, a restart and a build. Real: the deployer as a
-command, the application, its start, and Gradio's hot reload in it.
+Simulated: the Hub's times of an API call, a restart and a build, which the rows state. Real: the deployer as a command,
+the application, its start, and Gradio's hot reload.
 """
 
 from __future__ import annotations
@@ -20,90 +20,90 @@ from bench.preview_repository import BUTTON, PreviewRepository
 from bench.spaces_server import SpacesServer, spaces_server
 
 ROOT = Path(__file__).resolve().parent.parent
-# Nobody has published the Hub's times. Three calls of its API are said to take 1 to 2 seconds, a restart 30 to 90, a
-# build one to fifteen minutes: taken here are .4 s a call, and the shortest of the others.
+# Seconds. The Hub's times are not published; reports say 1 to 2 s for three API calls, 30 to 90 s for a restart, and
+# 1 to 15 minutes for a build. The lower ends are used.
 LATENCY, RESTART, BUILD = 0.4, 30.0, 60.0
-SAID = f"simulated: {LATENCY} s a call of the Hub, {RESTART:.0f} s a restart, {BUILD:.0f} s a build"
-HOT, RESTARTS = 12, 4
+SIMULATED = f"simulated: {LATENCY} s per API call, {RESTART:.0f} s per restart, {BUILD:.0f} s per build"
+HOT_RELOADS, RESTARTS = 12, 4
 
 
 def rows() -> list[dict[str, Any]]:
-    """A first deploy, hot reloads and restarts of one branch; then what a build installs, in full and slim."""
+    """Measure a first deploy, hot reloads and restarts of one branch, and the installation of requirements."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "repository").mkdir()
         delays = {"latency": LATENCY, "restart": RESTART, "build": BUILD}
         with spaces_server(Path(folder) / "hub", **delays) as hub:
-            at = PreviewRepository(Path(folder) / "repository", hub, f"sqlite:///{folder}/usage.sqlite3")
-            at.git("checkout", "-q", "-b", "feature")
-            first = deployed(at, hub, "build", lambda _: at.commit("a branch"), 1)
-            hot = deployed(at, hub, "hot reload", lambda n: relabelled(at, n), HOT)
-            again = deployed(at, hub, "restart", lambda n: restyled(at, n), RESTARTS)
-    live, own = ([run[part] for run in hot] for part in (0, 1))
-    restarted, own_restarting = ([run[part] for run in again] for part in (0, 1))
-    restart = statistics.median(restarted)
+            repository = PreviewRepository(Path(folder) / "repository", hub, f"sqlite:///{folder}/usage.sqlite3")
+            repository.git("checkout", "-q", "-b", "feature")
+            first = measure_deploys(repository, hub, "build", lambda _: repository.commit("a branch"), 1)
+            hot = measure_deploys(repository, hub, "hot reload", lambda n: edit_label(repository, n), HOT_RELOADS)
+            restarts = measure_deploys(repository, hub, "restart", lambda n: edit_style(repository, n), RESTARTS)
+    hot_total, hot_own = ([run[part] for run in hot] for part in (0, 1))
+    restart_total, restart_own = ([run[part] for run in restarts] for part in (0, 1))
+    restart = statistics.median(restart_total)
     return [
         {
             "name": "push to live by hot reload, p95",
-            "value": p95(live),
+            "value": p95(hot_total),
             "unit": "s",
             "baseline": restart,
-            "ratio": p95(live) / restart,
+            "ratio": p95(hot_total) / restart,
             "target": "<= 5",
-            "note": f"{HOT} changes, median {statistics.median(live):.2f} s; against the restart path; {SAID}",
+            "note": f"{HOT_RELOADS} changes, median {statistics.median(hot_total):.2f} s; {SIMULATED}",
         },
         {
-            "name": "deployer's own share of it, p95",
-            "value": p95(own),
+            "name": "time of the deployer alone, p95",
+            "value": p95(hot_own),
             "unit": "s",
             "target": "<= 2",
-            "note": f"without the Hub's work and the application's; median {statistics.median(own):.2f} s",
+            "note": f"without the Hub and the application; median {statistics.median(hot_own):.2f} s",
         },
         {
             "name": "push to live by restart, median",
             "value": restart,
             "unit": "s",
-            "note": f"{RESTARTS} changes of the style sheet; {SAID}",
+            "note": f"{RESTARTS} changes of the style sheet; {SIMULATED}",
         },
         {
-            "name": "deployer's own share of it, p95",
-            "value": p95(own_restarting),
+            "name": "time of the deployer alone, p95",
+            "value": p95(restart_own),
             "unit": "s",
             "target": "<= 3",
-            "note": f"median {statistics.median(own_restarting):.2f} s",
+            "note": f"median {statistics.median(restart_own):.2f} s",
         },
         {
             "name": "first deploy of a branch, by build",
             "value": first[0][0],
             "unit": "s",
-            "note": f"once, all files sent; the deployer's own share {first[0][1]:.2f} s; {SAID}",
+            "note": f"one deploy, all files uploaded; the deployer alone takes {first[0][1]:.2f} s; {SIMULATED}",
         },
         *installs(),
     ]
 
 
-def deployed(
-    at: PreviewRepository, hub: SpacesServer, path: str, change: Callable[[int], object], times: int
+def measure_deploys(
+    repository: PreviewRepository, hub: SpacesServer, path: str, change: Callable[[int], object], times: int
 ) -> list[tuple[float, float]]:
-    """For each of some changes: seconds of the command from its start to its end, and its own share of them."""
-    found = []
+    """Deploy several changes. Returns, for each, the seconds of the command and those without the Hub's work."""
+    durations = []
     for n in range(times):
         while hub.spaces and any(space.stage != "RUNNING" for space in hub.spaces.values()):
-            time.sleep(0.1)  # the page is there a little before the port for hot reload
+            time.sleep(0.1)  # the page is served shortly before the hot-reload port
         change(n)
-        began = time.monotonic()
-        done = at.previews("deploy", "--branch", "feature")
+        started = time.monotonic()
+        result = repository.previews("deploy", "--branch", "feature")
         ended = time.monotonic()
-        if done["path"] != path:
+        if result["path"] != path:
             raise RuntimeError(
-                f"change {n} went by {done['path']}, not by {path}: {done['reason']} {done['fallbacks']}"
+                f"change {n} was deployed by {result['path']}, not by {path}: {result['reason']} {result['fallbacks']}"
             )
-        found.append((ended - began, ended - began - covered(hub.busy, began, ended)))
-    return found
+        durations.append((ended - started, ended - started - covered_seconds(hub.busy, started, ended)))
+    return durations
 
 
-def covered(spans: list[list[float]], began: float, ended: float) -> float:
-    """The seconds of a time that lie in at least one of the spans."""
-    total, reached = 0.0, began
+def covered_seconds(spans: list[list[float]], started: float, ended: float) -> float:
+    """Return the seconds between two times that lie in at least one of the spans."""
+    total, reached = 0.0, started
     for start, end in sorted(spans):
         start, end = max(start, reached), min(end, ended)
         if end > start:
@@ -111,37 +111,37 @@ def covered(spans: list[list[float]], began: float, ended: float) -> float:
     return total
 
 
-def relabelled(at: PreviewRepository, n: int) -> None:
-    """A change that hot reload can show."""
-    old = BUTTON if n == 0 else f'gr.Button("Reward {n - 1}"'
-    at.edit("ui/playground/tab.py", old, f'gr.Button("Reward {n}"')
+def edit_label(repository: PreviewRepository, n: int) -> None:
+    """Make a change that hot reload can apply."""
+    old = BUTTON if n == 0 else f'"Reward {n - 1}"'
+    repository.edit("ui/playground/tab.py", old, f'"Reward {n}"')
 
 
-def restyled(at: PreviewRepository, n: int) -> None:
-    """A change that it cannot show."""
-    with (at.folder / "ui" / "style.css").open("a") as file:
+def edit_style(repository: PreviewRepository, n: int) -> None:
+    """Make a change that hot reload cannot apply."""
+    with (repository.folder / "ui" / "style.css").open("a") as file:
         file.write(f"#nothing-{n} {{ color: red }}\n")
-    at.commit("style")
+    repository.commit("style")
 
 
 def p95(values: list[float]) -> float:
-    """The value that 95 % are at most: of few values, the largest."""
+    """Return the 95th percentile; of few values, the largest."""
     return sorted(values)[min(len(values) - 1, round(0.95 * len(values)))]
 
 
 def installs() -> list[dict[str, Any]]:
-    """What the installation in a build takes, with the full requirements and with the slim ones; nothing cached."""
-    took, size = {}, {}
+    """Measure the installation of the full and of the slim requirements without a cache."""
+    seconds, megabytes = {}, {}
     for name in ("requirements.txt", "requirements-slim.txt"):
         with tempfile.TemporaryDirectory() as folder:
             venv.create(folder, with_pip=True)
             command = [f"{folder}/bin/python", "-m", "pip", "install", "-q", "--no-cache-dir", "-r", str(ROOT / name)]
-            began = time.monotonic()
+            started = time.monotonic()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=sys.stderr)
-            took[name] = time.monotonic() - began
-            size[name] = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) / 2**20
-    full, slim = took.values()
-    large, small = size.values()
+            seconds[name] = time.monotonic() - started
+            megabytes[name] = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) / 2**20
+    full, slim = seconds.values()
+    full_size, slim_size = megabytes.values()
     return [
         {
             "name": "installation of a slim preview",
@@ -150,6 +150,6 @@ def installs() -> list[dict[str, Any]]:
             "baseline": full,
             "ratio": slim / full,
             "target": "ratio <= 0.8",
-            "note": f"{small:.0f} MB against {large:.0f} MB with the torch that pip gives here; PyPI's brings CUDA",
+            "note": f"{slim_size:.0f} MB against {full_size:.0f} MB with the default torch wheel; PyPI's includes CUDA",
         }
     ]

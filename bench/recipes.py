@@ -1,4 +1,4 @@
-"""Recipes: how long previews, a full-resolution picture, parsing and loading take."""
+"""Recipes: time of previews, full-size rendering, parsing and loading."""
 
 import io
 import statistics
@@ -20,11 +20,11 @@ PREVIEWS = 24
 
 
 def rows() -> list[dict[str, Any]]:
-    """Previews of one photo, a 12-megapixel picture, and what comes before: medians of several runs."""
+    """Measure previews of one photo, a 12-megapixel picture, loading and parsing: medians of several runs."""
     cv2.setNumThreads(CORES)
     photo = cv2.resize(load_photo(PHOTO), (PREVIEW_SIDE, PREVIEW_SIDE), interpolation=cv2.INTER_AREA)
     recipes = _recipes(PREVIEWS)
-    plain = median_ms(lambda: [plainly(photo, recipe) for recipe in recipes], 3)
+    reference = median_ms(lambda: [numpy_render(photo, recipe) for recipe in recipes], 3)
     previews = median_ms(lambda: render_all(photo, recipes), 15)
     large = cv2.resize(photo, (4000, 3000), interpolation=cv2.INTER_CUBIC)
     file = io.BytesIO()
@@ -35,10 +35,10 @@ def rows() -> list[dict[str, Any]]:
             "name": f"{PREVIEWS} previews at {PREVIEW_SIDE} px",
             "value": previews,
             "unit": "ms",
-            "baseline": plain,
-            "ratio": plain / previews,
+            "baseline": reference,
+            "ratio": reference / previews,
             "target": "<= 250",
-            "note": f"all operations in use; {CORES} cores; baseline: the same in NumPy and SciPy, float64",
+            "note": f"all operations; {CORES} cores; baseline: the same in NumPy and SciPy, float64",
         },
         row("a picture of 12 megapixels", median_ms(lambda: render(large, recipes[0]), 3), "all operations, full size"),
         row("loading a JPEG of 12 megapixels", median_ms(lambda: load_photo(file.getvalue()), 3), "to RGB"),
@@ -48,12 +48,12 @@ def rows() -> list[dict[str, Any]]:
 
 
 def row(name: str, milliseconds: float, note: str) -> dict[str, Any]:
-    """A measure without a target."""
+    """Build a row without a target."""
     return {"name": name, "value": milliseconds, "unit": "ms", "note": note}
 
 
 def median_ms(action: Callable[[], Any], repeats: int) -> float:
-    """The median time of an action in milliseconds, after one run that does not count."""
+    """Return the median time of an action in milliseconds, after one warm-up run."""
     action()
     times = []
     for _ in range(repeats):
@@ -64,13 +64,13 @@ def median_ms(action: Callable[[], Any], repeats: int) -> float:
 
 
 def _recipes(count: int) -> list[Recipe]:
-    """Random recipes in which everything is touched, over the whole frame: the costly case."""
+    """Draw random recipes that change every operation of the whole frame, the slowest case."""
     rng = np.random.default_rng(0)
     return [random_recipe(rng, change_probability=1).replace(crop=(0, 0, 100, 100)) for _ in range(count)]
 
 
-def plainly(photo: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """What `render` does without the looks, written as one would in NumPy and SciPy."""
+def numpy_render(photo: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """Render a recipe without its look in NumPy and SciPy, as a reference."""
     assert set(OPERATIONS) == {"crop", "exposure", "contrast", "saturation", "warmth", "sharpening", "look"}
     weights = np.array([0.2126, 0.7152, 0.0722])
     coded = photo / 255.0

@@ -1,4 +1,4 @@
-"""Rewards: what scoring costs, against the same measures written with scikit-image; and whether they need the photo."""
+"""Rewards: time of scoring, against scikit-image; and how far the rewards depend on the photo."""
 
 from pathlib import Path
 from typing import Any
@@ -11,69 +11,71 @@ from skimage.filters import gaussian, laplace
 from bench.recipes import median_ms
 from recipes import PREVIEW_SIDE, Recipe, load_photo, render
 from rewards import REWARDS, score_pictures
-from rewards.report import PHOTOS, draw, report
+from rewards.report import PHOTOS, random_recipes, report
 
 PHOTO = Path(__file__).resolve().parent.parent / "assets" / "photos" / "astronaut.jpg"
-EVERY = 4  # of the bundled photos, for the second half
+PHOTO_STEP = 4  # every 4th bundled photo is used for the blind shares
 
 
 def rows() -> list[dict[str, Any]]:
-    """Scoring one candidate and a group on one core; then the blind share over a quarter of the bundled photos."""
+    """Measure scoring of one candidate and of a group on one core, and the blind share over bundled photos."""
     cv2.setNumThreads(1)
     photo = cv2.resize(load_photo(PHOTO), (PREVIEW_SIDE, PREVIEW_SIDE), interpolation=cv2.INTER_AREA)
     candidate = render(photo, Recipe(exposure=20, contrast=10, saturation=20, warmth=-20, sharpening=40))
     cropped = render(photo, Recipe(crop=(10, 5, 85, 95), exposure=20, look="fade"))
-    plain = median_ms(lambda: plainly(photo, candidate), 3)
+    reference = median_ms(lambda: scikit_image_metrics(photo, candidate), 3)
     ours = median_ms(lambda: score_pictures(photo, [candidate]), 40)
     group = median_ms(lambda: score_pictures(photo, [candidate, cropped] * 4), 10) / 8
-    first = {
+    combined = {
         "name": f"all rewards of one candidate of {PREVIEW_SIDE} px",
         "value": ours,
         "unit": "ms",
-        "baseline": plain,
-        "ratio": plain / ours,
+        "baseline": reference,
+        "ratio": reference / ours,
         "target": "<= 6",
-        "note": "one core, a group of one; baseline: the same measures with scikit-image at full size",
+        "note": "one core, a group of one; baseline: the same metrics with scikit-image at full size",
     }
-    alone = {name: median_ms(lambda reward=reward: reward(photo, [candidate]), 40) for name, reward in REWARDS.items()}
-    parts = [row(f"{name} of one candidate", value, "ms", "one core") for name, value in alone.items()]
+    separate = {
+        name: median_ms(lambda reward=reward: reward(photo, [candidate]), 40) for name, reward in REWARDS.items()
+    }
+    parts = [row(f"{name} of one candidate", value, "ms", "one core") for name, value in separate.items()]
     per_candidate = row("all rewards per candidate of eight", group, "ms", "one core, half of them cropped")
-    return [first, *parts, per_candidate, *blind_shares()]
+    return [combined, *parts, per_candidate, *blind_shares()]
 
 
 def row(name: str, value: float, unit: str, note: str, target: str | None = None) -> dict[str, Any]:
-    """A row without a baseline."""
+    """Build a row without a baseline."""
     return {"name": name, "value": value, "unit": unit, "target": target, "note": note}
 
 
 def blind_shares() -> list[dict[str, Any]]:
-    """How far one recipe for all photos gets, and how often the best per photo sits at a limit."""
-    files = sorted(PHOTOS.glob("*.jpg"))[::EVERY]
-    found = []
-    for name, line in report(files, draw()).items():
+    """Measure the gain of one recipe for all photos, and how often the best per photo is at a limit."""
+    files = sorted(PHOTOS.glob("*.jpg"))[::PHOTO_STEP]
+    table = []
+    for name, line in report(files, random_recipes()).items():
         gains = f"untouched {line['untouched']:.2f}, best single {line['best_single']:.2f}"
         note = f"{len(files)} photos, 256 recipes; {gains}, best per photo {line['best_per_photo']:.2f}"
-        found.append(row(f"blind share of {name}", line["blind_share"], "", note, "<= 0.85"))
-        found.append(row(f"best of {name} at a limit", line["at_limits"], "", "share of photos", "<= 0.2"))
-    return found
+        table.append(row(f"blind share of {name}", line["blind_share"], "", note, "<= 0.85"))
+        table.append(row(f"best of {name} at a limit", line["at_limits"], "", "share of photos", "<= 0.2"))
+    return table
 
 
-def plainly(source: np.ndarray, picture: np.ndarray) -> list[Any]:
-    """The measures behind the three rewards for a candidate of the source's size, as one would write them first."""
+def scikit_image_metrics(source: np.ndarray, picture: np.ndarray) -> list[Any]:
+    """Compute the metrics of the three rewards for a candidate of the source's size, as a reference."""
     grey_source, grey = color.rgb2gray(source), color.rgb2gray(picture)
     detail = [np.sqrt((laplace(gaussian(image, 0.7)) ** 2).mean()) for image in (grey_source, grey)]
     square = np.ones((5, 5))
     over = np.maximum(grey - morphology.dilation(grey_source, square), 0)
     under = np.maximum(morphology.erosion(grey_source, square) - grey, 0)
-    burnt = [np.mean((image <= 1) | (image >= 254)) for image in (source, picture)]
+    clipped = [np.mean((image <= 1) | (image >= 254)) for image in (source, picture)]
     lab_source, lab = color.rgb2lab(source), color.rgb2lab(picture)
     change = color.deltaE_ciede2000(lab_source, lab).mean()
     hues = [np.arctan2(values[..., 2], values[..., 1]) for values in (lab_source, lab)]
-    turn = np.abs(np.angle(np.exp(1j * (hues[1] - hues[0])))).mean()
-    vivid = [_colourfulness(image.astype(float)) for image in (source, picture)]
+    hue_shift = np.abs(np.angle(np.exp(1j * (hues[1] - hues[0])))).mean()
+    colourful = [_colourfulness(image.astype(float)) for image in (source, picture)]
     structure = metrics.structural_similarity(grey_source, grey, data_range=1.0)
     palette = np.quantile(lab.reshape(-1, 3), np.linspace(0, 1, 33), axis=0)
-    return [*detail, (over + under).mean(), *burnt, change, turn, *vivid, structure, float(palette.mean())]
+    return [*detail, (over + under).mean(), *clipped, change, hue_shift, *colourful, structure, float(palette.mean())]
 
 
 def _colourfulness(image: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""The benchmark report: what counts as a pass, what the table and the file hold, and that failures are not hidden."""
+"""The benchmark runner: targets, table and file, failures, and the startup measurement."""
 
 import importlib.util
 import json
@@ -14,13 +14,13 @@ ROW = {"name": "8 answers", "value": 1.94, "unit": "s", "baseline": 11.64, "rati
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """Where the JSON goes."""
+    """Return the path of the JSON file."""
     return tmp_path / "deep" / "bench.json"
 
 
 @pytest.fixture
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of benchmark modules that the measuring processes can import."""
+    """Return a folder of benchmark modules that the benchmark processes can import."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return tmp_path
 
@@ -30,7 +30,7 @@ def run(monkeypatch: pytest.MonkeyPatch, results: Path, **modules: str) -> int:
     return bench.main(["--json", str(results)])
 
 
-def module(folder: Path, name: str, *lines: str) -> str:
+def write_module(folder: Path, name: str, *lines: str) -> str:
     (folder / f"{name}.py").write_text("def rows():\n" + "".join(f"    {line}\n" for line in lines))
     return name
 
@@ -49,26 +49,26 @@ def module(folder: Path, name: str, *lines: str) -> str:
         (None, 1.0, None, None),
     ],
 )
-def test_a_target_is_about_the_value_or_the_ratio(
+def test_a_target_refers_to_the_value_or_the_ratio(
     target: str | None, value: float, ratio: float | None, met: bool | None
 ) -> None:
-    assert bench.met({"value": value, "ratio": ratio, "target": target}) is met
+    assert bench.target_met({"value": value, "ratio": ratio, "target": target}) is met
 
 
 @pytest.mark.parametrize("target", ["fast", "5", "<= soon", "speed >= 5", "<= 250 ms or so"])
-def test_a_target_that_says_nothing_is_an_error(target: str) -> None:
-    with pytest.raises(bench.BenchmarkError, match="a target reads"):
-        bench.met({"value": 1.0, "ratio": 1.0, "target": target})
+def test_an_invalid_target_raises(target: str) -> None:
+    with pytest.raises(bench.BenchmarkError, match="a target is written"):
+        bench.target_met({"value": 1.0, "ratio": 1.0, "target": target})
 
 
 @pytest.mark.parametrize("row", [{"name": "x", "value": 1.0}, {**ROW, "speed": 3}])
-def test_a_row_that_lacks_or_invents_a_field_is_an_error(row: dict) -> None:
+def test_a_row_with_missing_or_unknown_fields_raises(row: dict) -> None:
     with pytest.raises(bench.BenchmarkError, match="a row needs"):
-        bench.checked(row)
+        bench.validate(row)
 
 
-def test_the_table_shows_values_targets_and_whether_they_were_met() -> None:
-    rows = [{"benchmark": "b", **bench.checked(row)} for row in (ROW, {**ROW, "ratio": 4.0}, {**ROW, "target": None})]
+def test_the_table_shows_values_targets_and_results() -> None:
+    rows = [{"benchmark": "b", **bench.validate(row)} for row in (ROW, {**ROW, "ratio": 4.0}, {**ROW, "target": None})]
     header, _, good, bad, free = bench.table(rows).splitlines()
     assert header.split() == ["benchmark", "measure", "value", "unit", "baseline", "ratio", "target", "note"]
     assert "1.94  s" in good and "11.6" in good and good.endswith("pass") and bad.endswith("MISS")
@@ -76,75 +76,80 @@ def test_the_table_shows_values_targets_and_whether_they_were_met() -> None:
     assert good.index("s ") == bad.index("s ") == free.index("s ")
 
 
-def test_the_file_has_the_rows_and_the_machine(
+def test_the_file_contains_rows_and_machine(
     monkeypatch: pytest.MonkeyPatch, results: Path, modules: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, results, good=module(modules, "good_rows", f"return [{ROW!r}]")) == 0
+    assert run(monkeypatch, results, good=write_module(modules, "good_rows", f"return [{ROW!r}]")) == 0
     written = json.loads(results.read_text())
-    assert written["rows"] == [{"benchmark": "good", **bench.checked(ROW)}] and written["rows"][0]["met"] is True
+    assert written["rows"] == [{"benchmark": "good", **bench.validate(ROW)}] and written["rows"][0]["met"] is True
     assert written["machine"]["cores"] >= 1 and written["machine"]["python"] and written["failures"] == {}
     assert [path.name for path in results.parent.iterdir()] == ["bench.json"]
     assert "1 of 1 targets met." in capsys.readouterr().out
 
 
-def test_a_missed_target_is_a_result_and_no_failure(
+def test_a_missed_target_is_not_a_failure(
     monkeypatch: pytest.MonkeyPatch, results: Path, modules: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, results, slow=module(modules, "slow_rows", f"return [{ {**ROW, 'ratio': 2.0}!r}]")) == 0
-    shown = capsys.readouterr().out
-    assert "MISS" in shown and "0 of 1 targets met." in shown
+    assert (
+        run(monkeypatch, results, slow=write_module(modules, "slow_rows", f"return [{ {**ROW, 'ratio': 2.0}!r}]")) == 0
+    )
+    output = capsys.readouterr().out
+    assert "MISS" in output and "0 of 1 targets met." in output
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [
         (["raise RuntimeError('no weights')"], "no weights"),
-        (["import os", "os._exit(3)"], "ended with 3"),
-        (["import os, signal", "os.kill(os.getpid(), signal.SIGKILL)"], "ended with -9"),
+        (["import os", "os._exit(3)"], "exited with code 3"),
+        (["import os, signal", "os.kill(os.getpid(), signal.SIGKILL)"], "exited with code -9"),
         (["return [{'name': 'x'}]"], "a row needs"),
         (["return 3"], "'int' object is not iterable"),
     ],
 )
-def test_a_benchmark_that_breaks_is_shown_and_the_others_still_run(
+def test_a_failing_benchmark_is_reported_and_the_others_run(
     monkeypatch: pytest.MonkeyPatch,
     results: Path,
     modules: Path,
     capsys: pytest.CaptureFixture[str],
     lines: list[str],
-    said: str,
+    message: str,
 ) -> None:
-    good = module(modules, "good_after_bad", f"return [{ROW!r}]")
-    assert run(monkeypatch, results, bad=module(modules, "bad_rows", *lines), good=good) == 1
-    shown = capsys.readouterr().out
-    assert "bad: FAILED" in shown and said in shown and "8 answers" in shown
-    assert said in json.loads(results.read_text())["failures"]["bad"]
+    good = write_module(modules, "good_after_bad", f"return [{ROW!r}]")
+    assert run(monkeypatch, results, bad=write_module(modules, "bad_rows", *lines), good=good) == 1
+    output = capsys.readouterr().out
+    assert "bad: FAILED" in output and message in output and "8 answers" in output
+    assert message in json.loads(results.read_text())["failures"]["bad"]
 
 
-def test_a_benchmark_that_is_missing_is_shown(
+def test_a_missing_benchmark_module_is_reported(
     monkeypatch: pytest.MonkeyPatch, results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, results, gone="bench.no_such_benchmark") == 1
-    assert "gone: FAILED" in capsys.readouterr().out
+    assert run(monkeypatch, results, missing="bench.no_such_benchmark") == 1
+    assert "missing: FAILED" in capsys.readouterr().out
 
 
-def test_every_benchmark_that_is_named_exists() -> None:
+def test_every_registered_benchmark_module_exists() -> None:
     assert [name for name in bench.BENCHMARKS.values() if importlib.util.find_spec(name) is None] == []
 
 
-def test_only_runs_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, results: Path, modules: Path) -> None:
-    one, two = module(modules, "one_row", f"return [{ROW!r}]"), module(modules, "two_rows", "raise RuntimeError")
-    monkeypatch.setattr(bench, "BENCHMARKS", {"one": one, "two": two})
+def test_only_selects_benchmarks(monkeypatch: pytest.MonkeyPatch, results: Path, modules: Path) -> None:
+    first, second = (
+        write_module(modules, "one_row", f"return [{ROW!r}]"),
+        write_module(modules, "two_rows", "raise RuntimeError"),
+    )
+    monkeypatch.setattr(bench, "BENCHMARKS", {"one": first, "two": second})
     assert bench.main(["--only", "one", "--json", str(results)]) == 0
     with pytest.raises(SystemExit):
         bench.main(["--only", "three", "--json", str(results)])
 
 
-def test_a_program_that_ends_before_it_serves_is_told_from_a_slow_one() -> None:
-    with pytest.raises(RuntimeError, match="ended with 7"):
+def test_first_page_raises_if_the_process_exits() -> None:
+    with pytest.raises(RuntimeError, match="exited with code 7"):
         app.first_page(["-c", "raise SystemExit(7)"])
 
 
-def test_the_first_page_is_the_first_that_answers_200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_page_waits_for_status_200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = """
 import http.server, os
 class Handler(http.server.BaseHTTPRequestHandler):
