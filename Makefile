@@ -39,10 +39,10 @@ check test: export OMP_NUM_THREADS ?= 1
 bench: export OMP_NUM_THREADS ?= 2
 
 check: lint types
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m "not slow and not browser and not postgres" --durations=0 --durations-min=2 $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not browser and not postgres" --durations=0 --durations-min=2 $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -16,6 +16,8 @@ from bench.preview_repository import BUTTON, OWNER, PreviewRepository
 from bench.spaces_server import SpacesServer, spaces_server
 from previews.names import space_name
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 APP = "moondream-playground"
 

@@ -30,6 +30,8 @@ from previews.plan import Plan, make_plan
 from previews.source import list_branches, read_commit
 from tests.support.preview_world import APP, AUTH_HEADERS, README, PreviewWorld
 
+pytestmark = pytest.mark.slow
+
 
 def assert_fails(function: Callable[[], object], code: ExitCode, *parts: str) -> PreviewError:
     """Assert that a call raises PreviewError with a code and all parts of a message, and return the error."""

@@ -18,6 +18,8 @@ from bench.spaces_server import SITECUSTOMIZE, free_port
 from previews.hot_reload import Codebase, reload_blocker
 from previews.source import read_commit
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 APP = '''"""An application."""
 import os

@@ -31,6 +31,8 @@ from tests.support.github_server import (
 )
 from tests.support.preview_world import PreviewWorld
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW_FILES = sorted(WORKFLOWS.glob("*.yml"))
 LINTERS = Path(__file__).with_name("linters")

@@ -8,6 +8,8 @@ import pytest
 from recipes import Recipe, load_photo
 from rewards.report import COLUMNS, PHOTOS, at_limit, markdown_table, random_recipes, report, score_photo, summarise
 
+pytestmark = pytest.mark.slow
+
 PHOTO_STEP, RECIPES = 12, 96  # every 12th bundled photo; the full report draws 256 recipes
 
 

@@ -25,6 +25,8 @@ from training.server.finetunes import FinetuneStore
 from training.server.regions import region_log_probs, region_reward
 from training.server.trainer import Completion, Group, LoraTrainer, Prompt
 
+pytestmark = pytest.mark.slow
+
 KEY, OTHER_KEY = "a-key-of-20-letters-", "another-of-20-letter"
 
 

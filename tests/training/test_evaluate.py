@@ -27,6 +27,8 @@ from training.evaluate import (
 )
 from training.runs.run import Run, RunConfig
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -29,6 +29,8 @@ from usage.recorder import Recorder, insert_events
 from usage.sketch import RELATIVE_ERROR, bucket_index, grouped_quantiles
 from usage.time_window import PERIODS, UsageFilter, bin_starts, to_micros
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime(2026, 3, 31, 12, 34, 56, tzinfo=timezone.utc)  # after a DST change in Europe, at the end of a month
 ZONES = ("UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "Asia/Kathmandu", "Australia/Lord_Howe")

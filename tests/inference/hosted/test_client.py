@@ -26,6 +26,8 @@ from inference.hosted.client import (
 from tests.support import fault_server as faults
 from tests.support.fault_server import KEY, FaultServer, fault_server
 
+pytestmark = pytest.mark.slow
+
 SHORT_TIMEOUTS = Timeouts(connect=1, read=0.5, attempt=1, total=4)
 
 

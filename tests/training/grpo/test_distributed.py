@@ -15,6 +15,8 @@ from recipes import Recipe, load_photo, save_picture, shrink
 from training.data.bundled import bundled_photos
 from training.runs.run import Run, RunConfig
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "tests" / "support" / "same_rollouts.py"
 

@@ -27,6 +27,8 @@ from training.grpo.__main__ import execute, main
 from training.grpo.train import CHECKPOINT_FILES, GRPOTrainer, last_checkpoint
 from training.runs.run import Run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 MakeRun = Callable[..., Run]
 

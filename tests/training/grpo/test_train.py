@@ -12,6 +12,8 @@ from inference.registry import MODELS
 from training.grpo.train import CHECKPOINT_FILES, last_checkpoint, load_policy, total_steps
 from training.runs.run import RunAborted, RunConfig
 
+pytestmark = pytest.mark.slow
+
 
 def make_config(**changes: object) -> RunConfig:
     return RunConfig.create(**{"base": "moondream-tiny", "reward": {"sharpness": 1.0}, "seed": 1} | changes)

@@ -16,6 +16,8 @@ from training.hosted.trainer import HostedRunState, HostedTrainer, client_from_e
 from training.runs.run import Run, RunAborted, RunConfig
 from training.runs.usage_events import run_events
 
+pytestmark = pytest.mark.slow
+
 QUICK: dict[str, Any] = {"base": "moondream3-preview", "reward": {"colour": 1.0}, "seed": 3, "steps": 6}
 QUICK |= {"backend": "hosted", "rank": 8, "rollouts": 6, "probe_every": 3, "learning_rate": 2e-3, "photos_per_step": 2}
 

@@ -21,6 +21,8 @@ from training.pretrain.quality import (
     held_out_photos,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def evaluator() -> ModelEvaluator:

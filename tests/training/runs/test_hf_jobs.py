@@ -22,6 +22,8 @@ from training.runs import hf_jobs
 from training.runs.hf_jobs import CODE_PACKAGES, LOG_MARKER, JobInfo, list_hardware, run_on_jobs, submit
 from training.runs.run import Run, RunConfig, RunError, RunStore
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 
 

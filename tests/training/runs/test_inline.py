@@ -18,6 +18,8 @@ from training.runs.inline import run_inline
 from training.runs.queue import RunQueue
 from training.runs.run import RunStore
 
+pytestmark = pytest.mark.slow
+
 
 def test_run_inline_trains_in_the_calling_process(tmp_path: Path, photo_folder: str) -> None:
     niceness, ended = os.nice(0), []

@@ -17,6 +17,8 @@ from training.runs import queue as queue_module
 from training.runs.queue import RunQueue
 from training.runs.run import Run, RunError, RunStore
 
+pytestmark = pytest.mark.slow
+
 MakeQueue = Callable[..., RunQueue]
 
 
