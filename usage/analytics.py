@@ -340,10 +340,10 @@ class Aggregate:
     def totals(self, selected: Callable[[EventKind], bool] = lambda _: True) -> list[Totals]:
         """Return the totals of the selected kinds for each bin."""
         masks = [np.array([selected(kind) and check(kind) for kind in self.kinds], bool) for check in CHECKS]
-        everything, failed, priced, counted, estimated = (self.sums[:, mask].sum(axis=1) for mask in masks)
+        calls, failed, priced, counted, estimated = (self.sums[:, mask].sum(axis=1) for mask in masks)
         columns = (
-            everything[:, 0], failed[:, 0], priced[:, 0], priced[:, 2], counted[:, 0], counted[:, 1],
-            estimated[:, 0], everything[:, 3], everything[:, 4], priced[:, 4], priced[:, 5],
+            calls[:, 0], failed[:, 0], priced[:, 0], priced[:, 2], counted[:, 0], counted[:, 1],
+            estimated[:, 0], calls[:, 3], calls[:, 4], priced[:, 4], priced[:, 5],
         )  # fmt: skip
         return [Totals(*map(int, row)) for row in np.stack(columns, axis=-1)]
 
