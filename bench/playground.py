@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from inference.registry import BACKENDS, MODELS
-from inference.types import Answer, Event, ModelSpec, Queued, Request
+from inference.types import Answer, AnswerEvent, ModelSpec, Queued, Request
 from recipes import random_recipe
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-def answer(entry: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
+def answer(entry: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
     """Answer at once, as a backend."""
     yield Queued(0)
     for index in range(request.n):

@@ -33,7 +33,7 @@ DESKTOP = {"width": 1400, "height": 900}
 PHONE = {"width": 390, "height": 844}
 VIEWS = {"light": (DESKTOP, "light"), "dark": (DESKTOP, "dark"), "phone": (PHONE, "light")}
 BROWSER_ARGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars")
-SETTINGS = "photo=coffee.jpg&reward=sharpness:0.6,colour:1,creativity:0.3&seed=7"
+SETTINGS = "photo=coffee.jpg&reward=sharpness:0.6,colour:1&seed=7&usage.period=hour"
 
 
 @contextmanager
@@ -46,6 +46,7 @@ def app(data_dir: Path, branch: str) -> Iterator[str]:
         "DATA_DIR": str(data_dir),
         "PORT": str(port),
         "PREVIEW_BRANCH": branch,
+        "HARDWARE": "cpu-upgrade",  # so that calls have a cost: that of such a Space
         "GRADIO_ANALYTICS_ENABLED": "False",
     }
     process = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)

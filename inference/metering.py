@@ -10,14 +10,14 @@ from datetime import datetime, timezone
 from uuid import uuid4
 
 from inference.registry import MODELS
-from inference.types import Answer, Event, InferenceError, Queued, Request
+from inference.types import Answer, AnswerEvent, InferenceError, Queued, Request
 from storage.database import StoreError
 from usage.budgets import BudgetExceededError, Budgets
 from usage.events import Basis, UsageEvent
 from usage.prices import Prices
 from usage.recorder import Recorder
 
-AnswerFunction = Callable[[str, Request, threading.Event], Iterator[Event]]
+AnswerFunction = Callable[[str, Request, threading.Event], Iterator[AnswerEvent]]
 """The signature of `registry.answer` for a model's name."""
 
 
@@ -45,7 +45,7 @@ class UsageMeter:
         answer: AnswerFunction,
         source: str,
         request_id: str = "",
-    ) -> Iterator[Event]:
+    ) -> Iterator[AnswerEvent]:
         """Run one model with `answer` and record its usage event at the end.
 
         Args:
@@ -88,7 +88,7 @@ class CallTracker:
         self._pending: dict[str, UsageEvent] = {}
         self._closed = False
 
-    def answer(self, name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
+    def answer(self, name: str, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
         """Run a model and yield its events. Creates its usage event at the end."""
         start, answers, queue_seconds = time.perf_counter(), [], 0.0
         outcome, error_kind = "cancelled", ""

@@ -19,7 +19,7 @@ from inference.types import (
     MAX_OBJECTS,
     SKILLS,
     Answer,
-    Event,
+    AnswerEvent,
     InferenceError,
     ModelSpec,
     Queued,
@@ -30,7 +30,7 @@ from inference.types import (
 _QUEUE = DeviceQueue()
 
 
-def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
+def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
     """Run a model on Photon.
 
     Yields:

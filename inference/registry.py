@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from inference.availability import unavailable
-from inference.types import CLOUD_URL, DEFAULT_RATE, Event, InferenceError, ModelSpec, Request
+from inference.types import CLOUD_URL, DEFAULT_RATE, AnswerEvent, InferenceError, ModelSpec, Request
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 TINY = str(ASSETS / "moondream-tiny")
@@ -91,7 +91,7 @@ BACKENDS: dict[str, str] = {
 }
 
 
-def answer(model: str | ModelSpec, request: Request, cancel: threading.Event | None = None) -> Iterator[Event]:
+def answer(model: str | ModelSpec, request: Request, cancel: threading.Event | None = None) -> Iterator[AnswerEvent]:
     """Run a model on a request and stream its events.
 
     Setting `cancel` or closing the iterator stops generation at the next token.

@@ -241,7 +241,7 @@ class CandidateFailed:
     message: str
 
 
-Event = Queued | TextUpdate | Answer | CandidateFailed
+AnswerEvent = Queued | TextUpdate | Answer | CandidateFailed
 
 
 class InferenceError(Exception):

@@ -26,7 +26,7 @@ from inference.types import (
     MAX_SEED,
     RECIPE_QUESTION,
     Answer,
-    Event,
+    AnswerEvent,
     InferenceError,
     ModelSpec,
     Request,
@@ -212,7 +212,7 @@ class ModelCall:
         return StreamingResponse(self._stream(first, events), media_type="text/event-stream", headers=headers)
 
     async def _stream(
-        self, event: TextUpdate | Answer | ApiError | None, events: Iterator[Event]
+        self, event: TextUpdate | Answer | ApiError | None, events: Iterator[AnswerEvent]
     ) -> AsyncIterator[str]:
         sent = ""
         try:
@@ -238,16 +238,16 @@ class ModelCall:
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
         return await to_thread.run_sync(function, limiter=self.dispatcher.limiter, abandon_on_cancel=True)
 
-    def _events(self) -> Iterator[Event]:
+    def _events(self) -> Iterator[AnswerEvent]:
         """Run the model and record the call."""
 
-        def answer(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
+        def answer(name: str, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
             return registry.answer(self.spec, request, cancel)
 
         request = self.create_request()
         yield from self.dispatcher.meter.answer(self.spec.name, request, self.cancel, answer, "v1", self.id)
 
-    def _next(self, events: Iterator[Event]) -> TextUpdate | Answer | ApiError | None:
+    def _next(self, events: Iterator[AnswerEvent]) -> TextUpdate | Answer | ApiError | None:
         """Return the next text or answer, an error, or None at the end."""
         try:
             return next((event for event in events if isinstance(event, TextUpdate | Answer)), None)

@@ -17,9 +17,9 @@ from inference.types import (
     MAX_OBJECTS,
     SKILLS,
     Answer,
+    AnswerEvent,
     Box,
     CandidateFailed,
-    Event,
     InferenceError,
     ModelSpec,
     Point,
@@ -40,7 +40,7 @@ BOX_KEYS = ("x_min", "y_min", "x_max", "y_max")
 POLL_SECONDS = 0.1  # poll interval for cancellation
 
 
-def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
+def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
     """Run a hosted model.
 
     Regions, and everything at temperature 0, are deterministic: one call answers all candidates.
@@ -79,9 +79,9 @@ class _CandidateCalls:
         single_call = SKILLS[request.skill].output == "regions" or request.temperature * spec.temperature == 0
         self.groups = [list(range(request.n))] if single_call else [[index] for index in range(request.n)]
         self.closed = threading.Event()
-        self.events: queue.SimpleQueue[Event | _CallFailed] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[AnswerEvent | _CallFailed] = queue.SimpleQueue()
 
-    def run(self) -> Iterator[Event]:
+    def run(self) -> Iterator[AnswerEvent]:
         """Start the calls and yield their events. See `answer`."""
         photo = photo_data_url(self.request.photo)
         for indices in self.groups:
@@ -101,7 +101,7 @@ class _CandidateCalls:
                 pending -= isinstance(event, Answer)
                 yield event
 
-    def _next_event(self) -> Event | _CallFailed:
+    def _next_event(self) -> AnswerEvent | _CallFailed:
         while True:
             if self.cancel.is_set():
                 raise InferenceError("cancelled", "Cancelled.")

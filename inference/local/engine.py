@@ -16,7 +16,7 @@ from inference.local import generation
 from inference.local.device_queue import Cancelled, DeviceQueue
 from inference.local.generation import Job
 from inference.local.model_cache import LoadedModel, ModelCache, pick_device, wrap_errors
-from inference.types import Event, InferenceError, ModelSpec, Queued, Request
+from inference.types import AnswerEvent, InferenceError, ModelSpec, Queued, Request
 
 # Small models do not benefit from a second thread. Beside a training run, two threads that synchronise at every
 # operation are many times slower than one.
@@ -43,7 +43,7 @@ class Engine:
         self._waiting: list[Job] = []
         self._claim_lock = threading.Lock()
 
-    def answer(self, spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
+    def answer(self, spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
         """Run a model on a request.
 
         Yields:
@@ -53,7 +53,7 @@ class Engine:
             InferenceError: If generation fails or is cancelled.
         """
         closed = threading.Event()
-        events: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()
+        events: queue.SimpleQueue[AnswerEvent | Exception | None] = queue.SimpleQueue()
         job = Job(spec, request, lambda: closed.is_set() or cancel.is_set(), events.put, time.perf_counter())
         # The thread inherits the caller's context: ZeroGPU bills the visitor found there.
         run = contextvars.copy_context().run
@@ -158,6 +158,6 @@ def loaded_sources() -> tuple[str, ...]:
     return _ENGINE.model_cache.sources
 
 
-def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
+def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
     """Run a model on the engine of this process. See `Engine.answer`."""
     return _ENGINE.answer(spec, request, cancel)

@@ -23,8 +23,8 @@ from inference.local.model_cache import LoadedModel
 from inference.types import (
     SKILLS,
     Answer,
+    AnswerEvent,
     Box,
-    Event,
     InferenceError,
     ModelSpec,
     Point,
@@ -59,7 +59,7 @@ class Job:
     spec: ModelSpec
     request: Request
     is_cancelled: Callable[[], bool]
-    send: Callable[[Event | Exception | None], None]
+    send: Callable[[AnswerEvent | Exception | None], None]
     queued_at: float
     claimed: bool = False
     batched: bool = False
@@ -87,7 +87,7 @@ class Job:
 
 
 def answer(loaded: LoadedModel, jobs: Sequence[Job]) -> None:
-    """Run one job, or several that can share a batch, and emit their events. The caller holds the device.
+    """Run one job, or several that can share a batch, and emit their events. The caller must have acquired the device.
 
     Each candidate i is sampled with its own generator, seeded with `seed + i`: equal requests give equal answers, and a
     candidate does not depend on the number of candidates (up to rounding of batched arithmetic). Regions, and texts at
@@ -172,8 +172,8 @@ def _generate_texts(
         if spec.top_p < 1:
             processors.append(TopPLogitsWarper(spec.top_p))
         processors.append(PerRowSampler([row.job.request.seed + row.candidates[0] for row in rows]))
-    # The processors leave one token per row, so `generate` itself must not warp the scores. It needs `do_sample` to
-    # return several rows.
+    # PerRowSampler has sampled the token already, so `generate` must not apply temperature or top-p again. It requires
+    # `do_sample` to return several rows.
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature and len(rows) > 1:
         sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}

@@ -24,7 +24,7 @@ from schemathesis.specs.openapi.checks import (
 
 import recipes
 from inference.registry import BACKENDS, MODELS
-from inference.types import RECIPE_QUESTION, Answer, Event, InferenceError, ModelSpec, Request, TextUpdate
+from inference.types import RECIPE_QUESTION, Answer, AnswerEvent, InferenceError, ModelSpec, Request, TextUpdate
 from serving.middleware import MAX_BODY
 from settings import Settings
 from tests.support.api_client import PHOTO_URL, data_url, error_message, make_picture
@@ -60,7 +60,7 @@ def server_with_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 STARTED, STOPPED = threading.Event(), threading.Event()  # of the prompt "hang"
 
 
-def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
+def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
     """Answer or fail as the prompt says. This module is the backend "failing"."""
     kind = request.prompt
     if kind == "hang":

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from inference.types import Answer, Box, Event, InferenceError, ModelSpec, Point, Queued, Request, TextUpdate
+from inference.types import Answer, AnswerEvent, Box, InferenceError, ModelSpec, Point, Queued, Request, TextUpdate
 from recipes import random_recipe
 
 HOSTILE = (
@@ -31,7 +31,7 @@ def fake_spec(name: str, behaviour: str = "", **settings: object) -> ModelSpec:
     )
 
 
-def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[Event]:
+def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
     """Yield queue positions, text updates and one Answer per candidate, as every backend does."""
     if spec.source == "queued":
         yield from (Queued(2), Queued(1))

@@ -135,7 +135,7 @@ class Policy(MoondreamForConditionalGeneration):
         return encode(pixel_values, image_sizes)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate under the grammar, with adapters merged."""
+        """Sample rollouts, or decode greedily, under the grammar constraint and with the LoRA adapters merged."""
         if self.constraint is not None and "logits_processor" not in kwargs:
             length = kwargs["input_ids"].shape[1]
             kwargs["logits_processor"] = [self.constraint.processor(length)]

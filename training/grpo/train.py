@@ -94,7 +94,7 @@ def run_training(run: Run, config: RunConfig, set_phase: Callable[[str], None]) 
     trainer = build_trainer(run, config, bundle, reward, steps)
     is_main = trainer.accelerator.is_main_process
 
-    set_phase("measuring the base")
+    set_phase("evaluating the base model")
     with bundle.model.disable_adapter():
         base = bundle.evaluate_photos(held_out.photos) if is_main else []
     callback = RunCallback(run, config, bundle.evaluate_photos, reward, held_out)
@@ -118,7 +118,7 @@ def run_training(run: Run, config: RunConfig, set_phase: Callable[[str], None]) 
     if run.cancelled or not is_main:
         return None
 
-    set_phase("measuring the tuned model")
+    set_phase("evaluating the tuned model")
     tuned = bundle.evaluate_photos(held_out.photos)
     return build_result(run, bundle.spec.name, config.reward_function, held_out, base, tuned)
 
@@ -254,7 +254,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def save_adapter(model: Any, run: Run) -> None:
-    """Save the adapter of a PEFT model in the run's folder; write it beside its place first."""
+    """Save the adapter of a PEFT model: write it to a temporary folder, then rename that to the run's adapter."""
     temporary = run.folder / ".adapter.part"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

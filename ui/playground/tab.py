@@ -24,7 +24,7 @@ from inference.types import (
     MAX_SEED,
     MAX_TEMPERATURE,
     SKILLS,
-    Event,
+    AnswerEvent,
     Request,
     RequestError,
 )
@@ -224,7 +224,7 @@ def parse_key(text: str | None) -> SecretStr | None:
 def answer_with_key(key: SecretStr | None) -> AnswerFunction:
     """Return `inference.registry.answer` with the user's key for the models that need one."""
 
-    def answer_model(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
+    def answer_model(name: str, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
         spec = MODELS.get(name)
         return answer(spec.with_key(key) if spec else name, request, cancel)
 

@@ -16,7 +16,17 @@ from inference.availability import photon_unavailable, unavailable
 from inference.hosted.backend import model_ids
 from inference.hosted.client import MoondreamClient
 from inference.registry import MODELS, answer, discover_hosted_models, register_hosted_models
-from inference.types import Answer, Box, CandidateFailed, Event, InferenceError, ModelSpec, Point, Request, TextUpdate
+from inference.types import (
+    Answer,
+    AnswerEvent,
+    Box,
+    CandidateFailed,
+    InferenceError,
+    ModelSpec,
+    Point,
+    Request,
+    TextUpdate,
+)
 from recipes import parse
 from tests.support.cloud_server import CAPTION, PATH, cloud
 from tests.support.fault_server import KEY, FaultServer, fault_server, hang, malformed_json
@@ -35,11 +45,11 @@ def spec(server: FaultServer) -> ModelSpec:
     return replace(MODELS["moondream3-preview"], source=server.address, key=SecretStr(KEY), rate=1_000)
 
 
-def run(spec: ModelSpec, photo: np.ndarray, skill: str, prompt: str = "", **settings: Any) -> list[Event]:
+def run(spec: ModelSpec, photo: np.ndarray, skill: str, prompt: str = "", **settings: Any) -> list[AnswerEvent]:
     return list(answer(spec, Request(photo, skill, prompt, **settings)))
 
 
-def answers(events: list[Event]) -> list[Answer]:
+def answers(events: list[AnswerEvent]) -> list[Answer]:
     return sorted((event for event in events if isinstance(event, Answer)), key=lambda candidate: candidate.index)
 
 

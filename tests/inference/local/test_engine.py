@@ -27,7 +27,7 @@ from inference.local.generation import Job, PerRowSampler, StreamCallback, prepa
 from inference.local.model_cache import LoadedModel, ModelCache
 from inference.moondream import MoondreamForConditionalGeneration
 from inference.registry import MODELS
-from inference.types import SKILLS, Answer, Event, InferenceError, ModelSpec, Queued, Request, TextUpdate
+from inference.types import SKILLS, Answer, AnswerEvent, InferenceError, ModelSpec, Queued, Request, TextUpdate
 
 CPU = torch.device("cpu")
 PROMPTS = {"query": "Is it dark?", "detect": "the main subject", "point": "the main subject"}
@@ -55,7 +55,7 @@ def request(photo: np.ndarray, skill: str = "recipe", **settings: Any) -> Reques
     return Request(photo, skill, settings.pop("prompt", PROMPTS.get(skill, "")), **settings)
 
 
-def events(engine: Engine, spec: ModelSpec, req: Request, cancel: threading.Event | None = None) -> list[Event]:
+def events(engine: Engine, spec: ModelSpec, req: Request, cancel: threading.Event | None = None) -> list[AnswerEvent]:
     return list(engine.answer(spec, req, cancel or threading.Event()))
 
 
@@ -286,7 +286,7 @@ def test_queued_requests_report_positions_and_run_in_order(
 ) -> None:
     gate = ForwardGate(monkeypatch)
     gate.go.clear()
-    received: list[list[Event]] = [[], [], []]
+    received: list[list[AnswerEvent]] = [[], [], []]
     finished: list[int] = []
 
     def follow(number: int) -> None:
@@ -420,7 +420,7 @@ class QueuedRequests:
 
     def __init__(self, engine: Engine, spec: ModelSpec, photo: np.ndarray, gate: ForwardGate) -> None:
         self.engine, self.spec, self.gate = engine, spec, gate
-        self.received: dict[int, list[Event | InferenceError]] = {}
+        self.received: dict[int, list[AnswerEvent | InferenceError]] = {}
         self.cancels: list[threading.Event] = []
         self.threads: list[threading.Thread] = []
         gate.go.clear()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inference.types import Answer, Event, InferenceError, Queued, Request, TextUpdate
+from inference.types import Answer, AnswerEvent, InferenceError, Queued, Request, TextUpdate
 from recipes import Recipe, parse
 from rewards import score_recipes
 from storage.database import Database
@@ -59,7 +59,7 @@ def test_late_candidate_changes_the_scores_of_its_group(photo: np.ndarray) -> No
     recipe = str(Recipe(exposure=30))
     first_scored = threading.Event()
 
-    def answer(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
+    def answer(name: str, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
         yield Answer(0, recipe)
         first_scored.wait(10)
         yield Answer(1, recipe)
@@ -105,7 +105,7 @@ def test_cancelling_ends_the_run_and_keeps_finished_candidates(photo: np.ndarray
 def test_closing_the_generator_stops_the_models(photo: np.ndarray) -> None:
     stopped = threading.Event()
 
-    def answer(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
+    def answer(name: str, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
         yield Queued(0)
         cancel.wait(10)
         stopped.set()
@@ -117,7 +117,7 @@ def test_closing_the_generator_stops_the_models(photo: np.ndarray) -> None:
 
 
 def test_snapshots_respect_the_interval(photo: np.ndarray) -> None:
-    def answer(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
+    def answer(name: str, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
         for count in range(200):
             yield TextUpdate(0, "word " * count)
             time.sleep(0.001)
@@ -166,7 +166,7 @@ def recorded_events(meter: ComparisonMeter) -> dict[str, UsageEvent]:
 
 
 def test_each_model_is_recorded_as_one_event_with_its_numbers(meter: ComparisonMeter, photo: np.ndarray) -> None:
-    def answer(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
+    def answer(name: str, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
         if name == "broken":
             raise InferenceError("out_of_memory", "No room.")
         for index in range(request.n):
@@ -188,7 +188,7 @@ def test_each_model_is_recorded_as_one_event_with_its_numbers(meter: ComparisonM
 def test_closed_page_is_recorded_as_cancelled(meter: ComparisonMeter, photo: np.ndarray) -> None:
     begun, ended = threading.Event(), threading.Event()
 
-    def answer(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
+    def answer(name: str, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
         begun.set()
         try:
             cancel.wait(10)
@@ -223,7 +223,7 @@ def test_hosted_calls_are_priced_by_tokens_and_stop_at_the_budget(meter: Compari
     budgets = Budgets(meter.recorder._database)
     metered = replace(meter, budgets=budgets)
 
-    def answer(name: str, request: Request, cancel: threading.Event) -> Iterator[Event]:
+    def answer(name: str, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
         for index in range(request.n):
             yield Answer(index, "exposure +20", tokens_in=735, tokens_out=45, estimated=index == 1)
 
