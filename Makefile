@@ -49,7 +49,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check --quiet --diff . || { echo "make format fixes this"; exit 1; }
 
 types: $(VENV)/.installed-dev
-	$(BIN)/pyright
+	$(BIN)/pyright --threads $(WORKERS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -18,6 +18,8 @@ from rewards import score_recipes
 from settings import VERSION
 from ui.playground.samples import SAMPLES
 
+pytestmark = pytest.mark.slow
+
 CAT = str(SAMPLES["chelsea.jpg"].path)
 ENDPOINTS = {"/compare", "/score", "/models", "/reward_functions", "/save_reward_function"}
 ENDPOINTS |= {"/retrain", "/run_status", "/cancel_run", "/runs", "/use_run", "/revert"}

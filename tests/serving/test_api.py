@@ -30,6 +30,8 @@ from settings import Settings
 from tests.support.api_client import PHOTO_URL, data_url, error_message, make_picture
 from tests.support.app_server import app_server
 
+pytestmark = pytest.mark.slow
+
 KEY = "a-key-of-20-letters-"
 SKILLS = {
     "query": {"question": "Is the photo bright or dark?"},

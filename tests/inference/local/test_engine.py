@@ -29,6 +29,8 @@ from inference.moondream import MoondreamForConditionalGeneration
 from inference.registry import MODELS
 from inference.types import SKILLS, Answer, AnswerEvent, InferenceError, ModelSpec, Queued, Request, TextUpdate
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 PROMPTS = {"query": "Is it dark?", "detect": "the main subject", "point": "the main subject"}
 LORA = r"model\.text\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"

@@ -10,6 +10,8 @@ from inference.moondream import MoondreamImageProcessor
 from tests.support.moondream_reference import NAMES, Reference
 from tests.support.moondream_reference import reference as load
 
+pytestmark = pytest.mark.slow
+
 LOGITS, FEATURES, REGIONS = 1e-4, 1e-4, 1e-5
 
 

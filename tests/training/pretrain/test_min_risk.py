@@ -23,6 +23,8 @@ from training.pretrain.min_risk import (
 )
 from training.pretrain.train import ModelParts, PretrainConfig, build_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def photos() -> list[np.ndarray]:

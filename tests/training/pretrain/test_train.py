@@ -20,6 +20,8 @@ from training.pretrain.model_card import export
 from training.pretrain.quality import ModelEvaluator
 from training.pretrain.train import ModelParts, PretrainConfig, build_ema, build_model, train
 
+pytestmark = pytest.mark.slow
+
 CONFIG = PretrainConfig(seed=3, steps=4, batch_size=2, warmup_steps=2)
 
 
