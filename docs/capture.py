@@ -33,7 +33,7 @@ DESKTOP = {"width": 1400, "height": 900}
 PHONE = {"width": 390, "height": 844}
 VIEWS = {"light": (DESKTOP, "light"), "dark": (DESKTOP, "dark"), "phone": (PHONE, "light")}
 BROWSER_ARGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars")
-SETTINGS = "photo=coffee.jpg&reward=sharpness:0.6,colour:1&seed=7&usage.period=hour"
+SETTINGS = "photo=coffee.jpg&reward=sharpness:0.6,colour:1&seed=7"
 
 
 @contextmanager
@@ -106,7 +106,8 @@ def capture(browser: Browser, address: str, out: Path) -> None:
             context = browser.new_context(viewport=size, color_scheme=scheme)  # type: ignore[arg-type]
             page = context.new_page()
             page.set_default_timeout(60_000)
-            page.goto(f"{address}/?{SETTINGS}")
+            # A filter of the Usage tab in the address opens that tab.
+            page.goto(f"{address}/?{'usage.period=hour' if tab == 'Usage' else SETTINGS}")
             page.wait_for_selector("body[data-opened]")
             open_tab(page, tab)
             page.wait_for_function("() => [...document.images].every(image => image.complete)")
