@@ -162,5 +162,7 @@ def test_empty_dashboard_generates_sample_traffic(browser: Browser, tmp_path: Pa
         page.wait_for_selector(".dash-empty:not([hidden])")
         page.get_by_role("button", name="Generate sample traffic").click()
         page.wait_for_selector(".dash-content:not([hidden])")
+        # The calls are recorded as they end, so the first refresh may show a part of them.
+        page.locator(".dash-metric", has_text="Calls").locator(".metric-value").get_by_text("8", exact=True).wait_for()
         assert calls(page) == "8"
         page.close()
