@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import SecretStr
 
@@ -18,19 +19,25 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 TINY = str(ASSETS / "moondream-tiny")
 
 
-def _cloud_spec(name: str, title: str, note: str) -> ModelSpec:
+def _hosted_spec(name: str, title: str, note: str, source: str, **settings: Any) -> ModelSpec:
+    """Return the entry of a model on a server with Moondream's API, with the sampling defaults of that API."""
     return ModelSpec(
         name=name,
         title=title,
-        note=f"{note}, on Moondream Cloud. Photos are uploaded, each candidate is a paid call, and seeds are ignored.",
+        note=note,
         backend="hosted",
-        source=CLOUD_URL,
+        source=source,
         temperature=0.5,
         top_p=0.9,
         grammar_constrained=False,
         grammar_in_prompt=True,
-        needs_key=True,
+        **settings,
     )
+
+
+def _cloud_spec(name: str, title: str, note: str) -> ModelSpec:
+    note = f"{note}, on Moondream Cloud. Photos are uploaded, each candidate is a paid call, and seeds are ignored."
+    return _hosted_spec(name, title, note, CLOUD_URL, needs_key=True)
 
 
 MODELS: dict[str, ModelSpec] = {
@@ -147,18 +154,8 @@ def register_hosted_models(
         if spec.backend == "hosted" and spec.needs_key:
             models[name] = replace(spec, source=url, key=secret, rate=rate)
     for name, endpoint in endpoints.items():
-        models[name] = ModelSpec(
-            name=name,
-            title=name,
-            note=f"A custom server of this deployment with Moondream's API: {endpoint}. Photos are uploaded to it.",
-            backend="hosted",
-            source=endpoint,
-            temperature=0.5,
-            top_p=0.9,
-            grammar_constrained=False,
-            grammar_in_prompt=True,
-            rate=rate,
-        )
+        note = f"A custom server of this deployment with Moondream's API: {endpoint}. Photos are uploaded to it."
+        models[name] = _hosted_spec(name, name, note, endpoint, rate=rate)
 
 
 def discover_hosted_models(models: MutableMapping[str, ModelSpec] = MODELS) -> threading.Thread:

@@ -243,7 +243,7 @@ def _apply_log_line(run: Run, text: str) -> dict[str, Any]:
 def _forward_cancellation(run: Run, job: JobInfo, api: HfApi) -> Iterator[None]:
     """Cancel the job if the run is cancelled within the context.
 
-    The job is asked to stop, so that it uploads what it learned, and ended after CANCEL_GRACE_SECONDS.
+    The job receives a stop request, so that it uploads its results, and is canceled after CANCEL_GRACE_SECONDS.
     """
     ended = threading.Event()
 
