@@ -30,6 +30,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import httpx
 
+from bench.app import free_port
+
 TOKEN = "hf_previewspreviewspreviews12"
 DATE = "2026-11-23T12:00:00.000Z"
 SITECUSTOMIZE = """
@@ -554,12 +556,6 @@ def kill(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def free_port() -> int:
-    """Return a free TCP port."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def write_files(space: Space, name: str) -> Path:

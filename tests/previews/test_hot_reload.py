@@ -14,7 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bench.spaces_server import SITECUSTOMIZE, free_port
+from bench.app import free_port
+from bench.spaces_server import SITECUSTOMIZE
 from previews.hot_reload import Codebase, reload_blocker
 from previews.source import read_commit
 
