@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
+    "access",
     "bench",
     "docs",
     "inference",
@@ -27,12 +28,25 @@ PACKAGES = (
 )
 # Package -> the other packages of this project that it may import. A package that is not listed may import none.
 ALLOWED_IMPORTS: dict[str, set[str]] = {
-    "app": {"settings", "ui", "serving", "training", "inference", "usage", "storage", "rewards", "recipes"},
-    "bench": {"app", "settings", "ui", "serving", "training", "inference", "usage", "storage", "rewards", "recipes"},
+    "app": {"access", "settings", "ui", "serving", "training", "inference", "usage", "storage", "rewards", "recipes"},
+    "bench": {
+        "access",
+        "app",
+        "settings",
+        "ui",
+        "serving",
+        "training",
+        "inference",
+        "usage",
+        "storage",
+        "rewards",
+        "recipes",
+    },
+    "access": set(),
     "docs": set(),
-    "ui": {"training", "inference", "usage", "storage", "rewards", "recipes"},
-    "serving": {"training", "inference", "usage", "storage", "rewards", "recipes"},
-    "training": {"inference", "usage", "storage", "rewards", "recipes"},
+    "ui": {"access", "training", "inference", "usage", "storage", "rewards", "recipes"},
+    "serving": {"access", "training", "inference", "usage", "storage", "rewards", "recipes"},
+    "training": {"access", "inference", "usage", "storage", "rewards", "recipes"},
     "inference": {"usage", "storage", "recipes"},
     "usage": {"storage"},
     "storage": {"rewards"},

@@ -1,0 +1,1 @@
+"""Access control: roles, visitors, sessions and the permissions of handlers and routes."""
