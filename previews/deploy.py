@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd
 
-from previews.errors import ExitCode, PreviewError, hub_error
+from previews.errors import ExitCode, PreviewError, hub_error, redact_secrets
 from previews.hot_reload import Codebase
 from previews.hub import Hub, SpaceSnapshot, SpaceState, in_thread
 from previews.names import space_name
@@ -176,8 +176,7 @@ class Deployer:
             plan, url = self._deploy_with_retries(deployment, snapshot.result())
         finally:
             if deployment.job is not None:
-                self.hub.cancel_job(deployment.job.id, target.space.split("/", 1)[0])
-                self.log("the temporary Job has been canceled")
+                self._cancel_job(deployment.job.id, target)
         elapsed = time.monotonic() - started
         return DeployResult(
             space=target.space,
@@ -497,6 +496,17 @@ class Deployer:
         deployment.job_url = next(iter(deployment.job.status.expose_urls or []), "").rstrip("/")
         url = deployment.job_url or deployment.job.url
         self.log(f"starting a temporary Job, public, ${JOB_PRICE:.2f} an hour: {url}")
+
+    def _cancel_job(self, id: str, target: Target) -> None:
+        """Cancel the temporary Job. A failure is only logged: it must not change the result of the deploy."""
+        try:
+            self.hub.cancel_job(id, target.space.split("/", 1)[0])
+        except Exception as error:
+            description = redact_secrets(str(error)) or type(error).__name__
+            limit = f"It ends by itself after {JOB_SECONDS // 60} minutes"
+            self.log(f"the temporary Job could not be canceled ({description}). {limit}; or cancel {id} on the Hub")
+        else:
+            self.log("the temporary Job has been canceled")
 
     def _state(self, space: str) -> SpaceState:
         state = self.hub.state(space)

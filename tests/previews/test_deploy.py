@@ -271,6 +271,23 @@ def test_missing_job_credit_does_not_fail_the_deploy(world: PreviewWorld) -> Non
     assert [line for line in world.lines if "no temporary Job" in line and "credit" in line]
 
 
+def test_job_that_cannot_be_canceled_does_not_fail_a_live_deploy(world: PreviewWorld) -> None:
+    sha = world.commit()
+    world.fail_requests("POST", "/cancel", *[500] * 10)
+    result = world.deploy(job_image_space="team/small")
+    assert result.sha == sha == world.live_commit()
+    assert [line for line in world.lines if "could not be canceled" in line and "30 minutes" in line]
+
+
+def test_job_that_cannot_be_canceled_does_not_hide_why_the_deploy_failed(world: PreviewWorld) -> None:
+    world.commit()
+    world.hub.build_errors = ["Collecting gradio", "ERROR: no such version"]
+    world.fail_requests("POST", "/cancel", *[500] * 10)
+    error = assert_fails(lambda: world.deploy(job_image_space="team/small"), ExitCode.BUILD, "could not be built")
+    assert error.log[-1] == "ERROR: no such version"
+    assert [line for line in world.lines if "could not be canceled" in line]
+
+
 def test_canceled_workflow_cancels_its_job(world: PreviewWorld) -> None:
     world.commit()
     world.hub.build_seconds = 60.0
