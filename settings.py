@@ -37,6 +37,7 @@ class Settings:
         endpoints: Addresses of other servers with Moondream's API, by name.
         api_keys: SHA-256 digests of the keys of this deployment's API, in hexadecimal. Not part of the repr.
         api_rate: Requests per second for each of these keys.
+        metrics_token: SHA-256 digest of the token that may only read /v1/usage and /metrics. Not part of the repr.
     """
 
     data_dir: Path = ROOT / "data"
@@ -55,6 +56,7 @@ class Settings:
     endpoints: Mapping[str, str] = field(default_factory=dict)
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     api_rate: float = 10.0
+    metrics_token: str = field(default="", repr=False)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> "Settings":
@@ -67,7 +69,8 @@ class Settings:
         - Other servers with Moondream's API: MOONDREAM_ENDPOINTS, as name=address, separated by commas.
         - This deployment's API: PLAYGROUND_API_KEYS, separated by commas, each a key or "sha256:" and its digest;
           PLAYGROUND_API_RATE (requests per second for each key).
-        - Usage: PREVIEW_BRANCH, PREVIEW_COMMIT, SPACE_ID, PRICES_FILE, HARDWARE.
+        - Usage: PREVIEW_BRANCH, PREVIEW_COMMIT, SPACE_ID, PRICES_FILE, HARDWARE, METRICS_TOKEN (a token or "sha256:"
+          and its digest, with which a program may only read usage and metrics).
 
         Args:
             environ: Environment variables.
@@ -95,6 +98,7 @@ class Settings:
             endpoints=_parse_endpoints(env.get("MOONDREAM_ENDPOINTS", "")),
             api_keys=_parse_api_keys(env.get("PLAYGROUND_API_KEYS", "")),
             api_rate=_parse_rate("PLAYGROUND_API_RATE", env.get("PLAYGROUND_API_RATE", str(cls.api_rate))),
+            metrics_token=_parse_secret("METRICS_TOKEN", env["METRICS_TOKEN"]) if "METRICS_TOKEN" in env else "",
         )
 
     @property
@@ -133,16 +137,19 @@ def _parse_rate(name: str, text: str) -> float:
 
 
 def _parse_api_keys(text: str) -> tuple[str, ...]:
-    """Return the SHA-256 digest of each key. Errors do not contain the keys."""
-    digests = []
-    for key in filter(None, (part.strip() for part in text.split(","))):
-        prefix, _, digest = key.partition(":")
-        if prefix == "sha256" and not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise SettingsError("PLAYGROUND_API_KEYS: sha256: must be followed by 64 hexadecimal digits in lower case.")
-        if prefix != "sha256" and not re.fullmatch(r"[!-~]{16,500}", key):
-            raise SettingsError("PLAYGROUND_API_KEYS: each key needs 16 to 500 ASCII characters without spaces.")
-        digests.append(digest if prefix == "sha256" else hashlib.sha256(key.encode()).hexdigest())
-    return tuple(digests)
+    keys = filter(None, (part.strip() for part in text.split(",")))
+    return tuple(_parse_secret("PLAYGROUND_API_KEYS", key) for key in keys)
+
+
+def _parse_secret(name: str, secret: str) -> str:
+    """Return the SHA-256 digest of a key or token, or the digest that it contains. Errors do not contain the secret."""
+    prefix, _, digest = secret.partition(":")
+    if prefix == "sha256" and not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise SettingsError(f"{name}: sha256: must be followed by 64 hexadecimal digits in lower case.")
+    if prefix != "sha256" and not re.fullmatch(r"[!-~]{16,500}", secret):
+        what = "the token" if name == "METRICS_TOKEN" else "each key"
+        raise SettingsError(f"{name}: {what} needs 16 to 500 ASCII characters without spaces.")
+    return digest if prefix == "sha256" else hashlib.sha256(secret.encode()).hexdigest()
 
 
 def _parse_endpoints(text: str) -> dict[str, str]:

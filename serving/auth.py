@@ -1,10 +1,9 @@
-"""API keys of the /v1 API, and a rate limit per key."""
+"""API keys of the /v1 API, a rate limit per key, and the read-only token for metrics."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import math
 import threading
 import time
@@ -12,11 +11,12 @@ from collections.abc import Callable, Sequence
 
 from starlette.requests import HTTPConnection
 
+from access.local import is_local
 from serving.errors import ApiError
 
+TENANT_LENGTH = 16  # hexadecimal digits of the key's digest
 LOCAL_TENANT = "local"  # the tenant of a deployment without keys
 BURST_SECONDS = 4.0  # a key may send this many seconds' worth of requests at once
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 INVALID_KEY = "This API needs a valid key in the header X-Moondream-Auth."
 LOCAL_ONLY = "Without API keys only this machine may use the API. Set PLAYGROUND_API_KEYS to allow other clients."
 
@@ -28,16 +28,22 @@ class ApiKeyAuth:
     """
 
     def __init__(
-        self, digests: Sequence[str] = (), rate: float = 10.0, clock: Callable[[], float] = time.monotonic
+        self,
+        digests: Sequence[str] = (),
+        rate: float = 10.0,
+        metrics_token_digest: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Create the authentication.
 
         Args:
             digests: SHA-256 digests of the keys, in hexadecimal.
             rate: Requests per second for each key. Without keys there is no limit.
+            metrics_token_digest: SHA-256 digest of the token that may only read metrics, or "" for none.
             clock: Returns the time in seconds.
         """
         self._digests, self._rate, self._clock = tuple(digests), rate, clock
+        self._metrics_token_digest = metrics_token_digest
         self._lock = threading.Lock()
         self._buckets: dict[str, tuple[float, float]] = {}  # tenant -> remaining requests, time of the last update
 
@@ -48,16 +54,26 @@ class ApiKeyAuth:
             ApiError: The key is invalid or missing (401), or exceeds its rate limit (429).
         """
         if not self._digests:
-            if not _is_local(connection):
+            if not is_local(connection):
                 raise ApiError(401, LOCAL_ONLY)
             return LOCAL_TENANT
-        digest = hashlib.sha256(_read_key(connection).encode("utf-8", "surrogateescape")).hexdigest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]  # constant time: compare all
-        if not any(matches):
+        tenant = self.tenant_of(connection)
+        if tenant is None:
             raise ApiError(401, INVALID_KEY)
-        tenant = digest[:16]
         self._check_rate(tenant)
         return tenant
+
+    def tenant_of(self, connection: HTTPConnection) -> str | None:
+        """Return the tenant of a request with a valid key, otherwise None. Does not count against the rate limit."""
+        digest = _digest(_read_key(connection))
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]  # constant time: compare all
+        return digest[:TENANT_LENGTH] if any(matches) else None
+
+    def is_metrics_token(self, connection: HTTPConnection) -> bool:
+        """Whether the header `Authorization: Bearer` contains the token that may only read metrics."""
+        if not self._metrics_token_digest:
+            return False
+        return hmac.compare_digest(_digest(_read_bearer(connection)), self._metrics_token_digest)
 
     def _check_rate(self, tenant: str) -> None:
         """Take a token from the tenant's bucket. Raises ApiError (429) if it is empty."""
@@ -73,27 +89,13 @@ class ApiKeyAuth:
 
 
 def _read_key(connection: HTTPConnection) -> str:
-    bearer = connection.headers.get("authorization", "")
-    return connection.headers.get("x-moondream-auth") or (bearer[7:] if bearer[:7].lower() == "bearer " else "")
+    return connection.headers.get("x-moondream-auth") or _read_bearer(connection)
 
 
-def _is_local(connection: HTTPConnection) -> bool:
-    """Check that a request comes from this machine, and not from another site's page in a browser on this machine.
-
-    Such pages are recognized by the Host header (DNS rebinding) or the Origin header.
-    """
-    try:
-        loopback = connection.client is not None and ipaddress.ip_address(connection.client.host).is_loopback
-    except ValueError:
-        loopback = False
-    host = connection.headers.get("host", "")
-    origin = connection.headers.get("origin", "")
-    return (
-        loopback
-        and _hostname(host) in LOCAL_HOSTS
-        and (not origin or _hostname(origin.partition("://")[2]) in LOCAL_HOSTS)
-    )
+def _read_bearer(connection: HTTPConnection) -> str:
+    header = connection.headers.get("authorization", "")
+    return header[7:] if header[:7].lower() == "bearer " else ""
 
 
-def _hostname(host: str) -> str:
-    return host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()

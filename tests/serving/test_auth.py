@@ -1,4 +1,4 @@
-"""Tests of API keys: two headers, local access without keys, cross-site requests, and the rate limit per key."""
+"""Tests of API keys and the metrics token: headers, local access without keys, cross-site requests, rate limits."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,11 +6,13 @@ from collections.abc import Sequence
 import pytest
 from starlette.requests import HTTPConnection
 
+from access.local import is_local
 from serving.auth import LOCAL_TENANT, ApiKeyAuth
 from serving.errors import ApiError
 from settings import Settings, SettingsError
 
 KEY, OTHER_KEY = "a-key-of-20-letters-", "another-of-20-letter"
+METRICS_TOKEN = "token-for-prometheus"
 
 
 def connection(peer: str = "127.0.0.1", **headers: str) -> HTTPConnection:
@@ -48,6 +50,7 @@ def test_local_requests_are_allowed_without_keys(peer: str, host: str) -> None:
     ],
 )
 def test_remote_requests_are_rejected_without_keys(remote: HTTPConnection) -> None:
+    assert not is_local(remote)
     assert rejection_status(create_auth(), remote) == 401
 
 
@@ -101,3 +104,61 @@ def test_each_key_has_its_own_rate_limit() -> None:
     assert request_statuses(auth, 1, OTHER_KEY) == [200]
     now[0] = 1.0
     assert request_statuses(auth, 3) == [200, 200, 429]
+
+
+def test_tenant_of_a_key_does_not_count_against_its_rate_limit() -> None:
+    auth = create_auth(KEY, OTHER_KEY, rate=0.25, clock=lambda: 0.0)
+    keyed = connection("10.0.0.8", x_moondream_auth=KEY)
+    assert len({auth.tenant_of(keyed) for _ in range(20)}) == 1
+    assert auth.tenant_of(keyed) == auth.authenticate(keyed)
+    assert rejection_status(auth, keyed) == 429 and auth.tenant_of(keyed) is not None
+
+
+@pytest.mark.parametrize("headers", [{}, {"x_moondream_auth": KEY[:-1]}, {"authorization": "Bearer ü"}])
+def test_request_without_a_valid_key_has_no_tenant(headers: dict[str, str]) -> None:
+    assert create_auth(KEY).tenant_of(connection(**headers)) is None
+    assert create_auth().tenant_of(connection(**headers)) is None
+
+
+def metrics_auth(token: str) -> ApiKeyAuth:
+    settings = Settings.from_env({"PLAYGROUND_API_KEYS": KEY, "METRICS_TOKEN": token})
+    return ApiKeyAuth(settings.api_keys, settings.api_rate, settings.metrics_token)
+
+
+def test_metrics_token_is_no_api_key() -> None:
+    auth = metrics_auth(METRICS_TOKEN)
+    bearer = connection("10.0.0.8", authorization=f"Bearer {METRICS_TOKEN}")
+    assert auth.is_metrics_token(bearer)
+    assert auth.tenant_of(bearer) is None and rejection_status(auth, bearer) == 401
+
+
+def test_metrics_token_can_be_configured_as_a_digest() -> None:
+    auth = metrics_auth("sha256:" + hashlib.sha256(METRICS_TOKEN.encode()).hexdigest())
+    assert auth.is_metrics_token(connection(authorization=f"bearer {METRICS_TOKEN}"))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"authorization": "Bearer "},
+        {"authorization": f"Bearer {KEY}"},
+        {"authorization": f"Basic {METRICS_TOKEN}"},
+        {"x_moondream_auth": METRICS_TOKEN},
+    ],
+)
+def test_other_headers_are_no_metrics_token(headers: dict[str, str]) -> None:
+    assert not metrics_auth(METRICS_TOKEN).is_metrics_token(connection(**headers))
+    assert not metrics_auth("").is_metrics_token(connection(**headers))
+
+
+@pytest.mark.parametrize("text", ["short", "with space in the token", "sha256:abc"])
+def test_invalid_metrics_token_is_rejected_without_showing_it(text: str) -> None:
+    with pytest.raises(SettingsError, match="METRICS_TOKEN: ") as caught:
+        Settings.from_env({"METRICS_TOKEN": text})
+    assert text not in str(caught.value)
+
+
+def test_settings_do_not_contain_the_metrics_token() -> None:
+    settings = Settings.from_env({"METRICS_TOKEN": METRICS_TOKEN})
+    assert METRICS_TOKEN not in repr(vars(settings)) and settings.metrics_token not in repr(settings)
