@@ -254,9 +254,14 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def save_adapter(model: Any, run: Run) -> None:
-    """Save the adapter of a PEFT model: write it to a temporary folder, then rename that to the run's adapter."""
+    """Save the adapter of a PEFT model, one file after another, so that a killed process leaves a usable adapter.
+
+    Files of an earlier save are replaced, the weights last. The config is the same at each save of a run.
+    """
     temporary = run.folder / ".adapter.part"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    shutil.rmtree(run.adapter, ignore_errors=True)
-    os.replace(temporary, run.adapter)
+    run.adapter.mkdir(exist_ok=True)
+    for file in sorted(temporary.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+        os.replace(file, run.adapter / file.name)
+    temporary.rmdir()
