@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import threading
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from inference import availability
 from inference.registry import MODELS
 from inference.types import ModelSpec
 from storage.files import write_atomically
-from training.runs.run import Run, RunError, RunStore
+from training.runs.run import GUEST_PREFIX, Run, RunError, RunStore, is_run_id
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -31,6 +31,9 @@ _log = logging.getLogger(__name__)
 
 class AdapterRegistry:
     """The runs whose tuned models are in a model registry.
+
+    An enabled model is offered to the owner of its run only, unless it is shared. The registry itself holds the models
+    of all owners: `visible_models` selects the ones to offer.
 
     Args:
         runs: The store of runs.
@@ -60,7 +63,10 @@ class AdapterRegistry:
                 self.auto_enable(run)
 
     def auto_enable(self, run: Run) -> bool:
-        """Enable a run's model if the run is done and won. Happens once per run; a manual `disable` is final."""
+        """Enable a run's model for its owner if the run is done and won.
+
+        Happens once per run; a manual `disable` is final.
+        """
         result = run.result()
         if run.status().state != "done" or not result or not result.get("wins"):
             return False
@@ -74,23 +80,51 @@ class AdapterRegistry:
                 return False
         return True
 
-    def enable(self, run: Run) -> ModelSpec:
-        """Add the run's model to the registry. Raises RunError if its adapter cannot be used."""
+    def enable(self, run: Run, shared: bool = False) -> ModelSpec:
+        """Add the run's model to the registry, or update its entry there.
+
+        Args:
+            run: The run.
+            shared: Whether to offer the model to everyone, as its newest one, instead of to the run's owner only. A
+                model that is shared already stays shared.
+
+        Raises:
+            RunError: If the run's adapter cannot be used, or the change cannot be stored.
+        """
         with self._lock:
             spec = self._spec(run)
             state = self._read()
-            state["used"] = [run_id for run_id in state["used"] if run_id != run.id] + [run.id]
+            newly_shared = shared and run.id not in state["shared"]
+            if newly_shared:
+                state["shared"].append(run.id)
+            if newly_shared or run.id not in state["used"]:  # otherwise it keeps its place
+                state["used"] = [run_id for run_id in state["used"] if run_id != run.id] + [run.id]
             self._write(state, run.id)
             self._register(run, spec)
         return spec
 
+    def share(self, run: Run) -> ModelSpec:
+        """Offer a run's model to everyone; see `enable`. Raises RunError."""
+        return self.enable(run, shared=True)
+
+    def unshare(self, run_id: str) -> None:
+        """Offer a shared model to the owner of its run only. Raises RunError if it is not shared."""
+        with self._lock:
+            state = self._read()
+            if run_id not in state["shared"]:
+                raise RunError("This run's model is not shared.")
+            state["shared"].remove(run_id)
+            self._write(state, run_id)
+            self.version += 1
+
     def disable(self, run_id: str) -> None:
-        """Remove a run's model from the registry. Raises RunError if it is not enabled."""
+        """Remove a run's model from the registry, for everyone. Raises RunError if it is not enabled."""
         with self._lock:
             state = self._read()
             if run_id not in state["used"]:
                 raise RunError("This run's model is not in use.")
             state["used"].remove(run_id)
+            state["shared"] = [shared_id for shared_id in state["shared"] if shared_id != run_id]
             self._write(state, run_id)
             self.models.pop(model_name(run_id), None)
             self.version += 1
@@ -99,14 +133,54 @@ class AdapterRegistry:
         """Whether the run's model is in the registry."""
         return model_name(run_id) in self.models
 
-    def newest_with_base(self) -> list[str]:
-        """Return the names of the newest enabled model and of its base, base first; empty if none is enabled."""
-        for run_id in reversed(self._read()["used"]):
+    def is_shared(self, run_id: str) -> bool:
+        """Whether the run's model is offered to everyone."""
+        return run_id in self._read()["shared"] and self.is_enabled(run_id)
+
+    def enabled_ids(self) -> list[str]:
+        """Return the ids of the enabled runs, oldest enabling first, also of those that could not be restored."""
+        return self._read()["used"]
+
+    def is_visible(self, name: str, owner: str) -> bool:
+        """Whether a model is offered to a visitor.
+
+        Args:
+            name: A name in the registry, or the id of a run. Models that are not tuned here are visible to everyone.
+            owner: The visitor's id, as `access.roles.Visitor.id`; "" for the deployment's administrator.
+        """
+        return self._is_visible(name, owner, self._read()["shared"])
+
+    def visible_models(self, owner: str) -> dict[str, ModelSpec]:
+        """Return the models that are offered to a visitor; see `is_visible`."""
+        shared = self._read()["shared"]
+        return {name: spec for name, spec in list(self.models.items()) if self._is_visible(name, owner, shared)}
+
+    def _is_visible(self, name: str, owner: str, shared: Collection[str]) -> bool:
+        run_id = name.removeprefix("run-")
+        if name == run_id and not is_run_id(name):
+            return True  # not tuned here
+        if not self.is_enabled(run_id):
+            return False
+        # All guests without a browser secret have the id "guest:" and see the models of none of them.
+        return run_id in shared or (owner != GUEST_PREFIX and Run(self.runs.folder / run_id).owner == owner)
+
+    def newest_with_base(self, owner: str = "") -> list[str]:
+        """Return the names of the newest enabled model that a visitor sees and of its base, base first.
+
+        Args:
+            owner: See `is_visible`.
+
+        Returns:
+            Two names, or none if no tuned model is visible. The base is the run that was trained further, if its model
+            is visible as well, otherwise the base model.
+        """
+        state = self._read()
+        for run_id in reversed(state["used"]):
             with contextlib.suppress(RunError):  # the run's folder may have been removed by hand
-                if self.is_enabled(run_id):
+                if self._is_visible(run_id, owner, state["shared"]):
                     run = self.runs.get(run_id)
                     parent = self.find_run(run.config().base)
-                    if parent and self.is_enabled(parent.id):
+                    if parent and self._is_visible(parent.id, owner, state["shared"]):
                         return [model_name(parent.id), model_name(run_id)]
                     return [self.base_model(run).name, model_name(run_id)]
         return []
@@ -150,12 +224,19 @@ class AdapterRegistry:
         self.version += 1
 
     def _read(self) -> dict[str, list[str]]:
-        """Read the ids of enabled runs ("used") and of runs that were enabled or disabled before ("settled")."""
+        """Read the stored ids of runs.
+
+        Returns:
+            The enabled runs ("used"), those that are offered to everyone ("shared"), and those that were enabled or
+            disabled before ("settled"). Files of versions without owners have no "shared": every enabled model was
+            offered to everyone.
+        """
         try:
             state = json.loads(self._file.read_text(encoding="utf-8"))
-            return {key: [str(run_id) for run_id in state[key]] for key in ("used", "settled")}
-        except (OSError, ValueError, TypeError, KeyError):
-            return {"used": [], "settled": []}
+            state.setdefault("shared", state["used"])
+            return {key: [str(run_id) for run_id in state[key]] for key in ("used", "settled", "shared")}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return {"used": [], "settled": [], "shared": []}
 
     def _write(self, state: dict[str, list[str]], settled: str) -> None:
         existing = {run.id for run in self.runs.list()}

@@ -4,6 +4,7 @@ Imports no torch. A run's folder holds:
 
     config.json     RunConfig
     status.json     Status, replaced atomically at each change
+    owner.json      Ownership: who started the run; part of no export and no upload
     metrics.jsonl   one row per logged step
     probes.jsonl    the model's answers to a fixed set of held-out photos, every few steps
     log.txt         output of the training process
@@ -12,6 +13,7 @@ Imports no torch. A run's folder holds:
     result.json     scores of the base and the tuned model on held-out photos
     job.json        the job that executes the run on Hugging Face Jobs
     hosted.json     the finetune and its step on Moondream's tuning API
+    calls.jsonl     one row per paid call to Moondream's tuning API
     reward.png      the reward curve
     cancel          asks the training process to stop at its next step
     lock            held by the training process while it lives; a killed process releases it
@@ -19,6 +21,7 @@ Imports no torch. A run's folder holds:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -39,6 +42,7 @@ from storage.files import write_atomically
 
 RunState = Literal["queued", "running", "done", "cancelled", "failed", "interrupted"]
 BACKENDS = ("here", "jobs", "hosted")
+GUEST_PREFIX = "guest:"  # of the owners that are guests; see `access.roles.Visitor`
 FINISHED_STATES = ("done", "cancelled", "failed", "interrupted")
 MAX_RUNS = 50
 MAX_STEPS = 2_000
@@ -46,6 +50,7 @@ MAX_PHOTOS = 1_000
 MAX_NAME = 80
 PROBE_PHOTOS = 8  # held-out photos that the model answers during training
 MAX_LOG_BYTES = 64 * 1024  # read from the end of a log
+TRASH_SUFFIX = ".gone"  # of the folder of a run that is being deleted
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 
 
@@ -55,6 +60,10 @@ class RunError(Exception):
 
 class RunAborted(Exception):  # noqa: N818
     """Raised when a run cannot continue. The message says why and what to do."""
+
+
+class RunPaused(RunAborted):
+    """Raised when a run stops early, with its progress kept, until it is resumed. The message says when that helps."""
 
 
 class RunConfig(BaseModel):
@@ -185,6 +194,22 @@ class Status:
         return max(0.0, elapsed / self.step * (self.steps - self.step))
 
 
+@dataclass(frozen=True)
+class Ownership:
+    """Who started a run, and whose key pays for it.
+
+    Attributes:
+        owner: Identifies the visitor as in `access.roles.Visitor.id`; "" for the deployment's administrator, who also
+            owns the runs of versions without owners.
+        owner_name: Display name of the owner.
+        own_key: Whether the run uses a key that the visitor entered. The key itself is never stored.
+    """
+
+    owner: str = ""
+    owner_name: str = ""
+    own_key: bool = False
+
+
 class Run:
     """A run's folder. Writes are atomic; reads tolerate missing and incomplete files."""
 
@@ -211,6 +236,35 @@ class Run:
         """Whether the tuned model can be used: from a local adapter, or a checkpoint on the tuning server."""
         return self.has_adapter or bool((self.result() or {}).get("model"))
 
+    @property
+    def ownership(self) -> Ownership:
+        """The owner and whether a visitor's key pays. An unreadable file grants nothing: no owner, and own_key."""
+        try:
+            return Ownership(**json.loads((self.folder / "owner.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return Ownership()
+        except (OSError, ValueError, TypeError):
+            return Ownership(own_key=True)
+
+    @property
+    def owner(self) -> str:
+        """Who started the run; "" for the deployment's administrator and for runs of versions without owners."""
+        return self.ownership.owner
+
+    @property
+    def owner_name(self) -> str:
+        """Display name of the owner, which may be empty."""
+        return self.ownership.owner_name
+
+    @property
+    def own_key(self) -> bool:
+        """Whether the run uses a key that the visitor entered, so that the deployment's key must not pay for it."""
+        return self.ownership.own_key
+
+    def set_ownership(self, ownership: Ownership) -> None:
+        """Write who owns the run. Raises OSError."""
+        write_atomically(self.folder / "owner.json", json.dumps(asdict(ownership)))
+
     def config(self) -> RunConfig:
         """Read the run's settings. Raises RunError."""
         try:
@@ -236,6 +290,8 @@ class Run:
 
     def alive(self) -> bool:
         """Whether a training process holds the run's lock."""
+        if not (self.folder / "lock").exists():  # FileLock would create the folder of a deleted run again
+            return False
         lock = FileLock(self.folder / "lock", timeout=0)
         try:
             lock.acquire()
@@ -270,6 +326,14 @@ class Run:
     def probes(self) -> list[dict[str, Any]]:
         """Read the probe answers, oldest first; each has step, photo, recipe, scores and total."""
         return list(_read_jsonl(self.folder / "probes.jsonl"))
+
+    def calls(self) -> list[dict[str, Any]]:
+        """Read the paid calls of a hosted run, oldest first."""
+        return list(_read_jsonl(self.folder / "calls.jsonl"))
+
+    def append_call(self, row: dict[str, Any]) -> None:
+        """Append a paid call, before anything else is done with its answer. Raises OSError."""
+        self._append("calls.jsonl", row)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append the metrics of a step. Raises OSError."""
@@ -318,16 +382,45 @@ class RunStore:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
 
-    def create(self, config: RunConfig) -> Run:
-        """Create a queued run. Raises RunError if the limit is reached or the folder cannot be written."""
-        if len(self.list()) >= MAX_RUNS:
-            raise RunError(f"The limit of {MAX_RUNS} runs is reached. Delete one first.")
-        now = datetime.now(timezone.utc)  # ids sort by creation time, to the microsecond
-        run = Run(self.folder / f"{now:%Y%m%d-%H%M%S}-{now.microsecond:05x}{secrets.token_hex(1)[0]}")
+    @staticmethod
+    def new_id() -> str:
+        """Return an id for a new run. Ids sort by creation time, to the microsecond."""
+        now = datetime.now(timezone.utc)
+        return f"{now:%Y%m%d-%H%M%S}-{now.microsecond:05x}{secrets.token_hex(1)[0]}"
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the limit of runs is reached."""
+        return len(self.list()) >= MAX_RUNS
+
+    def create(
+        self,
+        config: RunConfig,
+        owner: str = "",
+        owner_name: str = "",
+        own_key: bool = False,
+        run_id: str | None = None,
+    ) -> Run:
+        """Create a queued run.
+
+        Args:
+            config: Its settings.
+            owner: See `Ownership`.
+            owner_name: See `Ownership`.
+            own_key: See `Ownership`.
+            run_id: An id from `new_id`; a new one by default.
+
+        Raises:
+            RunError: If the limit is reached or the folder cannot be written.
+        """
+        if self.is_full:
+            raise RunError(f"The limit of {MAX_RUNS} runs is reached. Delete one first, or try again later.")
+        run = Run(self.folder / (run_id or self.new_id()))
         part = run.folder.with_name(f".{run.id}")
         try:
             part.mkdir(parents=True)
             write_atomically(part / "config.json", config.model_dump_json(indent=1))
+            Run(part).set_ownership(Ownership(owner, owner_name, own_key))
             Run(part).set_status(steps=config.steps, created=time.time())
             os.replace(part, run.folder)
         except OSError as error:
@@ -336,27 +429,42 @@ class RunStore:
         return run
 
     def list(self) -> list[Run]:
-        """List the runs, oldest first."""
+        """List the runs, oldest first. A folder without a config is not a run."""
         try:
-            names = sorted(entry.name for entry in os.scandir(self.folder) if _ID.fullmatch(entry.name))
+            names = sorted(entry.name for entry in os.scandir(self.folder) if is_run_id(entry.name))
         except OSError:
             return []
-        return [Run(self.folder / name) for name in names]
+        return [Run(self.folder / name) for name in names if (self.folder / name / "config.json").is_file()]
 
     def get(self, name: str) -> Run:
         """Return the run with this id. Raises RunError."""
-        if not isinstance(name, str) or not _ID.fullmatch(name) or not (self.folder / name).is_dir():
+        if not is_run_id(name) or not (self.folder / name / "config.json").is_file():
             raise RunError(f"There is no run {str(name)[:40]!r}. It may have been deleted.")
         return Run(self.folder / name)
 
     def delete(self, name: str) -> None:
-        """Delete a run with everything it learned. Raises RunError if its process is alive."""
+        """Delete a run with everything it learned. Raises RunError if its process is alive, or on a disk error."""
         run = self.get(name)
         if run.alive():
             raise RunError("This run is still working. Cancel it first.")
-        trash = run.folder.with_name(f".{run.id}.gone")  # renamed first: readers never see half a folder
-        os.replace(run.folder, trash)
+        trash = run.folder.with_name(f".{run.id}{TRASH_SUFFIX}")  # a killed process leaves a whole run or none
+        try:
+            os.replace(run.folder, trash)
+        except OSError as error:
+            raise RunError(f"The run could not be deleted ({error.strerror}). Try again.") from None
         shutil.rmtree(trash, ignore_errors=True)
+
+    def remove_leftovers(self) -> None:
+        """Remove what a process that was killed while creating or deleting a run left behind. Call at startup only."""
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self.folder):
+                if entry.name.startswith(".") and is_run_id(entry.name[1:].removesuffix(TRASH_SUFFIX)):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def is_run_id(name: object) -> bool:
+    """Whether a value has the form of a run's id."""
+    return isinstance(name, str) and bool(_ID.fullmatch(name))
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,8 +43,8 @@ def adapters(runs: RunStore, models: dict[str, ModelSpec]) -> AdapterRegistry:
 def make(runs: RunStore) -> Make:
     """Create finished runs."""
 
-    def make_run(wins: bool = True, **changes: object) -> Run:
-        run = runs.create(make_config(**({"reward": {"sharpness": 1, "colour": 0.5}} | changes)))
+    def make_run(wins: bool = True, owner: str = "", **changes: object) -> Run:
+        run = runs.create(make_config(**({"reward": {"sharpness": 1, "colour": 0.5}} | changes)), owner=owner)
         write_adapter(run)
         write_result(run, wins=wins, alarm="")
         run.set_status(state="done")
@@ -161,6 +162,132 @@ def test_full_disk_leaves_the_registry_unchanged(
     with pytest.raises(RunError, match="Free some disk space"):
         adapters.disable(run.id)
     assert set(models) == {*MODELS, model_name(run.id)}
+
+
+def tuned(adapters: AdapterRegistry, owner: str) -> list[str]:
+    """Return the names of the tuned models that a visitor sees."""
+    return sorted(name for name in adapters.visible_models(owner) if name.startswith("run-"))
+
+
+def test_enabled_model_is_offered_to_its_owner_until_it_is_shared(adapters: AdapterRegistry, make: Make) -> None:
+    run = make(owner="hf:1")
+    name = model_name(run.id)
+    adapters.enable(run)
+    others = ("", "hf:2", "guest:1", "guest:")
+    assert tuned(adapters, "hf:1") == [name] and not any(tuned(adapters, other) for other in others)
+    assert adapters.newest_with_base("hf:1") == ["moondream-tiny", name]
+    assert not any(adapters.newest_with_base(other) for other in others)
+    assert adapters.is_visible(run.id, "hf:1") and adapters.is_visible(name, "hf:1")
+    assert not adapters.is_visible(run.id, "hf:2") and not adapters.is_shared(run.id)
+    version = adapters.version
+    adapters.share(run)
+    assert adapters.is_shared(run.id) and adapters.version > version
+    assert all(tuned(adapters, other) == [name] for other in others)
+    assert adapters.newest_with_base("guest:1") == ["moondream-tiny", name]
+    adapters.enable(run)
+    assert adapters.is_shared(run.id), "a renamed run stays shared"
+    version = adapters.version
+    adapters.unshare(run.id)
+    assert tuned(adapters, "hf:1") == [name] and not any(tuned(adapters, other) for other in others)
+    assert not adapters.is_shared(run.id) and adapters.version > version
+    with pytest.raises(RunError, match="not shared"):
+        adapters.unshare(run.id)
+
+
+def test_disable_removes_a_shared_model_for_everyone(adapters: AdapterRegistry, make: Make, runs: RunStore) -> None:
+    run = make(owner="hf:1")
+    adapters.share(run)
+    adapters.disable(run.id)
+    assert not tuned(adapters, "hf:1") and not tuned(adapters, "") and not adapters.is_shared(run.id)
+    adapters.enable(run)
+    assert not adapters.is_shared(run.id)
+    assert json.loads((runs.folder / "adopted.json").read_text()) == {
+        "used": [run.id],
+        "settled": [run.id],
+        "shared": [],
+    }
+
+
+def test_models_that_are_not_tuned_here_are_visible_to_everyone(adapters: AdapterRegistry, make: Make) -> None:
+    run = make(owner="hf:1")
+    adapters.enable(run)
+    assert adapters.visible_models("guest:1") == dict(MODELS)
+    assert adapters.is_visible("moondream-tiny", "guest:1") and adapters.is_visible("moondream-tiny/abc@3", "guest:1")
+    adapters.disable(run.id)
+    assert not adapters.is_visible(run.id, "hf:1") and not adapters.is_visible("run-nothing", "hf:1")
+
+
+def test_guests_without_a_browser_secret_see_no_models_of_each_other(adapters: AdapterRegistry, make: Make) -> None:
+    adapters.enable(make(owner="guest:"))
+    assert tuned(adapters, "guest:") == []
+
+
+def test_newest_model_of_a_visitor_is_the_own_or_shared_one_that_was_enabled_last(
+    adapters: AdapterRegistry, make: Make
+) -> None:
+    own, shared, other = make(owner="hf:1"), make(owner="hf:2"), make(owner="hf:3")
+    for run in (own, shared, other):
+        adapters.enable(run)
+    assert adapters.newest_with_base("hf:1")[1] == model_name(own.id)
+    adapters.share(shared)
+    assert adapters.newest_with_base("hf:1")[1] == model_name(shared.id)
+    adapters.enable(own)
+    assert adapters.newest_with_base("hf:1")[1] == model_name(shared.id), "an update does not bring a model forward"
+    adapters.disable(own.id)
+    adapters.enable(own)
+    assert adapters.newest_with_base("hf:1")[1] == model_name(own.id)
+    assert adapters.newest_with_base("hf:2")[1] == model_name(shared.id)
+
+
+def test_model_works_without_the_one_that_it_was_tuned_from(adapters: AdapterRegistry, make: Make) -> None:
+    parent = make(owner="hf:1")
+    child = make(owner="hf:2", base=model_name(parent.id))
+    adapters.enable(parent)
+    adapters.enable(child)
+    assert adapters.newest_with_base("hf:2") == ["moondream-tiny", model_name(child.id)]
+    adapters.share(parent)
+    adapters.disable(child.id)
+    adapters.enable(child)
+    assert adapters.newest_with_base("hf:2") == [model_name(parent.id), model_name(child.id)]
+
+
+def test_winner_joins_the_models_of_its_owner(adapters: AdapterRegistry, make: Make) -> None:
+    of_user, of_admin = make(owner="hf:1"), make()
+    adapters.load()
+    assert tuned(adapters, "hf:1") == [model_name(of_user.id)] and tuned(adapters, "") == [model_name(of_admin.id)]
+    assert tuned(adapters, "guest:1") == []
+
+
+def test_state_survives_a_restart(adapters: AdapterRegistry, make: Make, runs: RunStore) -> None:
+    own, shared = make(owner="hf:1", wins=False), make(owner="hf:2", wins=False)
+    adapters.enable(own)
+    adapters.share(shared)
+    restored = AdapterRegistry(runs, dict(MODELS))
+    restored.load()
+    assert tuned(restored, "hf:1") == [model_name(own.id), model_name(shared.id)]
+    assert tuned(restored, "hf:3") == [model_name(shared.id)] and restored.enabled_ids() == [own.id, shared.id]
+
+
+def test_models_enabled_by_a_version_without_owners_stay_offered_to_everyone(
+    adapters: AdapterRegistry, make: Make, runs: RunStore
+) -> None:
+    old, new = make(), make(wins=False)
+    (old.folder / "owner.json").unlink()
+    (runs.folder / "adopted.json").write_text(json.dumps({"used": [old.id], "settled": [old.id]}))
+    adapters.load()
+    assert tuned(adapters, "guest:1") == [model_name(old.id)] and adapters.is_shared(old.id)
+    adapters.enable(new)
+    assert tuned(adapters, "guest:1") == [model_name(old.id)]
+
+
+def test_simultaneous_changes_are_all_kept(adapters: AdapterRegistry, make: Make) -> None:
+    created = [make(owner="hf:1", wins=False) for _ in range(8)]
+    threads = [threading.Thread(target=adapters.share, args=(run,)) for run in created]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert tuned(adapters, "guest:1") == [model_name(run.id) for run in created]
 
 
 def damage(folder: Path, defect: str) -> None:

@@ -16,7 +16,7 @@ from tests.support.hub_server import TOKEN, HubServer
 from tests.support.runs import make_config
 from training.runs.adapters import check_adapter
 from training.runs.export import model_card, push_to_hub, write_zip
-from training.runs.run import Run, RunError, RunStore
+from training.runs.run import Ownership, Run, RunError, RunStore
 
 TINY = MODELS["moondream-tiny"]
 HOSTILE = "<img src=x> | [x](javascript:1) ``` # ${x}"
@@ -84,6 +84,19 @@ def test_zip_contains_everything_but_checkpoints_and_local_paths(run: Run, tmp_p
         str(tmp_path).encode() not in file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()
     )
     check_adapter(tmp_path / "out" / "adapter", TINY)
+
+
+def test_exports_do_not_contain_the_owner(run: Run, hub: HubServer, tmp_path: Path) -> None:
+    run.set_ownership(Ownership("hf:4711-the-owner", "Ada Owner", own_key=True))
+    write_zip(run, TINY, tmp_path / "run.zip")
+    with zipfile.ZipFile(tmp_path / "run.zip") as archive:
+        archive.extractall(tmp_path / "out")
+    push_to_hub(run, TINY, "me/sharper", TOKEN)
+    files = [file for folder in (tmp_path / "out", hub.files) for file in folder.rglob("*") if file.is_file()]
+    assert {"config.json", "run.json", "README.md"} <= {file.name for file in files}
+    assert "owner.json" not in {file.name for file in files}
+    for file in files:
+        assert b"4711" not in file.read_bytes() and b"Ada" not in file.read_bytes()
 
 
 def test_push_uploads_adapter_and_card_with_the_given_token(

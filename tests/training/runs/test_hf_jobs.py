@@ -24,6 +24,7 @@ from training.runs.run import Run, RunConfig, RunError, RunStore
 
 pytestmark = pytest.mark.slow
 
+OWNER = {"owner": "hf:4711-the-owner", "owner_name": "Ada Owner"}
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -148,13 +149,13 @@ def test_cancelled_job_is_ended_if_it_does_not_stop(hub: HubServer, run: Run, mo
 
 
 def test_local_photos_base_and_code_are_uploaded(hub: HubServer, tmp_path: Path) -> None:
-    parent = RunStore(tmp_path / "runs").create(make_config(reward={"colour": 1}))
+    parent = RunStore(tmp_path / "runs").create(make_config(reward={"colour": 1}), **OWNER)
     write_adapter(parent)
     photos = tmp_path / "mine"
     photos.mkdir()
     (photos / "a.jpg").write_bytes(b"photo")
     config = make_config(backend="jobs", base=str(parent.folder), photos=str(photos), held_out="hub:me/photos")
-    run = RunStore(tmp_path / "runs").create(config)
+    run = RunStore(tmp_path / "runs").create(config, **OWNER)
     hub.job_log = []
     submit(run, run.config(), huggingface_hub.HfApi(token=TOKEN))
     inputs = hub.files / "runs" / run.id
@@ -163,6 +164,9 @@ def test_local_photos_base_and_code_are_uploaded(hub: HubServer, tmp_path: Path)
     assert (inputs / "photos" / "a.jpg").read_bytes() == b"photo"
     assert (inputs / "base" / "adapter" / "adapter_model.safetensors").is_file()
     assert RunConfig.from_json((inputs / "base" / "config.json").read_bytes()).base == "moondream-tiny"
+    files = [file for file in inputs.rglob("*") if file.is_file()]
+    assert "owner.json" not in {file.name for file in files}
+    assert not any(value.encode() in file.read_bytes() for file in files for value in OWNER.values())
     assert str(tmp_path) not in (inputs / "config.json").read_text() + (inputs / "base" / "config.json").read_text()
     assert (hub.files / "code" / "training" / "runs" / "job_entrypoint.py").is_file()
 

@@ -9,16 +9,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.runs import FAKE, make_config, until
 from training.runs import queue as queue_module
 from training.runs.queue import RunQueue
-from training.runs.run import Run, RunError, RunStore
+from training.runs.run import Run, RunError, RunStore, Status
 
 pytestmark = pytest.mark.slow
 
+GUEST = "guest:1a2b"
 MakeQueue = Callable[..., RunQueue]
 
 
@@ -71,9 +73,11 @@ def test_job_gets_the_submitted_token_and_never_that_of_the_environment(
     run = queue.submit(make_config(backend="jobs"), "mine")
     until(lambda: run.status().finished)
     assert "token mine" in run.log()
-    queue.resume(run)
-    until(lambda: run.status().finished)
-    assert "Resume it with a token" in run.status().message and "of-this-machine" not in run.log()
+    with pytest.raises(RunError, match=r"your own Hugging Face token.*Enter it again and resume"):
+        queue.resume(run)
+    without = queue.submit(make_config(backend="jobs", seed=2))
+    until(lambda: without.status().finished)
+    assert "Enter it again and resume" in without.status().message and "token" not in without.log()
     queue.stop()
 
 
@@ -196,8 +200,203 @@ def test_queue_length_is_limited(make_queue: MakeQueue, monkeypatch: pytest.Monk
     monkeypatch.setattr(queue, "wake", lambda: None)
     for seed in (1, 2):
         queue.submit(make_config(seed=seed))
-    with pytest.raises(RunError, match=r"The queue is full \(2 runs\)"):
+    with pytest.raises(RunError, match="The queue is full: 2 runs are waiting or training. Try again later"):
         queue.submit(make_config(seed=3))
+    stopped = queue.unfinished()[0]
+    stopped.cancel()
+    queue.submit(make_config(seed=3))
+    with pytest.raises(RunError, match="The queue is full"):
+        queue.resume(stopped)
+
+
+def test_number_of_unfinished_runs_per_owner_is_limited(
+    make_queue: MakeQueue, runs: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = make_queue()
+    monkeypatch.setattr(queue, "wake", lambda: None)
+    first = queue.submit(make_config(seed=1), owner=GUEST, owner_name="Guest", max_unfinished=1)
+    assert (first.owner, first.owner_name, first.own_key) == (GUEST, "Guest", False)
+    with pytest.raises(RunError, match="You have a run waiting already"):
+        queue.submit(make_config(seed=2), owner=GUEST, max_unfinished=1)
+    queue.submit(make_config(seed=1), owner="guest:other", max_unfinished=1)  # the same config is no double click
+    queue.submit(make_config(seed=1))
+    first.cancel()
+    queue.submit(make_config(seed=2), owner=GUEST, max_unfinished=1)
+    with pytest.raises(RunError, match="You have a run waiting already"):
+        queue.resume(first, max_unfinished=1)
+    queue.submit(make_config(seed=3), owner=GUEST, max_unfinished=2)
+    with pytest.raises(RunError, match="You have 2 runs waiting already"):
+        queue.submit(make_config(seed=4), owner=GUEST, max_unfinished=2)
+
+
+def test_one_of_several_simultaneous_submissions_of_a_guest_is_accepted(
+    make_queue: MakeQueue, runs: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, errors, barrier = make_queue(), [], threading.Barrier(8)
+    monkeypatch.setattr(queue, "wake", lambda: None)
+
+    def submit(seed: int) -> None:
+        barrier.wait()
+        try:
+            queue.submit(make_config(seed=seed), owner=GUEST, max_unfinished=1)
+        except RunError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=submit, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(runs.list()) == 1 and len(errors) == 7
+
+
+def test_full_store_deletes_only_finished_runs_of_guests_that_nothing_uses(
+    make_queue: MakeQueue, runs: RunStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("training.runs.run.MAX_RUNS", 8)
+    photos = tmp_path / "uploads" / "of-a-guest"
+    photos.mkdir(parents=True)
+    owners = ("", "hf:1", GUEST, GUEST, GUEST, GUEST, GUEST)
+    admins, users, enabled, parent, base, oldest, waiting = (
+        runs.create(make_config(photos=str(photos)), owner=owner) for owner in owners
+    )
+    for run in (admins, users, enabled, parent, base, oldest):
+        run.set_status(state="done")
+    runs.create(make_config(base=str(parent.folder)))
+    queue = make_queue()
+    monkeypatch.setattr(queue, "wake", lambda: None)
+    with pytest.raises(RunError, match="Delete one first"):
+        queue.submit(make_config(base=f"run-{base.id}", seed=2))
+    queue.enabled_ids = lambda: [enabled.id]
+    queue.submit(make_config(base=f"run-{base.id}", seed=2))
+    assert not oldest.folder.exists() and photos.exists()
+    assert all(run.folder.exists() for run in (admins, users, enabled, parent, base, waiting))
+    with pytest.raises(RunError, match="Delete one first"):
+        queue.submit(make_config(base=f"run-{base.id}", seed=3))
+    assert len(runs.list()) == 8
+
+
+def test_photos_of_a_deleted_run_are_deleted(
+    make_queue: MakeQueue, runs: RunStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("training.runs.run.MAX_RUNS", 1)
+    photos = tmp_path / "uploads" / "of-a-guest"
+    photos.mkdir(parents=True)
+    runs.create(make_config(photos=str(photos)), owner=GUEST).set_status(state="done")
+    queue = make_queue(enabled_ids=list)
+    monkeypatch.setattr(queue, "wake", lambda: None)
+    run = queue.submit(make_config())
+    assert [kept.id for kept in runs.list()] == [run.id] and not photos.exists()
+
+
+def test_run_with_a_visitors_key_never_continues_with_that_of_the_deployment(
+    make_queue: MakeQueue, runs: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOONDREAM_API_KEY", "of-the-deployment")
+    before = make_queue(command=PRINT_KEY)
+    monkeypatch.setattr(before, "wake", lambda: None)
+    run = before.submit(make_config(backend="hosted"), "of-the-visitor", owner="hf:1")
+    paid = before.submit(make_config(backend="hosted", seed=2), owner="hf:1")
+    assert run.own_key and not paid.own_key
+    assert all(b"of-the-visitor" not in file.read_bytes() for file in runs.folder.rglob("*") if file.is_file())
+    after = make_queue(command=PRINT_KEY)  # the application restarted
+    after.wake()
+    until(lambda: run.status().finished and paid.status().finished)
+    assert "your own Moondream API key" in run.status().message and run.log() == ""
+    assert paid.log() == "key of-the-deployment"
+    with pytest.raises(RunError, match=r"Moondream API key.*Enter it again and resume"):
+        after.resume(run)
+    after.resume(run, "of-the-visitor")
+    until(lambda: run.log() == "key of-the-visitor")
+    until(lambda: paid.status().finished and run.status().finished)
+    after.resume(paid, "of-the-visitor")
+    assert paid.own_key and (paid.owner, run.owner) == ("hf:1", "hf:1")
+    until(lambda: paid.log().splitlines() == ["key of-the-deployment", "key of-the-visitor"])
+    until(lambda: after._tokens == {})
+
+
+def test_token_that_a_run_does_not_need_is_ignored(make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = make_queue()
+    monkeypatch.setattr(queue, "wake", lambda: None)
+    assert not queue.submit(make_config(), "unused").own_key
+    assert queue.submit(make_config(photos="hub:me/photos"), "needed").own_key
+
+
+@pytest.mark.parametrize(
+    ("owner", "token", "expected"),
+    [
+        ("", "", "of-this-machine None"),
+        ("hf:1", "", "None 1"),
+        ("hf:1", "of-the-visitor", "of-the-visitor None"),
+    ],
+)
+def test_run_of_a_visitor_does_not_read_datasets_with_the_deployments_token(
+    make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, owner: str, token: str, expected: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "of-this-machine")
+    monkeypatch.delenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", raising=False)
+    program = "import os; print(os.environ.get('HF_TOKEN'), os.environ.get('HF_HUB_DISABLE_IMPLICIT_TOKEN'))"
+    queue = make_queue(command=(sys.executable, "-c", program))
+    run = queue.submit(make_config(photos="hub:me/private"), token, owner=owner)
+    until(lambda: run.status().finished)
+    assert run.log() == expected
+
+
+PRINT_KEY = (sys.executable, "-c", "import os; print('key', os.environ.get('MOONDREAM_API_KEY'))")
+
+
+def test_hosted_run_gets_the_submitted_key_although_the_worker_takes_it_at_once(
+    make_queue: MakeQueue, runs: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker executes the run before `submit` and `resume` continue: the key must be stored by then."""
+    monkeypatch.setenv("MOONDREAM_API_KEY", "of-the-deployment")
+    queue = make_queue(command=PRINT_KEY)
+    create, set_status = runs.create, Run.set_status
+
+    def execute(run: Run) -> None:
+        queue.wake()
+        until(lambda: run._read_status().finished)
+
+    def create_and_execute(*args: Any, **settings: Any) -> Run:
+        run = create(*args, **settings)
+        execute(run)
+        return run
+
+    def set_status_and_execute(run: Run, **changes: Any) -> Status:
+        status = set_status(run, **changes)
+        if changes.get("state") == "queued":
+            execute(run)
+        return status
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "create", create_and_execute)
+        run = queue.submit(make_config(backend="hosted"), "of-the-visitor")
+    assert run.log() == "key of-the-visitor"
+    until(lambda: queue._thread is None)
+    monkeypatch.setattr(Run, "set_status", set_status_and_execute)
+    queue.resume(run, "second-of-the-visitor")
+    assert run.log().splitlines() == ["key of-the-visitor", "key second-of-the-visitor"]
+
+
+def test_start_that_is_retried_keeps_the_submitted_key(make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOONDREAM_API_KEY", "of-the-deployment")
+    attempts: list[int] = []
+
+    def full(*_: object, **__: object) -> None:
+        attempts.append(1)
+        raise OSError(28, "No space left on device")
+
+    queue = make_queue(command=PRINT_KEY)
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "wake", lambda: None)
+        run = queue.submit(make_config(backend="hosted"), "of-the-visitor")
+    with monkeypatch.context() as patch:
+        patch.setattr(queue_module.subprocess, "Popen", full)
+        patch.setattr("training.runs.run.os.fsync", full)
+        queue.wake()
+        until(lambda: len(attempts) >= 4)
+    until(lambda: run.status().finished)
+    assert run.log() == "key of-the-visitor"
 
 
 @pytest.mark.parametrize("current", ["queued", "done"])

@@ -11,7 +11,7 @@ from filelock import FileLock
 from storage.files import write_atomically
 from tests.support.runs import CONFIG, make_config
 from training.runs import run as run_module
-from training.runs.run import Run, RunConfig, RunError, RunStore, Status
+from training.runs.run import Ownership, Run, RunConfig, RunError, RunStore, Status
 
 
 @pytest.fixture
@@ -126,6 +126,64 @@ def test_delete_refuses_a_running_run(runs: RunStore, run: Run) -> None:
         runs.delete(run.id)
     runs.delete(run.id)
     assert runs.list() == [] and list(runs.folder.iterdir()) == []
+
+
+def test_deleted_run_does_not_come_back(runs: RunStore, run: Run) -> None:
+    """A page or a worker may still hold the deleted run and check whether it is alive."""
+    runs.delete(run.id)
+    assert not run.alive() and run.status() == Status()
+    assert runs.list() == [] and list(runs.folder.iterdir()) == []
+
+
+def test_process_killed_while_deleting_leaves_no_half_run(
+    runs: RunStore, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise SystemExit("simulated kill")
+
+    kept = runs.create(make_config())
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.shutil, "rmtree", die)
+        with pytest.raises(SystemExit):
+            runs.delete(run.id)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "set_status", die)
+        with pytest.raises(SystemExit):
+            runs.create(make_config())
+    assert [left.id for left in runs.list()] == [kept.id] and len(list(runs.folder.iterdir())) == 3
+    runs.remove_leftovers()
+    assert list(runs.folder.iterdir()) == [kept.folder]
+
+
+def test_failed_deletion_keeps_the_run(runs: RunStore, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.os, "replace", fail)
+        with pytest.raises(RunError, match="could not be deleted"):
+            runs.delete(run.id)
+    assert runs.get(run.id).config() == make_config()
+
+
+def test_owner_is_stored_beside_the_config(runs: RunStore, run: Run) -> None:
+    assert run.ownership == Ownership("", "", False)
+    owned = runs.create(make_config(), owner="hf:4711", owner_name="Ada", own_key=True)
+    owned.rename("Renamed")
+    owned.set_status(state="done")
+    assert (owned.owner, owned.owner_name, owned.own_key) == ("hf:4711", "Ada", True)
+    assert "4711" not in (owned.folder / "config.json").read_text() + (owned.folder / "status.json").read_text()
+
+
+def test_run_of_a_version_without_owners_belongs_to_the_administrator(run: Run) -> None:
+    (run.folder / "owner.json").unlink()
+    assert run.ownership == Ownership()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"owner": "hf:1", "role": "admin"}'])
+def test_unreadable_owner_grants_nothing(run: Run, text: str) -> None:
+    (run.folder / "owner.json").write_text(text)
+    assert run.owner == "" and run.own_key
 
 
 def test_number_of_runs_is_limited(runs: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
