@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from storage.files import write_atomically
 from training.grpo.train import run_training
 from training.runs import hf_jobs
-from training.runs.run import BACKENDS, Run, RunAborted, RunConfig, RunError
+from training.runs.run import BACKENDS, Run, RunAborted, RunConfig, RunError, RunPaused
 
 LOCK_TIMEOUT = 10.0  # seconds; a process that only checks whether the run is alive holds the lock briefly
 
@@ -170,7 +170,8 @@ def record_failure(run: Run, error: BaseException) -> None:
         traceback.print_exception(error)
     print(message, file=sys.stderr)
     try:
-        run.set_status(state="failed", phase="", ended=time.time(), message=message)
+        state = "interrupted" if isinstance(error, RunPaused) else "failed"
+        run.set_status(state=state, phase="", ended=time.time(), message=message)
     except OSError:
         print("The run's status could not be written either.", file=sys.stderr)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, field
 
 from inference.hosted.backend import IMAGE_TOKENS
@@ -37,6 +38,12 @@ class CostTracker:
     question: str = field(default_factory=recipe_prompt)
     prices: Prices = field(default_factory=Prices)
     dollars: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+
+    @property
+    def priced(self) -> bool:
+        """Whether the prices of inference and training are known."""
+        return self.inference_cost(0, 0) is not None and self.training_cost(0, 0) is not None
 
     def inference_cost(self, count: int, tokens_out: int) -> float | None:
         """Return the cost of generating `count` answers with `tokens_out` tokens in total."""
@@ -74,5 +81,6 @@ class CostTracker:
         return config.steps * step + config.sft_steps * sft_step + probes * probe + evaluation
 
     def add(self, dollars: float | None) -> None:
-        """Add an amount that was spent; None adds nothing."""
-        self.dollars += dollars or 0.0
+        """Add an amount that was spent; None adds nothing. Safe in several threads."""
+        with self._lock:
+            self.dollars += dollars or 0.0

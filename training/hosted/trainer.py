@@ -1,8 +1,8 @@
 """Fine-tuning on Moondream's tuning API: weights are updated on the server, recipes are rendered and scored locally.
 
-Rewards are computed by the same code as on screen. `hosted.json` in the run's folder holds the finetune's id, its
-step and the amount spent, so that a killed run continues where the finetune stands. The API key is read from the
-environment and never stored.
+Rewards are computed by the same code as on screen. `hosted.json` in the run's folder holds the finetune's id and its
+step, so that a killed run continues where the finetune stands; `calls.jsonl` holds what was paid. The API key is read
+from the environment and never stored.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import SecretStr
@@ -27,6 +28,7 @@ from training.data.sources import PhotoSourceError, train_eval_split
 from training.evaluate import ScoredAnswer, reward_totals, score_answer
 from training.grpo.result import build_result, format_log_line
 from training.grpo.reward import RecipeReward
+from training.hosted.billing import BillingAccount, PaidCalls
 from training.hosted.client import (
     MAX_ROLLOUTS,
     MIN_REWARD_RANGE,
@@ -38,9 +40,14 @@ from training.hosted.client import (
 )
 from training.hosted.cost import MAX_TOKENS, CostTracker, estimate_tokens
 from training.runs.run import PROBE_PHOTOS, Run, RunAborted, RunConfig
+from usage.prices import PriceError, Prices
 
 CONCURRENT_REQUESTS = 4  # the client's rate limiter bounds the requests per second
 SFT_CANDIDATES = 8  # random recipes per photo, the best of which becomes a supervised example
+ANSWERS_PER_CALL = 8  # answers of an evaluation between two checks of the budget
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -58,6 +65,7 @@ class HostedRunState:
         silent: Groups without a learning signal.
         groups: Groups sampled.
         base: The base model's answers to the held-out photos, which are paid for once.
+        tuned: The answers of the checkpoint `saved`, likewise.
     """
 
     finetune_id: str = ""
@@ -70,6 +78,7 @@ class HostedRunState:
     silent: int = 0
     groups: int = 0
     base: list[str] = field(default_factory=list)
+    tuned: list[str] = field(default_factory=list)
 
     @classmethod
     def load(cls, run: Run) -> HostedRunState:
@@ -114,11 +123,12 @@ def train_hosted(run: Run, config: RunConfig, set_phase: Callable[[str], None]) 
         The content of result.json, or None if the run was cancelled.
 
     Raises:
+        RunPaused: If the deployment's budget is spent or cannot be checked.
         RunAborted: If the run cannot continue. Errors of rewards and disk are passed on.
     """
-    server = client_from_env()
+    server, account, prices = client_from_env(), BillingAccount.from_env(os.environ), _prices_from_env()
     try:
-        return HostedTrainer(run, config, server, set_phase).train()
+        return HostedTrainer(run, config, server, set_phase, account, prices).train()
     except CloudError as error:
         message = f"{error.message} Resume the run when the problem is solved; its progress is kept."
         raise RunAborted(message) from None
@@ -127,9 +137,26 @@ def train_hosted(run: Run, config: RunConfig, set_phase: Callable[[str], None]) 
 
 
 class HostedTrainer:
-    """GRPO loop of one run: rollouts and updates on the server, rewards computed here."""
+    """GRPO loop of one run: rollouts and updates on the server, rewards computed here.
 
-    def __init__(self, run: Run, config: RunConfig, server: MoondreamClient, set_phase: Callable[[str], None]) -> None:
+    Args:
+        run: The run.
+        config: Its settings.
+        server: HTTP client.
+        set_phase: Called with a description of each phase.
+        account: Where paid calls are checked and recorded; None if no deployment started the run.
+        prices: The price table.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        config: RunConfig,
+        server: MoondreamClient,
+        set_phase: Callable[[str], None],
+        account: BillingAccount | None = None,
+        prices: Prices | None = None,
+    ) -> None:
         if config.rank not in RANKS:
             raise RunAborted(f"The tuning API supports ranks {', '.join(map(str, RANKS))}, not {config.rank}.")
         if config.rollouts > MAX_ROLLOUTS:
@@ -140,7 +167,8 @@ class HostedTrainer:
         self.question = RECIPE_QUESTION if config.base.startswith("moondream-tiny") else recipe_prompt()
         self.reward = RecipeReward(self.photos.photos, config.reward_function, config.rollouts)
         self.state = HostedRunState.load(run)
-        self.costs = CostTracker(config.base, self.question, dollars=self.state.dollars)
+        self.costs = CostTracker(config.base, self.question, prices or Prices(), self.state.dollars)
+        self.calls = PaidCalls(run, self.costs, account)
         self.started = time.monotonic()
         self.threads = ThreadPoolExecutor(CONCURRENT_REQUESTS)
 
@@ -153,9 +181,8 @@ class HostedTrainer:
         save_picture(self.held_out.photos[0], Recipe(), self.run.folder / "probe.png")
         self.set_phase("evaluating the base model")
         base = self.evaluate_base()
-        if self.state.step == 0:
-            self._train_on_examples()
         if self.state.done == 0:
+            self._train_on_examples()
             self._probe(0)
         self.set_phase("training")
         while self.state.done < self.config.steps and not self.run.cancelled and self._budget_allows_step():
@@ -168,8 +195,8 @@ class HostedTrainer:
             )
         self.set_phase("evaluating the tuned model")
         model = self.tuning.model(self.state.saved, self.config.base)
-        photos = self.held_out.photos
-        tuned = list(self.threads.map(lambda photo: score_answer(photo, self._query(model, photo)), photos))
+        tuned = self._evaluate(model, self.state.tuned)
+        self.state.dollars = self.costs.dollars
         result = build_result(self.run, self.config.base, self.config.reward_function, self.held_out, base, tuned)
         if self.state.done < self.config.steps:
             result["alarm"] = result["alarm"] or f"The budget ended the run after {self.state.done} steps."
@@ -187,7 +214,7 @@ class HostedTrainer:
         step = tuning.step()
         if step > self.state.step:
             print(f"The finetune is at step {step}, ahead of the stored step {self.state.step}. Continuing from there.")
-            self.state.done += min(1, step - self.state.step)
+            self.state.done += min(1, step - self.state.step) if self.state.step >= self.config.sft_steps else 0
             self.state.twice += max(0, step - self.state.step - 1)
             self.state.step = step
         return tuning
@@ -200,26 +227,27 @@ class HostedTrainer:
         rng = np.random.default_rng([self.config.seed, number])
         photo_count = min(self.config.photos_per_step, len(self.photos.photos))
         indices = [int(index) for index in rng.choice(len(self.photos.photos), photo_count, replace=False)]
-        groups = list(self.threads.map(self._sample_rollouts, indices))
-        texts = [text for group in groups for text in group.texts]
-        rewards = self.reward(texts, [index for index in indices for _ in range(self.config.rollouts)])
-        payload = []
+        with self.calls.call("recipe", photo_count * self.config.rollouts) as call:
+            groups = self._map(self._sample_rollouts, indices)
+            texts = [text for group in groups for text in group.texts]
+            rewards = self.reward(texts, [index for index in indices for _ in range(self.config.rollouts)])
+            call.reward = _mean(rewards)
+        payload, cost = [], 0.0
         for index, group in enumerate(groups):
             start = index * self.config.rollouts
             group_rewards = _fill_missing(rewards[start : start + self.config.rollouts], group.texts)
             if np.ptp(group_rewards) > MIN_REWARD_RANGE:
                 payload.append(rl_group(group, group_rewards))
-                self.costs.add(self.costs.training_cost(len(group_rewards), _tokens_out(group)))
+                cost += self.costs.training_cost(len(group_rewards), _tokens_out(group)) or 0.0
         silent = len(groups) - len(payload)
-        self.state.done = number  # stored together with the update, so that a killed run repeats nothing
-        kl = self._update(payload) if payload else None
+        kl = self._update(payload, len(payload) * self.config.rollouts, cost, number) if payload else None
+        self.state.done = number
         self.state.groups += len(groups)
         self.state.silent += silent
         self._log_step(number, rewards, silent / len(groups), kl)
         if number % self.config.probe_every == 0 or number == self.config.steps:
             self._probe(number)
-        self.state.dollars = self.costs.dollars
-        self.state.save(self.run)
+        self._save_state()
         self.run.set_status(step=number)
 
     def _sample_rollouts(self, index: int) -> Rollouts:
@@ -228,30 +256,42 @@ class HostedTrainer:
         self.costs.add(self.costs.inference_cost(len(rollouts.texts), _tokens_out(rollouts)))
         return rollouts
 
-    def _update(self, groups: Sequence[dict[str, Any]]) -> float | None:
-        """Apply one update; return its KL divergence if the server reports it."""
-        result = self.tuning.train_step(groups, self.config.learning_rate, self.state.step)
+    def _update(self, groups: Sequence[dict[str, Any]], answers: int, cost: float, done: int) -> float | None:
+        """Apply one update; return its KL divergence if the server reports it.
+
+        Args:
+            groups: The groups to train on.
+            answers: Number of answers in them.
+            cost: Cost in US dollars.
+            done: GRPO steps done afterwards, stored together with the update, so that a killed run repeats nothing.
+        """
+        with self.calls.call("train_step", answers):
+            try:
+                result = self.tuning.train_step(groups, self.config.learning_rate, self.state.step)
+            except CloudError as error:
+                self.costs.add(cost if error.uncertain else 0.0)
+                raise
+            self.costs.add(cost * (1 + result.extra_steps))
         if result.response_lost:
             print("The response to this step was lost, but the finetune advanced; the step was not sent again.")
         if result.extra_steps:
             self.state.twice += result.extra_steps
             print(f"WARNING: a repeated request applied, and charged, {result.extra_steps} extra step(s).")
-        self.state.step = result.step
-        self.state.save(self.run)
+        self.state.step, self.state.done = result.step, done
+        self._save_state()
         return result.kl
 
     def _train_on_examples(self) -> None:
-        """Apply the supervised steps, each on the best of a few random recipes per photo."""
-        for number in range(self.config.sft_steps):
+        """Apply the remaining supervised steps, each on the best of a few random recipes per photo."""
+        for number in range(self.state.step, self.config.sft_steps):
             if self.run.cancelled or not self._budget_allows_step():
                 return
             self.set_phase(f"training on example recipes ({number + 1} of {self.config.sft_steps})")
             rng = np.random.default_rng([self.config.seed, 1_000_000 + number])
             indices = rng.integers(len(self.photos.photos), size=self.config.photos_per_step)
             examples = [self._example(self.photos.photos[int(index)], rng) for index in indices]
-            self._update(examples)
             token_count = sum(estimate_tokens(group["target"]["answer"]) for group in examples)
-            self.costs.add(self.costs.training_cost(len(examples), token_count))
+            self._update(examples, len(examples), self.costs.training_cost(len(examples), token_count) or 0.0, done=0)
 
     def _example(self, photo: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
         recipes = [random_recipe(rng) for _ in range(SFT_CANDIDATES)]
@@ -260,9 +300,8 @@ class HostedTrainer:
         return sft_group(photo_data_url(photo), self.question, max(scored)[1])
 
     def _log_step(self, number: int, rewards: Sequence[float | None], silent: float, kl: float | None) -> None:
-        known = [reward for reward in rewards if reward is not None]
         row = {"step": number, "seconds": round(time.monotonic() - self.started, 2), "kl": kl, "no_signal": silent}
-        row |= {"reward": float(np.mean(known)) if known else 0.0, "learning_rate": self.config.learning_rate}
+        row |= {"reward": _mean(rewards) or 0.0, "learning_rate": self.config.learning_rate}
         row |= {"dollars": round(self.costs.dollars, 6), **self.reward.component_means}
         self.run.append_metrics(row)
         print(f"{format_log_line(row, self.config.steps)}  spent ${self.costs.dollars:.4f}", flush=True)
@@ -287,18 +326,19 @@ class HostedTrainer:
 
     def _probe(self, step: int) -> None:
         """Evaluate the current weights on the probe photos, and save a checkpoint if they are the best so far."""
-        answers = list(self.threads.map(self._greedy_answer, self.held_out.photos[:PROBE_PHOTOS]))
-        function = self.config.reward_function
-        mean = float(np.nanmean(reward_totals(answers, function)))
+        photos, function = self.held_out.photos[:PROBE_PHOTOS], self.config.reward_function
+        with self.calls.call("recipe", len(photos)) as call:
+            answers = self._map(self._greedy_answer, photos)
+            mean = call.reward = float(np.nanmean(reward_totals(answers, function)))
         first = answers[0]
         row = {"step": step, "photo": self.held_out.names[0], "recipe": str(first.recipe), "scores": first.scores}
         self.run.append_probe(row | {"total": function.total(first.scores), "held_out": mean})
         if step and self.state.step and mean > self.state.best:
-            self.state.saved = self.tuning.save()
+            self.state.saved, self.state.tuned = self.tuning.save(), []
             self.state.best = mean
         if step:
             self.tuning.log(self.state.step, {"eval/held_out": mean})
-        self.state.save(self.run)
+        self._save_state()
 
     def _greedy_answer(self, photo: np.ndarray) -> ScoredAnswer:
         rollouts = self.tuning.rollouts(photo_data_url(photo), self.question, 1, 0.0, MAX_TOKENS)
@@ -307,12 +347,24 @@ class HostedTrainer:
 
     def evaluate_base(self) -> list[ScoredAnswer]:
         """Return the base model's greedy answers to the held-out photos; a resumed run has them stored."""
+        return self._evaluate(self.config.base, self.state.base)
+
+    def _evaluate(self, model: str, texts: list[str]) -> list[ScoredAnswer]:
+        """Return a model's greedy answers to the held-out photos.
+
+        Args:
+            model: Id of the model.
+            texts: The answers of `self.state` so far, which are completed and stored.
+        """
         photos = self.held_out.photos
-        if len(self.state.base) != len(photos):
-            self.state.base = list(self.threads.map(lambda photo: self._query(self.config.base, photo), photos))
-            self.state.dollars = self.costs.dollars
-            self.state.save(self.run)
-        return [score_answer(photo, text) for photo, text in zip(photos, self.state.base, strict=True)]
+        if len(texts) > len(photos):
+            texts.clear()
+        while len(texts) < len(photos):
+            batch = photos[len(texts) : len(texts) + ANSWERS_PER_CALL]
+            with self.calls.call("recipe", len(batch)):
+                texts += self._map(lambda photo: self._query(model, photo), batch)
+            self._save_state()
+        return [score_answer(photo, text) for photo, text in zip(photos, texts, strict=True)]
 
     def _query(self, model: str, photo: np.ndarray) -> str:
         """Return a model's greedy answer from the inference API, which serves base and tuned models alike."""
@@ -328,6 +380,33 @@ class HostedTrainer:
         text = answer if isinstance(answer, str) else ""
         self.costs.add(self.costs.inference_cost(1, estimate_tokens(text)))
         return text
+
+    def _map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Call a function for all items in the threads. After an error, calls in progress end before it is raised."""
+        futures = [self.threads.submit(function, item) for item in items]
+        for future in wait(futures, return_when=FIRST_EXCEPTION).not_done:
+            future.cancel()
+        wait(futures)
+        failed = [future for future in futures if not future.cancelled() and future.exception()]
+        return [future.result() for future in failed or futures]
+
+    def _save_state(self) -> None:
+        self.state.dollars = self.costs.dollars
+        self.state.save(self.run)
+
+
+def _prices_from_env() -> Prices:
+    """Read the price table of the deployment, as the application does. Raises RunAborted."""
+    file = os.environ.get("PRICES_FILE", "").strip()
+    try:
+        return Prices.read(Path(file).expanduser()) if file else Prices()
+    except PriceError as error:
+        raise RunAborted(f"PRICES_FILE cannot be used: {error}") from None
+
+
+def _mean(rewards: Sequence[float | None]) -> float | None:
+    known = [reward for reward in rewards if reward is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _fill_missing(rewards: Sequence[float | None], texts: Sequence[str]) -> list[float]:

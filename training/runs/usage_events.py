@@ -1,7 +1,7 @@
-"""Usage events of training runs, one per logged step, built from the run's metrics.
+"""Usage events of training runs: one per paid call of a hosted run, one per logged step of any other run.
 
-A step's latency covers sampling, scoring and the update. Its token counts are unknown. Event ids are derived from run
-and step, so that a run read twice is counted once.
+A step's latency covers sampling, scoring and the update. Token counts are unknown. Event ids are those of the calls, or
+derived from run and step, so that a run read twice is counted once.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ def run_events(run: Run, price: Callable[[float], float | None]) -> list[UsageEv
         price: Maps seconds of this machine to their cost in US dollars, None if unknown.
 
     Returns:
-        One event per logged step, oldest first; empty if the run has no valid config.
+        One event per paid call or per logged step, oldest first; empty if the run has no valid config.
     """
     try:
         config = run.config()
     except RunError:
         return []
+    if config.backend == "hosted" and (calls := run.calls()):  # runs of earlier versions have none
+        return [event for row in calls if (event := call_event(run, row))]
     status, hosted = run.status(), config.backend == "hosted"
     time = datetime.fromtimestamp(status.ended or status.started, timezone.utc)
     rows = [row for row in run.metrics() if isinstance(row.get("seconds"), int | float)]
@@ -43,7 +45,6 @@ def run_events(run: Run, price: Callable[[float], float | None]) -> list[UsageEv
     for previous, row in reversed(list(pairwise([start, *rows]))):
         resumed = row["seconds"] <= previous["seconds"]
         seconds = row["seconds"] if resumed else row["seconds"] - previous["seconds"]
-        reward = row.get("reward")
         cost = _difference(row.get("dollars"), previous.get("dollars")) if hosted else price(seconds)
         events.append(
             UsageEvent(
@@ -55,7 +56,7 @@ def run_events(run: Run, price: Callable[[float], float | None]) -> list[UsageEv
                 skill="recipe",
                 latency=seconds,
                 candidates=config.photos_per_step * config.rollouts,
-                reward=min(1.0, max(0.0, reward)) if isinstance(reward, int | float) and isfinite(reward) else None,
+                reward=_clip_reward(row.get("reward")),
                 cost=cost,
                 cost_basis="unknown" if cost is None else "estimated",
                 request_id=run.id,
@@ -63,6 +64,35 @@ def run_events(run: Run, price: Callable[[float], float | None]) -> list[UsageEv
         )
         time -= timedelta(seconds=seconds)
     return events[::-1]
+
+
+def call_event(run: Run, row: dict[str, Any]) -> UsageEvent | None:
+    """Build the usage event of a row of a hosted run's calls.jsonl; None if the row or the run's config is invalid."""
+    try:
+        cost = row["cost"]
+        return UsageEvent(
+            id=row["id"],
+            time=datetime.fromtimestamp(row["time"], timezone.utc),
+            source="hosted-rl",
+            model=run.config().base,
+            adapter=run.id,
+            skill=row["skill"],
+            outcome=row["outcome"],
+            error=row["error"],
+            payer=row["payer"],
+            latency=row["seconds"],
+            candidates=row["candidates"],
+            reward=_clip_reward(row["reward"]),
+            cost=cost,
+            cost_basis="unknown" if cost is None else "estimated",
+            request_id=run.id,
+        )
+    except (KeyError, TypeError, ValueError, RunError):
+        return None
+
+
+def _clip_reward(reward: Any) -> float | None:
+    return min(1.0, max(0.0, reward)) if isinstance(reward, int | float) and isfinite(reward) else None
 
 
 def _difference(total: Any, previous: Any) -> float | None:
