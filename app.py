@@ -14,7 +14,10 @@ from typing import Any
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from starlette.middleware import Middleware
 
+from access.control import AccessControl
+from access.middleware import AccessMiddleware
 from inference.registry import discover_hosted_models, register_hosted_models
 from recipes import MAX_BYTES
 from serving import health, usage
@@ -25,6 +28,8 @@ from storage.database import StoreError
 from training.data.bundled import PHOTO_FOLDER
 from training.runs.queue import COMMAND
 from ui import TABS
+from ui.account import build_account
+from ui.permissions import protect
 from ui.services import AppServices, SharedComponents
 from ui.theme import HEAD, theme
 from usage.deployment import resolve_deployment
@@ -35,21 +40,25 @@ TITLE = "Moondream Playground"
 LOCAL_HOSTS = ("127.0.0.1", "0.0.0.0", "::", "::1")
 
 
-def build_page(services: AppServices, deployment: Deployment | None = None) -> gr.Blocks:
+def build_page(services: AppServices, deployment: Deployment | None = None, sign_in: bool = False) -> gr.Blocks:
     """Build the Gradio page.
 
     Args:
         services: The application's services.
         deployment: Branch and commit shown in the header; by default those of the usage recorder.
+        sign_in: Whether visitors can sign in with Hugging Face, as in a Space with `hf_oauth`.
     """
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 24 * 3600)) as page:
         header = _header_html(deployment or services.meter.recorder.deployment)
-        gr.HTML(header, elem_id="banner", apply_default_css=False)
+        with gr.Row(elem_id="header"):
+            gr.HTML(header, elem_id="banner", apply_default_css=False)
+            build_account(services.access, sign_in)
         with gr.Tabs() as tabs:
             shared_components = SharedComponents.create(tabs)
             for title, build in TABS.items():
                 with gr.Tab(title, id=title):
                     build(services, shared_components)
+    protect(page, services.access)
     return page.queue(max_size=64)
 
 
@@ -77,8 +86,16 @@ def build_services(settings: Settings, command: tuple[str, ...] = COMMAND) -> Ap
     run_inline = _import_run_inline() if settings.train_in_request else None
     register_hosted_models(settings.moondream_url, settings.moondream_key, settings.moondream_rate, settings.endpoints)
     discover_hosted_models()
+    auth = ApiKeyAuth(settings.api_keys, settings.api_rate, settings.metrics_token)
+    access = AccessControl(
+        settings.access_mode,
+        space=settings.space or "",
+        admins=settings.admins,
+        guest_runs=settings.guest_runs,
+        tenant_of=auth.tenant_of,
+    )
     return AppServices.build(
-        settings.data_dir, settings.store_url, command, deployment, prices, settings.hardware, run_inline
+        settings.data_dir, settings.store_url, command, deployment, prices, settings.hardware, run_inline, access
     )
 
 
@@ -91,6 +108,28 @@ def build_routes(settings: Settings, services: AppServices) -> FastAPI:
     auth = ApiKeyAuth(settings.api_keys, settings.api_rate, settings.metrics_token)
     app.mount("/v1", create_api(services.meter, auth, settings.data_dir / "tuning"))
     return app
+
+
+def access_options(settings: Settings, services: AppServices) -> dict[str, Any]:
+    """Return the options of `access.middleware.AccessMiddleware`, which checks every request."""
+    auth = ApiKeyAuth(metrics_token_digest=settings.metrics_token)
+    return {
+        "access": services.access,
+        "is_metrics_token": auth.is_metrics_token,
+        "print_link": lambda: print_admin_link(settings, services.access),
+    }
+
+
+def print_admin_link(settings: Settings, access: AccessControl) -> None:
+    """Print the one-time link of the administrator, where neither this machine nor an account identifies one."""
+    if access.mode == "link" or (access.mode == "space" and not settings.oauth):
+        host = f"https://{settings.space_host}" if settings.space_host else f"http://{_display_host(settings)}"
+        print(f"Administrator (this link works once): {host}/admin?token={access.link.token}", flush=True)
+
+
+def _display_host(settings: Settings) -> str:
+    host = "localhost" if settings.host in LOCAL_HOSTS else settings.host
+    return f"{host}:{settings.port}"
 
 
 def gradio_options(settings: Settings) -> dict[str, Any]:
@@ -108,10 +147,11 @@ def gradio_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def create_app(settings: Settings, command: tuple[str, ...] = COMMAND) -> FastAPI:
+def create_app(settings: Settings, command: tuple[str, ...] = COMMAND, services: AppServices | None = None) -> FastAPI:
     """Create the page and the routes as one ASGI application; see `build_services`."""
-    services = build_services(settings, command)
-    routes, page = build_routes(settings, services), build_page(services)
+    services = services or build_services(settings, command)
+    routes, page = build_routes(settings, services), build_page(services, sign_in=settings.oauth)
+    routes.add_middleware(AccessMiddleware, **access_options(settings, services))
     return gr.mount_gradio_app(routes, page, path="/", **gradio_options(settings))
 
 
@@ -126,11 +166,12 @@ def main() -> None:
     """Serve the application until it is stopped."""
     try:
         settings = Settings.from_env(os.environ)
-        app = create_app(settings)
+        services = build_services(settings)
+        app = create_app(settings, services=services)
     except (SettingsError, PriceError, StoreError) as error:
         sys.exit(str(error))
-    host = "localhost" if settings.host in LOCAL_HOSTS else settings.host
-    print(f"{TITLE}: http://{host}:{settings.port}", flush=True)
+    print(f"{TITLE}: http://{_display_host(settings)}", flush=True)
+    print_admin_link(settings, services.access)
     uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning")
 
 
@@ -160,10 +201,10 @@ def space_page(module: str, commit: str) -> gr.Blocks | None:
     """
     if module != "__main__" or "SPACE_ID" not in os.environ:
         return None
-    _, services = space_services()
+    settings, services = space_services()
     recorder = services.meter.recorder
     deployment = replace(recorder.deployment, commit=commit or recorder.deployment.commit)
-    page = build_page(services, deployment)
+    page = build_page(services, deployment, sign_in=settings.oauth)
     recorder.deployment = deployment
     return page
 
@@ -171,12 +212,16 @@ def space_page(module: str, commit: str) -> gr.Blocks | None:
 def launch_in_space(page: gr.Blocks) -> None:
     """Serve the page of a Space, with this application's routes before Gradio's own."""
     settings, services = space_services()
+    print_admin_link(settings, services.access)
     page.launch(
         server_name=settings.host,
         server_port=settings.port,
         prevent_thread_lock=True,
         quiet=True,
-        app_kwargs={"routes": [*build_routes(settings, services).router.routes]},
+        app_kwargs={
+            "routes": [*build_routes(settings, services).router.routes],
+            "middleware": [Middleware(AccessMiddleware, **access_options(settings, services))],
+        },
         **gradio_options(settings),
     )
     while True:

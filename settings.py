@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent
@@ -28,6 +29,7 @@ class Settings:
         branch: Git branch of the deployment; by default that of the checkout.
         commit: Git commit of the deployment.
         space: Hugging Face Space as owner/name.
+        space_host: Host name of the Space.
         hardware: Name of this machine in the table of prices.
         prices: JSON file that overrides the table of prices.
         train_in_request: Whether training runs work inside the request that starts them, as ZeroGPU requires.
@@ -37,6 +39,11 @@ class Settings:
         endpoints: Addresses of other servers with Moondream's API, by name.
         api_keys: SHA-256 digests of the keys of this deployment's API, in hexadecimal. Not part of the repr.
         api_rate: Requests per second for each of these keys.
+        oauth: Whether visitors of the Space can sign in with Hugging Face.
+        admins: User names on Hugging Face of further administrators of the Space.
+        guest_runs: Whether guests may start short training runs on this machine.
+        behind_proxy: Whether a reverse proxy on this machine passes other machines' requests on, so that a request from
+            this machine is not necessarily its user's.
         metrics_token: SHA-256 digest of the token that may only read /v1/usage and /metrics. Not part of the repr.
     """
 
@@ -47,6 +54,7 @@ class Settings:
     branch: str | None = None
     commit: str | None = None
     space: str | None = None
+    space_host: str | None = None
     hardware: str | None = None
     prices: Path | None = None
     train_in_request: bool = False
@@ -56,6 +64,10 @@ class Settings:
     endpoints: Mapping[str, str] = field(default_factory=dict)
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     api_rate: float = 10.0
+    oauth: bool = False
+    admins: tuple[str, ...] = ()
+    guest_runs: bool = False
+    behind_proxy: bool = False
     metrics_token: str = field(default="", repr=False)
 
     @classmethod
@@ -69,6 +81,8 @@ class Settings:
         - Other servers with Moondream's API: MOONDREAM_ENDPOINTS, as name=address, separated by commas.
         - This deployment's API: PLAYGROUND_API_KEYS, separated by commas, each a key or "sha256:" and its digest;
           PLAYGROUND_API_RATE (requests per second for each key).
+        - Access: PLAYGROUND_ADMINS (user names on Hugging Face, separated by commas), GUEST_RUNS and PLAYGROUND_PROXIED
+          (1 or 0). A Space with `hf_oauth` sets OAUTH_CLIENT_ID.
         - Usage: PREVIEW_BRANCH, PREVIEW_COMMIT, SPACE_ID, PRICES_FILE, HARDWARE, METRICS_TOKEN (a token or "sha256:"
           and its digest, with which a program may only read usage and metrics).
 
@@ -89,6 +103,7 @@ class Settings:
             branch=env.get("PREVIEW_BRANCH"),
             commit=env.get("PREVIEW_COMMIT"),
             space=env.get("SPACE_ID"),
+            space_host=env.get("SPACE_HOST", "").partition(",")[0] or None,
             hardware=_detect_hardware(env),
             prices=Path(env["PRICES_FILE"]).expanduser() if "PRICES_FILE" in env else None,
             train_in_request=env.get("TRAIN_IN_REQUEST", env.get("SPACES_ZERO_GPU", "")).lower() in TRUE_VALUES,
@@ -98,13 +113,31 @@ class Settings:
             endpoints=_parse_endpoints(env.get("MOONDREAM_ENDPOINTS", "")),
             api_keys=_parse_api_keys(env.get("PLAYGROUND_API_KEYS", "")),
             api_rate=_parse_rate("PLAYGROUND_API_RATE", env.get("PLAYGROUND_API_RATE", str(cls.api_rate))),
+            oauth="SPACE_ID" in env and "OAUTH_CLIENT_ID" in env,
+            admins=_parse_names("PLAYGROUND_ADMINS", env.get("PLAYGROUND_ADMINS", "")),
+            guest_runs=env.get("GUEST_RUNS", "").lower() in TRUE_VALUES,
+            behind_proxy=env.get("PLAYGROUND_PROXIED", "").lower() in TRUE_VALUES,
             metrics_token=_parse_secret("METRICS_TOKEN", env["METRICS_TOKEN"]) if "METRICS_TOKEN" in env else "",
         )
+
+    @property
+    def access_mode(self) -> Literal["local", "link", "space"]:
+        """How administrators are recognized; see `access.control.AccessControl`."""
+        if self.space:
+            return "space"
+        return "local" if self.host in ("127.0.0.1", "localhost", "::1") and not self.behind_proxy else "link"
 
     @property
     def store_url(self) -> str:
         """URL of the database: `database_url`, or an SQLite file in `data_dir`."""
         return self.database_url or f"sqlite:///{self.data_dir / 'playground.sqlite3'}"
+
+
+def _parse_names(name: str, text: str) -> tuple[str, ...]:
+    names = tuple(filter(None, (part.strip() for part in text.split(","))))
+    if not all(re.fullmatch(r"[A-Za-z0-9_.-]{1,96}", part) for part in names):
+        raise SettingsError(f"{name} must be user names on Hugging Face, separated by commas.")
+    return names
 
 
 def _detect_hardware(env: Mapping[str, str]) -> str | None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gradio as gr
 
+from access.control import AccessControl
 from rewards import EQUAL_WEIGHTS, REWARDS
 from storage.database import Database
 from storage.reward_functions import RewardFunctionStore
+from training.hosted.billing import BillingAccount
 from training.runs.adapters import AdapterRegistry
 from training.runs.queue import COMMAND, RunQueue
 from training.runs.run import Run, RunStore
@@ -36,6 +38,7 @@ class AppServices:
         usage: Queries of the recorded usage events.
         budgets: Monthly budgets per branch.
         meter: Records the usage events of model calls.
+        access: Determines who sends a request.
     """
 
     store: RewardFunctionStore
@@ -45,6 +48,7 @@ class AppServices:
     usage: UsageAnalytics
     budgets: Budgets
     meter: ComparisonMeter
+    access: AccessControl = field(default_factory=AccessControl)
 
     @classmethod
     def build(
@@ -56,6 +60,7 @@ class AppServices:
         prices: Prices | None = None,
         hardware: str | None = None,
         run_inline: Callable[[str], object] | None = None,
+        access: AccessControl | None = None,
     ) -> AppServices:
         """Build the services: register the enabled adapters and resume unfinished runs.
 
@@ -67,6 +72,7 @@ class AppServices:
             prices: Prices of hosted models and of machines.
             hardware: Name of this machine in `prices`; None if unknown.
             run_inline: Function that does a run in this process instead of `command`; see `RunQueue`.
+            access: Determines who sends a request. By default requests from this machine are the administrator's.
 
         Raises:
             StoreError: The database cannot be opened.
@@ -84,10 +90,20 @@ class AppServices:
             meter.record_run(run)
             adapters.auto_enable(run)
 
-        worker = RunQueue(runs, command, on_end=run_ended, inline=run_inline)
+        account = BillingAccount(store_url, recorder.deployment)
+        worker = RunQueue(runs, command, on_end=run_ended, inline=run_inline, environment=account.to_env())
         worker.mark_orphans()
         worker.wake()
-        return cls(RewardFunctionStore(database), runs, worker, adapters, UsageAnalytics(database), budgets, meter)
+        return cls(
+            RewardFunctionStore(database),
+            runs,
+            worker,
+            adapters,
+            UsageAnalytics(database),
+            budgets,
+            meter,
+            access or AccessControl(),
+        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,11 @@ from gradio import themes
 
 # Added to the head and not passed as `css`, whose selectors Gradio rewrites: media queries would not apply outside the
 # tabs, `:is(a, b)` would be split at its comma, and container queries would be dropped.
-HEAD = f"<style>{(Path(__file__).resolve().parent / 'style.css').read_text(encoding='utf-8')}</style>"
+_HERE = Path(__file__).resolve().parent
+HEAD = (
+    f"<style>{(_HERE / 'style.css').read_text(encoding='utf-8')}</style>"
+    f"<script>{(_HERE / 'session.js').read_text(encoding='utf-8')}</script>"
+)
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Ubuntu", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 

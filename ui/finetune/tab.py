@@ -341,6 +341,11 @@ def rename(services: AppServices, run: Run, name: str) -> None:
         services.adapters.enable(run)
 
 
+def clear_credentials() -> tuple[str, str]:
+    """Clear the inputs for the Hugging Face token and the Moondream API key."""
+    return "", ""
+
+
 def pick(event: gr.EventData) -> str | None:
     """Return the ID of the run that was selected in the list."""
     return str(_event_data(event).get("run") or "") or None
@@ -462,7 +467,7 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
         return download(services, event)
 
     submitted = form.submit.click(retrain_clicked, {*fields.values(), *sliders}, selected, **PRIVATE)
-    submitted.success(lambda: ("", ""), None, credentials, **UNQUEUED)
+    submitted.success(clear_credentials, None, credentials, **UNQUEUED)
     refresh_after(submitted.success).then(None, None, None, js=SCROLL_TO_RUN_JS, **PRIVATE)
     acted = view.act(action_clicked, credentials, selected, **PRIVATE)
     refresh_after(acted.success)
