@@ -91,7 +91,14 @@ class AppServices:
             adapters.auto_enable(run)
 
         account = BillingAccount(store_url, recorder.deployment)
-        worker = RunQueue(runs, command, on_end=run_ended, inline=run_inline, environment=account.to_env())
+        worker = RunQueue(
+            runs,
+            command,
+            on_end=run_ended,
+            inline=run_inline,
+            enabled_ids=adapters.enabled_ids,
+            environment=account.to_env(),
+        )
         worker.mark_orphans()
         worker.wake()
         return cls(
