@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import queue
 import re
@@ -38,6 +39,7 @@ MAX_PATH_LENGTH = 100_000  # characters
 SVG_PATH = re.compile(r"[MmLlHhVvCcSsQqTtAaZz0-9eE.,+\-\s]*")
 BOX_KEYS = ("x_min", "y_min", "x_max", "y_max")
 POLL_SECONDS = 0.1  # poll interval for cancellation
+_log = logging.getLogger(__name__)
 
 
 def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
@@ -64,7 +66,7 @@ class _CallFailed:
     """A failed call and the indices of the candidates that it was for."""
 
     indices: list[int]
-    error: CloudError
+    error: InferenceError
 
 
 class _CandidateCalls:
@@ -121,8 +123,18 @@ class _CandidateCalls:
         except CloudError as error:
             self.events.put(_CallFailed(indices, error))
             return
+        except Exception as error:  # the reader waits for an event; the text may contain a proxy's password
+            _log.error("A call to %s failed with %s", self.spec.name, type(error).__name__)
+            self.events.put(_CallFailed(indices, InferenceError("failed", self._unexpected(error))))
+            return
         for index in indices:
             self.events.put(Answer(index, **fields))
+
+    def _unexpected(self, error: Exception) -> str:
+        return (
+            f"The call to {self.spec.title} could not be made ({type(error).__name__}). If a proxy is set (ALL_PROXY, "
+            "HTTPS_PROXY), check its address; a SOCKS proxy also needs the Python package socksio."
+        )
 
     def _post(self, photo: str) -> dict[str, Any]:
         """Make a call without streaming. Returns the fields of the Answer."""
@@ -288,10 +300,18 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-@lru_cache(maxsize=64)
 def _default_model(client: MoondreamClient) -> str:
     """Return the first model that a server lists, or moondream2 (the model of Moondream Station) if it lists none."""
-    return next(iter(model_ids(client)), "moondream2")
+    try:
+        return _first_model(client)
+    except LookupError:
+        return "moondream2"
+
+
+@lru_cache(maxsize=64)
+def _first_model(client: MoondreamClient) -> str:
+    """Return the first model that a server lists. Raises LookupError, which is not cached, if it lists none."""
+    return model_ids(client)[0]
 
 
 def model_ids(client: MoondreamClient) -> list[str]:

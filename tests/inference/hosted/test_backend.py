@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -131,6 +132,23 @@ def test_request_fails_if_all_candidates_fail(server: FaultServer, spec: ModelSp
     assert KEY not in str(caught.value)
 
 
+@pytest.mark.parametrize("skill", ["query", "detect"])
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "carrier-pigeon://127.0.0.1:1"])
+def test_unexpected_error_in_a_call_reaches_the_reader(
+    spec: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch, proxy: str, skill: str
+) -> None:
+    """The HTTP library raises ImportError for a SOCKS proxy without socksio, and ValueError for an unknown scheme."""
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with ThreadPoolExecutor(1) as pool:
+        cancel = threading.Event()
+        future = pool.submit(lambda: list(answer(spec, Request(photo, skill, "What?"), cancel)))
+        try:
+            error = future.exception(timeout=20)
+        finally:
+            cancel.set()  # ends the thread if the error has not arrived
+    assert isinstance(error, InferenceError) and error.kind == "failed" and "ALL_PROXY" in error.message
+
+
 def test_cancel_does_not_wait_for_the_response(server: FaultServer, spec: ModelSpec, photo: np.ndarray) -> None:
     server.respond_with(hang)
     cancel = threading.Event()
@@ -160,6 +178,19 @@ def test_key_is_not_sent_to_custom_endpoints(server: FaultServer, photo: np.ndar
     server.respond_with({"error": "Image is required"})
     with pytest.raises(InferenceError, match="Image is required"):
         run(station, photo, "query", "What?")
+
+
+def test_default_model_of_an_endpoint_is_requested_again_after_a_failure(
+    server: FaultServer, photo: np.ndarray
+) -> None:
+    models: dict[str, ModelSpec] = {}
+    register_hosted_models("https://unused/v1", None, 1_001, {"lab": server.address}, models)
+    names = []
+    for listing in ([404], [{"models": [{"id": "lab-model"}]}], []):
+        server.respond_with(*listing, {"answer": "a cat"})
+        run(models["lab"], photo, "query", "What?", temperature=0)
+        names.append([body and body["model"] for _, _, _, body in server.requests])
+    assert names == [[None, "moondream2"], [None, "lab-model"], ["lab-model"]]
 
 
 def test_models_listed_by_the_cloud_are_discovered(server: FaultServer) -> None:
