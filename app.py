@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from access.control import AccessControl
@@ -32,9 +34,11 @@ from ui.account import build_account
 from ui.permissions import protect
 from ui.services import AppServices, SharedComponents
 from ui.theme import HEAD, theme
+from ui.upload_quota import UploadQuota
 from usage.deployment import resolve_deployment
 from usage.events import Deployment
 from usage.prices import PriceError, Prices
+from usage.visitors import VisitorHasher
 
 TITLE = "Moondream Playground"
 LOCAL_HOSTS = ("127.0.0.1", "0.0.0.0", "::", "::1")
@@ -92,6 +96,7 @@ def build_services(settings: Settings, command: tuple[str, ...] = COMMAND) -> Ap
         space=settings.space or "",
         admins=settings.admins,
         guest_runs=settings.guest_runs,
+        hash_secret=VisitorHasher(settings.data_dir).hash,
         tenant_of=auth.tenant_of,
     )
     return AppServices.build(
@@ -116,6 +121,7 @@ def access_options(settings: Settings, services: AppServices) -> dict[str, Any]:
     return {
         "access": services.access,
         "is_metrics_token": auth.is_metrics_token,
+        "admit_upload": UploadQuota(Path(get_upload_folder())).admit,
         "print_link": lambda: print_admin_link(settings, services.access),
     }
 

@@ -46,7 +46,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "docs": set(),
     "ui": {"access", "training", "inference", "usage", "storage", "rewards", "recipes"},
     "serving": {"access", "training", "inference", "usage", "storage", "rewards", "recipes"},
-    "training": {"access", "inference", "usage", "storage", "rewards", "recipes"},
+    "training": {"inference", "usage", "storage", "rewards", "recipes"},
     "inference": {"usage", "storage", "recipes"},
     "usage": {"storage"},
     "storage": {"rewards"},
@@ -57,6 +57,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
 }
 # Package -> the third-party libraries that it may import; packages that are not listed may import any.
 ALLOWED_LIBRARIES: dict[str, set[str]] = {
+    "access": {"anyio", "orjson", "starlette"},
     "recipes": {"numpy", "cv2", "PIL"},
     "rewards": {"numpy", "cv2"},
     "settings": set(),

@@ -193,7 +193,8 @@ from inference.availability import unavailable
 from inference.registry import MODELS
 from pathlib import Path
 from settings import Settings
-client = TestClient(app.create_app(Settings(data_dir=Path({str(tmp_path)!r}))))
+application = app.create_app(Settings(data_dir=Path({str(tmp_path)!r})))
+client = TestClient(application, base_url="http://localhost", client=("127.0.0.1", 1))
 assert client.get("/").status_code == client.get("/healthz").status_code == client.get("/v1/usage").status_code == 200
 print(unavailable(MODELS["moondream-tiny"]))
 """

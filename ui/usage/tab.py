@@ -14,12 +14,14 @@ from typing import Any
 
 import gradio as gr
 
+from access.roles import LOCAL_ADMIN, Role, Visitor
 from inference.types import Request
 from recipes import load_photo, shrink
 from storage.reward_functions import StoreError
 from training.data.bundled import bundled_photos
 from ui.events import PRIVATE, UNQUEUED, tab_selected
 from ui.messages import user_error
+from ui.permissions import visitor_of
 from ui.services import AppServices, SharedComponents
 from ui.usage.view import dashboard_snapshot, dashboard_view
 from usage.analytics import FilterOptions
@@ -33,6 +35,10 @@ REFRESH_SECONDS = 5.0  # while the tab is open
 MAX_NAMES = 50  # per filter
 SAMPLE_SKILLS = ("recipe", "caption", "query", "detect")  # of the sample traffic; two photos each
 SAMPLE_PROMPTS = {"query": "What is the main colour?", "detect": "the main subject"}
+ADMINS_SEE_USAGE = (
+    "Usage, costs and budgets are for administrators of this deployment. Sign in as one to see them; every model call "
+    "is recorded with its latency, tokens and cost, but without photo, prompt or answer."
+)
 LINK_PREFIX = "usage."  # of the filters' names in the page's URL
 
 
@@ -101,19 +107,24 @@ def _valid_grouping(by: Any) -> str:
 # ── Handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def refresh(services: AppServices, options: FilterOptions | None, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+def refresh(
+    services: AppServices, options: FilterOptions | None, inputs: Mapping[str, Any], visitor: Visitor = LOCAL_ADMIN
+) -> tuple[Any, ...]:
     """Query the dashboard.
 
     Args:
         services: The application's services.
         options: The choices that the page's filters have now.
         inputs: Values of the filter inputs by name.
+        visitor: The sender of the request. Only administrators see usage.
 
     Returns:
         The dashboard's snapshot or an error; updates of the choices of OPTION_FIELDS; and the new options.
     """
-    filters = DashboardFilter.from_inputs(inputs)
     unchanged = [gr.skip()] * len(OPTION_FIELDS)
+    if visitor.role < Role.ADMIN:
+        return {"error": ADMINS_SEE_USAGE}, *unchanged, options
+    filters = DashboardFilter.from_inputs(inputs)
     try:
         new_options = services.usage.options()
         query = filters.to_query()
@@ -133,10 +144,14 @@ def refresh(services: AppServices, options: FilterOptions | None, inputs: Mappin
 
 
 def refresh_if_open(
-    services: AppServices, tab_open: bool, options: FilterOptions | None, inputs: Mapping[str, Any]
+    services: AppServices,
+    tab_open: bool,
+    options: FilterOptions | None,
+    inputs: Mapping[str, Any],
+    visitor: Visitor = LOCAL_ADMIN,
 ) -> tuple[Any, ...]:
     """Refresh the dashboard if the tab is open."""
-    return refresh(services, options, inputs) if tab_open else (gr.skip(),) * (len(OPTION_FIELDS) + 2)
+    return refresh(services, options, inputs, visitor) if tab_open else (gr.skip(),) * (len(OPTION_FIELDS) + 2)
 
 
 def filters_from_link(request: gr.Request, zone: str) -> dict[str, Any]:
@@ -278,19 +293,24 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     refresh_inputs = {tab_open, options, *filters.values()}
     refresh_outputs = [dashboard, *(filters[name] for name in OPTION_FIELDS), options]
 
-    def refreshed(values: dict[Any, Any]) -> tuple[Any, ...]:
-        return refresh(services, values[options], {name: values[filters[name]] for name in FIELDS})
-
-    def refreshed_if_open(values: dict[Any, Any]) -> tuple[Any, ...]:
+    def refreshed(values: dict[Any, Any], request: gr.Request) -> tuple[Any, ...]:
         inputs = {name: values[filters[name]] for name in FIELDS}
-        return refresh_if_open(services, values[tab_open], values[options], inputs)
+        return refresh(services, values[options], inputs, visitor_of(services.access, request))
+
+    def refreshed_if_open(values: dict[Any, Any], request: gr.Request) -> tuple[Any, ...]:
+        inputs = {name: values[filters[name]] for name in FIELDS}
+        visitor = visitor_of(services.access, request)
+        return refresh_if_open(services, values[tab_open], values[options], inputs, visitor)
 
     filter_list = [filters[name] for name in FIELDS]  # in the order that the JavaScript expects
     link_js = fill_in(LINK_JS, FIELDS=FIELDS, PREFIX=LINK_PREFIX, TAB=TAB)
-    linked_components = {**filters, "tabs": shared_components.tabs, "tab_open": tab_open}
+    linked_components = {**filters, "tabs": shared_components.tabs, "tab_open": tab_open, **downloads}
 
     def link_opened(request: gr.Request, zone: str) -> dict[Any, Any]:
-        return {linked_components[name]: value for name, value in filters_from_link(request, zone).items()}
+        values = filters_from_link(request, zone)
+        if visitor_of(services.access, request).role < Role.ADMIN:
+            values |= {name: gr.update(interactive=False) for name in downloads}
+        return {linked_components[name]: value for name, value in values.items()}
 
     loaded = gr.on(None, link_opened, filters["zone"], list(linked_components.values()), js=ZONE_JS, **UNQUEUED)
     loaded.then(refreshed_if_open, refresh_inputs, refresh_outputs, **UNQUEUED)
