@@ -37,7 +37,7 @@ class StoreError(Exception):
 
     Attributes:
         kind: "name" (invalid name), "taken" (name exists), "unknown" (no such name), "unreadable" (saved by another
-            version) or "database".
+            version), "full" (a limit is reached) or "database".
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -81,8 +81,10 @@ class Database:
     def transaction(self, write: bool = False) -> Iterator[Connection]:
         """Open a connection in a transaction, after migrating the schema if needed.
 
+        All queries of a transaction that only reads see the same state of the database.
+
         Args:
-            write: Take SQLite's write lock at the start.
+            write: Whether the transaction writes. SQLite's write lock is taken at the start.
 
         Raises:
             StoreError: The database cannot be used.
@@ -96,7 +98,10 @@ class Database:
 
     @contextmanager
     def _begin(self, write: bool) -> Iterator[Connection]:
-        with self._engine.connect().execution_options(write=write) as connection, connection.begin():
+        options: dict[str, Any] = {"write": write}
+        if self.dialect == "postgresql" and not write:
+            options["isolation_level"] = "REPEATABLE READ"  # SQLite reads from a snapshot anyway
+        with self._engine.connect() as connection, connection.execution_options(**options).begin():
             yield connection
 
     def _prepare(self) -> None:

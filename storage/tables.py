@@ -1,6 +1,18 @@
 """SQLAlchemy tables for queries. The schema is created and changed by storage/migrations/versions."""
 
-from sqlalchemy import BigInteger, Boolean, Column, DateTime, Integer, LargeBinary, MetaData, String, Table, Text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
 
 # Numbers are stored as integers, so that sums are the same in every database. Times and durations are in microseconds
 # (times since 1970), costs in billionths of a US dollar, rewards in millionths.
@@ -21,8 +33,22 @@ REWARD_FUNCTIONS = Table(
     Column("created", DateTime(timezone=True), nullable=False),
     Column("updated", DateTime(timezone=True), nullable=False),
 )
+# Reward functions of owners other than "", whose reward functions are in the table above; see access/roles.py.
+USER_REWARD_FUNCTIONS = Table(
+    "user_reward_functions",
+    METADATA,
+    Column("id", Integer, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("name", String(MAX_NAME), nullable=False),
+    Column("name_key", Text, nullable=False),
+    Column("weights", Text, nullable=False),
+    Column("created", DateTime(timezone=True), nullable=False),
+    Column("updated", DateTime(timezone=True), nullable=False),
+    UniqueConstraint("owner", "name_key"),
+)
 # Attributes that many events share: few kinds stand for millions of events. The digest of all names is unique; the
-# names themselves (up to 10 kB) are too long for an index.
+# names themselves (up to 10 kB) are too long for an index. `payer` is part of the digest only if it is "visitor":
+# versions without this column write the same digests for the other events, and get its default, "deployment".
 NAME_COLUMNS = ("branch", "commit", "space", "source", "model", "adapter", "skill", "outcome", "error")
 BASIS_COLUMNS = ("tokens_basis", "cost_basis")
 KINDS = Table(
@@ -31,8 +57,9 @@ KINDS = Table(
     Column("id", BigInteger, primary_key=True),
     Column("digest", String(64)),
     *(Column(name, Text) for name in (*NAME_COLUMNS, *BASIS_COLUMNS)),
+    Column("payer", Text),
 )
-# Unknown numbers are NULL. `kind` is an id in usage_kinds.
+# Unknown numbers are NULL. `kind` is an id in usage_kinds. `session` is a visitor hash; see usage/events.py.
 EVENTS = Table(
     "usage_events",
     METADATA,

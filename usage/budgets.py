@@ -1,4 +1,7 @@
-"""Monthly budgets per branch: a warning at 80 %, and an optional stop of paid calls at 100 %."""
+"""Monthly budgets per branch: a warning at 80 %, and an optional stop of paid calls at 100 %.
+
+Calls that visitors pay with their own API key do not count.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ class BudgetStatus:
 
     Attributes:
         budget: The budget.
-        spent: US dollars spent this month.
+        spent: US dollars that the deployment spent this month.
         unpriced: Number of calls without a known cost, which `spent` does not include.
     """
 
@@ -94,36 +97,41 @@ class Budgets:
 
     def list(self, now: datetime | None = None) -> tuple[BudgetStatus, ...]:
         """Return the status of all budgets in the month of `now`, sorted by branch; the one for all branches first."""
-        with self.database.transaction() as connection:
-            rows = connection.execute(select(BUDGETS.c.branch, BUDGETS.c.limit, BUDGETS.c.stop)).all()
-        budgets = [Budget(row.branch, row.limit / DOLLAR, row.stop) for row in rows]
         now = now or datetime.now(timezone.utc)
-        return tuple(self._status(budget, now) for budget in sorted(budgets, key=lambda budget: budget.branch))
+        return tuple(self._status(budget, now) for budget in self._budgets())
 
     def check(self, branch: str, now: datetime | None = None) -> None:
         """Check that a branch may make a paid call.
 
-        Call this before each paid call (hosted inference, rollouts, training steps), not for local models. Only
-        recorded calls count: calls in flight can exceed the limit by their own cost.
+        Call this before each call that the deployment pays (hosted inference, rollouts, training steps), not for local
+        models. Only recorded calls count: calls in flight can exceed the limit by their own cost.
 
         Raises:
-            BudgetExceeded: A budget with `stop` is spent.
+            BudgetExceededError: A budget with `stop` is spent.
         """
-        for status in self.list(now):
-            budget = status.budget
+        now = now or datetime.now(timezone.utc)
+        for budget in self._budgets():
             applies = budget.branch in (ALL_BRANCHES, sanitize(branch, MAX_NAME_LENGTH))
-            if applies and budget.stop and status.state == "spent":
+            if applies and budget.stop and self._status(budget, now).state == "spent":
                 scope = f"of the branch “{budget.branch}”" if budget.branch else "of all branches"
                 raise BudgetExceededError(
                     f"The monthly budget {scope} (${budget.limit:g}) is spent, so paid calls are stopped. "
                     "Raise it in the Usage tab, or wait for the next month (UTC)."
                 )
 
+    def _budgets(self) -> list[Budget]:
+        """Return all budgets, sorted by branch; the one for all branches first."""
+        with self.database.transaction() as connection:
+            rows = connection.execute(select(BUDGETS.c.branch, BUDGETS.c.limit, BUDGETS.c.stop)).all()
+        budgets = [Budget(row.branch, row.limit / DOLLAR, row.stop) for row in rows]
+        return sorted(budgets, key=lambda budget: budget.branch)
+
     def _status(self, budget: Budget, now: datetime) -> BudgetStatus:
         start, end = month_of(now)
         query = select(func.sum(EVENTS.c.cost), func.count() - func.count(EVENTS.c.cost))
         query = query.join(KINDS, KINDS.c.id == EVENTS.c.kind)
         query = query.where(EVENTS.c.time >= to_micros(start), EVENTS.c.time < to_micros(end))
+        query = query.where(KINDS.c.payer != "visitor")
         if budget.branch != ALL_BRANCHES:
             query = query.where(KINDS.c.branch == budget.branch)
         with self.database.transaction() as connection:

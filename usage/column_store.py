@@ -39,6 +39,7 @@ class EventKind:
     error: str
     tokens_basis: str
     cost_basis: str
+    payer: str
 
     @property
     def priced(self) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import re
+import secrets
 import uuid
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -12,10 +14,14 @@ from typing import Literal
 
 Outcome = Literal["ok", "error", "cancelled"]
 Basis = Literal["reported", "estimated", "unknown"]
+Payer = Literal["deployment", "visitor"]
 OUTCOMES: tuple[Outcome, ...] = ("ok", "error", "cancelled")
+PAYERS: tuple[Payer, ...] = ("deployment", "visitor")
 MAX_NAME_LENGTH = 10_000  # characters of a branch or any other name; longer ones are truncated
 MAX_ID_LENGTH = 64
+VISITOR_HASH = re.compile("v1-[0-9a-f]{24}")
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # PostgreSQL rejects NUL; UTF-8 cannot encode lone surrogates
+_PROCESS_SALT = secrets.token_bytes(32)
 
 
 @dataclass(frozen=True)
@@ -52,14 +58,17 @@ class UsageEvent:
         tokens_in: Input tokens; `tokens_out` likewise.
         tokens_basis: "reported" by the backend, "estimated", or "unknown" if and only if the counts are None.
         cost: Cost in US dollars; `cost_basis` as for tokens.
+        payer: "visitor" if the call was made with the visitor's own API key; such calls do not count against budgets.
         candidates: Number of requested answers.
         reward: Mean reward over the candidates, 0..1, if they were scored.
         request_id: Random id of the request.
-        session: Random id of the browser tab. Ids do not identify a person.
+        session: Salted hash of the visitor's browser secret ("v1-" and 24 hexadecimal digits), or "" if unknown. Any
+            other text, such as the Gradio session hash that older versions recorded, gives access to a visitor's
+            session: it is replaced by a hash whose salt is lost when the process ends.
         id: Unique id; an event is stored once per id.
 
     Raises:
-        ValueError: The time has no zone, the outcome is unknown, or a basis contradicts its value.
+        ValueError: The time has no zone, the outcome or payer is unknown, or a basis contradicts its value.
     """
 
     time: datetime
@@ -80,6 +89,7 @@ class UsageEvent:
     tokens_basis: Basis = "unknown"
     cost: float | None = None
     cost_basis: Basis = "unknown"
+    payer: Payer = "deployment"
     candidates: int = 1
     reward: float | None = None
     request_id: str = ""
@@ -89,14 +99,16 @@ class UsageEvent:
     def __post_init__(self) -> None:
         if self.time.tzinfo is None or self.outcome not in OUTCOMES:
             raise ValueError("An event needs a time with a time zone, and one of the outcomes ok, error or cancelled.")
+        if self.payer not in PAYERS:
+            raise ValueError("The payer of an event must be deployment or visitor.")
         if (self.tokens_in is None or self.tokens_out is None) != (self.tokens_basis == "unknown"):
             raise ValueError('tokens_basis must be "unknown" if and only if a token count is None.')
         if (self.cost is None) != (self.cost_basis == "unknown"):
             raise ValueError('cost_basis must be "unknown" if and only if the cost is None.')
         for name in ("source", "branch", "commit", "space", "model", "adapter", "skill", "error"):
             object.__setattr__(self, name, sanitize(getattr(self, name), MAX_NAME_LENGTH))
-        for name in ("request_id", "session"):
-            object.__setattr__(self, name, sanitize(getattr(self, name), MAX_ID_LENGTH))
+        object.__setattr__(self, "request_id", sanitize(self.request_id, MAX_ID_LENGTH))
+        object.__setattr__(self, "session", hide_session(self.session))
         object.__setattr__(self, "time", self.time.astimezone(timezone.utc))
 
     def with_deployment(self, deployment: Deployment) -> UsageEvent:
@@ -107,6 +119,16 @@ class UsageEvent:
 def sanitize(text: str, max_length: int) -> str:
     """Truncate text and replace characters that PostgreSQL or UTF-8 cannot store by U+FFFD."""
     return _UNSTORABLE.sub("\ufffd", text[:max_length])
+
+
+def hide_session(session: str) -> str:
+    """Replace a session id that is not a visitor hash by a hash that cannot be traced back to it.
+
+    Equal ids give equal hashes within this process.
+    """
+    if not session or VISITOR_HASH.fullmatch(session):
+        return session
+    return "v1-" + hmac.new(_PROCESS_SALT, session.encode("utf-8", "replace"), "sha256").hexdigest()[:24]
 
 
 def name_digest(*names: str) -> str:

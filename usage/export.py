@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from datetime import datetime, timezone
+from operator import itemgetter
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -14,14 +15,16 @@ import pyarrow.parquet as pq
 from prometheus_client import Metric as PrometheusMetric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import tuple_
 
 from storage.database import Database
-from storage.tables import DOLLAR, EVENTS, KINDS, SECOND
+from storage.tables import DOLLAR, EVENTS, SECOND
 from usage.analytics import UNITS, Metrics, Series, select_events, to_event
 from usage.budgets import Budgets
+from usage.column_store import EventKind
 from usage.events import UsageEvent
 from usage.recorder import Recorder
+from usage.rollups import TotalsReader
 from usage.time_window import UsageFilter
 
 BATCH_SIZE = 5_000  # events per query; bounds the memory of an export
@@ -172,37 +175,39 @@ def series_report(series: Series) -> dict[str, Any]:
 # ── Prometheus ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LABELS = ("branch", "model", "skill", "outcome")
-# Counter -> its description, its SQL aggregate and the unit to divide it by.
-COUNTERS = {
-    "calls": ("Model calls whose events are stored.", func.count(), 1),
-    "latency_seconds": ("Computing time of model calls.", func.sum(EVENTS.c.latency), SECOND),
-    "tokens": ("Input and output tokens, if known.", func.sum(EVENTS.c.tokens_in + EVENTS.c.tokens_out), 1),
-    "cost_dollars": ("Cost in US dollars, if known.", func.sum(EVENTS.c.cost), DOLLAR),
-    "unpriced_calls": ("Calls without a known cost.", func.count() - func.count(EVENTS.c.cost), 1),
+# Counter -> its description, and its value from the totals of a kind.
+COUNTERS: dict[str, tuple[str, Callable[[EventKind, dict[str, int]], float]]] = {
+    "calls": ("Model calls.", lambda _, totals: totals["calls"]),
+    "latency_seconds": ("Computing time of model calls.", lambda _, totals: totals["latency"] / SECOND),
+    "tokens": (
+        "Input and output tokens, if known.",
+        lambda kind, totals: totals["tokens_in"] + totals["tokens_out"] if kind.counted else 0,
+    ),
+    "cost_dollars": ("Cost in US dollars, if known.", lambda _, totals: totals["cost"] / DOLLAR),
+    "unpriced_calls": ("Calls without a known cost.", lambda kind, totals: 0 if kind.priced else totals["calls"]),
 }
 
 
 class UsageCollector(Collector):
     """Prometheus collector of usage.
 
-    Counters are sums over all stored events, by branch, model, skill and outcome. They fall when old events are
-    deleted, which Prometheus interprets as a restart. `collect` raises StoreError if the database cannot be read.
+    Counters are sums over all events that were ever recorded in the database, by branch, model, skill and outcome; they
+    do not fall when old events are deleted. `collect` raises StoreError if the database cannot be read.
     """
 
     def __init__(self, database: Database, budgets: Budgets, recorder: Recorder) -> None:
-        self.database, self.budgets, self.recorder = database, budgets, recorder
+        self.totals, self.budgets, self.recorder = TotalsReader(database), budgets, recorder
 
     def collect(self) -> Iterator[PrometheusMetric]:
         """Yield all metrics, read from the database."""
-        label_columns = [KINDS.c[name] for name in LABELS]
-        query = select(*label_columns, *(total for _, total, _ in COUNTERS.values()))
-        query = query.join(EVENTS, KINDS.c.id == EVENTS.c.kind).group_by(*label_columns).order_by(*label_columns)
-        with self.database.transaction() as connection:
-            rows = connection.execute(query).all()
-        for index, (name, (description, _, unit)) in enumerate(COUNTERS.items(), len(LABELS)):
+        groups: dict[tuple[str, ...], list[tuple[EventKind, dict[str, int]]]] = {}
+        for kind, totals in self.totals.read().items():
+            labels = tuple(_label(getattr(kind, name)) for name in LABELS)
+            groups.setdefault(labels, []).append((kind, totals))
+        for name, (description, value) in COUNTERS.items():
             counter = CounterMetricFamily(f"moondream_{name}", description, labels=LABELS)
-            for row in rows:
-                counter.add_metric([_label(text) for text in row[: len(LABELS)]], int(row[index] or 0) / unit)
+            for labels, group in sorted(groups.items(), key=itemgetter(0)):
+                counter.add_metric(labels, sum(value(kind, totals) for kind, totals in group))
             yield counter
         budgets = self.budgets.list()
         gauges = {"limit": "Monthly budget in US dollars.", "spent": "Spent this month in US dollars."}

@@ -37,6 +37,7 @@ RETRY_DELAYS = (1.0, 60.0)  # first and longest delay, in seconds, between attem
 MAINTENANCE_INTERVAL = 60.0  # seconds between two rounds of roll-ups and retention
 MAINTENANCE_HOURS = 24  # hours of events per round
 DIGESTS_PER_QUERY = 500
+KIND_COLUMNS = (*NAME_COLUMNS, *BASIS_COLUMNS, "payer")
 _log = logging.getLogger(__name__)
 
 
@@ -139,12 +140,20 @@ class Recorder:
 
     def _write(self, events: deque[UsageEvent]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        if sum(file.stat().st_size for file in self._files()) > MAX_SPOOL:
+        if self._spool_size() > MAX_SPOOL:
             self.lost += len(events)
             return
         name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.jsonl"
         lines = (json.dumps(_to_json(event), separators=(",", ":")) + "\n" for event in events)
         write_atomically(self._folder / name, "".join(lines))
+
+    def _spool_size(self) -> int:
+        """Return the size of the spool files in bytes. The delivery may delete them meanwhile."""
+        size = 0
+        for file in self._files():
+            with suppress(FileNotFoundError):
+                size += file.stat().st_size
+        return size
 
     # ── Disk to database ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -196,11 +205,13 @@ def run_maintenance(database: Database, now: datetime | None = None, hours: int 
 
 def _to_json(event: UsageEvent) -> dict[str, Any]:
     values = {name: value for name, value in vars(event).items() if value is not None}
+    if event.payer == "deployment":
+        del values["payer"]  # versions without this field can then read the file
     return {**values, "time": to_micros(event.time)}
 
 
 def read_spool_file(file: Path) -> Iterator[UsageEvent]:
-    """Yield the events of a spool file.
+    """Yield the events of a spool file. Session hashes that older versions wrote are replaced; see `UsageEvent`.
 
     Raises:
         OSError: The file cannot be read.
@@ -237,16 +248,22 @@ def insert_events(database: Database, events: Sequence[UsageEvent]) -> None:
 
 
 def _kind_names(event: UsageEvent) -> tuple[str, ...]:
-    return tuple(getattr(event, name) for name in (*NAME_COLUMNS, *BASIS_COLUMNS))
+    return tuple(getattr(event, name) for name in KIND_COLUMNS)
+
+
+def _kind_digest(names: tuple[str, ...]) -> str:
+    """Return the digest of a kind. Kinds that the deployment pays have that of versions without `payer`."""
+    *others, payer = names
+    return name_digest(*(others if payer == "deployment" else names))
 
 
 def _kind_ids(database: Database, connection: Connection, events: Sequence[UsageEvent]) -> dict[tuple[str, ...], int]:
     """Return the id of each event's kind, and insert new kinds."""
-    by_digest = {name_digest(*names): names for names in {_kind_names(event) for event in events}}
+    by_digest = {_kind_digest(names): names for names in {_kind_names(event) for event in events}}
     ids = _select_kind_ids(connection, sorted(by_digest))
     missing = sorted(by_digest.keys() - ids)
     for digest in missing:
-        values = {"digest": digest, **dict(zip((*NAME_COLUMNS, *BASIS_COLUMNS), by_digest[digest], strict=True))}
+        values = {"digest": digest, **dict(zip(KIND_COLUMNS, by_digest[digest], strict=True))}
         connection.execute(database.insert(KINDS).values(values).on_conflict_do_nothing(index_elements=["digest"]))
     ids |= _select_kind_ids(connection, missing)
     return {names: ids[digest] for digest, names in by_digest.items()}

@@ -16,11 +16,11 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, delete, select, update
+from sqlalchemy import Connection, delete, func, select, update
 
 from storage.database import Database
 from storage.tables import EVENTS, HOUR, HOURS, KINDS
-from usage.column_store import KIND_FIELDS, ROW, ColumnStore, EventKind, membership_table, merge_rows
+from usage.column_store import KIND_FIELDS, ROW, ColumnStore, EventKind, exact_sums, membership_table, merge_rows
 from usage.sketch import bucket_index
 
 QUARTER = HOUR // 4  # offsets of all time zones in use are multiples of 15 minutes
@@ -28,6 +28,8 @@ MAX_EXACT = 2_000  # calls per hour that are stored one by one; busier hours are
 CACHE_SIZE = 256 * 2**20  # bytes of unpacked hours in memory
 RETENTION = timedelta(days=90)
 Columns = dict[str, np.ndarray]
+TOTALS = ("latency", "tokens_in", "tokens_out", "cost")
+HOURS_PER_QUERY = 100  # unpacked at once; bounds the memory
 EVENT_COLUMNS = ("time", "kind", "latency", "first_token", "tokens_in", "tokens_out", "cost", "reward")
 
 
@@ -101,11 +103,58 @@ class RollupReader:
 
     def _add_to_cache(self, key: tuple[int, int], columns: Columns) -> Columns:
         with self._lock:
+            if key in self._cache:  # another thread has unpacked the same hour
+                return self._cache[key]
             self._cache[key] = columns
             self._cache_room -= _size(columns)
             while self._cache_room < 0 and self._cache:
                 self._cache_room += _size(self._cache.popitem(last=False)[1])
         return columns
+
+
+class TotalsReader:
+    """Reads the totals of all events that were ever recorded: of the stored ones and of the roll-ups of deleted ones.
+
+    The totals do not fall when `retire` deletes events. The sums of sealed hours are kept in memory.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self._lock = threading.Lock()
+        self._sealed: dict[int, int] = {}  # sealed hour -> `built` of its roll-up
+        self._sums: dict[int, np.ndarray] = {}  # kind -> sums over the sealed hours
+
+    def read(self) -> dict[EventKind, dict[str, int]]:
+        """Return the number of calls ("calls") and the sums of the columns in `TOTALS` by kind."""
+        query = select(EVENTS.c.kind, func.count(), *(func.sum(EVENTS.c[name]) for name in TOTALS))
+        with self._lock, self.database.transaction() as connection:
+            self._add_sealed_hours(connection)
+            sums = dict(self._sums)
+            for kind, *stored in connection.execute(query.group_by(EVENTS.c.kind)):
+                _add(sums, kind, np.array([int(value or 0) for value in stored], np.int64))
+            kinds = read_kinds(connection)
+        return {
+            kinds[kind]: dict(zip(("calls", *TOTALS), map(int, values), strict=True)) for kind, values in sums.items()
+        }
+
+    def _add_sealed_hours(self, connection: Connection) -> None:
+        """Add the roll-ups of hours that were sealed since the last call. Starts again if a known one has changed."""
+        rows = connection.execute(select(HOURS.c.hour, HOURS.c.built).where(HOURS.c.sealed)).all()
+        sealed = {row.hour: row.built for row in rows}
+        known, sums = (self._sealed, dict(self._sums)) if self._sealed.items() <= sealed.items() else ({}, {})
+        new = sorted(sealed.keys() - known)
+        for start in range(0, len(new), HOURS_PER_QUERY):
+            query = select(HOURS.c.cells).where(HOURS.c.hour.in_(new[start : start + HOURS_PER_QUERY]))
+            columns = np.concatenate([unpack(cells) for cells in connection.execute(query).scalars()])
+            kinds, groups = np.unique(columns["kind"], return_inverse=True)
+            totals = [exact_sums(groups, columns[name], len(kinds)) for name in ("calls", *TOTALS)]
+            for kind, *values in zip(map(int, kinds), *totals, strict=True):
+                _add(sums, kind, np.array(values, np.int64))
+        self._sealed, self._sums = sealed, sums
+
+
+def _add(sums: dict[int, np.ndarray], kind: int, values: np.ndarray) -> None:
+    sums[kind] = sums[kind] + values if kind in sums else values
 
 
 def build(database: Database, limit: int, before: int) -> int:

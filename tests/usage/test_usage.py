@@ -6,6 +6,8 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -22,10 +24,10 @@ from usage import rollups
 from usage.analytics import UsageAnalytics
 from usage.budgets import Budget, BudgetExceededError, Budgets
 from usage.deployment import resolve_deployment
-from usage.events import Deployment, UsageEvent
-from usage.export import export_events
+from usage.events import VISITOR_HASH, Deployment, Payer, UsageEvent
+from usage.export import UsageCollector, export_events
 from usage.prices import PriceError, Prices
-from usage.recorder import Recorder, insert_events
+from usage.recorder import Recorder, insert_events, run_maintenance
 from usage.sketch import RELATIVE_ERROR, bucket_index, grouped_quantiles
 from usage.time_window import PERIODS, UsageFilter, bin_starts, to_micros
 
@@ -184,6 +186,85 @@ def test_retired_hours_keep_their_metrics_and_accept_late_events(database: Datab
     assert UsageAnalytics(database).metrics(usage_filter).calls.value == 51
 
 
+def counters(collector: UsageCollector) -> dict[tuple[str, ...], float]:
+    """Return the value of every counter by name and labels."""
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in collector.collect()
+        if family.type == "counter"
+        for sample in family.samples
+    }
+
+
+def test_prometheus_counters_do_not_fall_at_retention(database: Database, tmp_path: Path) -> None:
+    def record(time: datetime, count: int, first: int = 0) -> list[UsageEvent]:
+        return [
+            UsageEvent(
+                time + timedelta(milliseconds=n),
+                f"m{n % 3}",
+                "recipe",
+                latency=n / 8,
+                cost=n / 1024 if n % 2 else None,
+                cost_basis="estimated" if n % 2 else "unknown",
+                tokens_in=n if n % 5 else None,
+                tokens_out=7,
+                tokens_basis="reported" if n % 5 else "unknown",
+                id=f"{n:032d}",
+            )
+            for n in range(first, first + count)
+        ]
+
+    recorder = Recorder(database, tmp_path / "spool", Deployment())
+    collector = UsageCollector(database, Budgets(database), recorder)
+    old = NOW - timedelta(days=100)
+    insert_events(database, record(old, 2_500))  # more than MAX_EXACT in one hour
+    insert_events(database, record(old + timedelta(hours=5), 40, 3_000))
+    insert_events(database, record(NOW - timedelta(hours=2), 40, 4_000))
+    before = counters(collector)
+    assert sum(before["moondream_calls_total", "local", f"m{n}", "recipe", "ok"] for n in range(3)) == 2_580
+    for hours in (1, 10):  # part of the old hours, then the rest
+        run_maintenance(database, NOW, hours)
+        assert counters(collector) == before
+        assert counters(UsageCollector(database, Budgets(database), recorder)) == before  # after a restart
+    with database.transaction() as connection:
+        assert connection.execute(text("SELECT count(*) FROM usage_events")).scalar() == 40
+    insert_events(database, record(old, 30, 5_000))  # late events of a retired hour
+    late = counters(collector)
+    key = ("moondream_calls_total", "local", "m0", "recipe", "ok")
+    assert late[key] == before[key] + 10 and all(late[name] >= value for name, value in before.items())
+    run_maintenance(database, NOW, 10)
+    assert counters(collector) == late
+
+
+def test_hour_unpacked_by_two_threads_is_counted_once_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'usage.sqlite3'}")
+    hours = [NOW.replace(minute=0, second=0) - timedelta(hours=n) for n in (2, 3)]
+    insert_events(database, [UsageEvent(hour, "m", "recipe") for hour in hours])
+    rollups.build(database, 10, to_micros(NOW))
+    both_unpack, unpack = threading.Barrier(2, timeout=30), rollups.unpack
+
+    def unpack_together(packed: bytes | None) -> np.ndarray:
+        both_unpack.wait()
+        return unpack(packed)
+
+    hour_size = rollups.ROW.itemsize
+    reader = rollups.RollupReader(database, cache_size=2 * hour_size)
+    monkeypatch.setattr(rollups, "unpack", unpack_together)
+
+    def read(_: int) -> int:
+        return len(reader.read(to_micros(hours[0]), to_micros(hours[0]) + rollups.HOUR, lambda _: True))
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(read, range(2))) == [1, 1]
+    monkeypatch.setattr(rollups, "unpack", unpack)
+    reader.read(to_micros(hours[1]), to_micros(hours[1]) + rollups.HOUR, lambda _: True)
+    monkeypatch.delattr(rollups, "unpack")  # both hours fit into the cache: nothing is unpacked again
+    for hour in hours:
+        assert len(reader.read(to_micros(hour), to_micros(hour) + rollups.HOUR, lambda _: True)) == 1
+
+
 def test_percentiles_from_buckets_are_within_the_stated_error() -> None:
     values = np.random.default_rng(1).lognormal(13, 2, 200_000).astype(np.int64)
     calls, groups = np.ones(len(values)), np.zeros(len(values), int)
@@ -226,6 +307,75 @@ def test_spooled_events_are_delivered_once(database: Database, tmp_path: Path) -
     file.write_bytes(content)  # like a process killed between the delivery and the deletion
     recorder.flush()
     assert UsageAnalytics(database).metrics(UsageFilter(), now=NOW + timedelta(seconds=1)).calls.value == 10
+
+
+def test_spool_file_that_the_delivery_deletes_does_not_stop_the_spooling(database: Database, tmp_path: Path) -> None:
+    # A link without a target is listed but cannot be opened, like a file that is deleted after the listing.
+    (tmp_path / "0000-deleted.jsonl").symlink_to(tmp_path / "missing")
+    recorder = Recorder(database, tmp_path, Deployment())
+    recorder.record(UsageEvent(NOW, "m", "recipe"))
+    recorder.flush()
+    assert recorder.lost == 0
+    assert UsageAnalytics(database).metrics(UsageFilter(), now=NOW + timedelta(seconds=1)).calls.value == 1
+
+
+def exported(database: Database) -> bytes:
+    """Return both exports; Parquet as text of its rows, because its columns are compressed."""
+    later = NOW + timedelta(seconds=1)
+    parquet = b"".join(export_events(database, UsageFilter(), "parquet", later))
+    rows = json.dumps(pq.read_table(io.BytesIO(parquet)).to_pylist(), default=str)
+    return b"".join(export_events(database, UsageFilter(), "csv", later)) + rows.encode()
+
+
+def test_session_hashes_of_older_versions_are_not_delivered_from_the_spool(database: Database, tmp_path: Path) -> None:
+    old = {"id": "1" * 32, "time": to_micros(NOW), "model": "m", "skill": "recipe", "session": "gradiohash1"}
+    others = [{"id": "2" * 32, "session": "gradiohash1"}, {"id": "3" * 32, "session": "gradiohash2"}]
+    lines = (json.dumps(old | other) + "\n" for other in ({}, *others, {"id": "4" * 32, "session": ""}))
+    (tmp_path / "0001-old.jsonl").write_text("".join(lines))
+    Recorder(database, tmp_path, Deployment()).flush()
+    with database.transaction() as connection:
+        sessions = connection.execute(text("SELECT session FROM usage_events ORDER BY id")).scalars().all()
+    assert all(VISITOR_HASH.fullmatch(session) for session in sessions[:3]) and sessions[3] == ""
+    assert sessions[0] == sessions[1] != sessions[2]
+    assert not list(tmp_path.glob("*.bad"))
+
+
+@pytest.mark.parametrize("session", ["gradiohash1", "v1-gradiohash1", "V1-" + "a" * 24, "v1-" + "a" * 25, "\ud800"])
+def test_session_hashes_that_older_versions_insert_are_not_exported_or_displayed(
+    database: Database, session: str
+) -> None:
+    event = UsageEvent(NOW, "m", "recipe", session="v1-" + "a" * 24)
+    insert_events(database, [event])
+    assert event.session.encode() in exported(database)
+    if session == "\ud800":  # no database can store it
+        assert VISITOR_HASH.fullmatch(UsageEvent(NOW, "m", "recipe", session=session).session)
+        return
+    with database.transaction(write=True) as connection:
+        connection.execute(text("UPDATE usage_events SET session = :session"), {"session": session})
+    assert session.encode() not in exported(database)
+    (recent,) = UsageAnalytics(database).recent(UsageFilter(), now=NOW + timedelta(seconds=1))
+    assert VISITOR_HASH.fullmatch(recent.session) and recent.session != event.session
+
+
+@pytest.mark.parametrize("payer", ["deployment", "visitor"])
+def test_payer_is_spooled_stored_and_exported(database: Database, tmp_path: Path, payer: Payer) -> None:
+    recorder = Recorder(database, tmp_path, Deployment())
+    recorder.record(UsageEvent(NOW, "m", "recipe", cost=0.25, cost_basis="reported", payer=payer))
+    recorder.close()  # spools
+    Recorder(database, tmp_path, Deployment()).flush()
+    later = NOW + timedelta(seconds=1)
+    analytics = UsageAnalytics(database)
+    assert analytics.recent(UsageFilter(), now=later)[0].payer == payer
+    assert analytics.metrics(UsageFilter(), now=later).cost.value == 0.25
+    (row,) = csv.DictReader(io.StringIO(b"".join(export_events(database, UsageFilter(), "csv", later)).decode()))
+    assert row["payer"] == payer
+    table = pq.read_table(io.BytesIO(b"".join(export_events(database, UsageFilter(), "parquet", later))))
+    assert table["payer"].to_pylist() == [payer]
+
+
+def test_payer_must_be_known() -> None:
+    with pytest.raises(ValueError, match="payer"):
+        UsageEvent(NOW, "m", "recipe", payer="nobody")  # type: ignore[arg-type]
 
 
 def test_killed_process_loses_at_most_the_events_of_the_last_second(database: Database, tmp_path: Path) -> None:
@@ -314,6 +464,21 @@ def test_budget_warns_at_80_and_stops_at_100_percent(database: Database) -> None
         budgets.check("main", NOW)
     budgets.check("other", NOW)
     budgets.check("main", NOW + timedelta(days=1))  # next month
+
+
+def test_calls_paid_by_visitors_do_not_count_against_a_budget(database: Database) -> None:
+    budgets = Budgets(database)
+    for branch in ("main", ""):
+        budgets.set(Budget(branch, 1.0, stop=True))
+    priced = {"branch": "main", "cost": 5.0, "cost_basis": "reported"}
+    events = [UsageEvent(NOW, "m", "recipe", payer="visitor", **priced)]
+    insert_events(database, [*events, UsageEvent(NOW, "m", "recipe", branch="main", payer="visitor")])
+    assert [(status.spent, status.unpriced) for status in budgets.list(NOW)] == [(0.0, 0), (0.0, 0)]
+    budgets.check("main", NOW)
+    insert_events(database, [UsageEvent(NOW, "m", "recipe", **priced)])  # equal except for its payer
+    assert [status.spent for status in budgets.list(NOW)] == [5.0, 5.0]
+    with pytest.raises(BudgetExceededError, match="all branches"):
+        budgets.check("main", NOW)
 
 
 def test_deployment_is_read_from_git_unless_the_settings_name_it(tmp_path: Path) -> None:
