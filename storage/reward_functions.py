@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, exc, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Table, delete, exc, func, insert, select, true, update
 
 from rewards import RewardFunction, RewardFunctionError
 from storage.database import Database, StoreError
-from storage.tables import MAX_NAME, REWARD_FUNCTIONS
+from storage.tables import MAX_NAME, REWARD_FUNCTIONS, USER_REWARD_FUNCTIONS
+
+MAX_PER_OWNER = 200
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,11 @@ class SavedRewardFunction:
 
 
 class RewardFunctionStore:
-    """Stores reward functions by name. Several threads and processes can share a store.
+    """Stores reward functions by owner and name. Several threads and processes can share a store.
 
-    Names are unique regardless of case. The database is opened on first use. Every method raises StoreError if the
-    database cannot be used, and then changes nothing.
+    `owner` is the id of a visitor (see access/roles.py), by default "" for the deployment's own administrator. Owners
+    do not see each other's reward functions. Names are unique per owner, regardless of case. The database is opened on
+    first use. Every method raises StoreError if the database cannot be used, and then changes nothing.
     """
 
     def __init__(self, database: Database | str, busy_seconds: float = 5.0) -> None:
@@ -47,34 +50,45 @@ class RewardFunctionStore:
         """
         self.database = Database(database, busy_seconds) if isinstance(database, str) else database
 
-    def save(self, name: str, function: RewardFunction, overwrite: bool = False) -> SavedRewardFunction:
+    def save(
+        self, name: str, function: RewardFunction, overwrite: bool = False, *, owner: str = ""
+    ) -> SavedRewardFunction:
         """Save a reward function.
 
         Args:
             name: Its name; see `clean_name`.
             function: The reward function.
             overwrite: Whether to replace a reward function of this name.
+            owner: Its owner.
 
         Raises:
-            StoreError: The name is invalid, or taken and not to be overwritten.
+            StoreError: The name is invalid, or taken and not to be overwritten, or the owner has `MAX_PER_OWNER`
+                reward functions.
         """
         name = clean_name(name)
+        table = _table(owner)
         now = datetime.now(timezone.utc)
         values = {"name": name, "name_key": _key(name), "weights": function.to_json(), "created": now, "updated": now}
+        if owner:
+            values["owner"] = owner
         with self.database.transaction(write=True) as connection:
+            if owner:
+                _check_room(connection, owner, _key(name))
             if overwrite:
-                statement = self.database.insert(REWARD_FUNCTIONS).values(values)
+                statement = self.database.insert(table).values(values)
+                keys = ["owner", "name_key"] if owner else ["name_key"]
                 changed = {key: statement.excluded[key] for key in ("name", "weights", "updated")}
-                connection.execute(statement.on_conflict_do_update(index_elements=["name_key"], set_=changed))
+                connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=changed))
             else:
                 with _taken_as_store_error(name):
-                    connection.execute(insert(REWARD_FUNCTIONS).values(values))
-            return _to_saved(self._select(connection, name))
+                    connection.execute(insert(table).values(values))
+            return _to_saved(_select(connection, name, owner))
 
-    def list(self) -> list[SavedRewardFunction]:
-        """Return all readable reward functions by name. Those of incompatible versions are left out."""
+    def list(self, *, owner: str = "") -> list[SavedRewardFunction]:
+        """Return an owner's readable reward functions by name. Those of incompatible versions are left out."""
+        table = _table(owner)
         with self.database.transaction() as connection:
-            rows = connection.execute(select(REWARD_FUNCTIONS).order_by(REWARD_FUNCTIONS.c.name_key)).all()
+            rows = connection.execute(select(table).where(_owned(owner)).order_by(table.c.name_key)).all()
         saved = []
         for row in rows:
             try:
@@ -83,36 +97,30 @@ class RewardFunctionStore:
                 continue
         return saved
 
-    def get(self, name: str) -> RewardFunction:
-        """Return the reward function with this name."""
+    def get(self, name: str, *, owner: str = "") -> RewardFunction:
+        """Return an owner's reward function with this name."""
         with self.database.transaction() as connection:
-            return _to_saved(self._select(connection, name)).function
+            return _to_saved(_select(connection, name, owner)).function
 
-    def rename(self, old: str, new: str) -> None:
+    def rename(self, old: str, new: str, *, owner: str = "") -> None:
         """Rename a reward function. The new name may differ in case only."""
-        new = clean_name(new)
+        new, table = clean_name(new), _table(owner)
         values = {"name": new, "name_key": _key(new), "updated": datetime.now(timezone.utc)}
         with self.database.transaction(write=True) as connection:
-            row = self._select(connection, old)
+            row = _select(connection, old, owner)
             with _taken_as_store_error(new):
-                connection.execute(update(REWARD_FUNCTIONS).where(REWARD_FUNCTIONS.c.id == row.id).values(values))
+                connection.execute(update(table).where(table.c.id == row.id).values(values))
 
-    def delete(self, name: str) -> None:
-        """Delete the reward function with this name."""
+    def delete(self, name: str, *, owner: str = "") -> None:
+        """Delete an owner's reward function with this name."""
+        table = _table(owner)
         with self.database.transaction(write=True) as connection:
-            row = self._select(connection, name)
-            connection.execute(delete(REWARD_FUNCTIONS).where(REWARD_FUNCTIONS.c.id == row.id))
+            row = _select(connection, name, owner)
+            connection.execute(delete(table).where(table.c.id == row.id))
 
     def close(self) -> None:
         """Close all connections. The next use connects again."""
         self.database.close()
-
-    def _select(self, connection: Connection, name: str) -> Row[Any]:
-        query = select(REWARD_FUNCTIONS).where(REWARD_FUNCTIONS.c.name_key == _key(clean_name(name)))
-        row = connection.execute(query).first()
-        if row is None:
-            raise StoreError("unknown", f"There is no reward function called “{name}”. It may have been deleted.")
-        return row
 
 
 def clean_name(name: str) -> str:
@@ -131,6 +139,31 @@ def clean_name(name: str) -> str:
     if any(_is_invisible(character) for character in name):
         raise StoreError("name", "The name contains invisible control characters. Enter it again without them.")
     return name
+
+
+def _table(owner: str) -> Table:
+    """Return the table of an owner. Versions without owners share the one of the owner ""."""
+    return USER_REWARD_FUNCTIONS if owner else REWARD_FUNCTIONS
+
+
+def _owned(owner: str) -> ColumnElement[bool]:
+    return USER_REWARD_FUNCTIONS.c.owner == owner if owner else true()
+
+
+def _select(connection: Connection, name: str, owner: str) -> Row[Any]:
+    table = _table(owner)
+    row = connection.execute(select(table).where(_owned(owner), table.c.name_key == _key(clean_name(name)))).first()
+    if row is None:
+        raise StoreError("unknown", f"There is no reward function called “{name}”. It may have been deleted.")
+    return row
+
+
+def _check_room(connection: Connection, owner: str, key: str) -> None:
+    """Raise StoreError if the owner has `MAX_PER_OWNER` reward functions other than the one with this key."""
+    count = select(func.count()).where(_owned(owner), USER_REWARD_FUNCTIONS.c.name_key != key)
+    if connection.execute(count).scalar_one() >= MAX_PER_OWNER:
+        message = f"You have {MAX_PER_OWNER} saved reward functions, which is the limit. Delete one, or overwrite one."
+        raise StoreError("full", message)
 
 
 def _is_invisible(character: str) -> bool:

@@ -425,6 +425,52 @@ def test_folder_is_created(tmp_path: Path) -> None:
     assert names(store) == ["x"]
 
 
+# Owners
+
+
+def test_owners_do_not_see_or_change_each_others_functions(store: RewardFunctionStore) -> None:
+    owners = {"": CRISP, "hf:1": VIVID, "hf:2": EQUAL_WEIGHTS}
+    for owner, function in owners.items():
+        store.save("Mine", function, owner=owner)
+    with pytest.raises(StoreError, match="already"):
+        store.save("mine", CRISP, owner="hf:1")
+    store.save("MINE", CRISP, overwrite=True, owner="hf:2")
+    assert store.get("mine") == CRISP and store.get("mine", owner="hf:1") == VIVID
+    assert [saved.name for saved in store.list(owner="hf:2")] == ["MINE"]
+    store.rename("mine", "other", owner="hf:1")
+    store.save("mine", CRISP, owner="hf:1")
+    with pytest.raises(StoreError, match="already"):
+        store.rename("other", "MINE", owner="hf:1")
+    store.delete("other", owner="hf:1")
+    for action in (store.get, store.delete):
+        with pytest.raises(StoreError, match="no reward function"):
+            action("other", owner="hf:1")
+        with pytest.raises(StoreError, match="no reward function"):
+            action("mine", owner="hf:3")
+    assert [saved.name for saved in store.list(owner="hf:1")] == ["mine"]
+    assert names(store) == ["Mine"] and store.list(owner="hf:3") == []
+
+
+def test_owner_can_save_a_limited_number_of_functions(
+    store: RewardFunctionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.reward_functions.MAX_PER_OWNER", 3)
+    for number in range(3):
+        store.save(f"f{number}", CRISP, owner="hf:1")
+    for overwrite in (False, True):
+        with pytest.raises(StoreError, match="limit. Delete one") as caught:
+            store.save("f3", CRISP, overwrite, owner="hf:1")
+        assert caught.value.kind == "full"
+    with pytest.raises(StoreError, match="already"):
+        store.save("f1", CRISP, owner="hf:1")
+    store.save("F1", VIVID, overwrite=True, owner="hf:1")
+    store.save("f3", CRISP, owner="hf:2")
+    store.delete("f0", owner="hf:1")
+    store.save("f3", CRISP, owner="hf:1")
+    for number in range(5):  # the deployment's own administrator has no limit
+        store.save(f"f{number}", CRISP)
+
+
 # Other versions and invalid settings
 
 
