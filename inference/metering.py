@@ -10,10 +10,10 @@ from datetime import datetime, timezone
 from uuid import uuid4
 
 from inference.registry import MODELS
-from inference.types import Answer, AnswerEvent, InferenceError, Queued, Request
+from inference.types import SKILLS, Answer, AnswerEvent, CandidateFailed, InferenceError, Queued, Request
 from storage.database import StoreError
 from usage.budgets import BudgetExceededError, Budgets
-from usage.events import Basis, UsageEvent
+from usage.events import Basis, Payer, UsageEvent
 from usage.prices import Prices
 from usage.recorder import Recorder
 
@@ -29,7 +29,7 @@ class UsageMeter:
         recorder: Receives the events.
         prices: Prices of paid calls and of this machine's hardware.
         hardware: Hardware of this machine, None if unknown.
-        budgets: Checked before each paid call.
+        budgets: Checked before each call that the deployment pays.
     """
 
     recorder: Recorder
@@ -45,6 +45,7 @@ class UsageMeter:
         answer: AnswerFunction,
         source: str,
         request_id: str = "",
+        payer: Payer = "deployment",
     ) -> Iterator[AnswerEvent]:
         """Run one model with `answer` and record its usage event at the end.
 
@@ -55,6 +56,7 @@ class UsageMeter:
             answer: Function that runs the model.
             source: Origin of the call, for the usage event.
             request_id: Id of the request. Default: a new id.
+            payer: Who pays if the model needs a key: "visitor" if `answer` uses the visitor's own key.
 
         Yields:
             The events of `answer`.
@@ -62,7 +64,7 @@ class UsageMeter:
         Raises:
             InferenceError: If the model fails or the budget is exceeded.
         """
-        tracker = CallTracker(self, request, answer, source, "", request_id)
+        tracker = CallTracker(self, request, answer, source, "", request_id, payer)
         tracker.close()
         yield from tracker.answer(name, request, cancel)
 
@@ -81,16 +83,33 @@ class CallTracker:
         source: str,
         session: str,
         request_id: str = "",
+        payer: Payer = "deployment",
     ) -> None:
+        """Create a tracker.
+
+        Args:
+            meter: Records the events.
+            request: What to generate.
+            answer: Function that runs a model.
+            source: Origin of the calls.
+            session: Hash of the visitor; see `UsageEvent`.
+            request_id: Id of the request. Default: a new id.
+            payer: Who pays for the models that need a key: "visitor" if `answer` uses the visitor's own key.
+        """
         self.meter, self.request, self._answer = meter, request, answer
+        self._payer: Payer = payer
         self.common_fields = {"source": source, "session": session, "request_id": request_id or uuid4().hex}
         self._lock = threading.Lock()
         self._pending: dict[str, UsageEvent] = {}
         self._closed = False
 
     def answer(self, name: str, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
-        """Run a model and yield its events. Creates its usage event at the end."""
+        """Run a model and yield its events. Creates its usage event at the end.
+
+        The outcome is "cancelled" only if the caller sets `cancel` or closes the generator before the last answer.
+        """
         start, answers, queue_seconds = time.perf_counter(), [], 0.0
+        pending, payer = 1 if _is_single_call(name, request) else request.n, self._payer_of(name)
         outcome, error_kind = "cancelled", ""
         try:
             self._check_budget(name)
@@ -99,11 +118,17 @@ class CallTracker:
                     answers.append(event)
                 elif isinstance(event, Queued):
                     queue_seconds = time.perf_counter() - start
+                pending -= isinstance(event, Answer | CandidateFailed)
                 yield event
-            outcome = "cancelled" if cancel.is_set() and len(answers) < request.n else "ok"
+            outcome = "cancelled" if cancel.is_set() and pending > 0 else "ok"
+        except GeneratorExit:
+            outcome = "cancelled" if pending > 0 else "ok"
+            raise
         except InferenceError as error:
-            cancelled = error.kind == "cancelled" or cancel.is_set()
-            outcome, error_kind = ("cancelled", "") if cancelled else ("error", error.kind)
+            if error.kind == "cancelled" or cancel.is_set():
+                outcome = "cancelled" if pending > 0 else "ok"
+            else:
+                outcome, error_kind = "error", error.kind
             raise
         except Exception as error:
             outcome, error_kind = "error", type(error).__name__
@@ -111,7 +136,8 @@ class CallTracker:
         finally:
             seconds = time.perf_counter() - start
             usage = _usage_event(self.meter, name, request, answers, seconds, queue_seconds)
-            self._hold_or_record(name, replace(usage, outcome=outcome, error=error_kind, **self.common_fields))
+            usage = replace(usage, outcome=outcome, error=error_kind, payer=payer, **self.common_fields)
+            self._hold_or_record(name, usage)
 
     def record_reward(self, name: str, reward: float | None) -> None:
         """Record the held-back event of a model with its reward. Does nothing before the call has ended."""
@@ -128,10 +154,15 @@ class CallTracker:
         for event in pending.values():
             self.meter.recorder.record(event)
 
-    def _check_budget(self, name: str) -> None:
-        """Raise InferenceError if the model is paid and the budget of this branch is exceeded."""
+    def _payer_of(self, name: str) -> Payer:
+        """Return who pays for a model's calls. Models that need no key use the deployment's machine."""
         spec = MODELS.get(name)
-        if self.meter.budgets and spec is not None and spec.needs_key:
+        return self._payer if spec is not None and spec.needs_key else "deployment"
+
+    def _check_budget(self, name: str) -> None:
+        """Raise InferenceError if the deployment pays for the model and the budget of its branch is exceeded."""
+        spec = MODELS.get(name)
+        if self.meter.budgets and spec is not None and spec.needs_key and self._payer == "deployment":
             try:
                 self.meter.budgets.check(self.meter.recorder.deployment.branch)
             except (BudgetExceededError, StoreError) as error:
@@ -145,14 +176,21 @@ class CallTracker:
         self.meter.recorder.record(event)
 
 
+def _is_single_call(name: str, request: Request) -> bool:
+    """Check whether one call answers all candidates: those of regions, or of temperature 0, are equal."""
+    spec = MODELS.get(name)
+    temperature = request.temperature * (spec.temperature if spec else 1.0)
+    return SKILLS[request.skill].output == "regions" or temperature == 0
+
+
 def _usage_event(
     meter: UsageMeter, name: str, request: Request, answers: list[Answer], seconds: float, queue_seconds: float
 ) -> UsageEvent:
     """Build the usage event of a call from its answers, or from the elapsed time if there are none.
 
     Local candidates share one batch: the prompt counts once, and the cost is the machine's time. Each call of a hosted
-    model counts and is charged separately. An answer that stands for all candidates (temperature 0, boxes, points)
-    counts once.
+    model counts and is charged separately. An answer that stands for all candidates (temperature 0, regions) counts
+    once.
 
     Args:
         meter: Prices, hardware and deployment.
@@ -164,9 +202,7 @@ def _usage_event(
     """
     spec = MODELS.get(name)
     hosted = spec is not None and spec.backend == "hosted"
-    temperature = request.temperature * (spec.temperature if spec else 1.0)
-    single_call = request.skill in ("detect", "point") or temperature == 0
-    billed = answers[:1] if single_call else answers
+    billed = answers[:1] if _is_single_call(name, request) else answers
     tokens_in = sum(answer.tokens_in for answer in (billed if hosted else answers[:1]))
     tokens_out = sum(answer.tokens_out for answer in billed)
     latency = max(answer.seconds for answer in answers) if answers else max(0.0, seconds - queue_seconds)

@@ -29,6 +29,7 @@ from recipes import Recipe, jpeg_data_url, parse, shrink
 from rewards import EQUAL_WEIGHTS, score_recipes
 from training.runs.run import Run
 from training.runs.usage_events import run_events
+from usage.events import Payer
 
 PICTURE_QUALITY = 82  # JPEG; a 512 px picture takes 20-45 kB
 UNEXPECTED_ERROR = "The model failed with an unexpected {}. Run again; if it fails again, remove this model."
@@ -192,6 +193,7 @@ class ComparisonMeter(UsageMeter):
         session: str = "",
         answer: AnswerFunction = answer,
         interval: float = 0.1,
+        payer: Payer = "deployment",
     ) -> Generator[Comparison, None, None]:
         """Run `compare` and record one usage event per model.
 
@@ -202,11 +204,12 @@ class ComparisonMeter(UsageMeter):
             request: The request to every model.
             cancel: Stops the models.
             source: What made the call, such as "playground" or "api".
-            session: Random name of the browser session.
+            session: Salted hash of the visitor; see `UsageEvent`.
             answer: Function that runs one model.
             interval: Minimum time between two snapshots, in seconds.
+            payer: Who pays for the models that need a key: "visitor" if `answer` uses the visitor's own key.
         """
-        calls = CallTracker(self, request, answer, source, session)
+        calls = CallTracker(self, request, answer, source, session, payer=payer)
         try:
             for snapshot in compare(names, request, cancel, calls.answer, interval):
                 for column in snapshot.columns:

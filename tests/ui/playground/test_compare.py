@@ -25,6 +25,7 @@ from usage.recorder import Recorder
 from usage.time_window import UsageFilter
 
 HOSTED = "moondream3-preview"
+VISITOR = "v1-" + "0" * 24
 
 
 def snapshots(names: list[str], request: Request) -> list[Comparison]:
@@ -173,7 +174,7 @@ def test_each_model_is_recorded_as_one_event_with_its_numbers(meter: ComparisonM
             yield Answer(index, "exposure +20", tokens_in=740, tokens_out=9, seconds=3.6, first_token_seconds=0.5)
 
     request = Request(photo, "recipe", n=2)
-    for _ in meter.compare(["fine", "broken"], request, threading.Event(), "api", "tab", answer, interval=0.0):
+    for _ in meter.compare(["fine", "broken"], request, threading.Event(), "api", VISITOR, answer, interval=0.0):
         pass
     events = recorded_events(meter)
     fine, broken = events["fine"], events["broken"]
@@ -182,7 +183,7 @@ def test_each_model_is_recorded_as_one_event_with_its_numbers(meter: ComparisonM
     assert fine.cost == pytest.approx(0.03 * 3.6 / 3600) and fine.cost_basis == "estimated"
     assert fine.reward is not None and 0 <= fine.reward <= 1
     assert (broken.outcome, broken.error, broken.cost, broken.tokens_in) == ("error", "out_of_memory", None, None)
-    assert fine.request_id == broken.request_id and fine.session == "tab"
+    assert fine.request_id == broken.request_id and fine.session == VISITOR
 
 
 def test_closed_page_is_recorded_as_cancelled(meter: ComparisonMeter, photo: np.ndarray) -> None:
