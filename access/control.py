@@ -116,9 +116,9 @@ class AccessControl:
         if not user.get("sub") or not name:
             return None
         writable = {
-            str(organization.get("preferred_username") or organization.get("name") or "").lower()
+            str(organization.get("preferred_username") or "").lower()  # "name" is a display name, which anyone chooses
             for organization in user.get("orgs") or []
-            if organization.get("roleInOrg") in WRITE_ROLES
+            if isinstance(organization, dict) and organization.get("roleInOrg") in WRITE_ROLES
         }
         is_admin = name in self.admins or (bool(self.owner) and self.owner in {name, *writable})
         return user, Role.ADMIN if is_admin else Role.USER
@@ -131,15 +131,15 @@ def browser_secret(connection: HTTPConnection) -> str:
     """
     if not is_same_origin(connection):
         return ""
-    secret = connection.cookies.get(SESSION_COOKIE) or connection.headers.get(SESSION_HEADER, "")
-    return secret if len(secret) in SECRET_LENGTH else ""
+    candidates = (connection.cookies.get(SESSION_COOKIE, ""), connection.headers.get(SESSION_HEADER, ""))
+    return next((secret for secret in candidates if len(secret) in SECRET_LENGTH), "")
 
 
 def is_same_origin(connection: HTTPConnection) -> bool:
     """Whether a request comes from this server's own pages, or from a client that is not a browser."""
-    if connection.headers.get("sec-fetch-site", "same-origin") == "cross-site" and "origin" not in connection.headers:
-        return connection.headers.get("sec-fetch-mode") == "navigate"
     origin = connection.headers.get("origin")
+    if origin is None and connection.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+        return connection.headers.get("sec-fetch-mode") == "navigate"  # a link on another site
     return origin is None or origin.partition("://")[2] == connection.headers.get("host", "")
 
 

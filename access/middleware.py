@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from access.control import (
     ADMIN_COOKIE,
+    SECRET_LENGTH,
     SESSION_COOKIE,
     AccessControl,
     bind_session,
@@ -101,7 +102,7 @@ class AccessMiddleware:
         except _BodyError as error:
             await _error(error.status_code, error.detail)(scope, receive, send)
             return
-        if rule.path == "/" and not connection.cookies.get(SESSION_COOKIE):
+        if rule.path == "/" and len(connection.cookies.get(SESSION_COOKIE, "")) not in SECRET_LENGTH:
             send = _with_header(send, "set-cookie", self._cookie(SESSION_COOKIE, secrets.token_urlsafe(32), connection))
         await self.app(scope, receive, send)
 
