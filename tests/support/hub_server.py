@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 NOW = "2026-11-23T12:00:00.000Z"
 COMMIT = "1" * 40
@@ -86,6 +87,11 @@ class HubServer(ThreadingHTTPServer):
     def address(self) -> str:
         """The server's URL."""
         return f"http://127.0.0.1:{self.server_port}"
+
+    def describe(self, file: Path) -> dict[str, Any]:
+        """Return an uploaded file as the Hub's API describes it."""
+        name = file.relative_to(self.files).as_posix()
+        return {"type": "file", "path": name, "size": file.stat().st_size, "oid": COMMIT}
 
     def start_job(self, spec: dict[str, Any]) -> JobProcess:
         """Start a job by its specification."""
@@ -171,6 +177,9 @@ class _Handler(BaseHTTPRequestHandler):
             names = [file["path"] for file in json.loads(body)["files"]]
             files = [{"path": name, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for name in names]
             self.answer(200, {"files": files, "commitOid": COMMIT})
+        elif "/paths-info/" in path:
+            names = parse_qs(body.decode()).get("paths", [])
+            self.answer(200, [hub.describe(hub.files / name) for name in names if (hub.files / name).is_file()])
         elif "/commit/" in path:
             self.store_files(body)
             _, _, kind, owner, name, *_ = path.split("/")
@@ -200,8 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("/api/jobs/"):
             self.answer(200, hub.jobs[path.split("/")[4]].description())
         elif "/tree/" in path:
-            names = [file.relative_to(hub.files).as_posix() for file in sorted(hub.files.rglob("*")) if file.is_file()]
-            self.answer(200, [{"type": "file", "path": name, "size": 1, "oid": COMMIT} for name in names])
+            files = [file for file in sorted(hub.files.rglob("*")) if file.is_file()]
+            self.answer(200, [hub.describe(file) for file in files])
         elif "/resolve/" in path:
             self.send_file(hub.files / unquote(path.split("/resolve/", 1)[1].split("/", 1)[1]))
         else:
@@ -260,8 +269,12 @@ class _Handler(BaseHTTPRequestHandler):
         if not file.is_file():
             self.answer(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
             return
-        data = file.read_bytes()
-        self.send_response(200)
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        start, end = (int(part[1]), int(part[2]) + 1) if part else (0, file.stat().st_size)
+        with open(file, "rb") as content:
+            content.seek(start)
+            data = content.read(end - start)
+        self.send_response(206 if part else 200)
         for name, value in (("ETag", f'"{len(data)}-{file.name}"'), ("X-Repo-Commit", COMMIT)):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))

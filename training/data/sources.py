@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from training.data.bundled import SPLITS, bundled_photos
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif", ".jp2", ".ppm")
 MAX_FILES = 10_000
 HUB_PREFIX = "hub:"
+HUB_REVISIONS = ("main", "refs/convert/parquet")  # where a dataset's Parquet files are; the second is made by the Hub
+HUB_BLOCK_BYTES = 2**20  # per request to the Hub
+MAX_ROW_GROUP_BYTES = 1_000_000_000  # of images; Parquet is read in units of up to a row group
 HELD_OUT_EVERY = 5  # every fifth photo is held out if one set is used for both splits
 
 PhotoFile = tuple[str, Callable[[], np.ndarray]]  # a name, and a function that loads the photo
@@ -60,7 +64,7 @@ class PhotoSet:
 
 
 def load_photos(source: str, split: str = "train", limit: int = 200, seed: int = 0) -> PhotoSet:
-    """Load photos from a source; skip unreadable files.
+    """Load photos from a source; skip unreadable files. One file at a time is in memory.
 
     Args:
         source: "bundled", a folder, a zip file, or "hub:owner/dataset".
@@ -71,10 +75,14 @@ def load_photos(source: str, split: str = "train", limit: int = 200, seed: int =
     Raises:
         PhotoSourceError: The source has no readable photo.
     """
-    files = _list_files(source, split, limit)
-    if len(files) > limit:
-        files = [files[index] for index in np.random.default_rng(seed).permutation(len(files))]
-    photo_set = PhotoSet(available=len(files))
+    photo_set = PhotoSet()
+    if source.startswith(HUB_PREFIX):
+        files = itertools.islice(_stream_hub_dataset(source.removeprefix(HUB_PREFIX)), limit)
+    else:
+        files = _list_files(source, split)
+        photo_set.available = len(files)
+        if len(files) > limit:
+            files = [files[index] for index in np.random.default_rng(seed).permutation(len(files))]
     for name, load in files:
         if len(photo_set.photos) == limit:
             break
@@ -83,6 +91,7 @@ def load_photos(source: str, split: str = "train", limit: int = 200, seed: int =
             photo_set.names.append(name)
         except PhotoError as error:
             photo_set.unreadable.append(f"{name}: {error}")
+    photo_set.available = max(photo_set.available, len(photo_set.photos) + len(photo_set.unreadable))
     if not photo_set.photos:
         first = f" The first: {photo_set.unreadable[0]}" if photo_set.unreadable else ""
         raise PhotoSourceError(
@@ -116,13 +125,11 @@ def train_eval_split(photos: str, held_out: str, limit: int, seed: int) -> tuple
     )
 
 
-def _list_files(source: str, split: str, limit: int) -> list[PhotoFile]:
+def _list_files(source: str, split: str) -> list[PhotoFile]:
     if source == "bundled":
         if split not in SPLITS:
             raise PhotoSourceError(f"There is no split {split!r}.")
         return [(photo.path.name, _file_loader(photo.path)) for photo in bundled_photos(split)]
-    if source.startswith(HUB_PREFIX):
-        return list(_stream_hub_dataset(source.removeprefix(HUB_PREFIX), limit))
     path = Path(source).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
@@ -161,26 +168,102 @@ def _list_zip(path: Path) -> list[PhotoFile]:
     return [(Path(name).name, loader(name)) for name in sorted(photos)]
 
 
-def _stream_hub_dataset(name: str, limit: int) -> Iterator[PhotoFile]:
-    """Yield the first `limit` images of a dataset: the first image column of the first split, streamed."""
-    from datasets import Image as ImageFeature
-    from datasets import load_dataset
+def _stream_hub_dataset(name: str) -> Iterator[PhotoFile]:
+    """Yield the images in a dataset's Parquet files, in order: the first column of images, row by row.
+
+    Only that column's bytes are read. A row's path or address, other columns and the dataset's own loading instructions
+    are ignored, so that a dataset cannot make this process open anything else.
+    """
+    from huggingface_hub import HfFileSystem
 
     try:
-        splits = load_dataset(name, streaming=True)
-        rows: Any = next(iter(splits.values()))
-        column = next(key for key, kind in (rows.features or {}).items() if isinstance(kind, ImageFeature))
-        rows = rows.cast_column(column, ImageFeature(decode=False))
-        for index, row in enumerate(itertools.islice(rows, limit)):
-            data = row[column]["bytes"] or Path(row[column]["path"]).read_bytes()
-            yield f"{name.replace('/', '-')}-{index}", lambda data=data: load_photo(data)
-    except StopIteration:
-        raise PhotoSourceError(f"The dataset {name} has no column of images. Choose another one.") from None
+        hub, number = HfFileSystem(), 0
+        for path in _parquet_files(hub, name):
+            with hub.open(path, "rb", block_size=HUB_BLOCK_BYTES) as file:
+                for data in _parquet_images(file):
+                    yield f"{name.replace('/', '-')}-{number}", _bytes_loader(data)
+                    number += 1
+    except PhotoSourceError:
+        raise
+    except _NoImagesError:
+        raise PhotoSourceError(
+            f"The dataset {name} has no column of images. Choose one whose Parquet files contain images."
+        ) from None
     except Exception as error:  # the Hub's libraries raise many types
         raise PhotoSourceError(
             f"The dataset {name} could not be read ({type(error).__name__}). Check its name and the network, and set "
             "HF_TOKEN for a private dataset."
         ) from None
+
+
+class _NoImagesError(Exception):
+    """Raised for Parquet data without a column of images."""
+
+
+def _parquet_files(hub: Any, name: str) -> list[str]:
+    """List the Parquet files of a dataset, those for training first. Raises PhotoSourceError if there are none."""
+    for revision in HUB_REVISIONS:
+        root = f"datasets/{name}@{revision.replace('/', '%2F')}"
+        try:
+            paths = [path for path in hub.find(root) if path.endswith(".parquet")]
+        except FileNotFoundError:
+            if revision == HUB_REVISIONS[0]:
+                raise
+            continue
+        if paths:
+            return sorted(paths, key=lambda path: ("train" not in path, path))[:MAX_FILES]
+    raise PhotoSourceError(
+        f"The dataset {name} has no Parquet files. Choose a dataset that contains its images in them."
+    )
+
+
+def _parquet_images(file: Any) -> Iterator[bytes | None]:
+    """Yield the images of an open Parquet file, None for a row that does not contain its image.
+
+    Raises:
+        PhotoSourceError: A row group is too large.
+    """
+    from pyarrow import parquet
+
+    table = parquet.ParquetFile(file, buffer_size=HUB_BLOCK_BYTES, pre_buffer=False)
+    column, nested = _image_column(table.schema_arrow)
+    leaf = f"{column}.bytes" if nested else column
+    for number in range(table.num_row_groups):
+        group = table.metadata.row_group(number)
+        chunks = (group.column(index) for index in range(group.num_columns))
+        if sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == leaf) > MAX_ROW_GROUP_BYTES:
+            limit = MAX_ROW_GROUP_BYTES // 1_000_000
+            raise PhotoSourceError(f"The dataset's row groups are over {limit} MB. Choose one with smaller row groups.")
+        for batch in table.iter_batches(batch_size=1, row_groups=[number], columns=[leaf]):
+            for value in batch.column(column).to_pylist():
+                yield value["bytes"] if isinstance(value, dict) else value
+
+
+def _image_column(schema: Any) -> tuple[str, bool]:
+    """Return the first column of images, and whether its bytes are a field of a struct. Raises _NoImagesError."""
+    from pyarrow import types
+
+    def is_bytes(kind: Any) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    for field_ in schema:
+        if features and features.get(field_.name, {}).get("_type") != "Image":
+            continue
+        if is_bytes(field_.type):
+            return field_.name, False
+        if types.is_struct(field_.type) and any(part.name == "bytes" and is_bytes(part.type) for part in field_.type):
+            return field_.name, True
+    raise _NoImagesError
+
+
+def _bytes_loader(data: bytes | None) -> Callable[[], np.ndarray]:
+    def load() -> np.ndarray:
+        if data is None:
+            raise PhotoError("The row contains no image, only a path or an address, which is not opened.")
+        return load_photo(data)
+
+    return load
 
 
 def _public_name(source: str) -> str:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import io
+import os
+import tracemalloc
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import Audio, Features, Sequence, Value
 from datasets import Image as ImageFeature
 from PIL import Image
+from pyarrow import parquet
 
-from recipes import PREVIEW_SIDE
+from recipes import PREVIEW_SIDE, load_photo, photo_io
+from tests.support.hub_server import TOKEN, HubServer
 from training.data import sources
 from training.data.bundled import bundled_photos
 from training.data.sources import PhotoSourceError, load_photos, train_eval_split
+
+ROWS_PER_GROUP = 4
 
 
 def png(shade: int, side: int = 40) -> bytes:
@@ -122,30 +130,129 @@ def test_one_source_for_both_splits_is_divided(folder: Path) -> None:
         train_eval_split(str(folder), str(folder), 100, 0)
 
 
-def test_hub_dataset_yields_its_image_column(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dataset in memory replaces the Hub; streaming and casting are the library's own code."""
+def publish(hub: HubServer, rows: dict[str, list[Any]], features: Features, name: str = "train-0.parquet") -> None:
+    """Store a Parquet file of a dataset on the simulated Hub, written as the datasets library writes it."""
+    (hub.files / "data").mkdir(exist_ok=True)
+    schema = features.arrow_schema
+    columns = [pyarrow.array(values, type=schema.field(key).type) for key, values in rows.items()]
+    table = pyarrow.Table.from_arrays(columns, schema=schema)
+    parquet.write_table(table, hub.files / "data" / name, row_group_size=ROWS_PER_GROUP)
+
+
+def test_hub_dataset_yields_its_image_column(hub: HubServer) -> None:
     features = Features({"label": Value("int64"), "photo": ImageFeature()})
     rows = {"label": [0, 1, 2], "photo": [{"bytes": png(50 * k), "path": None} for k in range(3)]}
-    data = Dataset.from_dict(rows, features=features).to_iterable_dataset()
-    monkeypatch.setattr("datasets.load_dataset", lambda name, streaming: {"train": data})
+    publish(hub, rows, features, "test-0.parquet")
+    publish(hub, rows | {"photo": rows["photo"][::-1]}, features)
     photo_set = load_photos("hub:someone/pictures", limit=2)
-    assert [photo[0, 0, 0] for photo in photo_set.photos] == [0, 50]
+    assert [photo[0, 0, 0] for photo in photo_set.photos] == [100, 50], "the training split comes first"
     assert photo_set.names == ["someone-pictures-0", "someone-pictures-1"]
+    assert photo_set.available == 2
+    assert any("/resolve/" in path for path in hub.paths)
 
 
-def test_hub_dataset_without_images_or_unreachable_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers = Dataset.from_dict({"label": [1]}).to_iterable_dataset()
-    monkeypatch.setattr("datasets.load_dataset", lambda name, streaming: {"train": numbers})
+def test_hub_dataset_never_opens_a_path_or_an_address(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows name this machine's files and servers, in the column of images and in all others."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(200))
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)  # opening it would block for ever
+    address = f"{hub.address}/internal.png"
+    names = ["/dev/zero", "/etc/passwd", str(secret), f"file://{secret}", str(pipe), address, f"zip://a::{address}"]
+    images: list[Any] = [{"bytes": None, "path": name} for name in names]
+    images += [None, {"bytes": b"", "path": str(secret)}, {"bytes": png(70), "path": str(secret)}]
+    others = [{"bytes": None, "path": names[index % len(names)]} for index in range(len(images))]
+    features = Features(
+        {
+            "photo": ImageFeature(),
+            "second": ImageFeature(),
+            "sound": Audio(),
+            "nested": Sequence(ImageFeature()),
+            "url": Value("string"),
+        }
+    )
+    columns = {"photo": images, "second": others, "sound": others, "nested": [[row] for row in others]}
+    publish(hub, columns | {"url": [row["path"] for row in others]}, features)
+    opened: list[str] = []
+    monkeypatch.setattr(sources, "load_photo", lambda data: (opened.append(type(data).__name__), load_photo(data))[1])
+    photo_set = load_photos("hub:someone/pictures")
+    assert [photo[0, 0, 0] for photo in photo_set.photos] == [70]
+    assert photo_set.names == ["someone-pictures-9"]
+    assert set(opened) == {"bytes"}
+    assert "9 could not be read" in photo_set.describe() and "only a path or an address" in photo_set.describe()
+    assert not any(str(tmp_path) in message or "/etc" in message for message in photo_set.unreadable)
+    assert "/internal.png" not in hub.paths
+
+
+def test_loading_instructions_of_a_hub_dataset_are_ignored(hub: HubServer, tmp_path: Path) -> None:
+    """The card of a dataset may name files anywhere; the datasets library would read them."""
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "secret.png").write_bytes(png(200))
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {tmp_path}/local/*.png\n---\n"
+    (hub.files / "README.md").write_text(card)
+    publish(hub, {"photo": [{"bytes": png(60), "path": None}]}, Features({"photo": ImageFeature()}))
+    assert [photo[0, 0, 0] for photo in load_photos("hub:someone/pictures").photos] == [60]
+    assert not any("README" in path for path in hub.paths)
+
+
+def test_large_rows_of_a_hub_dataset_are_skipped_one_at_a_time(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(photo_io, "MAX_BYTES", 100_000)
+    size = 1_000_000
+    noise = np.random.default_rng(0).bytes(size)
+    rows: list[Any] = [{"bytes": noise[index:] + noise[:index], "path": None} for index in range(40)]
+    bomb = io.BytesIO()
+    Image.new("1", (8_000, 7_000)).save(bomb, "PNG")  # a small file of 56 megapixels
+    rows += [{"bytes": bomb.getvalue(), "path": None}, {"bytes": png(80), "path": None}]
+    features = Features({"photo": ImageFeature()})
+    publish(hub, {"photo": rows}, features)
+    default = pyarrow.default_memory_pool()
+    pool = pyarrow.proxy_memory_pool(default)  # with a peak of its own
+    pyarrow.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        photo_set = load_photos("hub:someone/pictures")
+        peak = tracemalloc.get_traced_memory()[1] + (pool.max_memory() or 0)
+    finally:
+        tracemalloc.stop()
+        pyarrow.set_memory_pool(default)
+    assert [photo[0, 0, 0] for photo in photo_set.photos] == [80]
+    assert len(photo_set.unreadable) == 41
+    assert any("megapixels" in message for message in photo_set.unreadable)
+    assert size < peak < 40 * size
+    monkeypatch.setattr(sources, "MAX_ROW_GROUP_BYTES", size)
+    with pytest.raises(PhotoSourceError, match="smaller row groups"):
+        load_photos("hub:someone/pictures")
+
+
+@pytest.mark.parametrize(
+    ("rows", "features"),
+    [
+        ({"label": [1]}, Features({"label": Value("int64")})),
+        ({"url": ["https://example.com/a.png"]}, Features({"url": Value("string")})),
+        ({"sound": [{"bytes": b"x", "path": "a.wav"}]}, Features({"sound": Audio()})),
+    ],
+)
+def test_hub_dataset_without_images_raises(hub: HubServer, rows: dict[str, Any], features: Features) -> None:
+    publish(hub, rows, features)
     with pytest.raises(PhotoSourceError, match="no column of images"):
         load_photos("hub:someone/numbers")
 
-    def unreachable(name: str, streaming: bool) -> None:
-        raise ConnectionError("https://hub.example/secret-token")
 
-    monkeypatch.setattr("datasets.load_dataset", unreachable)
+def test_hub_dataset_of_links_only_raises(hub: HubServer) -> None:
+    publish(hub, {"photo": [{"bytes": None, "path": "/etc/passwd"}]}, Features({"photo": ImageFeature()}))
+    with pytest.raises(PhotoSourceError, match="only a path or an address"):
+        load_photos("hub:someone/links")
+
+
+def test_missing_or_unreachable_hub_dataset_raises(hub: HubServer) -> None:
+    with pytest.raises(PhotoSourceError, match="no Parquet files"):
+        load_photos("hub:someone/empty")
+    hub.refuse = {"/api/datasets": 401}  # the simulated Hub's error contains the token
     with pytest.raises(PhotoSourceError, match="could not be read") as raised:
         load_photos("hub:someone/gone")
-    assert "secret" not in str(raised.value)
+    assert TOKEN not in str(raised.value)
 
 
 def test_photos_are_decoded_to_pixels(tmp_path: Path) -> None:
