@@ -30,6 +30,7 @@ from access.roles import Role
 
 COOKIE_SECONDS = 30 * 24 * 3600
 LARGE_BODY = 2**20  # bytes; larger JSON is parsed in a thread, because parsing blocks the event loop
+MAX_LARGE_BODY_VALUES = 100_000  # in large JSON: few long strings, such as photos, are cheap to parse again in Gradio
 BODY_SECONDS = 120.0  # maximum time to receive a body
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 FOREIGN_ORIGIN = "Requests from other sites are refused. Open the page itself."
@@ -160,12 +161,19 @@ class AccessMiddleware:
             return {**scope, "query_string": urlencode(bound).encode()}, receive
         body = await _read_body(receive)
         if len(body) > LARGE_BODY:
-            body = await anyio.to_thread.run_sync(_bind_body, body, secret)
+            body = await anyio.to_thread.run_sync(_bind_large_body, body, secret)
         else:
             body = _bind_body(body, secret)
         headers = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
         headers.append((b"content-length", str(len(body)).encode()))
         return {**scope, "headers": headers}, _Replay(body, receive)
+
+
+def _bind_large_body(body: bytes, secret: str) -> bytes:
+    """Do the same for a large body. Raises _BodyError if it holds too many values."""
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_LARGE_BODY_VALUES:
+        raise _BodyError(413, "The request holds too many values.")
+    return _bind_body(body, secret)
 
 
 def _bind_body(body: bytes, secret: str) -> bytes:

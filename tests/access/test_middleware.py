@@ -275,6 +275,15 @@ def test_a_name_that_occurs_twice_is_bound_as_well() -> None:
     assert seen == orjson.dumps({"session_hash": bind_session(SECRET, "abc")}).decode()
 
 
+def test_large_json_of_many_values_is_refused() -> None:
+    photo = json.dumps({"session_hash": "h", "data": ["x" * 2**21]}).encode()
+    values = json.dumps({"session_hash": "h", "data": [1] * 2**20}).encode()
+    http = client()
+    assert http.post("/gradio_api/queue/join", content=photo).status_code == 200
+    refused = http.post("/gradio_api/queue/join", content=values)
+    assert refused.status_code == 413 and "too many values" in refused.json()["detail"]
+
+
 @pytest.mark.parametrize(("size", "in_thread"), [(100, False), (2**20 - 100, False), (2**20 + 100, True)])
 def test_large_json_is_parsed_in_a_thread(size: int, in_thread: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     parsers: list[int] = []
