@@ -135,6 +135,7 @@ class SpacesServer(ThreadingHTTPServer):
         requests: Method and path of all requests.
         uploads: Title, hot reload and file names of all commits.
         lfs_objects: Large files by SHA-256.
+        buckets: Whether each Storage Bucket is private, by id; their files are not simulated.
     """
 
     daemon_threads = True
@@ -155,6 +156,7 @@ class SpacesServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.uploads: list[tuple[str, bool, list[str]]] = []
         self.lfs_objects: dict[str, bytes] = {}
+        self.buckets: dict[str, bool] = {}
         self.lock = threading.RLock()
         site = folder / "site"
         site.mkdir(parents=True)
@@ -379,6 +381,8 @@ class RequestHandler(BaseHTTPRequestHandler):
             self.respond(200, spaces)
         elif path == "/api/validate-yaml":
             self.respond(200, {"errors": [], "warnings": []})
+        elif path.startswith("/api/buckets/"):
+            self.handle_bucket(path.removeprefix("/api/buckets/"), body)
         elif path.startswith("/api/jobs/"):
             self.handle_job(path.split("/")[3:], body)
         elif "/resolve/" in path:
@@ -496,6 +500,25 @@ class RequestHandler(BaseHTTPRequestHandler):
             for item in request["objects"]
         ]
         self.respond(200, {"transfer": "basic", "objects": objects})
+
+    def handle_bucket(self, id: str, body: bytes) -> None:
+        """Create, describe or delete a Storage Bucket."""
+        buckets = self.server.buckets
+        if self.command == "POST" and id not in buckets:
+            buckets[id] = json.loads(body).get("visibility") == "private"
+            self.respond(200, {"url": f"{self.server.address}/buckets/{id}"})
+        elif self.command == "POST":
+            self.respond(
+                409, {"error": "You already created this bucket", "url": f"{self.server.address}/buckets/{id}"}
+            )
+        elif id not in buckets:
+            self.respond_not_found()
+        elif self.command == "DELETE":
+            del buckets[id]
+            self.respond(200, {})
+        else:
+            info = {"id": id, "private": buckets[id], "createdAt": DATE, "size": 0, "totalFiles": 0}
+            self.respond(200, info)
 
     def handle_job(self, rest: list[str], body: bytes) -> None:
         """Start, cancel or describe a Job."""

@@ -27,11 +27,14 @@ from typing import Any, TextIO
 from previews import PROCESS_START
 from previews.deploy import (
     BRANCH_VARIABLE,
+    BUCKET_TOKEN,
+    BUCKET_VARIABLE,
     MARKER_VARIABLE,
     Deployer,
     DeployOptions,
     Target,
     deployed_sha,
+    own_bucket,
     preview_target,
     production_target,
 )
@@ -166,7 +169,7 @@ def rollback(args: argparse.Namespace, hub: Hub, progress: Progress) -> dict[str
 
 
 def sweep(args: argparse.Namespace, hub: Hub, progress: Progress) -> list[dict[str, Any]]:
-    """Delete the previews of deleted branches, identified by Space name and marker variable."""
+    """Delete the previews of deleted branches, identified by Space name and marker variable, with their state."""
     previews = _list_previews(args, hub)  # before the branches, so that a branch created meanwhile has no Space here
     branches = list_branches(args.folder, args.fetched)
     fetched = last_fetch_time(args.folder) if args.fetched else None
@@ -181,7 +184,7 @@ def sweep(args: argparse.Namespace, hub: Hub, progress: Progress) -> list[dict[s
             progress.log(f"keeping {preview['space']}: it is newer than the last fetch")
             continue
         progress.log(f"branch {preview['branch']} was deleted: deleting {preview['space']}")
-        done = args.dry_run or hub.delete(preview["space"])
+        done = args.dry_run or _delete_preview(args, hub, progress, preview["space"], preview["bucket"])
         deleted.append(
             {"space": preview["space"], "branch": preview["branch"], "deleted": bool(done and not args.dry_run)}
         )
@@ -222,15 +225,27 @@ def open_space(args: argparse.Namespace, hub: Hub, progress: Progress) -> str:
 
 
 def delete(args: argparse.Namespace, hub: Hub, progress: Progress) -> dict[str, Any]:
-    """Delete a branch's preview."""
+    """Delete a branch's preview and its saved state."""
     if args.production:
         raise PreviewError("The production Space is not deleted here. Delete it on the Hub.", ExitCode.USAGE)
     target = preview_target(args.owner, args.app, args.branch)
     if hub.state(target.space) is None:
         return {"space": target.space, "deleted": False}
-    if hub.variables(target.space).get(MARKER_VARIABLE) != target.marker:
+    variables = hub.variables(target.space)
+    if variables.get(MARKER_VARIABLE) != target.marker:
         raise PreviewError(f"{target.space} belongs to another application; not deleted.", ExitCode.CONFLICT)
-    return {"space": target.space, "deleted": hub.delete(target.space)}
+    bucket = variables.get(BUCKET_VARIABLE)
+    return {"space": target.space, "deleted": _delete_preview(args, hub, progress, target.space, bucket)}
+
+
+def _delete_preview(args: argparse.Namespace, hub: Hub, progress: Progress, space: str, bucket: str | None) -> bool:
+    """Delete a Space, after the bucket that belongs to it alone: if that fails, the command can be repeated."""
+    if bucket and bucket == own_bucket(space) and not args.keep_state:
+        progress.log(f"deleting the bucket {bucket}")
+        hub.delete_bucket(bucket)
+    elif bucket:
+        progress.log(f"keeping the bucket {bucket}")
+    return hub.delete(space)
 
 
 def _space_not_found(target: Target) -> PreviewError:
@@ -250,7 +265,8 @@ def _list_previews(args: argparse.Namespace, hub: Hub) -> list[dict[str, Any]]:
                 return None  # deleted meanwhile
             raise
         branch = variables.get(BRANCH_VARIABLE) if variables.get(MARKER_VARIABLE) == args.app else None
-        return {"space": space, "branch": branch, "created": created} if branch else None
+        details = {"created": created, "bucket": variables.get(BUCKET_VARIABLE)}
+        return {"space": space, "branch": branch, **details} if branch else None
 
     spaces = [(name, created) for name, created in hub.spaces(args.owner).items() if is_preview(name, args.app)]
     with ThreadPoolExecutor(8) as pool:
@@ -269,9 +285,13 @@ def _deployer(args: argparse.Namespace, hub: Hub, progress: Progress) -> Deploye
     malformed = [pair for pair in args.variable if "=" not in pair]
     if malformed:
         raise PreviewError(f"--variable takes NAME=VALUE, not {malformed[0]!r}.", ExitCode.USAGE)
+    secrets = [*args.secret, *([BUCKET_TOKEN] if args.state_bucket is not None else [])]
+    if args.state_bucket is not None and not os.environ.get(BUCKET_TOKEN):
+        message = f"--state-bucket: set {BUCKET_TOKEN} to a token with write access to the owner's buckets only."
+        raise PreviewError(message, ExitCode.USAGE)
     options = DeployOptions(
         visibility=args.visibility,
-        secrets={name: os.environ[name] for name in args.secret if os.environ[name]},
+        secrets={name: os.environ[name] for name in secrets if os.environ[name]},
         variables=dict(pair.split("=", 1) for pair in args.variable),
         hardware=args.hardware,
         timeout=args.timeout,
@@ -279,6 +299,7 @@ def _deployer(args: argparse.Namespace, hub: Hub, progress: Progress) -> Deploye
         min_path=MIN_PATHS[args.path],
         slim=args.slim,
         job_image_space=f"{args.owner}/{args.app}" if args.fast else None,
+        state_bucket=args.state_bucket,
     )
     return Deployer(hub, args.folder, options, progress.log, progress.update, PROCESS_START, args.pushed_at)
 
@@ -317,6 +338,11 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--slim", action="store_true", default=slim, help="previews without torch (PREVIEW_SLIM=1)")
     fast_help = "serve a new preview from a public Job while its Space builds, for $0.02 an hour (PREVIEW_FAST=1)"
     options.add_argument("--fast", action="store_true", default=fast, help=fast_help)
+    bucket_help = f"keep the state of a new Space in a private bucket (default: its own), with {BUCKET_TOKEN}"
+    options.add_argument("--state-bucket", nargs="?", const="", type=_bucket, metavar="OWNER/NAME", help=bucket_help)
+
+    state = argparse.ArgumentParser(add_help=False)
+    state.add_argument("--keep-state", action="store_true", help="keep the buckets of deleted previews")
 
     parser = argparse.ArgumentParser(
         prog="python -m previews", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -332,7 +358,7 @@ def build_parser() -> argparse.ArgumentParser:
     branch_help = "branch of the production Space (default: main)"
     add_command("promote", promote, space, options).add_argument("--default-branch", default="main", help=branch_help)
     add_command("rollback", rollback, space, options).add_argument("--to", help="commit (default: the previous one)")
-    sweep_command = add_command("sweep", sweep)
+    sweep_command = add_command("sweep", sweep, state)
     sweep_command.add_argument("--dry-run", action="store_true", help="only list what would be deleted")
     fetched_help = "use the branches of the last git fetch instead of querying the remote"
     sweep_command.add_argument("--fetched", action="store_true", help=fetched_help)
@@ -341,13 +367,19 @@ def build_parser() -> argparse.ArgumentParser:
     logs_command.add_argument("--build", action="store_true", help="show the build log instead of the application log")
     logs_command.add_argument("--lines", type=_line_count, default=100, help="number of lines (default 100)")
     add_command("open", open_space, space)
-    add_command("delete", delete, space)
+    add_command("delete", delete, space, state)
     return parser
 
 
 def _branch(text: str) -> str:
     if not text or re.search(r"[\x00-\x1f\x7f]", text):
         raise argparse.ArgumentTypeError("must be a branch name without control characters")
+    return text
+
+
+def _bucket(text: str) -> str:
+    if text and not re.fullmatch(r"[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}", text):
+        raise argparse.ArgumentTypeError("must be owner/name")
     return text
 
 

@@ -21,6 +21,7 @@ from previews.plan import RESTART_FILE, DeployPath, Plan, make_plan, read_front_
 from previews.source import APP_FILE, README, File, Source, blob_oid, is_ancestor, read_blobs, read_commit
 
 MARKER_VARIABLE, BRANCH_VARIABLE = "PREVIEW_OF", "PREVIEW_BRANCH"
+BUCKET_VARIABLE, BUCKET_TOKEN = "STATE_BUCKET", "STATE_BUCKET_TOKEN"
 STARTING_STAGES = ("BUILDING", "RUNNING_BUILDING", "APP_STARTING", "RUNNING_APP_STARTING")
 FAILED_STAGES = {
     "BUILD_ERROR": ExitCode.BUILD,
@@ -71,6 +72,7 @@ class DeployOptions:
         min_path: Cheapest path to use.
         slim: Install previews without torch.
         job_image_space: Space whose image a Job uses to serve a first preview while it is built, or None for no Job.
+        state_bucket: Bucket that keeps the state of a new Space, "owner/name"; "" for one of its own, None for none.
     """
 
     visibility: str = "private"
@@ -82,6 +84,7 @@ class DeployOptions:
     min_path: DeployPath = DeployPath.NOTHING
     slim: bool = False
     job_image_space: str | None = None
+    state_bucket: str | None = None
 
 
 @dataclass(frozen=True)
@@ -214,8 +217,14 @@ class Deployer:
             PreviewError: If it belongs to another application or branch.
         """
         target, options = deployment.target, self.options
+        expected = dict(options.variables)
+        if options.state_bucket is not None:
+            expected[BUCKET_VARIABLE] = options.state_bucket or own_bucket(target.space)
         if snapshot is None:
-            variables = {**options.variables, MARKER_VARIABLE: target.marker, BRANCH_VARIABLE: target.branch}
+            variables = {**expected, MARKER_VARIABLE: target.marker, BRANCH_VARIABLE: target.branch}
+            if options.state_bucket is not None:
+                self.log(f"creating the private bucket {expected[BUCKET_VARIABLE]}, if it does not exist")
+                self.hub.create_bucket(expected[BUCKET_VARIABLE])
             self.log(f"creating {target.space} ({options.visibility})")
             deployment.created = self.hub.create(
                 target.space, options.visibility, options.secrets, variables, options.hardware
@@ -235,9 +244,9 @@ class Deployer:
         if branch != target.branch and not target.is_production:
             message = f"{target.space} is the preview of another branch, {branch!r}. Rename this branch."
             raise PreviewError(message, ExitCode.CONFLICT, final=True)
-        for name, value in options.variables.items():
+        for name, value in expected.items():
             if not deployment.created and variables.get(name) != value:
-                self.log(f"--variable {name} only applies to a new Space; change it in this Space's settings")
+                self.log(f"the variable {name} only applies to a new Space; change it in this Space's settings")
         return snapshot
 
     def _check_superseded(self, target: Target, sha: str) -> None:
@@ -523,6 +532,11 @@ def preview_target(owner: str, app: str, branch: str) -> Target:
 def production_target(owner: str, app: str, branch: str) -> Target:
     """Return the application's production Space."""
     return Target(f"{owner}/{app}", branch, f"{app}/production", is_production=True)
+
+
+def own_bucket(space: str) -> str:
+    """Return the bucket that belongs to a Space alone, and is deleted with it."""
+    return f"{space}-state"
 
 
 def deploy_title(sha: str) -> str:

@@ -222,6 +222,22 @@ class Hub:
             return False
         return True
 
+    def create_bucket(self, bucket: str) -> None:
+        """Create a private Storage Bucket if it does not exist."""
+        self._call(
+            f"create the bucket {bucket}", self._api.create_bucket, bucket, private=True, exist_ok=True, attempts=1
+        )
+
+    def delete_bucket(self, bucket: str) -> bool:
+        """Delete a Storage Bucket with its files; return False if it did not exist."""
+        try:
+            self._call(f"delete the bucket {bucket}", self._api.delete_bucket, bucket)
+        except PreviewError as error:
+            if error.code is ExitCode.NOT_FOUND:
+                return False
+            raise
+        return True
+
     def restart(self, space: str, factory: bool = False) -> None:
         """Restart a Space; with `factory`, rebuild its image first."""
         self._call(f"restart {space}", self._api.restart_space, space, factory_reboot=factory)

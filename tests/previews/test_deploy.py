@@ -433,6 +433,62 @@ def test_delete_and_sweep_keep_spaces_of_other_applications(world: PreviewWorld)
     assert world.cli("sweep") == "nothing\n" and world.target.space in world.hub.spaces
 
 
+def test_state_bucket_is_created_passed_and_deleted_with_its_preview(
+    world: PreviewWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.commit()
+    monkeypatch.setenv("STATE_BUCKET_TOKEN", "hf_tokenofthebucketonly")
+    output = world.cli("deploy", "--branch", "x", "--state-bucket", "--json")
+    bucket = f"{world.target.space}-state"
+    assert world.hub.buckets == {bucket: True}, "the bucket must be private"
+    assert world.space.variables["STATE_BUCKET"] == bucket
+    assert world.space.secrets == {"STATE_BUCKET_TOKEN": "hf_tokenofthebucketonly"}
+    assert "hf_tokenofthebucketonly" not in output + json.dumps(world.space.variables)
+    world.cli("deploy", "--branch", "x", "--state-bucket", "--path", "restart")
+    assert world.hub.buckets == {bucket: True}
+    assert json.loads(world.cli("delete", "--branch", "x", "--json"))["deleted"] is True
+    assert world.hub.buckets == {} and world.hub.spaces == {}
+
+
+def test_state_bucket_is_kept_if_requested_or_shared(world: PreviewWorld) -> None:
+    world.commit()
+    world.deploy(state_bucket="")
+    world.cli("delete", "--branch", "x", "--keep-state")
+    assert world.hub.spaces == {} and list(world.hub.buckets) == [f"{world.target.space}-state"]
+    world.deploy(state_bucket="team/shared")
+    world.cli("delete", "--branch", "x")
+    assert world.hub.spaces == {} and "team/shared" in world.hub.buckets
+
+
+def test_sweep_deletes_the_buckets_of_deleted_previews(world: PreviewWorld) -> None:
+    world.commit()
+    world.deploy(state_bucket="")
+    world.git("checkout", "-q", "-b", "other")
+    world.git("branch", "-q", "-D", "x")
+    world.cli("sweep", "--dry-run")
+    assert len(world.hub.buckets) == 1
+    world.fail_requests("DELETE", "-state", 403)
+    world.cli_error(3, "sweep")
+    assert len(world.hub.buckets) == len(world.hub.spaces) == 1, "the preview is deleted after its bucket"
+    world.cli("sweep")
+    assert world.hub.buckets == {} and world.hub.spaces == {}
+
+
+def test_preview_whose_bucket_is_missing_is_deleted(world: PreviewWorld) -> None:
+    world.commit()
+    world.deploy(state_bucket="")
+    world.hub.buckets.clear()
+    world.cli("delete", "--branch", "x")
+    assert world.hub.spaces == {}
+
+
+def test_existing_space_gets_no_state_bucket(world: PreviewWorld) -> None:
+    sha = world.deploy_first()
+    assert world.deploy(sha, state_bucket="").sha == sha
+    assert world.hub.buckets == {} and "STATE_BUCKET" not in world.space.variables
+    assert [line for line in world.lines if "STATE_BUCKET only applies to a new Space" in line]
+
+
 def test_second_rollback_goes_further_back(world: PreviewWorld) -> None:
     shas = [world.deploy_first(), *(world.commit(part=f"A = {n}\n") for n in range(2))]
     for sha in shas[1:]:
@@ -468,6 +524,8 @@ def test_sweep_keeps_previews_newer_than_the_fetch(world: PreviewWorld, tmp_path
         (["deploy", "--branch", "x", "--sha", "--upload-pack=touch"], "expected one argument"),
         (["deploy", "--branch", "x", "--secret", "NOT_SET"], "the environment variable is not set"),
         (["deploy", "--branch", "x", "--variable", "NOTHING"], "NAME=VALUE"),
+        (["deploy", "--branch", "x", "--state-bucket"], "set STATE_BUCKET_TOKEN"),
+        (["deploy", "--branch", "x", "--state-bucket", "no-owner"], "must be owner/name"),
         (["deploy", "--branch", "x", "--pushed-at", "tomorrow"], "seconds since 1970"),
         (["deploy", "--branch", "x", "--owner", "o" * 50], "leaves no room"),
         (["logs", "--branch", "x", "--lines", "0"], "1 or more"),

@@ -119,7 +119,7 @@ class PreviewWorld:
         """Start `python -m previews` in a process."""
         env = {"PATH": os.environ["PATH"], "HOME": str(self.folder.parent), "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
         env |= {"HF_ENDPOINT": self.hub.address, "HF_HUB_DISABLE_XET": "1", "PREVIEW_OWNER": "team"}
-        env |= {"PREVIEW_APP": "small"}
+        env |= {"PREVIEW_APP": "small", "STATE_BUCKET_TOKEN": os.environ.get("STATE_BUCKET_TOKEN", "")}
         poll = ["--poll", "0.05"] if arguments[0] in ("deploy", "promote", "rollback") else []
         command = [sys.executable, "-m", "previews", *arguments, *poll]
         pipe = subprocess.PIPE
