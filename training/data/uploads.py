@@ -1,21 +1,57 @@
-"""Photos that users upload for a run, kept until the last run that uses them is deleted."""
+"""Photos that users upload for a run, kept until the last run that uses them is deleted or a quota is reached.
+
+An upload is a folder of photos or a zip file, with its owner in a JSON file beside it. Uploads are saved and deleted
+under a file lock, so that two processes cannot exceed a quota together.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
 import secrets
 import shutil
+import time
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from storage.files import write_atomically
 from training.data.sources import EXTENSIONS, HUB_PREFIX, MAX_FILES
 from training.runs.run import MAX_PHOTOS, RunError, RunStore
 
 MAX_UPLOAD_BYTES = 1_000_000_000
+OWNER_QUOTA_BYTES = 500_000_000  # uploads per person; the deployment's administrator is only bound by the total
+TOTAL_QUOTA_BYTES = 2_000_000_000  # uploads of the deployment
+RECENT_SECONDS = 60.0  # a younger upload may belong to a run that is being submitted
+LOCK_TIMEOUT = 60.0  # seconds; another upload is copied meanwhile
 MAX_EXTRACTED_BYTES = 4_000_000_000  # of the photos in a zip file
 FORMATS = ", ".join(extension[1:].upper() for extension in EXTENSIONS[:4])
+
+
+@dataclass(frozen=True)
+class SavedPhotos:
+    """Uploaded photos that were saved.
+
+    Attributes:
+        source: The upload as a photo source for `RunConfig.photos`.
+        message: What was deleted to make room, for the user; "" if nothing was.
+    """
+
+    source: str
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class _Upload:
+    path: Path
+    owner: str
+    size: int  # bytes
+    saved: float  # Unix time
 
 
 def uploads_folder(runs: RunStore) -> Path:
@@ -23,18 +59,19 @@ def uploads_folder(runs: RunStore) -> Path:
     return runs.folder.parent / "uploads"
 
 
-def save_photos(runs: RunStore, files: Sequence[str | Path]) -> str:
-    """Copy uploaded photos, or one zip file of photos.
+def save_photos(
+    runs: RunStore, files: Sequence[str | Path], owner: str = "", total_bytes: int = TOTAL_QUOTA_BYTES
+) -> SavedPhotos:
+    """Copy uploaded photos, or one zip file of photos. Old uploads that no unfinished run needs make room.
 
     Args:
         runs: The runs that the upload belongs to.
         files: Photos, or a single zip file. Files of other types are ignored.
-
-    Returns:
-        The upload as a photo source for `RunConfig.photos`.
+        owner: Identifies the visitor, as `access.roles.Visitor.id`; "" is the deployment's administrator.
+        total_bytes: Quota of all uploads of the deployment, in bytes.
 
     Raises:
-        RunError: The files contain no photos, exceed a limit, or could not be copied.
+        RunError: The files contain no photos, exceed a limit or a quota, or could not be copied.
     """
     paths = [Path(file) for file in files]
     if not paths:
@@ -50,21 +87,134 @@ def save_photos(runs: RunStore, files: Sequence[str | Path]) -> str:
         if len(paths) > MAX_PHOTOS:
             raise RunError(f"Choose at most {MAX_PHOTOS:,} photos; these are {len(paths):,}.")
     try:
-        if sum(path.stat().st_size for path in paths) > MAX_UPLOAD_BYTES:
+        size = sum(path.stat().st_size for path in paths)
+        if size > MAX_UPLOAD_BYTES:
             raise RunError(f"These files are over {MAX_UPLOAD_BYTES // 10**9} GB. Choose fewer or smaller photos.")
-        target = uploads_folder(runs) / secrets.token_hex(12)
-        if paths[0].suffix.lower() == ".zip":
-            target = target.with_suffix(".zip")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(paths[0], target)
-            return str(target)
-        target.mkdir(parents=True)
-        for number, path in enumerate(paths):
-            name = re.sub(r"[^\w-]+", "-", path.stem)[:40]
-            shutil.copyfile(path, target / f"{number:04d}-{name}{path.suffix.lower()}")
-        return str(target)
+        folder = uploads_folder(runs)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder):
+            _remove_leftovers(folder)
+            message = _make_room(runs, size, owner, total_bytes)
+            return SavedPhotos(str(_copy(paths, folder, owner)), message)
+    except Timeout:
+        raise RunError("Another upload is being saved. Try again in a minute.") from None
     except OSError as error:
         raise RunError(f"The photos could not be saved ({error.strerror}). Try again later.") from None
+
+
+def _lock(folder: Path) -> FileLock:
+    return FileLock(folder.with_name(f".{folder.name}.lock"), timeout=LOCK_TIMEOUT)
+
+
+def _copy(paths: Sequence[Path], folder: Path, owner: str) -> Path:
+    """Copy a zip file or photos to a new upload, which appears when it is complete. Raises OSError."""
+    name, is_zip = secrets.token_hex(12), paths[0].suffix.lower() == ".zip"
+    part, target = folder / f".{name}", folder / (f"{name}.zip" if is_zip else name)
+    try:
+        if is_zip:
+            shutil.copyfile(paths[0], part)
+        else:
+            part.mkdir()
+            for number, path in enumerate(paths):
+                stem = re.sub(r"[^\w-]+", "-", path.stem)[:40]
+                shutil.copyfile(path, part / f"{number:04d}-{stem}{path.suffix.lower()}")
+        write_atomically(_owner_file(target), json.dumps({"owner": owner, "saved": time.time()}))
+        os.replace(part, target)
+    except OSError:
+        _remove(part)
+        _owner_file(target).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _make_room(runs: RunStore, size: int, owner: str, total_bytes: int) -> str:
+    """Delete old uploads until `size` more bytes fit into the quotas. Returns a message for the user.
+
+    An upload that no run uses goes first, then one of runs that have ended, the oldest first. Uploads of other people
+    are only deleted for the deployment's quota.
+
+    Raises:
+        RunError: The upload does not fit. Nothing was deleted.
+    """
+    uploads, ranks = _list_uploads(uploads_folder(runs)), _ranks(runs)
+    own = [upload for upload in uploads if upload.owner == owner]
+    own_quota = min(OWNER_QUOTA_BYTES, total_bytes) if owner else total_bytes
+    deleted: list[_Upload] = []
+    for group, quota in ((own, own_quota), (uploads, total_bytes)):
+        used = sum(upload.size for upload in group if upload not in deleted)
+        for upload in sorted(group, key=lambda upload: (ranks.get(str(upload.path), 0), upload.saved)):
+            if used + size <= quota:
+                break
+            recent = time.time() - upload.saved < RECENT_SECONDS
+            if upload in deleted or recent or ranks.get(str(upload.path), 0) == _NEEDED:
+                continue
+            deleted.append(upload)
+            used -= upload.size
+        if used + size > quota:
+            whose, remedy = ("Your", "your runs") if group is own else ("The deployment's", "runs")
+            raise RunError(
+                f"{whose} uploads use {_megabytes(used)} MB of {_megabytes(quota)} MB, which unfinished runs or recent "
+                f"uploads need, and these files have {_megabytes(size)} MB. Choose fewer or smaller photos, or delete "
+                f"{remedy} with uploaded photos."
+            )
+    for upload in deleted:
+        _remove(upload.path)
+        _owner_file(upload.path).unlink(missing_ok=True)
+    if not deleted:
+        return ""
+    count = "The oldest upload was" if len(deleted) == 1 else f"The {len(deleted)} oldest uploads were"
+    return f"{count} deleted to make room ({_megabytes(sum(upload.size for upload in deleted))} MB)."
+
+
+_ENDED, _NEEDED = 1, 2  # ranks of an upload's runs; 0 is an upload without runs
+
+
+def _ranks(runs: RunStore) -> dict[str, int]:
+    """Return by photo source whether its runs have ended, or need it: queued, running or interrupted ones."""
+    ranks: dict[str, int] = {}
+    for run in runs.list():
+        with contextlib.suppress(RunError):
+            config, state = run.config(), run.status().state
+            rank = _NEEDED if state in ("queued", "running", "interrupted") else _ENDED
+            for source in (config.photos, config.held_out):
+                ranks[source] = max(rank, ranks.get(source, 0))
+    return ranks
+
+
+def _list_uploads(folder: Path) -> list[_Upload]:
+    """List the uploads. Those of versions without owners belong to the administrator."""
+    uploads = []
+    for path in folder.iterdir():
+        if path.name.startswith(".") or path.suffix not in ("", ".zip"):
+            continue
+        owner, saved = "", path.stat().st_mtime
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            values = json.loads(_owner_file(path).read_text(encoding="utf-8"))
+            owner, saved = str(values["owner"]), float(values["saved"])
+        files = path.iterdir() if path.is_dir() else [path]
+        uploads.append(_Upload(path, owner, sum(file.stat().st_size for file in files), saved))
+    return uploads
+
+
+def _owner_file(upload: Path) -> Path:
+    return upload.with_name(f"{upload.name}.json")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while copying left behind. Requires the lock."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            _remove(path)
+        elif path.suffix == ".json" and not path.with_suffix("").exists():
+            path.unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}".removesuffix(".0")
 
 
 def _check_zip(path: Path) -> None:
@@ -87,13 +237,12 @@ def _check_zip(path: Path) -> None:
 def delete_unused(runs: RunStore, source: str) -> None:
     """Delete the upload that a photo source names, unless a run still uses it. Other sources are left alone."""
     path = Path(source)
-    if path.parent != uploads_folder(runs):
+    if path.parent != uploads_folder(runs) or not path.exists():
         return
-    for run in runs.list():
-        with contextlib.suppress(RunError):
-            if run.config().photos == source:
-                return
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    with contextlib.suppress(Timeout), _lock(path.parent):
+        if source not in _ranks(runs):
+            _remove(path)
+            _owner_file(path).unlink(missing_ok=True)
 
 
 def describe_source(runs: RunStore, source: str) -> str:
