@@ -48,6 +48,7 @@ SESSION = HandlerRule(Role.GUEST, session=True)
 HANDLERS: dict[str, HandlerRule] = {
     # Page
     "ui.account.show_account": GUEST,
+    "ui.state_notice.show_state": GUEST,
     "gradio.components.login_button._check_login_status": GUEST,
     "ui.events.handler": GUEST,
     # Playground
@@ -55,30 +56,31 @@ HANDLERS: dict[str, HandlerRule] = {
     "ui.playground.tab.sample_selected": GUEST,
     "ui.playground.tab.photo_changed": GUEST,
     "ui.playground.tab.skill_changed": GUEST,
-    "ui.playground.tab.key_changed": GUEST,
+    "ui.playground.tab.key_entered": GUEST,
     "ui.playground.tab.run_clicked": SESSION,
     "ui.playground.tab.cancel": SESSION,
     "ui.playground.tab.render_full_size": SESSION,
     "ui.playground.tab.write_report": SESSION,
-    "ui.playground.reward_functions.load": GUEST,
-    "ui.playground.reward_functions.save": GUEST,
-    "ui.playground.reward_functions.rename": GUEST,
-    "ui.playground.reward_functions.delete": GUEST,
+    "ui.playground.reward_functions.selection_changed": GUEST,
+    "ui.playground.reward_functions.save_clicked": GUEST,
+    "ui.playground.reward_functions.rename_clicked": GUEST,
+    "ui.playground.reward_functions.delete_clicked": GUEST,
     "ui.playground.reward_functions.import_file": GUEST,
     "ui.playground.reward_functions.export_file": GUEST,
     # Fine-tune
-    "ui.finetune.tab.refresh": GUEST,
+    "ui.finetune.tab.refreshed": GUEST,
     "ui.finetune.tab.pick": GUEST,
     "ui.finetune.form.photo_source_changed": GUEST,
     "ui.finetune.form.length_changed": GUEST,
     "ui.finetune.form.backend_changed": GUEST,
     "ui.finetune.tab.updated_estimate": GUEST,
+    "ui.finetune.tab.form_opened": GUEST,
     "ui.finetune.tab.retrain_clicked": SESSION,  # guests need GUEST_RUNS
     "ui.finetune.tab.clear_credentials": GUEST,
-    "ui.finetune.tab.run_inline": SESSION,
+    "ui.finetune.tab.run_submitted": SESSION,  # owners only
     "ui.finetune.tab.action_clicked": SESSION,  # owners only
     "ui.finetune.tab.download_clicked": SESSION,  # owners only
-    "ui.finetune.tab.push": HandlerRule(Role.USER, session=True),  # owners only
+    "ui.finetune.tab.push_clicked": HandlerRule(Role.USER, session=True),  # owners only
     # Usage
     "ui.usage.tab.link_opened": GUEST,
     "ui.usage.tab.refreshed": GUEST,
@@ -92,12 +94,12 @@ HANDLERS: dict[str, HandlerRule] = {
     "ui.api.compare.models": GUEST,
     "ui.api.compare.reward_functions": GUEST,
     "ui.api.compare.save_reward_function": USER,
-    "ui.api.runs.retrain": GUEST,  # guests need GUEST_RUNS
-    "ui.api.runs.runs": GUEST,
-    "ui.api.runs.run_status": GUEST,
-    "ui.api.runs.cancel_run": GUEST,  # owners only
-    "ui.api.runs.use_run": GUEST,  # owners only
-    "ui.api.runs.revert": GUEST,  # owners only
+    "ui.api.runs.retrain_requested": GUEST,  # guests need GUEST_RUNS
+    "ui.api.runs.runs_requested": GUEST,
+    "ui.api.runs.run_status_requested": GUEST,
+    "ui.api.runs.cancel_run_requested": GUEST,  # owners only
+    "ui.api.runs.use_run_requested": GUEST,  # owners only
+    "ui.api.runs.revert_requested": GUEST,  # owners only
     "ui.api.usage.metrics": ADMIN,
     "ui.api.usage.series": ADMIN,
 }

@@ -16,18 +16,22 @@ from inference import registry
 from settings import Settings
 from tests.support import fake_backend
 from tests.support.runs import FAKE
+from ui.services import AppServices
 
 WORKING_MODELS = ("one", "two", "three")
 SPECIAL_MODELS = ("slow", "broken", "bug", "queued", "prose", "hostile")  # see fake_backend
 
 
 @contextmanager
-def app_server(folder: Path, training: tuple[str, ...] = FAKE, **settings: Any) -> Iterator[str]:
+def app_server(
+    folder: Path, training: tuple[str, ...] = FAKE, services: AppServices | None = None, **settings: Any
+) -> Iterator[str]:
     """Serve the application with uvicorn, as `python app.py` does.
 
     Args:
         folder: The application's data folder.
         training: Command that does a run, given its folder; by default one that trains nothing.
+        services: The application's services; built from the settings by default.
         **settings: Other fields of Settings.
 
     Yields:
@@ -37,7 +41,7 @@ def app_server(folder: Path, training: tuple[str, ...] = FAKE, **settings: Any) 
         patch.setitem(registry.BACKENDS, "fake", "tests.support.fake_backend")
         for name in (*WORKING_MODELS, *SPECIAL_MODELS):
             patch.setitem(registry.MODELS, name, fake_backend.fake_spec(name, name if name in SPECIAL_MODELS else ""))
-        application = app.create_app(Settings(data_dir=folder, **settings), command=training)
+        application = app.create_app(Settings(data_dir=folder, **settings), training, services)
         # Gradio keeps a stream open for each client: without a limit the shutdown would wait for it.
         config = uvicorn.Config(
             application, host="127.0.0.1", port=0, log_level="critical", timeout_graceful_shutdown=1

@@ -7,6 +7,8 @@ from typing import Any
 
 import gradio as gr
 
+from access.control import AccessControl
+from access.roles import Role, Visitor
 from inference.types import MAX_SEED
 from recipes import MAX_BYTES
 from rewards import REWARDS
@@ -23,6 +25,7 @@ from ui.finetune.estimate import (
     estimate,
     format_price,
 )
+from ui.finetune.permissions import sign_in_hint
 from ui.services import AppServices
 
 BUNDLED, UPLOADED, HUB_DATASET = PHOTO_SOURCES = ("Bundled photos", "My photos", "Hub dataset")
@@ -54,6 +57,7 @@ class RetrainForm:
         hosted_group: Inputs that only Moondream's tuning API needs.
         estimate: Shows the estimated duration and cost.
         submit: The button that queues the run.
+        note: Says why the button is disabled.
     """
 
     reward: gr.HTML
@@ -62,16 +66,18 @@ class RetrainForm:
     hosted_group: gr.Group
     estimate: gr.Markdown
     submit: gr.Button
+    note: gr.Markdown
 
 
 @dataclass(frozen=True)
 class PushForm:
-    """The components that push a model to the Hugging Face Hub."""
+    """The components that push a model to the Hugging Face Hub. The note says why the button is disabled."""
 
     repository: gr.Textbox
     token: gr.Textbox
     private: gr.Checkbox
     submit: gr.Button
+    note: gr.Markdown
     result: gr.Textbox
 
 
@@ -168,7 +174,6 @@ def draw_form(services: AppServices, base_models: list[tuple[str, str]]) -> Retr
             label="Moondream API key",
             type="password",
             max_lines=1,
-            placeholder="Leave empty to use this deployment's key" if has_api_key() else "",
             info="Used for this run only and not stored.",
             html_attributes=NO_AUTOCOMPLETE,
             elem_id="tune-key",
@@ -183,7 +188,8 @@ def draw_form(services: AppServices, base_models: list[tuple[str, str]]) -> Retr
 
     estimated = gr.Markdown(estimate(services, "Short run", DEFAULT_STEPS, DEFAULT_ROLLOUTS), elem_id="tune-estimate")
     submit = gr.Button("Retrain with this reward", variant="primary", elem_id="tune-start")
-    return RetrainForm(reward, fields, jobs_group, hosted_group, estimated, submit)
+    note = gr.Markdown(visible=False, elem_id="tune-note")
+    return RetrainForm(reward, fields, jobs_group, hosted_group, estimated, submit, note)
 
 
 def draw_push_form() -> PushForm:
@@ -201,11 +207,20 @@ def draw_push_form() -> PushForm:
             )
         private = gr.Checkbox(True, label="Private repository")
         submit = gr.Button("Push", size="sm", min_width=80)
+        note = gr.Markdown(visible=False, elem_id="push-note")
         result = gr.Textbox(label="Result", interactive=False, max_lines=2)
-    return PushForm(repository, token, private, submit, result)
+    return PushForm(repository, token, private, submit, note, result)
 
 
-# ── Handlers: which inputs are visible ──────────────────────────────────────────────────────────────────────────────
+# ── Handlers: what the inputs offer ──────────────────────────────────────────────────────────────────────────────
+
+
+def visitor_updates(access: AccessControl, visitor: Visitor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return updates of the backend and the Moondream API key: what a guest or a user may not use says so."""
+    info = f"Guests can train on this machine only. {sign_in_hint(access)}" if visitor.role == Role.GUEST else ""
+    uses_deployment_key = visitor.role == Role.ADMIN and has_api_key()
+    placeholder = "Leave empty to use this deployment's key" if uses_deployment_key else ""
+    return gr.update(info=info or None), gr.update(placeholder=placeholder)
 
 
 def photo_source_changed(source: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -40,7 +40,7 @@ function draw() {
   setText(byClass('run-summary'), data.summary);
   showText(byClass('run-message'), data.message);
   drawProgress(data.progress);
-  drawActions(data.actions);
+  drawActions(data.actions, data.note);
   drawResult(data.result);
   drawProbe(data.probe);
   drawCurves(data.chart);
@@ -69,15 +69,18 @@ function drawProgress(progress) {
   setText(byClass('run-time-left'), progress.time_left);
 }
 
-/** Shows the buttons whose actions are possible. */
-function drawActions(actions) {
+/** Shows the buttons whose actions are possible. Those that the visitor may not use are disabled, with the reason. */
+function drawActions(actions, note) {
   for (const button of buttons) {
-    const available = actions[button.dataset.action];
-    button.hidden = !available && !(button.dataset.action === 'cancel' && actions.cancelling);
-    if (typeof available === 'string') setText(button, available);
+    const action = actions[button.dataset.action];
+    button.hidden = !action;
+    if (!action) continue;
+    button.disabled = action.disabled;
+    button.title = action.reason;
+    if (action.reason) button.setAttribute('aria-describedby', 'run-note'); else button.removeAttribute('aria-describedby');
+    if (button !== buttonOf('delete') || confirmTimer === null) setText(button, action.label);
   }
-  buttonOf('cancel').disabled = Boolean(actions.cancelling);
-  setText(buttonOf('cancel'), actions.cancelling ? 'Stopping at the next step' : 'Cancel');
+  showText(byClass('run-note'), note);
 }
 
 // ── Result ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -203,6 +206,7 @@ function drawLines(svg, steps, allSeries, min, max) {
 /** Shows the log; it follows new lines while it is scrolled to its end. */
 function drawLog(text) {
   const atEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
+  logDetails.hidden = text === null;  // the log of another visitor's own photos is not shown
   if (log.textContent === text) return;
   log.textContent = text || '';
   if (atEnd) requestAnimationFrame(() => { log.scrollTop = log.scrollHeight; });

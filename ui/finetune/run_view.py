@@ -10,15 +10,18 @@ import time
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 
+from access.roles import Role, Visitor
 from recipes import PhotoError, describe, jpeg_data_url, load_photo, parse, render, shrink
 from rewards import REWARDS
 from training.data import uploads
+from training.data.sources import HUB_PREFIX
 from training.runs.adapters import format_weights, run_title
 from training.runs.run import Run, RunConfig, RunError, Status
+from ui.finetune.permissions import action_refusal, is_mine, owner_label, shows_log, shows_photos
 from ui.playground.compare import PICTURE_QUALITY
 from ui.services import AppServices
 
@@ -39,6 +42,7 @@ STATE_LABELS = {
     "interrupted": "Interrupted",
 }
 SERIES_LABELS = {"held_out": "reward on held-out photos"}
+Audience = Literal["visitor", "other", "everyone"]
 _log = logging.getLogger(__name__)
 
 
@@ -65,37 +69,48 @@ def _html(name: str, elem_id: str) -> gr.HTML:
 # ── One run ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_snapshot(services: AppServices, run: Run) -> dict[str, Any]:
-    """Return everything that the page shows of a run, as JSON. Raises RunError if the run cannot be read."""
+def run_snapshot(services: AppServices, visitor: Visitor, run: Run) -> dict[str, Any]:
+    """Return everything that the page shows a visitor of a run, as JSON. Raises RunError if it cannot be read.
+
+    Others' runs come without their own photos, and without a log or message that may contain names of files.
+    """
     config, status = run.config(), run.status()
     result = run.result() if status.finished else None
+    with_log, with_photos = shows_log(visitor, run, config), shows_photos(visitor, run, config)
+    actions = _actions(services, visitor, run, status, result)
     return {
         "run": run.id,
         "name": run_title(run),
         "state": status.state,
         "badge": STATE_LABELS[status.state],
-        "summary": _summary(services, config, status),
-        "message": status.message,
+        "summary": _summary(services, visitor, run, config, status),
+        "message": status.message if with_log else "",
         "progress": _progress(services, run, status),
-        "actions": _actions(services, run, status, result),
+        "actions": actions,
+        "note": " ".join(dict.fromkeys(filter(None, (action["reason"] for action in actions.values())))),
         "chart": _chart(run, config),
-        "probe": _probe(run),
-        "result": _result(services, run, result) if result else None,
-        "log": run.log(MAX_LOG_LINES),
+        "probe": _probe(run) if with_photos else None,
+        "result": _result(services, visitor, run, result, with_photos) if result else None,
+        "log": run.log(MAX_LOG_LINES) if with_log else None,
     }
 
 
-def _summary(services: AppServices, config: RunConfig, status: Status) -> str:
+def _summary(services: AppServices, visitor: Visitor, run: Run, config: RunConfig, status: Status) -> str:
     base_run = services.adapters.find_run(config.base)
     if base_run:
         base = run_title(base_run)
     else:
         base = config.base if config.base in services.adapters.models else "an earlier run"
+    owner = owner_label(services.access, visitor, run)
+    photos = uploads.describe_source(services.runs, config.photos)
+    if config.photos.startswith(HUB_PREFIX) and not visitor.may_change(run.owner):
+        photos = "a Hub dataset"  # which may be private
     return " · ".join(
         [
+            *([f"Owner: {owner}"] if owner else []),
             f"Reward: {format_weights(config.reward)}",
             f"from {base}",
-            uploads.describe_source(services.runs, config.photos),
+            photos,
             f"{status.steps or config.steps:,} steps",
             f"seed {config.seed}",
         ]
@@ -131,20 +146,36 @@ def _seconds_left(run: Run, status: Status) -> float | None:
     return seconds_per_step * (status.steps - status.step)
 
 
-def _actions(services: AppServices, run: Run, status: Status, result: dict[str, Any] | None) -> dict[str, Any]:
-    """Return which buttons are visible. A text instead of True is the button's label."""
-    in_use = services.adapters.is_enabled(run.id)
-    usable = run.has_model and status.finished and not in_use
-    wins = bool(result and result.get("wins"))
+def _actions(
+    services: AppServices, visitor: Visitor, run: Run, status: Status, result: dict[str, Any] | None
+) -> dict[str, dict[str, Any]]:
+    """Return the visible buttons by action: the label, and the reason if the visitor may not use the button."""
+    in_use, shared = services.adapters.is_enabled(run.id), services.adapters.is_shared(run.id)
+    mine, wins = is_mine(visitor, run), bool(result and result.get("wins"))
+    has_finished_model = run.has_model and status.finished
+    labels: dict[str, str] = {}
+    if not status.finished:
+        labels["cancel"] = "Stopping at the next step" if run.cancelled else "Cancel"
+    if status.state in ("interrupted", "cancelled", "failed"):
+        labels["resume"] = "Resume"
+    if has_finished_model and not in_use:
+        own = "Use in the Playground" if wins else "Use anyway"
+        labels["use"] = own if mine or visitor.role < Role.ADMIN else "Use for its owner"
+    if in_use:
+        labels["revert"] = "Revert"
+    if services.access.mode != "local" and (shared or has_finished_model):
+        labels["unshare" if shared else "share"] = "Stop using for everyone" if shared else "Use for everyone"
+    labels |= {"download": "Download zip", "rename": "Rename"}
+    if status.finished and not in_use:
+        labels["delete"] = "Delete"
+    reasons = {action: action_refusal(services, visitor, run, action) for action in labels}
     return {
-        "cancel": not status.finished and not run.cancelled,
-        "cancelling": not status.finished and run.cancelled,
-        "resume": status.state in ("interrupted", "cancelled", "failed"),
-        "use": ("Use in the Playground" if wins else "Use anyway") if usable else "",
-        "revert": in_use,
-        "download": True,
-        "delete": status.finished and not in_use,
-        "rename": True,
+        action: {
+            "label": label,
+            "reason": reasons[action],
+            "disabled": bool(reasons[action]) or (action == "cancel" and run.cancelled),
+        }
+        for action, label in labels.items()
     }
 
 
@@ -230,12 +261,15 @@ def _probe(run: Run) -> dict[str, Any] | None:
     }
 
 
-def _result(services: AppServices, run: Run, result: dict[str, Any]) -> dict[str, Any]:
+def _result(
+    services: AppServices, visitor: Visitor, run: Run, result: dict[str, Any], with_photos: bool
+) -> dict[str, Any]:
     base, tuned = result.get("base") or {}, result.get("tuned") or {}
-    pairs = [_pair(run, pair) for pair in (result.get("pairs") or [])[:MAX_PAIRS] if isinstance(pair, dict)]
+    shown = (result.get("pairs") or [])[:MAX_PAIRS] if with_photos else []
+    pairs = [_pair(run, pair) for pair in shown if isinstance(pair, dict)]
     return {
         "wins": bool(result.get("wins")),
-        "verdict": verdict(result, services.adapters.is_enabled(run.id)),
+        "verdict": verdict(result, services.adapters.is_enabled(run.id), _audience(services, visitor, run)),
         "warning": str(result.get("alarm") or ""),
         "rows": [
             {"name": name, "base": format_interval(base.get(name)), "tuned": format_interval(tuned.get(name))}
@@ -247,8 +281,21 @@ def _result(services: AppServices, run: Run, result: dict[str, Any]) -> dict[str
     }
 
 
-def verdict(result: dict[str, Any], in_use: bool) -> str:
-    """Say in one or two sentences whether the tuned model beats its base, and whether it is in use."""
+def _audience(services: AppServices, visitor: Visitor, run: Run) -> Audience:
+    """Return in whose Playground a run's model is, or would be, from the visitor's point of view."""
+    if services.access.mode != "local" and services.adapters.is_shared(run.id):
+        return "everyone"
+    return "visitor" if is_mine(visitor, run) else "other"
+
+
+def verdict(result: dict[str, Any], in_use: bool, audience: Audience = "visitor") -> str:
+    """Say in one or two sentences whether the tuned model beats its base, and whether it is in use.
+
+    Args:
+        result: Content of result.json.
+        in_use: Whether the tuned model is in a Playground.
+        audience: Whose Playground that is.
+    """
     difference = result.get("difference") or {}
     mean, low, high = (_number(difference.get(key)) for key in ("mean", "low", "high"))
     photos = f"on {result.get('held_out') or 'the'} held-out photos"
@@ -256,14 +303,17 @@ def verdict(result: dict[str, Any], in_use: bool) -> str:
         return f"The models could not be compared {photos}."
     if result.get("wins"):
         interval = f"{mean:.3f} higher than the base model's (95 % interval {low:.3f} to {high:.3f})"
+        outcome = f"The tuned model wins: {photos} its reward is {interval}."
         use = "It is selected beside its base model" if in_use else "It is not in use; only its base model is offered"
-        return f"The tuned model wins: {photos} its reward is {interval}. {use} in the Playground."
-    outcome = "worse" if high < 0 else "not clearly better"
-    interval = f"{mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
-    use = (
-        "It is in use anyway." if in_use else "The Playground keeps the base model. You can use the tuned model anyway."
-    )
-    return f"The tuned model is {outcome}: {photos} its reward differs from the base model's by {interval}. {use}"
+        use += " in the Playground."
+    else:
+        kind = "worse" if high < 0 else "not clearly better"
+        interval = f"{mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
+        outcome = f"The tuned model is {kind}: {photos} its reward differs from the base model's by {interval}."
+        unused = "The Playground keeps the base model. You can use the tuned model anyway."
+        use = "It is in use anyway." if in_use else unused
+    use = {"everyone": "It is offered to everyone in the Playground.", "other": "", "visitor": use}[audience]
+    return f"{outcome} {use}".strip()
 
 
 def format_interval(value: Any, sign: bool = False) -> str:
@@ -341,20 +391,21 @@ def format_duration(seconds: float | None) -> str:
 # ── All runs ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def history_snapshot(services: AppServices, selected: str | None) -> dict[str, Any]:
+def history_snapshot(services: AppServices, visitor: Visitor, selected: str | None) -> dict[str, Any]:
     """Return one row per run, newest first. Runs that cannot be read are logged and left out."""
     rows = []
     for run in reversed(services.runs.list()):
         try:
-            rows.append(_history_row(services, run))
+            rows.append(_history_row(services, visitor, run))
         except RunError as error:
             _log.warning("Run %s is not listed: %s", run.id, error)
     return {"selected": selected or "", "runs": rows}
 
 
-def _history_row(services: AppServices, run: Run) -> dict[str, Any]:
+def _history_row(services: AppServices, visitor: Visitor, run: Run) -> dict[str, Any]:
     status, config = run.status(), run.config()
-    in_use = services.adapters.is_enabled(run.id)
+    shared = services.access.mode != "local" and services.adapters.is_shared(run.id)
+    in_use = shared or (is_mine(visitor, run) and services.adapters.is_enabled(run.id))
     result = run.result() if status.finished else None
     outcome = ""
     if result:
@@ -366,8 +417,10 @@ def _history_row(services: AppServices, run: Run) -> dict[str, Any]:
         "name": run_title(run),
         "reward": format_weights(config.reward) if config.name else "",
         "state": status.state,
-        "badge": "In use" if in_use else STATE_LABELS[status.state],
+        "badge": ("For everyone" if shared else "In use") if in_use else STATE_LABELS[status.state],
         "in_use": in_use,
+        "mine": is_mine(visitor, run),
+        "owner": owner_label(services.access, visitor, run),
         "created": time.strftime("%d %b %H:%M", time.localtime(status.created)) if status.created else "",
         "duration": format_duration(status.ended - status.started) if status.ended and status.started else "",
         "result": outcome,
@@ -378,22 +431,22 @@ def _history_row(services: AppServices, run: Run) -> dict[str, Any]:
 # ── Change detection ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_fingerprint(services: AppServices, run: Run) -> tuple[Any, ...]:
+def run_fingerprint(services: AppServices, visitor: Visitor, run: Run) -> tuple[Any, ...]:
     """Return a cheap value that changes whenever `run_snapshot` changes."""
     files = ("config.json", "status.json", "metrics.jsonl", "probes.jsonl", "log.txt", "result.json", "cancel")
     state = run.status().state
     position = services.worker.position(run) if state == "queued" else 0
     versions = (_file_version(run.folder / name) for name in files)
-    return (run.id, state, position, services.adapters.is_enabled(run.id), *versions)
+    return (visitor.role, visitor.id, run.id, state, position, services.adapters.version, *versions)
 
 
-def history_fingerprint(services: AppServices, selected: str | None) -> tuple[Any, ...]:
+def history_fingerprint(services: AppServices, visitor: Visitor, selected: str | None) -> tuple[Any, ...]:
     """Return a cheap value that changes whenever `history_snapshot` changes."""
     rows = [
         (run.id, run.status().state, *(_file_version(run.folder / name) for name in ("config.json", "status.json")))
         for run in services.runs.list()
     ]
-    return (selected, services.adapters.version, *rows)
+    return (visitor.role, visitor.id, selected, services.adapters.version, *rows)
 
 
 def _file_version(path: Path) -> tuple[int, int] | None:

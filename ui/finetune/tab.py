@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +10,8 @@ from typing import Any
 
 import gradio as gr
 
+from access.permissions import AccessDenied
+from access.roles import Role, Visitor
 from inference.availability import unavailable
 from inference.registry import MODELS
 from rewards import REWARDS
@@ -19,10 +21,10 @@ from training.hosted import trainer as hosted_trainer
 from training.hosted.client import BASE
 from training.runs import export
 from training.runs.adapters import model_name, run_title
-from training.runs.run import Run, RunConfig, RunError
+from training.runs.run import GUEST_PREFIX, Run, RunConfig, RunError
 from ui.events import PRIVATE, UNQUEUED, tab_selected
 from ui.files import download_on, new_file, writing
-from ui.finetune.estimate import BACKENDS, DEFAULT_HARDWARE, estimate, step_count_of
+from ui.finetune.estimate import BACKENDS, DEFAULT_HARDWARE, DEFAULT_ROLLOUTS, estimate, step_count_of
 from ui.finetune.form import (
     HUB_DATASET,
     UPLOADED,
@@ -31,6 +33,16 @@ from ui.finetune.form import (
     draw_push_form,
     length_changed,
     photo_source_changed,
+    visitor_updates,
+)
+from ui.finetune.permissions import (
+    MAX_GUEST_RUNS,
+    MAX_UNFINISHED,
+    action_refusal,
+    check_action,
+    is_mine,
+    is_usable_base,
+    training_refusal,
 )
 from ui.finetune.run_view import (
     history_fingerprint,
@@ -41,14 +53,17 @@ from ui.finetune.run_view import (
     run_view,
 )
 from ui.messages import as_gradio_error, show_info
+from ui.permissions import visitor_of
 from ui.playground import reward_functions
 from ui.playground.link import PlaygroundSettings
+from ui.playground.models import visitor_models
 from ui.playground.picker import choices
 from ui.services import AppServices, SharedComponents
 from usage.budgets import BudgetExceededError
 
 TAB = "Fine-tune"
 TITLE = "Fine-tuning"
+GUESTS_WAIT = "Other guests' runs are waiting already. Try again later."
 NO_LOCAL_BASE = "This deployment cannot train locally: torch is not installed. Train on Moondream's tuning API instead."
 
 
@@ -75,72 +90,100 @@ class RenderState:
 
 
 def refresh(
-    services: AppServices, selected: str | None, state: RenderState | None, models: Any, tab_open: bool
+    services: AppServices,
+    visitor: Visitor,
+    selected: str | None,
+    state: RenderState | None,
+    models: Any,
+    tab_open: bool,
 ) -> list[Any]:
     """Update what has changed since the last refresh; everything else is skipped.
 
     Args:
         services: The application's services.
+        visitor: The visitor.
         selected: ID of the run that the user selected.
         state: What the page displays now.
         models: Names of the models selected in the Playground.
         tab_open: Whether this tab is open.
 
     Returns:
-        Updates of the run view, the history, the model picker, the base models, the render state and the timer.
+        Updates of the run view, the history, the model picker, the base models, the buttons and notes of `PushForm`,
+        the render state and the timer.
     """
     state = state or RenderState()
-    run = displayed_run(services, selected)
+    unfinished = services.worker.unfinished()
+    run = displayed_run(services, visitor, selected, unfinished)
     run_id = run.id if run else None
     new = RenderState(
-        run=run_fingerprint(services, run) if run else ("none",),
-        history=history_fingerprint(services, run_id),
+        run=run_fingerprint(services, visitor, run) if run else ("none",),
+        history=history_fingerprint(services, visitor, run_id),
         adapters_version=services.adapters.version,
-        newest_with_base=tuple(services.adapters.newest_with_base()),
-        polling=bool(tab_open or services.worker.unfinished()),
+        newest_with_base=tuple(services.adapters.newest_with_base(visitor.id)),
+        polling=bool(tab_open or any(is_mine(visitor, other) for other in unfinished)),
     )
+    run_changed, history_changed = new.run != state.run, new.history != state.history
     return [
-        _snapshot_or_error(services, run) if new.run != state.run else gr.skip(),
-        history_snapshot(services, run_id) if new.history != state.history else gr.skip(),
-        _picker_update(models, state, new),
-        gr.update(choices=base_models(services)) if new.history != state.history else gr.skip(),
+        _snapshot_or_error(services, visitor, run) if run_changed else gr.skip(),
+        history_snapshot(services, visitor, run_id) if history_changed else gr.skip(),
+        _picker_update(services, visitor, models, state, new),
+        gr.update(choices=base_models(services, visitor)) if history_changed else gr.skip(),
+        *(_push_updates(services, visitor, run) if run_changed else (gr.skip(), gr.skip())),
         new,
         gr.Timer(active=new.polling) if new.polling != state.polling else gr.skip(),
     ]
 
 
-def displayed_run(services: AppServices, selected: str | None) -> Run | None:
-    """Return the selected run; by default the active or next queued one, else the newest; None without runs."""
+def displayed_run(
+    services: AppServices, visitor: Visitor, selected: str | None, unfinished: Sequence[Run] | None = None
+) -> Run | None:
+    """Return the run to display.
+
+    Args:
+        services: The application's services.
+        visitor: The visitor.
+        selected: ID of the run that the user selected.
+        unfinished: The unfinished runs in execution order, if the caller has them already.
+
+    Returns:
+        The selected run; by default the visitor's active or next queued one, else their newest; of visitors without
+        runs, likewise among the runs of all visitors. None without runs.
+    """
     if selected:
         with suppress(RunError):  # it has been deleted
             return services.runs.get(selected)
-    unfinished = services.worker.unfinished()
-    if unfinished:
-        return unfinished[0]
-    runs = services.runs.list()
-    return runs[-1] if runs else None
+    unfinished = services.worker.unfinished() if unfinished is None else unfinished
+    runs = [*unfinished, *reversed(services.runs.list())]
+    return next((run for run in runs if is_mine(visitor, run)), runs[0] if runs else None)
 
 
-def _snapshot_or_error(services: AppServices, run: Run | None) -> dict[str, Any] | None:
+def _snapshot_or_error(services: AppServices, visitor: Visitor, run: Run | None) -> dict[str, Any] | None:
     try:
-        return run_snapshot(services, run) if run else None
+        return run_snapshot(services, visitor, run) if run else None
     except RunError as error:
         return {"run": run.id if run else "", "error": str(error)}
 
 
-def _picker_update(models: Any, old: RenderState, new: RenderState) -> Any:
+def _push_updates(services: AppServices, visitor: Visitor, run: Run | None) -> tuple[Any, Any]:
+    """Return updates of the button that pushes the displayed run, and of the note that says why it is disabled."""
+    refusal = action_refusal(services, visitor, run, "push") if run else ""
+    return gr.update(interactive=not refusal), gr.update(value=refusal, visible=bool(refusal))
+
+
+def _picker_update(services: AppServices, visitor: Visitor, models: Any, old: RenderState, new: RenderState) -> Any:
     """Offer newly enabled models and remove disabled ones; select a newly enabled model together with its base."""
     if new.adapters_version == old.adapters_version or old.adapters_version < 0:
         return gr.skip()
-    selected = [name for name in models or [] if name in MODELS]
+    visible = visitor_models(services.adapters, visitor)
+    selected = [name for name in models or [] if name in visible.specs]
     newest = new.newest_with_base
     if newest and newest != old.newest_with_base and newest[1] not in old.newest_with_base:
         selected = list(newest)
-    return gr.HTML(value=selected or list(PlaygroundSettings().models), choices=choices())
+    return gr.HTML(value=selected or list(PlaygroundSettings().models), choices=choices(visible))
 
 
-def base_models(services: AppServices) -> list[tuple[str, str]]:
-    """Return title and name of each model that a run can start from: local base models, and finished runs' models."""
+def base_models(services: AppServices, visitor: Visitor) -> list[tuple[str, str]]:
+    """Return title and name of each model that a visitor's run can start from: local base models and tuned models."""
     by_weights: dict[str, tuple[str, str]] = {}
     for spec in list(MODELS.values()):
         if spec.backend == "local" and spec.adapter is None and unavailable(spec) is None:
@@ -148,7 +191,7 @@ def base_models(services: AppServices) -> list[tuple[str, str]]:
     tuned = []
     for run in reversed(services.runs.list()):
         with suppress(RunError):
-            if run.has_adapter and run.status().finished:
+            if run.has_adapter and is_usable_base(services.adapters, visitor, run) and run.status().finished:
                 tuned.append((f"{run_title(run)} ({run.id[:15]})", model_name(run.id)))
     return [*by_weights.values(), *tuned]
 
@@ -156,11 +199,12 @@ def base_models(services: AppServices) -> list[tuple[str, str]]:
 # ── Handlers: actions ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def retrain(services: AppServices, form: dict[str, Any], weights: Sequence[float]) -> str:
+def retrain(services: AppServices, visitor: Visitor, form: dict[str, Any], weights: Sequence[float]) -> str:
     """Queue a run.
 
     Args:
         services: The application's services.
+        visitor: The visitor.
         form: Values of `RetrainForm.fields` by name.
         weights: Weight of each reward, in the order of REWARDS.
 
@@ -168,51 +212,60 @@ def retrain(services: AppServices, form: dict[str, Any], weights: Sequence[float
         The run's ID.
 
     Raises:
-        gr.Error: If an input is missing or invalid. The message says which.
+        gr.Error: If an input is missing or invalid, or the visitor may not start the run. The message says which.
     """
     reward = reward_functions.from_sliders(tuple(weights))
-    with as_gradio_error(RunError, title=TITLE):
-        photos = _photo_source(services, form)
+    with as_gradio_error(RunError, AccessDenied, title=TITLE):
         backend = BACKENDS.get(form["backend"], "here")
+        steps = step_count_of(form["length"], form["steps"])
+        _check_may_train(services, visitor, backend, steps, form["rollouts"] or 0)
         names = ["learning_rate", "beta", "rollouts", "rank", "seed"]
         names += ["budget", "sft_steps"] if backend == "hosted" else []
         missing = [name.replace("_", " ") for name in names if form[name] is None]
         if missing:
             raise RunError(f"Fill in: {', '.join(missing)}.")
+        token = (form["moondream_key"] if backend == "hosted" else form["hub_token"]) or ""
+        _check_credentials_and_budget(services, visitor, backend, token)
+        photos = _photo_source(services, form, visitor.id)
         settings = {name: form[name] for name in names} | {
-            "steps": step_count_of(form["length"], form["steps"]),
+            "steps": steps,
             "name": (form["name"] or "").strip(),
             "photos": photos,
             "backend": backend,
             "hardware": form["hardware"] or DEFAULT_HARDWARE,
         }
-        token = form["moondream_key"] if backend == "hosted" else form["hub_token"]
         try:
-            return submit(services, form["base"], dict(reward.weights), token or "", **settings).id
-        except RunError:
+            return submit(services, visitor, form["base"], dict(reward.weights), token, **settings).id
+        except (RunError, AccessDenied):
             uploads.delete_unused(services.runs, photos)
             raise
 
 
-def submit(services: AppServices, base: str, reward: dict[str, float], token: str = "", **settings: Any) -> Run:
-    """Queue a run.
+def submit(
+    services: AppServices, visitor: Visitor, base: str, reward: dict[str, float], token: str = "", **settings: Any
+) -> Run:
+    """Queue a run of a visitor.
 
     Args:
         services: The application's services.
+        visitor: The visitor, who owns the run.
         base: Name of a model in `base_models`. Ignored on Moondream's tuning API, which has one base model.
         reward: Weight of each reward by name.
         token: The user's Hugging Face token for Hugging Face Jobs, or Moondream API key for the tuning API.
         **settings: Further settings of `RunConfig`.
 
     Raises:
-        RunError: If a setting is invalid, a credential is missing, or the budget is spent.
+        RunError: If a setting is invalid, a credential is missing, the budget is spent, or too many runs wait.
+        AccessDenied: If the visitor may not start this run.
     """
     backend = settings.get("backend", "here")
-    _check_credentials_and_budget(services, backend, token)
+    steps, rollouts = settings.get("steps", 0), settings.get("rollouts", DEFAULT_ROLLOUTS)
+    _check_may_train(services, visitor, backend, steps, rollouts)
+    _check_credentials_and_budget(services, visitor, backend, token)
     if backend == "hosted":
         base = BASE
     else:
-        names = [name for _, name in base_models(services)]
+        names = [name for _, name in base_models(services, visitor)]
         if base not in names:
             raise RunError("Choose a base model from the list." if names else NO_LOCAL_BASE)
     base_run = services.adapters.find_run(base)
@@ -221,22 +274,58 @@ def submit(services: AppServices, base: str, reward: dict[str, float], token: st
         name: int(settings[name]) for name in ("seed", "steps", "rollouts", "rank", "sft_steps") if name in settings
     }
     config = RunConfig.create(base=source, reward=reward, **(settings | integers))
-    return services.worker.submit(config, token.strip())
+    if visitor.role == Role.GUEST:
+        _check_guest_runs(services)
+    return services.worker.submit(config, token.strip(), visitor.id, visitor.name, MAX_UNFINISHED[visitor.role])
 
 
-def run_inline(services: AppServices, run_id: str | None) -> None:
+def form_updates(services: AppServices, visitor: Visitor, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    """Return updates of the submit button, and of the note that says why it is disabled.
+
+    Args:
+        services: The application's services.
+        visitor: The visitor.
+        inputs: The form's `backend`, `length`, `steps` and `rollouts`.
+    """
+    backend, steps = BACKENDS.get(inputs["backend"], "here"), step_count_of(inputs["length"], inputs["steps"])
+    refusal = training_refusal(services.access, visitor, backend, steps, inputs["rollouts"] or 0)
+    return gr.update(interactive=not refusal), gr.update(value=refusal, visible=bool(refusal))
+
+
+def run_inline(services: AppServices, visitor: Visitor, run_id: str | None) -> None:
     """Execute a queued run inside this request, where the deployment needs that; see `RunQueue.run_inline`."""
-    with as_gradio_error(RunError, title=TITLE):
+    with as_gradio_error(RunError, AccessDenied, title=TITLE):
         if run_id:
-            services.worker.run_inline(services.runs.get(run_id))
+            run = services.runs.get(run_id)
+            check_action(services, visitor, run, "run")
+            services.worker.run_inline(run)
 
 
-def _check_credentials_and_budget(services: AppServices, backend: str, token: str) -> None:
-    """Raise RunError if the backend needs a credential that is missing, or if the branch's budget is spent."""
+def _check_may_train(services: AppServices, visitor: Visitor, backend: str, steps: float, rollouts: float) -> None:
+    """Raise AccessDenied if a visitor may not start or resume such a run; see `training_refusal`."""
+    refusal = training_refusal(services.access, visitor, backend, steps, rollouts)
+    if refusal:
+        raise AccessDenied(refusal)
+
+
+def _check_guest_runs(services: AppServices) -> None:
+    """Raise RunError if the guests together have too many unfinished runs."""
+    if sum(run.owner.startswith(GUEST_PREFIX) for run in services.worker.unfinished()) >= MAX_GUEST_RUNS:
+        raise RunError(GUESTS_WAIT)
+
+
+def _check_credentials_and_budget(services: AppServices, visitor: Visitor, backend: str, token: str) -> None:
+    """Check what the backend costs, and who pays.
+
+    Only administrators may leave the Moondream key empty: the deployment's key pays then, within its budget.
+
+    Raises:
+        RunError: A credential is missing, or the branch's budget is spent.
+    """
     if backend == "jobs" and not token.strip():
         raise RunError("Enter your Hugging Face token. The job runs on your account; the token is not stored.")
-    if backend == "hosted":
-        if not token.strip() and not hosted_trainer.has_api_key():
+    if backend == "hosted" and not token.strip():
+        if visitor.role < Role.ADMIN or not hosted_trainer.has_api_key():
             raise RunError("Enter your Moondream API key. The run is billed to your account; the key is not stored.")
         try:
             services.budgets.check(services.meter.recorder.deployment.branch)
@@ -244,10 +333,13 @@ def _check_credentials_and_budget(services: AppServices, backend: str, token: st
             raise RunError(str(error)) from None
 
 
-def _photo_source(services: AppServices, form: dict[str, Any]) -> str:
+def _photo_source(services: AppServices, form: dict[str, Any], owner: str) -> str:
     """Return the form's training photos as `RunConfig.photos`; uploaded files are copied."""
     if form["photo_source"] == UPLOADED:
-        return uploads.save_photos(services.runs, form["files"] or [])
+        saved = uploads.save_photos(services.runs, form["files"] or [], owner, services.upload_quota)
+        if saved.message:
+            show_info(saved.message, TITLE)
+        return saved.source
     if form["photo_source"] == HUB_DATASET:
         return hub_dataset(form["dataset"])
     return "bundled"
@@ -261,7 +353,7 @@ def hub_dataset(name: str) -> str:
     return f"hub:{name}"
 
 
-def act(services: AppServices, hub_token: str, moondream_key: str, event: gr.EventData) -> str | None:
+def act(services: AppServices, visitor: Visitor, hub_token: str, moondream_key: str, event: gr.EventData) -> str | None:
     """Execute the action of a button in the run view. The credentials are for a run that is resumed.
 
     Returns:
@@ -269,27 +361,22 @@ def act(services: AppServices, hub_token: str, moondream_key: str, event: gr.Eve
     """
     data = _event_data(event)
     action = str(data.get("action"))
-    with as_gradio_error(RunError, title=TITLE):
+    with as_gradio_error(RunError, AccessDenied, title=TITLE):
         run = services.runs.get(data.get("run"))  # type: ignore[arg-type]
-        if action == "cancel":
-            cancel(services, run)
-        elif action == "resume":
-            resume(services, run, (moondream_key if run.config().backend == "hosted" else hub_token) or "")
-        elif action == "use":
-            use(services, run)
-        elif action == "revert":
-            revert(services, run)
-        elif action == "delete":
-            delete(services, run)
+        if action == "resume":
+            resume(services, visitor, run, (moondream_key if run.config().backend == "hosted" else hub_token) or "")
         elif action == "rename":
-            rename(services, run, str(data.get("name") or ""))
+            rename(services, visitor, run, str(data.get("name") or ""))
+        elif action in ACTIONS:
+            ACTIONS[action](services, visitor, run)
         else:
             raise RunError("Unknown action. Reload the page.")
     return None if action == "delete" else run.id
 
 
-def cancel(services: AppServices, run: Run) -> None:
-    """Stop a run at its next step. Raises RunError."""
+def cancel(services: AppServices, visitor: Visitor, run: Run) -> None:
+    """Stop a run at its next step. Raises RunError or AccessDenied, as do all actions."""
+    check_action(services, visitor, run, "cancel")
     if run.status().finished:
         raise RunError("This run has already finished.")
     try:
@@ -299,28 +386,49 @@ def cancel(services: AppServices, run: Run) -> None:
     services.worker.wake()
 
 
-def resume(services: AppServices, run: Run, token: str = "") -> None:
-    """Queue a stopped run again. Raises RunError."""
-    _check_credentials_and_budget(services, run.config().backend, token)
-    services.worker.resume(run, token.strip())
+def resume(services: AppServices, visitor: Visitor, run: Run, token: str = "") -> None:
+    """Queue a stopped run again."""
+    check_action(services, visitor, run, "resume")
+    _check_credentials_and_budget(services, visitor, run.config().backend, token)
+    if visitor.role == Role.GUEST:
+        _check_guest_runs(services)
+    services.worker.resume(run, token.strip(), MAX_UNFINISHED[visitor.role])
 
 
-def use(services: AppServices, run: Run) -> None:
-    """Offer a run's model beside its base in the Playground. Raises RunError."""
-    if not run.status().finished:
-        raise RunError("This run has not finished. Cancel it or wait.")
+def use(services: AppServices, visitor: Visitor, run: Run) -> None:
+    """Offer a run's model beside its base in the Playground of the run's owner."""
+    check_action(services, visitor, run, "use")
+    _check_finished(run)
     spec = services.adapters.enable(run)
-    show_info(f"“{spec.title}” is now available in the Playground, beside its base model.", TITLE)
+    playground = "the Playground" if is_mine(visitor, run) else "its owner's Playground"
+    show_info(f"“{spec.title}” is now available in {playground}, beside its base model.", TITLE)
 
 
-def revert(services: AppServices, run: Run) -> None:
-    """Remove a run's model from the Playground. Raises RunError."""
+def share(services: AppServices, visitor: Visitor, run: Run) -> None:
+    """Offer a run's model beside its base in everyone's Playground."""
+    check_action(services, visitor, run, "share")
+    _check_finished(run)
+    spec = services.adapters.share(run)
+    show_info(f"“{spec.title}” is now available to everyone, beside its base model.", TITLE)
+
+
+def unshare(services: AppServices, visitor: Visitor, run: Run) -> None:
+    """Offer a shared model in the Playground of the run's owner only."""
+    check_action(services, visitor, run, "unshare")
+    services.adapters.unshare(run.id)
+    show_info("The tuned model is now available to the run's owner only.", TITLE)
+
+
+def revert(services: AppServices, visitor: Visitor, run: Run) -> None:
+    """Remove a run's model from the Playground, for everyone."""
+    check_action(services, visitor, run, "revert")
     services.adapters.disable(run.id)
     show_info("The tuned model was removed from the Playground.", TITLE)
 
 
-def delete(services: AppServices, run: Run) -> None:
-    """Delete a run, and its uploaded photos unless another run uses them. Raises RunError."""
+def delete(services: AppServices, visitor: Visitor, run: Run) -> None:
+    """Delete a run, and its uploaded photos unless another run uses them."""
+    check_action(services, visitor, run, "delete")
     if services.adapters.is_enabled(run.id):
         raise RunError("This run's model is in use in the Playground. Revert it first.")
     if any(other.config().base == str(run.folder.resolve()) for other in services.worker.unfinished()):
@@ -331,14 +439,30 @@ def delete(services: AppServices, run: Run) -> None:
     show_info("The run was deleted.", TITLE)
 
 
-def rename(services: AppServices, run: Run, name: str) -> None:
-    """Rename a run, and its model in the Playground. Raises RunError."""
+def rename(services: AppServices, visitor: Visitor, run: Run, name: str) -> None:
+    """Rename a run, and its model in the Playground."""
+    check_action(services, visitor, run, "rename")
     try:
         run.rename(name)
     except OSError as error:
         raise RunError(f"Could not save the name ({error.strerror}). Try again.") from None
     if services.adapters.is_enabled(run.id):
         services.adapters.enable(run)
+
+
+def _check_finished(run: Run) -> None:
+    if not run.status().finished:
+        raise RunError("This run has not finished. Cancel it or wait.")
+
+
+ACTIONS: dict[str, Callable[[AppServices, Visitor, Run], None]] = {
+    "cancel": cancel,
+    "use": use,
+    "share": share,
+    "unshare": unshare,
+    "revert": revert,
+    "delete": delete,
+}
 
 
 def clear_credentials() -> tuple[str, str]:
@@ -351,10 +475,11 @@ def pick(event: gr.EventData) -> str | None:
     return str(_event_data(event).get("run") or "") or None
 
 
-def download(services: AppServices, event: gr.EventData) -> str:
+def download(services: AppServices, visitor: Visitor, event: gr.EventData) -> str:
     """Write a run and its adapter to a zip file and return the file's path."""
-    with as_gradio_error(RunError, title=TITLE):
+    with as_gradio_error(RunError, AccessDenied, title=TITLE):
         run = services.runs.get(_event_data(event).get("run"))  # type: ignore[arg-type]
+        check_action(services, visitor, run, "download")
         base = services.adapters.base_model(run)
         with writing():
             path = new_file(f"{run_title(run)}-{run.id}.zip")
@@ -362,12 +487,15 @@ def download(services: AppServices, event: gr.EventData) -> str:
     return str(path)
 
 
-def push(services: AppServices, selected: str | None, repository: str, token: str, private: bool) -> tuple[str, str]:
+def push(
+    services: AppServices, visitor: Visitor, selected: str | None, repository: str, token: str, private: bool
+) -> tuple[str, str]:
     """Push the displayed run's adapter to the Hub. Returns a result message, and "" to clear the token."""
-    with as_gradio_error(RunError, title=TITLE):
-        run = displayed_run(services, selected)
+    with as_gradio_error(RunError, AccessDenied, title=TITLE):
+        run = displayed_run(services, visitor, selected)
         if run is None:
             raise RunError("There is no run to push. Train a model first.")
+        check_action(services, visitor, run, "push")
         url = export.push_to_hub(run, services.adapters.base_model(run), repository or "", token or "", private)
     return f"Pushed to {url}", ""
 
@@ -395,7 +523,7 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     delivery = gr.File(visible=False)
     with gr.Row(elem_id="tune"):
         with gr.Column(elem_id="tune-form", min_width=300, scale=1):
-            form = draw_form(services, base_models(services))
+            form = draw_form(services, base_models(services, Visitor()))
         with gr.Column(elem_id="tune-results", min_width=320, scale=3):
             view = run_view()
             push_form = draw_push_form()
@@ -405,10 +533,19 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
 
     # Display
     refresh_inputs = [selected, state, shared_components.picker, tab_open]
-    refresh_outputs = [view, history, shared_components.picker, fields["base"], state, timer]
+    refresh_outputs = [view, history, shared_components.picker, fields["base"]]
+    refresh_outputs += [push_form.submit, push_form.note, state, timer]
+
+    def visitor(request: gr.Request) -> Visitor:
+        return visitor_of(services.access, request)
+
+    def refreshed(
+        selected: str | None, state: RenderState | None, models: Any, tab_open: bool, request: gr.Request
+    ) -> list[Any]:
+        return refresh(services, visitor(request), selected, state, models, tab_open)
 
     def refresh_after(event: Any) -> Any:
-        return event(partial(refresh, services), refresh_inputs, refresh_outputs, **UNQUEUED)
+        return event(refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
 
     refresh_after(timer.tick)
     refresh_after(partial(gr.on, None))  # when the page loads
@@ -444,27 +581,37 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     names = ("length", "steps", "rollouts", "backend", "hardware", "budget", "sft_steps")
     estimate_inputs = {name: fields[name] for name in names} | {"hourly_prices": hourly_prices}
 
-    def updated_estimate(values: dict[Any, Any]) -> str:
-        return estimate(services, **{name: values[component] for name, component in estimate_inputs.items()})
+    def updated_estimate(values: dict[Any, Any], request: gr.Request) -> tuple[Any, ...]:
+        inputs = {name: values[component] for name, component in estimate_inputs.items()}
+        return estimate(services, **inputs), *form_updates(services, visitor(request), inputs)
 
-    gr.on(
-        [component.change for component in estimate_inputs.values()],
-        updated_estimate,
-        set(estimate_inputs.values()),
-        form.estimate,
-        **UNQUEUED,
-    )
+    def form_opened(request: gr.Request) -> tuple[Any, ...]:
+        return visitor_updates(services.access, visitor(request))
+
+    estimate_outputs = [form.estimate, form.submit, form.note]
+    estimate_events = [component.change for component in estimate_inputs.values()]
+    gr.on(estimate_events, updated_estimate, set(estimate_inputs.values()), estimate_outputs, **UNQUEUED)
+    gr.on(None, updated_estimate, set(estimate_inputs.values()), estimate_outputs, **UNQUEUED)  # when the page loads
+    gr.on(None, form_opened, None, [fields["backend"], fields["moondream_key"]], **UNQUEUED)
 
     # Actions
-    def retrain_clicked(values: dict[Any, Any]) -> str:
+    def retrain_clicked(values: dict[Any, Any], request: gr.Request) -> str:
         inputs = {name: values[component] for name, component in fields.items()}
-        return retrain(services, inputs, [values[slider] for slider in sliders])
+        return retrain(services, visitor(request), inputs, [values[slider] for slider in sliders])
 
-    def action_clicked(hub_token: str, moondream_key: str, event: gr.EventData) -> str | None:
-        return act(services, hub_token, moondream_key, event)
+    def action_clicked(hub_token: str, moondream_key: str, request: gr.Request, event: gr.EventData) -> str | None:
+        return act(services, visitor(request), hub_token, moondream_key, event)
 
-    def download_clicked(event: gr.EventData) -> str:
-        return download(services, event)
+    def run_submitted(run_id: str | None, request: gr.Request) -> None:
+        run_inline(services, visitor(request), run_id)
+
+    def download_clicked(request: gr.Request, event: gr.EventData) -> str:
+        return download(services, visitor(request), event)
+
+    def push_clicked(
+        selected: str | None, repository: str, token: str, private: bool, request: gr.Request
+    ) -> tuple[str, str]:
+        return push(services, visitor(request), selected, repository, token, private)
 
     submitted = form.submit.click(retrain_clicked, {*fields.values(), *sliders}, selected, **PRIVATE)
     submitted.success(clear_credentials, None, credentials, **UNQUEUED)
@@ -473,10 +620,10 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     refresh_after(acted.success)
     if services.worker.inline:
         for event in (submitted, acted):
-            event.success(partial(run_inline, services), selected, **ONE_AT_A_TIME)
+            event.success(run_submitted, selected, **ONE_AT_A_TIME)
     download_on(view.download, download_clicked, [], delivery)
     push_form.submit.click(
-        partial(push, services),
+        push_clicked,
         [selected, push_form.repository, push_form.token, push_form.private],
         [push_form.result, push_form.token],
         **PRIVATE,

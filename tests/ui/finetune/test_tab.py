@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 import pytest
 
+from access.roles import LOCAL_ADMIN
 from inference.registry import MODELS
 from rewards import REWARDS
 from tests.support.fake_run import HOSTILE, write_adapter, write_result
@@ -80,7 +81,7 @@ def idle(services: AppServices, monkeypatch: pytest.MonkeyPatch) -> AppServices:
 
 def submit_form(services: AppServices, *weights: float, **changes: Any) -> str:
     """Submit the form with `changes` and return the run's ID."""
-    return retrain(services, FORM | changes, weights or [1.0] * len(REWARDS))
+    return retrain(services, LOCAL_ADMIN, FORM | changes, weights or [1.0] * len(REWARDS))
 
 
 def finished_run(services: AppServices, wins: bool = True, **changes: Any) -> Run:
@@ -105,8 +106,10 @@ def refresh(
     tab_open: bool = False,
 ) -> dict[str, Any]:
     """Refresh the tab and return the updates by name."""
-    updates = finetune.refresh(services, selected, state, models, tab_open)
-    return dict(zip(("view", "history", "picker", "bases", "state", "timer"), updates, strict=True))
+    updates = finetune.refresh(services, LOCAL_ADMIN, selected, state, models, tab_open)
+    return dict(
+        zip(("view", "history", "picker", "bases", "push", "push_note", "state", "timer"), updates, strict=True)
+    )
 
 
 def is_skip(value: Any) -> bool:
@@ -182,8 +185,8 @@ def test_job_is_queued_with_its_hardware_and_its_token_is_not_written_to_disk(id
     assert all(TOKEN.encode() not in file.read_bytes() for file in run.folder.rglob("*") if file.is_file())
     run.set_status(state="failed")
     with pytest.raises(gr.Error, match="Enter your Hugging Face token"):
-        finetune.act(idle, "", "", event(run=run.id, action="resume"))
-    finetune.act(idle, TOKEN, "", event(run=run.id, action="resume"))
+        finetune.act(idle, LOCAL_ADMIN, "", "", event(run=run.id, action="resume"))
+    finetune.act(idle, LOCAL_ADMIN, TOKEN, "", event(run=run.id, action="resume"))
     assert run.status().state == "queued"
 
 
@@ -233,7 +236,7 @@ def test_duplicate_run_is_refused_and_photos_of_a_refused_run_are_deleted(idle: 
 
 def test_run_starts_from_an_earlier_run_on_a_hub_dataset(idle: AppServices) -> None:
     earlier = finished_run(idle)
-    assert model_name(earlier.id) in [name for _, name in base_models(idle)]
+    assert model_name(earlier.id) in [name for _, name in base_models(idle, LOCAL_ADMIN)]
     config = idle.runs.get(
         submit_form(idle, base=model_name(earlier.id), photo_source="Hub dataset", dataset="me/cats")
     ).config()
@@ -241,7 +244,7 @@ def test_run_starts_from_an_earlier_run_on_a_hub_dataset(idle: AppServices) -> N
 
 
 def test_base_models_are_local_models_with_distinct_weights(idle: AppServices) -> None:
-    assert [name for _, name in base_models(idle)] == ["moondream-tiny"]
+    assert [name for _, name in base_models(idle, LOCAL_ADMIN)] == ["moondream-tiny"]
 
 
 def test_estimate_uses_earlier_runs_and_counts_waiting_ones(idle: AppServices) -> None:
@@ -285,28 +288,21 @@ def test_newly_enabled_model_is_selected_with_its_base_until_it_is_disabled(idle
     assert model_name(run.id) not in [choice["name"] for choice in picker.props["choices"]]
 
 
-class FakeRequest:
-    """A request with query parameters."""
-
-    def __init__(self, **query: str) -> None:
-        self.query_params = query
-
-
 def test_page_selects_base_and_tuned_model_unless_its_link_names_models(idle: AppServices) -> None:
     run = finished_run(idle)
     idle.adapters.enable(run)
-    default = playground.open_page(idle, FakeRequest())  # type: ignore[arg-type]
+    default = playground.open_page(idle, LOCAL_ADMIN, {}, None)
     assert default["models"].value == ["moondream-tiny", model_name(run.id)]
-    linked = playground.open_page(idle, FakeRequest(models="moondream-tiny"))  # type: ignore[arg-type]
+    linked = playground.open_page(idle, LOCAL_ADMIN, {"models": "moondream-tiny"}, None)
     assert linked["models"].value == ["moondream-tiny"]
 
 
 def test_unfinished_run_is_displayed_before_the_newest_unless_another_is_selected(idle: AppServices) -> None:
     queued = submit_form(idle)
     newest = finished_run(idle)
-    assert finetune.displayed_run(idle, None).id == queued  # type: ignore[union-attr]
-    assert finetune.displayed_run(idle, newest.id).id == newest.id  # type: ignore[union-attr]
-    assert finetune.displayed_run(idle, "gone").id == queued  # type: ignore[union-attr]
+    assert finetune.displayed_run(idle, LOCAL_ADMIN, None).id == queued  # type: ignore[union-attr]
+    assert finetune.displayed_run(idle, LOCAL_ADMIN, newest.id).id == newest.id  # type: ignore[union-attr]
+    assert finetune.displayed_run(idle, LOCAL_ADMIN, "gone").id == queued  # type: ignore[union-attr]
 
 
 def test_unreadable_run_shows_an_error_and_is_not_listed(idle: AppServices) -> None:
@@ -321,8 +317,8 @@ def test_snapshots_are_plain_json_without_paths(idle: AppServices) -> None:
     run.append_metrics({"step": 1, "reward": 0.5, "sharpness": None, "colour": "x", "kl": float("inf"), "seconds": 1})
     run.append_probe({"step": 1, "recipe": HOSTILE, "scores": None, "total": None})
     (run.folder / "probe.png").write_bytes((run.folder / "pair0.png").read_bytes())
-    snapshot = run_view.run_snapshot(idle, run)
-    history = run_view.history_snapshot(idle, run.id)
+    snapshot = run_view.run_snapshot(idle, LOCAL_ADMIN, run)
+    history = run_view.history_snapshot(idle, LOCAL_ADMIN, run.id)
     text = json.dumps(snapshot, allow_nan=False) + json.dumps(history, allow_nan=False)
     assert str(idle.runs.folder) not in text
     assert snapshot["chart"]["kl"] == [None] and snapshot["chart"]["series"][0]["values"] == [0.5]
@@ -336,7 +332,7 @@ def test_snapshots_are_plain_json_without_paths(idle: AppServices) -> None:
 def test_incomplete_result_is_shown_without_a_comparison(idle: AppServices, result: dict[str, Any]) -> None:
     run = finished_run(idle)
     (run.folder / "result.json").write_text(json.dumps(result))
-    snapshot = run_view.run_snapshot(idle, run)
+    snapshot = run_view.run_snapshot(idle, LOCAL_ADMIN, run)
     assert snapshot["state"] == "done"
     assert not result or "could not be compared" in snapshot["result"]["verdict"]
 
@@ -378,15 +374,17 @@ def test_winner_is_enabled_automatically(services: AppServices) -> None:
 
 def test_use_rename_revert_and_delete(idle: AppServices) -> None:
     run = finished_run(idle, wins=False)
-    displayed = finetune.act(idle, "", "", event(run=run.id, action="use"))
+    displayed = finetune.act(idle, LOCAL_ADMIN, "", "", event(run=run.id, action="use"))
     assert displayed == run.id and idle.adapters.is_enabled(run.id)
-    finetune.act(idle, "", "", event(run=run.id, action="rename", name="Better"))
+    finetune.act(idle, LOCAL_ADMIN, "", "", event(run=run.id, action="rename", name="Better"))
     assert MODELS[model_name(run.id)].title == "Better"
     with pytest.raises(gr.Error, match="Revert it first"):
-        finetune.act(idle, "", "", event(run=run.id, action="delete"))
-    finetune.act(idle, "", "", event(run=run.id, action="revert"))
+        finetune.act(idle, LOCAL_ADMIN, "", "", event(run=run.id, action="delete"))
+    finetune.act(idle, LOCAL_ADMIN, "", "", event(run=run.id, action="revert"))
     assert model_name(run.id) not in MODELS
-    assert finetune.act(idle, "", "", event(run=run.id, action="delete")) is None and idle.runs.list() == []
+    assert (
+        finetune.act(idle, LOCAL_ADMIN, "", "", event(run=run.id, action="delete")) is None and idle.runs.list() == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -404,17 +402,17 @@ def test_use_rename_revert_and_delete(idle: AppServices) -> None:
 def test_impossible_action_raises_a_message(idle: AppServices, data: dict[str, Any], message: str) -> None:
     run = finished_run(idle)
     with pytest.raises(gr.Error, match=message):
-        finetune.act(idle, "", "", event(**{"run": run.id, **data}))
+        finetune.act(idle, LOCAL_ADMIN, "", "", event(**{"run": run.id, **data}))
     assert [listed.id for listed in idle.runs.list()] == [run.id]
 
 
 def test_queued_run_is_cancelled_and_resumed(idle: AppServices) -> None:
     run = idle.runs.get(submit_form(idle))
     with pytest.raises(gr.Error, match="has not finished"):
-        finetune.act(idle, "", "", event(run=run.id, action="use"))
-    finetune.act(idle, "", "", event(run=run.id, action="cancel"))
+        finetune.act(idle, LOCAL_ADMIN, "", "", event(run=run.id, action="use"))
+    finetune.act(idle, LOCAL_ADMIN, "", "", event(run=run.id, action="cancel"))
     assert run.status().state == "cancelled"
-    finetune.act(idle, "", "", event(run=run.id, action="resume"))
+    finetune.act(idle, LOCAL_ADMIN, "", "", event(run=run.id, action="resume"))
     assert run.status().state == "queued" and not run.cancelled
 
 
@@ -422,39 +420,42 @@ def test_base_of_a_queued_run_is_not_deleted(idle: AppServices) -> None:
     earlier = finished_run(idle)
     waiting = submit_form(idle, base=model_name(earlier.id))
     with pytest.raises(gr.Error, match="An unfinished run starts from this one"):
-        finetune.act(idle, "", "", event(run=earlier.id, action="delete"))
-    finetune.act(idle, "", "", event(run=waiting, action="cancel"))
-    finetune.act(idle, "", "", event(run=earlier.id, action="delete"))
+        finetune.act(idle, LOCAL_ADMIN, "", "", event(run=earlier.id, action="delete"))
+    finetune.act(idle, LOCAL_ADMIN, "", "", event(run=waiting, action="cancel"))
+    finetune.act(idle, LOCAL_ADMIN, "", "", event(run=earlier.id, action="delete"))
     assert [run.id for run in idle.runs.list()] == [waiting]
 
 
 def test_download_is_a_zip_named_after_the_run(idle: AppServices) -> None:
     run = finished_run(idle, name="So/me <b>")
-    path = Path(finetune.download(idle, event(run=run.id)))
+    path = Path(finetune.download(idle, LOCAL_ADMIN, event(run=run.id)))
     assert path.suffix == ".zip" and path.name.startswith("So-me") and path.stat().st_size > 1000
 
 
 def test_push_without_a_run_or_a_repository_name_is_refused(idle: AppServices) -> None:
     with pytest.raises(gr.Error, match="no run to push"):
-        finetune.push(idle, None, "me/it", "hf_x", True)
+        finetune.push(idle, LOCAL_ADMIN, None, "me/it", "hf_x", True)
     finished_run(idle)
     with pytest.raises(gr.Error, match="owner/name"):
-        finetune.push(idle, None, "it", "hf_x", True)
+        finetune.push(idle, LOCAL_ADMIN, None, "it", "hf_x", True)
 
 
 # Named API endpoints
 
 
 def test_endpoints_start_cancel_use_and_revert_runs(idle: AppServices) -> None:
-    started = api_runs.retrain(idle, {"colour": 1}, "moondream-tiny", "bundled", 5, 3, "By program")
+    started = api_runs.retrain(idle, LOCAL_ADMIN, {"colour": 1}, "moondream-tiny", "bundled", 5, 3, "By program")
     expected = {"state": "queued", "position": 0, "steps": 5, "reward": {"colour": 1.0}}
     assert started | expected == started
-    assert api_runs.runs(idle)[0]["name"] == "By program"
-    assert api_runs.cancel_run(idle, started["run"])["state"] == "cancelled"
+    assert api_runs.runs(idle, LOCAL_ADMIN)[0]["name"] == "By program"
+    assert api_runs.cancel_run(idle, LOCAL_ADMIN, started["run"])["state"] == "cancelled"
     run = finished_run(idle)
-    assert api_runs.use_run(idle, run.id) == {"models": ["moondream-tiny", model_name(run.id)]}
-    assert api_runs.run_status(idle, run.id)["in_use"] and api_runs.run_status(idle, run.id)["result"]["wins"]
-    assert api_runs.revert(idle, run.id) == {"models": []}
+    assert api_runs.use_run(idle, LOCAL_ADMIN, run.id) == {"models": ["moondream-tiny", model_name(run.id)]}
+    assert (
+        api_runs.run_status(idle, LOCAL_ADMIN, run.id)["in_use"]
+        and api_runs.run_status(idle, LOCAL_ADMIN, run.id)["result"]["wins"]
+    )
+    assert api_runs.revert(idle, LOCAL_ADMIN, run.id) == {"models": []}
 
 
 @pytest.mark.parametrize(
@@ -479,7 +480,7 @@ def test_retrain_endpoint_refuses_invalid_arguments(idle: AppServices, changes: 
         "seed": 3,
     } | changes
     with pytest.raises(gr.Error):
-        api_runs.retrain(idle, *arguments.values())
+        api_runs.retrain(idle, LOCAL_ADMIN, *arguments.values())
     assert idle.runs.list() == []
 
 
@@ -487,7 +488,7 @@ def test_retrain_endpoint_refuses_invalid_arguments(idle: AppServices, changes: 
 @pytest.mark.parametrize("run", ["", "../../etc", HOSTILE, None])
 def test_endpoints_refuse_unknown_run_ids(idle: AppServices, handler: Any, run: Any) -> None:
     with pytest.raises(gr.Error, match="There is no run") as refused:
-        handler(idle, run)
+        handler(idle, LOCAL_ADMIN, run)
     assert "<img" not in refused.value.message
 
 
@@ -503,18 +504,30 @@ def test_hosted_run_trains_the_apis_base_within_a_budget_and_its_key_is_not_writ
     assert "md-secret" not in "".join(file.read_text() for file in run.folder.iterdir() if file.is_file())
 
 
-def test_hosted_run_needs_a_key_and_an_unspent_budget(idle: AppServices) -> None:
+def test_hosted_run_needs_a_key_and_a_budget_of_its_own(idle: AppServices) -> None:
     with pytest.raises(gr.Error, match="Enter your Moondream API key"):
         submit_form(idle, **HOSTED_FORM | {"moondream_key": " "})
     with pytest.raises(gr.Error, match="Fill in: budget"):
         submit_form(idle, **HOSTED_FORM, budget=None)
+
+
+def test_spent_budget_stops_hosted_runs_that_the_deployments_key_pays(
+    idle: AppServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOONDREAM_API_KEY", "md-deployment")
+    deployment_pays = HOSTED_FORM | {"moondream_key": ""}
+    paused = idle.runs.get(submit_form(idle, **deployment_pays))
+    paused.set_status(state="interrupted")
     branch = idle.meter.recorder.deployment.branch
     idle.budgets.set(Budget(branch, 0.01, stop=True))
     paid = UsageEvent(datetime.now(timezone.utc), "m", "query", branch=branch, cost=0.02, cost_basis="reported")
     insert_events(idle.usage.database, [paid])
     with pytest.raises(gr.Error, match="is spent"):
-        submit_form(idle, **HOSTED_FORM)
+        submit_form(idle, **deployment_pays, seed=2)
+    with pytest.raises(gr.Error, match="is spent"):
+        finetune.act(idle, LOCAL_ADMIN, "", "", event(run=paused.id, action="resume"))
     assert submit_form(idle), "a run that costs nothing is allowed"
+    assert idle.runs.get(submit_form(idle, **HOSTED_FORM, seed=3)).own_key, "an own key pays itself"
 
 
 def test_estimate_for_the_tuning_api_gives_the_maximum_cost(idle: AppServices) -> None:
