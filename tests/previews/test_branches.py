@@ -20,6 +20,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 APP = "moondream-playground"
+METRICS_TOKEN = "reads-usage-in-this-test"
+USAGE = f"METRICS_TOKEN={METRICS_TOKEN}"
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,8 @@ def call_model(url: str) -> None:
 
 def recorded_calls(url: str) -> set[tuple[str, str, str]]:
     """Return branch, commit and Space of the usage events of the last day."""
-    rows = csv.DictReader(httpx.get(f"{url}/v1/usage.csv").text.splitlines())
+    headers = {"Authorization": f"Bearer {METRICS_TOKEN}"}
+    rows = csv.DictReader(httpx.get(f"{url}/v1/usage.csv", headers=headers).text.splitlines())
     return {(row["branch"], row["commit"], row["space"]) for row in rows}
 
 
@@ -71,7 +74,7 @@ def test_deploy_promote_rollback_and_sweep_of_two_branches(repository: PreviewRe
     repository.git("checkout", "-q", "-b", "feature/A")
     first = repository.commit("a branch")
     result = repository.previews(
-        "deploy", "--branch", "feature/A", "--variable", "COLOUR=red", "--secret", "DATABASE_URL"
+        "deploy", "--branch", "feature/A", "--variable", "COLOUR=red", "--variable", USAGE, "--secret", "DATABASE_URL"
     )
     assert (result["path"], result["sha"], result["fallbacks"]) == ("build", first, [])
     a = result["url"]
@@ -94,7 +97,7 @@ def test_deploy_promote_rollback_and_sweep_of_two_branches(repository: PreviewRe
     # B is deployed; both respond, each with its own commit.
     repository.git("checkout", "-q", "-b", "b_ütf", "main")
     third = repository.edit("ui/playground/tab.py", BUTTON, '"Reward of B"')
-    b = repository.previews("deploy", "--branch", "b_ütf", "--secret", "DATABASE_URL")["url"]
+    b = repository.previews("deploy", "--branch", "b_ütf", "--variable", USAGE, "--secret", "DATABASE_URL")["url"]
     assert (revision(a), revision(b)) == (second, third)
     assert "Reward of A" in page(a) and "Reward of B" in page(b)
     listed = {row["branch"]: row["revision"] for row in repository.previews("list")}
