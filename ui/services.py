@@ -12,11 +12,14 @@ from access.control import AccessControl
 from rewards import EQUAL_WEIGHTS, REWARDS
 from storage.database import Database
 from storage.reward_functions import RewardFunctionStore
+from storage.state.bucket import StateBucket
+from training.data.uploads import TOTAL_QUOTA_BYTES
 from training.hosted.billing import BillingAccount
 from training.runs.adapters import AdapterRegistry
 from training.runs.queue import COMMAND, RunQueue
 from training.runs.run import Run, RunStore
 from ui.playground.compare import ComparisonMeter
+from ui.playground.limits import ComparisonLimiter
 from ui.playground.link import PlaygroundSettings
 from ui.playground.picker import model_picker
 from usage.analytics import UsageAnalytics
@@ -39,6 +42,9 @@ class AppServices:
         budgets: Monthly budgets per branch.
         meter: Records the usage events of model calls.
         access: Determines who sends a request.
+        comparisons: Limits the comparisons of each visitor.
+        upload_quota: Bytes of photos that all visitors together may upload for training runs.
+        state_bucket: Keeps the state in the data folder, if the deployment has a bucket.
     """
 
     store: RewardFunctionStore
@@ -49,6 +55,21 @@ class AppServices:
     budgets: Budgets
     meter: ComparisonMeter
     access: AccessControl = field(default_factory=AccessControl)
+    comparisons: ComparisonLimiter = field(default_factory=ComparisonLimiter)
+    upload_quota: int = TOTAL_QUOTA_BYTES
+    state_bucket: StateBucket | None = None
+
+    @property
+    def forgets(self) -> bool:
+        """Whether this is a Space whose state is lost with its disk at a restart."""
+        in_space, on_disk = self.access.mode == "space", self.usage.database.dialect == "sqlite"
+        return in_space and on_disk and self.state_bucket is None
+
+    def close(self) -> None:
+        """Write the usage events in memory to disk, and the state to its bucket. Call before the process ends."""
+        self.meter.recorder.close()
+        if self.state_bucket:
+            self.state_bucket.stop()
 
     @classmethod
     def build(
@@ -61,6 +82,7 @@ class AppServices:
         hardware: str | None = None,
         run_inline: Callable[[str], object] | None = None,
         access: AccessControl | None = None,
+        upload_quota: int = TOTAL_QUOTA_BYTES,
     ) -> AppServices:
         """Build the services: register the enabled adapters and resume unfinished runs.
 
@@ -73,6 +95,7 @@ class AppServices:
             hardware: Name of this machine in `prices`; None if unknown.
             run_inline: Function that does a run in this process instead of `command`; see `RunQueue`.
             access: Determines who sends a request. By default requests from this machine are the administrator's.
+            upload_quota: Bytes of photos that all visitors together may upload for training runs.
 
         Raises:
             StoreError: The database cannot be opened.
@@ -110,6 +133,7 @@ class AppServices:
             budgets,
             meter,
             access or AccessControl(),
+            upload_quota=upload_quota,
         )
 
 

@@ -3,63 +3,58 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
 from typing import Any
 
 import gradio as gr
 
-from inference.availability import unavailable
-from inference.registry import MODELS
+from access.roles import Visitor
 from inference.types import MAX_CANDIDATES, MAX_SEED, MAX_TEMPERATURE, SKILLS, Request, RequestError
 from recipes import Recipe, describe, parse
 from rewards import RewardFunction, RewardFunctionError, score_recipes
-from storage.reward_functions import RewardFunctionStore, StoreError
+from storage.reward_functions import StoreError
 from ui.api import runs as api_runs
 from ui.api import usage as api_usage
 from ui.messages import as_gradio_error, user_error
-from ui.playground import compare as comparisons
-from ui.playground.compare import ComparisonMeter
+from ui.permissions import visitor_of
+from ui.playground.limits import LimitError
+from ui.playground.models import visitor_models
 from ui.playground.photo import photo_input, read_photo
 from ui.playground.picker import check_models
 from ui.playground.report import candidate_json
+from ui.playground.saved_functions import SavedFunctions
 from ui.services import AppServices
 
 MAX_RECIPES = 64
 
 
-def compare(
-    photo: str | None,
-    models: Any,
-    skill: str,
-    prompt: str,
-    n: int,
-    temperature: float,
-    seed: int,
-    meter: ComparisonMeter | None = None,
+def run_comparison(
+    services: AppServices, visitor: Visitor, photo: str | None, names: Any, skill: str, prompt: str, **sampling: Any
 ) -> dict[str, Any]:
     """Run models on a photo.
 
     Args:
+        services: The application's services.
+        visitor: The caller.
         photo: Path of the photo.
-        models: List of model names.
+        names: List of model names.
         skill: Key of the skill in SKILLS.
         prompt: The prompt.
-        n: Number of candidates per model.
-        temperature: Sampling temperature.
-        seed: Seed of the first candidate.
-        meter: Records one usage event per model; None records none.
+        **sampling: Further fields of `Request`.
 
     Returns:
         Seconds, and per model its candidates (text, recipe, scores, seconds) and the error if it failed.
+
+    Raises:
+        gr.Error: An argument is invalid.
     """
-    names = check_models(models)
+    models = visitor_models(services.adapters, visitor)
+    names = check_models(names, models.specs)
     with as_gradio_error(RequestError, title="Invalid input"):
-        request = Request(read_photo(photo), skill, prompt, n=n, temperature=temperature, seed=seed)
-    cancel = threading.Event()
-    if meter:
-        *_, last = meter.compare(names, request, cancel, "api")
-    else:
-        *_, last = comparisons.compare(names, request, cancel)
+        request = Request(read_photo(photo), skill, prompt, **sampling)
+    snapshots = services.meter.compare(
+        names, request, threading.Event(), "api", visitor.hash, models.answer, payer=models.payer
+    )
+    *_, last = snapshots
     return {
         "seconds": round(last.seconds, 4),
         "models": [
@@ -103,27 +98,6 @@ def score(photo: str | None, recipes: Any) -> list[dict[str, Any]]:
     ]
 
 
-def models() -> list[dict[str, Any]]:
-    """List the models, with the reason why a model is unavailable or null."""
-    return [
-        {"name": spec.name, "title": spec.title, "note": spec.note, "unavailable": unavailable(spec)}
-        for spec in list(MODELS.values())
-    ]
-
-
-def reward_functions(store: RewardFunctionStore) -> dict[str, dict[str, float]]:
-    """Return the weights of every saved reward function by name."""
-    with as_gradio_error(StoreError, title="Reward functions"):
-        return {saved.name: dict(saved.function.weights) for saved in store.list()}
-
-
-def save_reward_function(store: RewardFunctionStore, name: str, weights: Any) -> dict[str, Any]:
-    """Save weights, such as {"sharpness": 0.3}, under a new name."""
-    with as_gradio_error(StoreError, RewardFunctionError, title="Reward functions"):
-        saved = store.save(name or "", RewardFunction.from_json(weights))
-    return {"name": saved.name, "weights": dict(saved.function.weights)}
-
-
 def build(services: AppServices) -> None:
     """Register the endpoints. Their inputs are invisible components, so that Gradio validates incoming files."""
     hidden: dict[str, Any] = {"visible": False}
@@ -139,11 +113,64 @@ def build(services: AppServices) -> None:
     ]
     answer, recipes, weights = (gr.JSON(label=label, **hidden) for label in ("answer", "recipes", "weights"))
     name = gr.Textbox(label="name", **hidden)
+
+    def compare(
+        photo: str | None,
+        models: Any,
+        skill: str,
+        prompt: str,
+        n: int,
+        temperature: float,
+        seed: int,
+        request: gr.Request,
+    ) -> dict[str, Any]:
+        """Run models on a photo.
+
+        Args:
+            photo: The photo.
+            models: List of model names.
+            skill: Name of the skill.
+            prompt: The prompt.
+            n: Number of candidates per model.
+            temperature: Sampling temperature.
+            seed: Seed of the first candidate.
+            request: The HTTP request.
+
+        Returns:
+            Seconds, and per model its candidates (text, recipe, scores, seconds) and the error if it failed.
+        """
+        visitor = visitor_of(services.access, request)
+        with as_gradio_error(LimitError, title="Too many comparisons"), services.comparisons.admit(visitor):
+            return run_comparison(
+                services, visitor, photo, models, skill, prompt, n=n, temperature=temperature, seed=seed
+            )
+
+    def models(request: gr.Request) -> list[dict[str, Any]]:
+        """List the models, with the reason why a model is unavailable or null."""
+        models = visitor_models(services.adapters, visitor_of(services.access, request))
+        return [
+            {"name": name, "title": spec.title, "note": spec.note, "unavailable": models.unavailable(name)}
+            for name, spec in models.specs.items()
+        ]
+
+    def reward_functions(request: gr.Request) -> dict[str, dict[str, float]]:
+        """Return the weights of every saved reward function by name."""
+        saved = SavedFunctions(services.store, visitor_of(services.access, request))
+        with as_gradio_error(StoreError, title="Reward functions"):
+            return saved.weights()
+
+    def save_reward_function(name: str, weights: Any, request: gr.Request) -> dict[str, Any]:
+        """Save weights, such as {"sharpness": 0.3}, under a new name."""
+        saved = SavedFunctions(services.store, visitor_of(services.access, request))
+        with as_gradio_error(StoreError, RewardFunctionError, title="Reward functions"):
+            function = RewardFunction.from_json(weights)
+            return {"name": saved.save(name or "", function), "weights": dict(function.weights)}
+
     on_call = gr.Button(**hidden).click
-    on_call(partial(compare, meter=services.meter), inputs, answer, api_name="compare", concurrency_limit=16)
+    on_call(compare, inputs, answer, api_name="compare", concurrency_limit=16)
     on_call(score, [photo, recipes], answer, api_name="score", concurrency_limit=2)
     on_call(models, None, answer, api_name="models", queue=False)
-    on_call(partial(reward_functions, services.store), None, answer, api_name="reward_functions")
-    on_call(partial(save_reward_function, services.store), [name, weights], answer, api_name="save_reward_function")
+    on_call(reward_functions, None, answer, api_name="reward_functions")
+    on_call(save_reward_function, [name, weights], answer, api_name="save_reward_function")
     api_runs.build(services)
     api_usage.build(services)

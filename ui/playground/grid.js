@@ -252,6 +252,28 @@ for (const [type, hovered] of [['pointerover', true], ['pointerout', false]])
       frame.classList.toggle('hovered', hovered);
   });
 
+// ── Queue ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+// Gradio writes the position of a waiting comparison over the grid, as "queue: 2/5". style.css hides that text.
+const block = element.closest('#candidates'), busy = find(element, 'grid-busy');
+let busyTimer = null;
+const queuePosition = () => {
+  const progress = block.querySelector('[data-testid="status-tracker"] .progress-text');
+  const match = progress && /queue: *(\d+)\//.exec(progress.textContent);
+  return match ? Number(match[1]) : 0;
+};
+
+/** Shows the position in the queue; not to those who wait for less than half a second. */
+function drawBusy() {
+  busyTimer = null;
+  const position = queuePosition(), ahead = position - 1;
+  const others = ahead === 1 ? '1 comparison waits' : ahead + ' comparisons wait';
+  setTextOrHide(busy, !position ? '' : 'Busy: position ' + position + ' in the queue. ' + (ahead ? others + ' before yours.' : 'Your comparison is next.'));
+}
+new MutationObserver(() => {
+  if (busyTimer === null && (queuePosition() || !busy.hidden)) busyTimer = setTimeout(drawBusy, 500);
+}).observe(block, {subtree: true, childList: true, characterData: true});
+
 document.addEventListener('playground-weights', event => { weights = event.detail; score(); });
 watch('value', draw);
 draw();

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from inference.registry import MODELS
 from inference.types import LENGTHS, MAX_CANDIDATES, MAX_PROMPT, MAX_SEED, MAX_TEMPERATURE, SKILLS, clean
 from rewards import EQUAL_WEIGHTS, REWARDS, RewardFunction, RewardFunctionError
 from ui.playground.picker import MAX_MODELS
@@ -43,15 +42,19 @@ class PlaygroundSettings:
     reward: RewardFunction = EQUAL_WEIGHTS
 
 
-def read_link(query: Mapping[str, str]) -> tuple[PlaygroundSettings, list[str]]:
+def read_link(query: Mapping[str, str], models: Collection[str]) -> tuple[PlaygroundSettings, list[str]]:
     """Parse and validate a query string.
+
+    Args:
+        query: The parameters.
+        models: Names of the models that the visitor may select.
 
     Returns:
         The settings, and one message per invalid parameter. Invalid parameters keep their default.
     """
     values: dict[str, object] = {}
     problems: list[str] = []
-    for name, parse in _PARSERS.items():
+    for name, parse in _parsers(models).items():
         text = query.get(name)
         if not text:
             continue
@@ -62,13 +65,16 @@ def read_link(query: Mapping[str, str]) -> tuple[PlaygroundSettings, list[str]]:
     return PlaygroundSettings(**values), problems  # type: ignore[arg-type]
 
 
-def _parse_models(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(text[:1000].split(",")))
-    if any(name not in MODELS for name in names):
-        raise ValueError("unknown model")
-    if len(names) > MAX_MODELS:
-        raise ValueError(f"at most {MAX_MODELS} models can be compared")
-    return names
+def _models_from(models: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(text[:1000].split(",")))
+        if any(name not in models for name in names):
+            raise ValueError("unknown model")
+        if len(names) > MAX_MODELS:
+            raise ValueError(f"at most {MAX_MODELS} models can be compared")
+        return names
+
+    return parse
 
 
 def _parse_prompt(text: str) -> str:
@@ -94,19 +100,22 @@ def _one_of(names: Mapping[str, object] | tuple[str, ...]) -> Callable[[str], st
     return parse
 
 
-_PARSERS: dict[str, Callable[[str], object]] = {
-    "photo": _one_of(SAMPLES),
-    "models": _parse_models,
-    "skill": _one_of(SKILLS),
-    "prompt": _parse_prompt,
-    "length": _one_of(LENGTHS),
-    "n": lambda text: int(_parse_number(text, 1, MAX_CANDIDATES)),
-    "temperature": lambda text: _parse_number(text, 0, MAX_TEMPERATURE),
-    "seed": lambda text: int(_parse_number(text, 0, MAX_SEED)),
-    "reward": RewardFunction.from_query,
-}
+def _parsers(models: Collection[str]) -> dict[str, Callable[[str], object]]:
+    """Return the parser of each parameter. Raised errors are ValueError or RewardFunctionError."""
+    return {
+        "photo": _one_of(SAMPLES),
+        "models": _models_from(models),
+        "skill": _one_of(SKILLS),
+        "prompt": _parse_prompt,
+        "length": _one_of(LENGTHS),
+        "n": lambda text: int(_parse_number(text, 1, MAX_CANDIDATES)),
+        "temperature": lambda text: _parse_number(text, 0, MAX_TEMPERATURE),
+        "seed": lambda text: int(_parse_number(text, 0, MAX_SEED)),
+        "reward": RewardFunction.from_query,
+    }
 
-LINK_FIELDS = tuple(name for name in _PARSERS if name != "reward")
+
+LINK_FIELDS = tuple(name for name in _parsers(()) if name != "reward")
 
 
 def link_js(copy: bool) -> str:

@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from access.permissions import AccessDenied
+from access.roles import Role, Visitor
 from rewards import REWARDS, RewardFunction, RewardFunctionError
-from storage.reward_functions import RewardFunctionStore, StoreError
+from storage.reward_functions import StoreError
 from ui.events import PRIVATE
 from ui.files import download_on, new_file, writing
 from ui.messages import as_gradio_error, show_info, show_warning, user_error
+from ui.permissions import visitor_of
+from ui.playground.saved_functions import SavedFunctions
+from ui.services import AppServices
 
 TITLE = "Reward functions"
+ERRORS = (AccessDenied, StoreError, RewardFunctionError)
+BROWSER_KEY = "playground-reward-functions"  # fixed and not secret: a guest's browser keeps nothing confidential
 MAX_FILE_BYTES = 10_000
 
 
-def saved_names(store: RewardFunctionStore) -> list[str]:
-    """Return the names of the saved reward functions; if the store cannot be read, show a warning and return none."""
+def choices(saved: SavedFunctions) -> list[tuple[str, str]]:
+    """Return label and name of each reward function that a visitor sees.
+
+    Shows a warning if the database, or a part of what the browser keeps, cannot be read, and leaves that out.
+    """
+    names = []
+    if saved.browser is not None and saved.browser.ignored:
+        show_warning("Some reward functions saved in this browser could not be read and are ignored.", TITLE)
     try:
-        return [saved.name for saved in store.list()]
+        names = [(name, name) for name in saved.own_names()]
+        return names + [(f"{name} · shared", name) for name in saved.shared_names()]
     except StoreError as error:
         show_warning(str(error), TITLE)
-        return []
+        return names
+
+
+def storage_note(visitor: Visitor, mode: str) -> str:
+    """Return where a visitor's reward functions are kept, as plain text."""
+    if visitor.role == Role.GUEST:
+        return "Saved in this browser." + (" Sign in to keep them in your account." if mode == "space" else "")
+    if visitor.id:
+        return "Saved in your account."
+    return "" if mode == "local" else "Saved in this deployment. Everyone can load them."
 
 
 def from_sliders(weights: tuple[float, ...]) -> RewardFunction:
@@ -39,36 +62,36 @@ def to_sliders(function: RewardFunction) -> list[float]:
     return [function.weights.get(name, 0.0) for name in REWARDS]
 
 
-def load(store: RewardFunctionStore, selected: str | None) -> list[Any]:
+def load(saved: SavedFunctions, selected: str | None) -> list[Any]:
     """Return the slider values and the name of a saved reward function."""
     if not selected:
         return [gr.skip()] * (len(REWARDS) + 1)
-    with as_gradio_error(StoreError, RewardFunctionError, title=TITLE):
-        return [*to_sliders(store.get(selected)), selected]
+    with as_gradio_error(*ERRORS, title=TITLE):
+        return [*to_sliders(saved.get(selected)), selected]
 
 
-def save(store: RewardFunctionStore, selected: str | None, name: str | None, *weights: float) -> dict[str, Any]:
+def save(saved: SavedFunctions, selected: str | None, name: str | None, *weights: float) -> dict[str, Any]:
     """Save the slider values under a name. Only the selected reward function is overwritten."""
     function = from_sliders(weights)
-    with as_gradio_error(StoreError, RewardFunctionError, title=TITLE):
-        saved = store.save(name or "", function, overwrite=bool(name) and name == selected)
-    show_info(f"Saved as “{saved.name}”.", TITLE)
-    return gr.update(choices=saved_names(store), value=saved.name)
+    with as_gradio_error(*ERRORS, title=TITLE):
+        new_name = saved.save(name or "", function, overwrite=bool(name) and name == selected)
+    show_info(f"Saved as “{new_name}”.", TITLE)
+    return gr.update(choices=choices(saved), value=new_name)
 
 
-def rename(store: RewardFunctionStore, selected: str | None, name: str | None) -> dict[str, Any]:
+def rename(saved: SavedFunctions, selected: str | None, name: str | None) -> dict[str, Any]:
     """Rename the selected reward function."""
-    with as_gradio_error(StoreError, RewardFunctionError, title=TITLE):
-        store.rename(_required(selected), name or "")
-    return gr.update(choices=saved_names(store), value=(name or "").strip())
+    with as_gradio_error(*ERRORS, title=TITLE):
+        new_name = saved.rename(_required(selected), name or "")
+    return gr.update(choices=choices(saved), value=new_name)
 
 
-def delete(store: RewardFunctionStore, selected: str | None) -> tuple[dict[str, Any], str]:
+def delete(saved: SavedFunctions, selected: str | None) -> tuple[dict[str, Any], str]:
     """Delete the selected reward function; the sliders keep their values."""
-    with as_gradio_error(StoreError, RewardFunctionError, title=TITLE):
-        store.delete(_required(selected))
+    with as_gradio_error(*ERRORS, title=TITLE):
+        saved.delete(_required(selected))
     show_info(f"“{selected}” was deleted.", TITLE)
-    return gr.update(choices=saved_names(store), value=None), ""
+    return gr.update(choices=choices(saved), value=None), ""
 
 
 def import_file(path: str | None) -> list[Any]:
@@ -95,17 +118,30 @@ def _required(selected: str | None) -> str:
     return selected
 
 
-def build(store: RewardFunctionStore, sliders: list[gr.Slider], download: gr.File) -> gr.Dropdown:
+@dataclass(frozen=True)
+class SavedComponents:
+    """Components that opening the page fills.
+
+    Attributes:
+        selected: The drop-down of saved reward functions.
+        browser: What a guest's browser keeps.
+        note: Where the reward functions are kept.
+    """
+
+    selected: gr.Dropdown
+    browser: gr.BrowserState
+    note: gr.HTML
+
+
+def build(services: AppServices, sliders: list[gr.Slider], download: gr.File) -> SavedComponents:
     """Build the accordion below the sliders.
 
     Args:
-        store: The saved reward functions.
+        services: The application's services.
         sliders: One slider per reward.
         download: Invisible component for downloads.
-
-    Returns:
-        The drop-down of saved reward functions.
     """
+    browser = gr.BrowserState(None, storage_key=BROWSER_KEY, secret=BROWSER_KEY)
     with gr.Accordion("Saved reward functions", open=False, elem_id="reward-functions"):
         with gr.Row():
             selected = gr.Dropdown([], value=None, label="Saved", elem_id="saved", min_width=180)
@@ -116,10 +152,37 @@ def build(store: RewardFunctionStore, sliders: list[gr.Slider], download: gr.Fil
             delete_button = gr.Button("Delete", size="sm", min_width=80)
             import_button = gr.UploadButton("Import file", size="sm", file_types=[".json"], min_width=80)
             export_button = gr.Button("Export file", size="sm", min_width=80)
-    selected.input(partial(load, store), selected, [*sliders, name], **PRIVATE)
-    save_button.click(partial(save, store), [selected, name, *sliders], selected, **PRIVATE)
-    rename_button.click(partial(rename, store), [selected, name], selected, **PRIVATE)
-    delete_button.click(partial(delete, store), selected, [selected, name], **PRIVATE)
+        note = gr.HTML("", elem_id="saved-note", apply_default_css=False)
+
+    def saved_of(request: gr.Request, content: Any) -> SavedFunctions:
+        return SavedFunctions(services.store, visitor_of(services.access, request), content)
+
+    def selection_changed(request: gr.Request, content: Any, selected: str | None) -> list[Any]:
+        return load(saved_of(request, content), selected)
+
+    def save_clicked(
+        request: gr.Request, content: Any, selected: str | None, name: str | None, *weights: float
+    ) -> tuple[Any, ...]:
+        saved = saved_of(request, content)
+        return save(saved, selected, name, *weights), browser_update(saved)
+
+    def rename_clicked(request: gr.Request, content: Any, selected: str | None, name: str | None) -> tuple[Any, ...]:
+        saved = saved_of(request, content)
+        return rename(saved, selected, name), browser_update(saved)
+
+    def delete_clicked(request: gr.Request, content: Any, selected: str | None) -> tuple[Any, ...]:
+        saved = saved_of(request, content)
+        return *delete(saved, selected), browser_update(saved)
+
+    selected.input(selection_changed, [browser, selected], [*sliders, name], **PRIVATE)
+    save_button.click(save_clicked, [browser, selected, name, *sliders], [selected, browser], **PRIVATE)
+    rename_button.click(rename_clicked, [browser, selected, name], [selected, browser], **PRIVATE)
+    delete_button.click(delete_clicked, [browser, selected], [selected, name, browser], **PRIVATE)
     import_button.upload(import_file, import_button, [*sliders, name], **PRIVATE)
     download_on(export_button.click, export_file, [name, *sliders], download)
-    return selected
+    return SavedComponents(selected, browser, note)
+
+
+def browser_update(saved: SavedFunctions) -> Any:
+    """Return what a guest's browser is to keep; the browsers of other visitors keep nothing new."""
+    return saved.browser.content if saved.browser is not None else gr.skip()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import threading
 from collections.abc import Iterator, Mapping
@@ -14,17 +13,14 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-from pydantic import SecretStr
 
-from inference.metering import AnswerFunction
-from inference.registry import MODELS, answer
+from access.roles import Visitor
 from inference.types import (
     LENGTHS,
     MAX_CANDIDATES,
     MAX_SEED,
     MAX_TEMPERATURE,
     SKILLS,
-    AnswerEvent,
     Request,
     RequestError,
 )
@@ -34,17 +30,23 @@ from ui.api import compare as api
 from ui.events import PRIVATE, UNQUEUED
 from ui.files import download_on, new_file, writing
 from ui.messages import as_gradio_error, show_warning, user_error
+from ui.permissions import visitor_of
 from ui.playground import reward_functions
 from ui.playground.compare import PICTURE_QUALITY, Candidate, Comparison, ComparisonMeter, compare
 from ui.playground.grid import candidate_grid, grid_snapshot
+from ui.playground.limits import LimitError
 from ui.playground.link import LINK_FIELDS, PlaygroundSettings, link_js, read_link
+from ui.playground.models import VisitorModels, parse_key, visitor_models
 from ui.playground.photo import photo_input, read_photo
 from ui.playground.picker import check_models, choices
 from ui.playground.report import report
 from ui.playground.samples import SAMPLES, sample_gallery
+from ui.playground.saved_functions import SavedFunctions
 from ui.services import AppServices, SharedComponents
 
 TAB = "Playground"
+NO_COMPARISON = "There is no comparison in this page. Run one first."
+MAX_COMPARISONS = 32  # running at the same time on this deployment; Gradio queues the others
 BROWSER_FORMATS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif")  # that browsers can display
 
 
@@ -70,22 +72,30 @@ class Session:
 # ── Handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def open_page(services: AppServices, request: gr.Request) -> dict[str, Any]:
-    """Return the values that the page's URL requests, by input name.
+def open_page(services: AppServices, visitor: Visitor, query: Mapping[str, str], browser: Any) -> dict[str, Any]:
+    """Return the values of the page's components, by input name: those that its URL requests, and the visitor's own.
 
     Invalid parameters keep their default and are listed in a warning. If the URL names no models, the newest enabled
-    tuned model is selected beside its base model.
+    tuned model that the visitor sees is selected beside its base model.
+
+    Args:
+        services: The application's services.
+        visitor: The visitor.
+        query: The URL's parameters.
+        browser: The reward functions that a guest's browser keeps.
     """
-    settings, problems = read_link(dict(request.query_params))
-    tuned = services.adapters.newest_with_base()
-    if tuned and not request.query_params.get("models"):
+    models = visitor_models(services.adapters, visitor)
+    saved = SavedFunctions(services.store, visitor, browser)
+    settings, problems = read_link(query, models.specs)
+    tuned = services.adapters.newest_with_base(visitor.id)
+    if tuned and not query.get("models"):
         settings = replace(settings, models=tuple(tuned))
     if problems:
         show_warning(f"Some parameters of this link are invalid and were ignored: {'; '.join(problems)}.", "Link")
     prompt, length, reasoning = skill_changed(settings.skill, settings.prompt)
     length["value"] = settings.length
     return {
-        "models": gr.HTML(value=list(settings.models), choices=choices()),
+        "models": gr.HTML(value=list(settings.models), choices=choices(models)),
         "skill": settings.skill,
         "prompt": prompt,
         "length": length,
@@ -95,7 +105,8 @@ def open_page(services: AppServices, request: gr.Request) -> dict[str, Any]:
         "photo": settings.photo,
         "reasoning": reasoning,
         "sliders": reward_functions.to_sliders(settings.reward),
-        "saved": gr.update(choices=reward_functions.saved_names(services.store)),
+        "saved": gr.update(choices=reward_functions.choices(saved)),
+        "saved_note": reward_functions.storage_note(visitor, services.access.mode),
     }
 
 
@@ -147,14 +158,15 @@ def photo_changed(path: str | None) -> tuple[str | None, str]:
 
 
 def run(
-    inputs: Mapping[str, Any], meter: ComparisonMeter | None = None, session_id: str = ""
+    inputs: Mapping[str, Any], models: VisitorModels, meter: ComparisonMeter | None = None, visitor: str = ""
 ) -> Iterator[tuple[dict[str, Any], Session, Any, Any]]:
     """Run the selected models on the photo.
 
     Args:
         inputs: Values of the inputs, by name; see `_draw_inputs`.
+        models: The models that the visitor may use.
         meter: Records one usage event per model; None records none.
-        session_id: Random name of the browser session, for the usage events.
+        visitor: Hash of the visitor, for the usage events.
 
     Yields:
         Updates of the grid, the session state and the buttons Run and Cancel.
@@ -162,10 +174,9 @@ def run(
     Raises:
         gr.Error: An input is invalid.
     """
-    names = check_models(inputs["models"])
+    names = check_models(inputs["models"], models.specs)
     photo = read_photo(inputs["upload"])
     request = build_request(photo, inputs)
-    answer_model = answer_with_key(parse_key(inputs["key"]))
     settings = PlaygroundSettings(
         photo=inputs["photo"] if inputs["photo"] in SAMPLES else "",
         models=tuple(names),
@@ -185,9 +196,11 @@ def run(
         secrets.token_hex(8), threading.Event(), str(inputs["upload"]), settings, Comparison(request.skill)
     )
     if meter:
-        snapshots = meter.compare(names, request, session.cancel, "playground", session_id, answer_model)
+        snapshots = meter.compare(
+            names, request, session.cancel, "playground", visitor, models.answer, payer=models.payer
+        )
     else:
-        snapshots = compare(names, request, session.cancel, answer_model)
+        snapshots = compare(names, request, session.cancel, models.answer)
     with closing(snapshots):
         for comparison in snapshots:
             session = replace(session, comparison=comparison.without_pictures())
@@ -211,41 +224,19 @@ def build_request(photo: np.ndarray | None, inputs: Mapping[str, Any]) -> Reques
         )
 
 
-def parse_key(text: str | None) -> SecretStr | None:
-    """Validate the user's Moondream API key. Raises gr.Error, whose message does not contain the key."""
-    text = (text or "").strip()
-    if not text:
-        return None
-    if not re.fullmatch(r"[!-~]{1,500}", text):
-        raise user_error("The key contains invalid characters. Copy it again.", "Moondream API key")
-    return SecretStr(text)
-
-
-def answer_with_key(key: SecretStr | None) -> AnswerFunction:
-    """Return `inference.registry.answer` with the user's key for the models that need one."""
-
-    def answer_model(name: str, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
-        spec = MODELS.get(name)
-        return answer(spec.with_key(key) if spec else name, request, cancel)
-
-    return answer_model
-
-
-def key_changed(text: str | None) -> dict[str, Any]:
-    """Update the model picker: with a key, more models are available."""
-    return gr.HTML(choices=choices(key=parse_key(text)))  # type: ignore[return-value]
-
-
 def cancel(session: Session | None) -> None:
-    """Cancel the session's comparison; its models stop at their next token."""
-    if session:
-        session.cancel.set()
+    """Cancel the session's comparison; its models stop at their next token. Raises gr.Error if it has none."""
+    if session is None:
+        raise user_error(NO_COMPARISON, "Cancel")
+    session.cancel.set()
 
 
 def render_full_size(session: Session | None, event: gr.EventData) -> str:
     """Render a candidate's picture in full size, with the recipe in the file's metadata, and return its path."""
+    if session is None:
+        raise user_error(NO_COMPARISON, "Download")
     candidate = _find_candidate(session, event._data)
-    if session is None or candidate is None or candidate.recipe is None:
+    if candidate is None or candidate.recipe is None:
         raise user_error("The candidate is no longer available. Run again.", "Download")
     picture = render(read_photo(session.photo), candidate.recipe)
     with writing():
@@ -257,7 +248,7 @@ def render_full_size(session: Session | None, event: gr.EventData) -> str:
 def write_report(session: Session | None, *weights: float) -> str:
     """Write settings, answers, scores and totals of the displayed comparison to a JSON file and return its path."""
     if session is None:
-        raise user_error("There is no comparison yet. Run one first.", "Report")
+        raise user_error(NO_COMPARISON, "Report")
     reward = RewardFunction(dict(zip(REWARDS, weights, strict=True))) if any(weights) else None
     content = json.dumps(report(session.settings, session.comparison, reward), indent=2)
     with writing():
@@ -266,8 +257,8 @@ def write_report(session: Session | None, *weights: float) -> str:
     return str(path)
 
 
-def _find_candidate(session: Session | None, key: Any) -> Candidate | None:
-    if session is None or not isinstance(key, dict):
+def _find_candidate(session: Session, key: Any) -> Candidate | None:
+    if not isinstance(key, dict):
         return None
     for column in session.comparison.columns:
         for candidate in column.candidates:
@@ -313,7 +304,7 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
             with gr.Row(elem_id="weights"):
                 for slider in sliders:
                     slider.render()
-            saved = reward_functions.build(services.store, sliders, download)
+            saved = reward_functions.build(services, sliders, download)
             grid = candidate_grid()
             with gr.Row(elem_id="result-actions"):
                 fine_tune = gr.Button(
@@ -326,12 +317,15 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     # Opening the page. Queued, because only queued events can show a warning.
     outputs = {name: component for name, component in inputs.items() if name not in ("upload", "key")}
 
-    def page_opened(request: gr.Request) -> dict[Any, Any]:
-        values = open_page(services, request)
+    def page_opened(request: gr.Request, browser: Any) -> dict[Any, Any]:
+        values = open_page(services, visitor_of(services.access, request), dict(request.query_params), browser)
         updates = {outputs[name]: values[name] for name in outputs}
-        return updates | dict(zip(sliders, values["sliders"], strict=True)) | {saved: values["saved"]}
+        updates |= dict(zip(sliders, values["sliders"], strict=True))
+        return updates | {saved.selected: values["saved"], saved.note: values["saved_note"]}
 
-    opened = gr.on(None, page_opened, None, [*outputs.values(), *sliders, saved], **PRIVATE)
+    opened = gr.on(
+        None, page_opened, saved.browser, [*outputs.values(), *sliders, saved.selected, saved.note], **PRIVATE
+    )
     opened.then(None, None, None, js=OPENED_JS, **PRIVATE)
 
     # Inputs
@@ -345,19 +339,27 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
         **UNQUEUED,
     )
     skill.change(None, skill, None, js=SKILL_JS, **PRIVATE)
-    gr.on([key.blur, key.submit], key_changed, key, inputs["models"], **UNQUEUED)
 
-    # Running
+    def key_entered(text: str | None, request: gr.Request) -> dict[str, Any]:
+        models = visitor_models(services.adapters, visitor_of(services.access, request), parse_key(text))
+        return gr.HTML(choices=choices(models))  # type: ignore[return-value]
+
+    gr.on([key.blur, key.submit], key_entered, key, inputs["models"], **UNQUEUED)
+
+    # Running. The progress on the grid contains the position in the queue, which grid.js displays.
     def run_clicked(values: dict[Any, Any], request: gr.Request) -> Iterator[Any]:
         named = {name: values[component] for name, component in inputs.items()}
-        yield from run(named, services.meter, request.session_hash or "")
+        visitor = visitor_of(services.access, request)
+        with as_gradio_error(LimitError, title="Too many comparisons"), services.comparisons.admit(visitor):
+            models = visitor_models(services.adapters, visitor, parse_key(named["key"]))
+            yield from run(named, models, services.meter, visitor.hash)
 
     run_button.click(
         run_clicked,
         set(inputs.values()),
         [grid, session, run_button, cancel_button],
-        concurrency_limit=32,
-        **PRIVATE,
+        concurrency_limit=MAX_COMPARISONS,
+        **PRIVATE | {"show_progress": "minimal", "show_progress_on": grid},
     )
     cancel_button.click(cancel, session, None, **UNQUEUED)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from access.roles import LOCAL_ADMIN, Role
 from inference.availability import unavailable
 from inference.registry import MODELS
 from inference.types import SKILLS, Request
@@ -23,16 +24,25 @@ from ui.playground import tab as playground
 from ui.playground.compare import Comparison, compare
 from ui.playground.grid import GRID_HTML, grid_snapshot
 from ui.playground.link import PlaygroundSettings
+from ui.playground.models import VisitorModels
 from ui.playground.picker import check_models, choices
 from ui.playground.report import report
+from ui.playground.saved_functions import SavedFunctions
 
 HERE = Path(playground.__file__).parent
 HOSTILE = '<img src=x onerror="alert(1)">'
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> RewardFunctionStore:
-    return RewardFunctionStore(f"sqlite:///{tmp_path / 'store.sqlite3'}")
+def saved(tmp_path: Path) -> SavedFunctions:
+    """Return the reward functions of the administrator on localhost."""
+    return SavedFunctions(RewardFunctionStore(f"sqlite:///{tmp_path / 'store.sqlite3'}"), LOCAL_ADMIN)
+
+
+@pytest.fixture
+def models(fake_models: None) -> VisitorModels:
+    """Return the models as the administrator may use them."""
+    return VisitorModels(dict(MODELS), Role.ADMIN, "deployment")
 
 
 @pytest.fixture
@@ -69,9 +79,8 @@ def test_grid_template_is_read_unchanged() -> None:
     assert (HERE / "grid.html").read_text() == GRID_HTML
 
 
-@pytest.mark.usefixtures("fake_models")
-def test_picker_lists_every_model_and_why_it_is_unavailable() -> None:
-    offered = {choice["name"]: choice for choice in choices()}
+def test_picker_lists_every_model_and_why_it_is_unavailable(models: VisitorModels) -> None:
+    offered = {choice["name"]: choice for choice in choices(models)}
     assert list(offered) == list(MODELS)
     assert offered["one"]["reason"] == ""
     assert all(choice["reason"] == (unavailable(MODELS[name]) or "") for name, choice in offered.items())
@@ -80,13 +89,13 @@ def test_picker_lists_every_model_and_why_it_is_unavailable() -> None:
 @pytest.mark.parametrize("names", [None, [], "one", [1], ["gpt"], [HOSTILE], ["moondream-tiny"] * 0, list("abcde")])
 def test_invalid_model_selection_raises_an_escaped_message(names: object) -> None:
     with pytest.raises(gr.Error) as raised:
-        check_models(names)
+        check_models(names, MODELS)
     assert "<" not in raised.value.message
 
 
 @pytest.mark.usefixtures("fake_models")
 def test_selected_models_are_deduplicated_and_ordered() -> None:
-    assert check_models(["two", "one", "two"]) == ["one", "two"]
+    assert check_models(["two", "one", "two"], MODELS) == ["one", "two"]
 
 
 @pytest.mark.parametrize("skill", SKILLS)
@@ -139,8 +148,6 @@ def test_download_has_the_candidates_recipe(session: playground.Session) -> None
     for invalid in ({"model": "two", "index": 1}, {"model": "one", "index": 7}, None, {}):
         with pytest.raises(gr.Error):
             playground.render_full_size(session, ClickEvent(invalid))
-    with pytest.raises(gr.Error):
-        playground.render_full_size(None, ClickEvent({"model": "one", "index": 1}))
 
 
 def test_unwritable_download_raises_a_message(
@@ -169,8 +176,6 @@ def test_report_has_settings_answers_and_totals(session: playground.Session) -> 
 def test_report_with_all_sliders_at_zero_has_no_totals(session: playground.Session) -> None:
     result = json.loads(Path(playground.write_report(session, *[0.0] * len(REWARDS))).read_text())
     assert result["reward"] is None and result["models"][0]["mean_total"] is None
-    with pytest.raises(gr.Error):
-        playground.write_report(None, *[1.0] * len(REWARDS))
 
 
 def test_grid_snapshot_is_plain_json(session: playground.Session) -> None:
@@ -179,9 +184,9 @@ def test_grid_snapshot_is_plain_json(session: playground.Session) -> None:
     assert snapshot["rewards"] == list(REWARDS)
 
 
-def test_closing_the_page_stops_its_run(session: playground.Session) -> None:
+def test_closing_the_page_stops_its_run(session: playground.Session, models: VisitorModels) -> None:
     """Gradio closes the generator when the page is closed or reloaded."""
-    run = playground.run(inputs(upload=session.photo, models=["slow"], n=2))
+    run = playground.run(inputs(upload=session.photo, models=["slow"], n=2), models)
     _, started, *_ = next(run)
     assert not started.cancel.is_set()
     run.close()  # type: ignore[attr-defined]
@@ -189,9 +194,20 @@ def test_closing_the_page_stops_its_run(session: playground.Session) -> None:
 
 
 def test_cancel_sets_the_event_of_the_session(session: playground.Session) -> None:
-    playground.cancel(None)
     playground.cancel(session)
     assert session.cancel.is_set()
+
+
+def test_session_without_a_comparison_is_refused() -> None:
+    """A request with another visitor's session hash arrives without that visitor's session."""
+    for attempt in (
+        lambda: playground.cancel(None),
+        lambda: playground.render_full_size(None, ClickEvent({"model": "one", "index": 1})),
+        lambda: playground.write_report(None, *[1.0] * len(REWARDS)),
+    ):
+        with pytest.raises(gr.Error, match="no comparison in this page. Run one first") as raised:
+            attempt()
+        assert raised.value.title in ("Cancel", "Download", "Report")
 
 
 def test_comparison_without_columns_is_an_empty_grid() -> None:
@@ -210,36 +226,36 @@ def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return shown
 
 
-def test_reward_function_is_saved_loaded_renamed_and_deleted(store: RewardFunctionStore, messages: list[str]) -> None:
+def test_reward_function_is_saved_loaded_renamed_and_deleted(saved: SavedFunctions, messages: list[str]) -> None:
     weights = (0.25, 0.0, 1.0)
-    assert reward_functions.save(store, None, " mine ", *weights)["value"] == "mine"
-    assert reward_functions.load(store, "mine") == [*weights, "mine"]
+    assert reward_functions.save(saved, None, " mine ", *weights)["value"] == "mine"
+    assert reward_functions.load(saved, "mine") == [*weights, "mine"]
     with pytest.raises(gr.Error, match="already"):
-        reward_functions.save(store, None, "Mine", 1.0, 1.0, 1.0)
-    reward_functions.save(store, "mine", "mine", 1.0, 1.0, 1.0)
-    assert reward_functions.load(store, "mine")[:3] == [1.0, 1.0, 1.0]
-    assert reward_functions.rename(store, "mine", "ours")["choices"] == ["ours"]
-    assert reward_functions.delete(store, "ours")[0]["choices"] == []
-    for action in (lambda: reward_functions.load(store, "ours"), lambda: reward_functions.delete(store, "ours")):
+        reward_functions.save(saved, None, "Mine", 1.0, 1.0, 1.0)
+    reward_functions.save(saved, "mine", "mine", 1.0, 1.0, 1.0)
+    assert reward_functions.load(saved, "mine")[:3] == [1.0, 1.0, 1.0]
+    assert reward_functions.rename(saved, "mine", "ours")["choices"] == [("ours", "ours")]
+    assert reward_functions.delete(saved, "ours")[0]["choices"] == []
+    for action in (lambda: reward_functions.load(saved, "ours"), lambda: reward_functions.delete(saved, "ours")):
         with pytest.raises(gr.Error, match="no reward function"):
             action()
 
 
 @pytest.mark.parametrize("name", ["", None, "x" * 200, "a\x00b"])
-def test_invalid_name_is_refused(store: RewardFunctionStore, name: str | None) -> None:
+def test_invalid_name_is_refused(saved: SavedFunctions, name: str | None) -> None:
     with pytest.raises(gr.Error, match=r"[Nn]ame"):
-        reward_functions.save(store, None, name, 1.0, 1.0, 1.0)
+        reward_functions.save(saved, None, name, 1.0, 1.0, 1.0)
 
 
-def test_store_messages_are_escaped(store: RewardFunctionStore) -> None:
+def test_store_messages_are_escaped(saved: SavedFunctions) -> None:
     with pytest.raises(gr.Error) as raised:
-        reward_functions.load(store, HOSTILE)
+        reward_functions.load(saved, HOSTILE)
     assert "&lt;img" in raised.value.message and "<img" not in raised.value.message
 
 
-def test_sliders_at_zero_cannot_be_saved_or_exported(store: RewardFunctionStore) -> None:
+def test_sliders_at_zero_cannot_be_saved_or_exported(saved: SavedFunctions) -> None:
     for attempt in (
-        lambda: reward_functions.save(store, None, "x", 0, 0, 0),
+        lambda: reward_functions.save(saved, None, "x", 0, 0, 0),
         lambda: reward_functions.export_file("x", 0, 0, 0),
     ):
         with pytest.raises(gr.Error, match="zero"):
@@ -248,8 +264,8 @@ def test_sliders_at_zero_cannot_be_saved_or_exported(store: RewardFunctionStore)
 
 def test_damaged_store_shows_a_warning_and_no_names(tmp_path: Path, messages: list[str]) -> None:
     (tmp_path / "bad.sqlite3").write_bytes(b"no database" * 100)
-    damaged = RewardFunctionStore(f"sqlite:///{tmp_path / 'bad.sqlite3'}")
-    assert reward_functions.saved_names(damaged) == []
+    damaged = SavedFunctions(RewardFunctionStore(f"sqlite:///{tmp_path / 'bad.sqlite3'}"), LOCAL_ADMIN)
+    assert reward_functions.choices(damaged) == []
     assert "damaged" in messages[0]
     with pytest.raises(gr.Error, match="damaged"):
         reward_functions.save(damaged, None, "x", 1.0, 1.0, 1.0)

@@ -16,7 +16,7 @@ from ui.playground.samples import SAMPLES
 
 
 def test_empty_query_gives_the_defaults() -> None:
-    assert read_link({}) == (PlaygroundSettings(), [])
+    assert read_link({}, MODELS) == (PlaygroundSettings(), [])
     assert set(PlaygroundSettings().models) <= set(MODELS)
 
 
@@ -25,7 +25,7 @@ def test_query_can_contain_every_setting() -> None:
         "photo": next(iter(SAMPLES)), "models": "moondream2,moondream-tiny", "skill": "detect", "prompt": "a cup",
         "length": "short", "n": "8", "temperature": "0.5", "seed": "99", "reward": "sharpness:0.3,creativity:0.7",
     }  # fmt: skip
-    settings, problems = read_link(query)
+    settings, problems = read_link(query, MODELS)
     assert problems == []
     assert settings == PlaygroundSettings(
         query["photo"], ("moondream2", "moondream-tiny"), "detect", "a cup", "short", 8, 0.5, 99,
@@ -44,19 +44,19 @@ def test_query_can_contain_every_setting() -> None:
     ],
 )  # fmt: skip
 def test_invalid_parameter_is_named_and_keeps_its_default(name: str, value: str) -> None:
-    settings, problems = read_link({name: value, "prompt": "kept"})
+    settings, problems = read_link({name: value, "prompt": "kept"}, MODELS)
     assert settings == PlaygroundSettings(prompt="kept")
     assert len(problems) == 1 and problems[0].startswith(f"{name}: ")
 
 
 def test_long_prompt_is_truncated_without_control_characters() -> None:
-    settings, _ = read_link({"prompt": "a\x00b\u202e" + "c" * 100_000})
+    settings, _ = read_link({"prompt": "a\x00b\u202e" + "c" * 100_000}, MODELS)
     assert settings.prompt == "ab" + "c" * (MAX_PROMPT - 2)
 
 
 @given(st.dictionaries(st.sampled_from([*LINK_FIELDS, "reward", "other"]), st.text(max_size=300)))
 def test_no_query_raises(query: dict[str, str]) -> None:
-    settings, problems = read_link(query)
+    settings, problems = read_link(query, MODELS)
     assert (
         settings.skill in SKILLS
         and settings.length in LENGTHS
