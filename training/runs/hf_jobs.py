@@ -14,6 +14,8 @@ import errno
 import json
 import os
 import shutil
+import socket
+import ssl
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -23,7 +25,13 @@ from typing import Any
 
 import httpx2
 from huggingface_hub import HfApi, Volume, get_token
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    FileMetadataError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from recipes import Recipe, save_picture
 from storage.files import write_atomically
@@ -52,6 +60,15 @@ OUTPUT_FILES = (
     "probe.png",
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
+)
+_NETWORK_ERRORS = (
+    httpx2.HTTPError,
+    ConnectionError,
+    TimeoutError,
+    socket.gaierror,
+    ssl.SSLError,
+    FileMetadataError,
+    LocalEntryNotFoundError,
 )
 _HTTP_ERRORS = {
     401: "Hugging Face does not recognize this token. Create a new one with write access and permission to run Jobs.",
@@ -287,15 +304,21 @@ def _download_outputs(run: Run, job: JobInfo, api: HfApi) -> None:
 
 @contextlib.contextmanager
 def _hub_errors() -> Iterator[None]:
-    """Convert errors of the Hub to RunError with a remedy and without the token."""
+    """Convert errors of the Hub, of the network and of local files to RunError with a remedy and without the token."""
     try:
         yield
     except HfHubHTTPError as error:
         code = error.response.status_code
         message = _HTTP_ERRORS.get(code, f"The Hub returned an error ({code}). Resume the run later.")
         raise RunError(message) from None
-    except (httpx2.HTTPError, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
+    except (*_NETWORK_ERRORS, json.JSONDecodeError, HFValidationError) as error:
         kind = type(error).__name__
         raise RunError(f"The Hub could not be reached ({kind}). The job continues; resume the run to see it.") from None
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise  # the caller explains a full disk
+        file = f" {Path(str(error.filename)).name!r}" if error.filename else ""
+        raise RunError(
+            f"A local file{file} cannot be read or written ({error.strerror or type(error).__name__}). Check the "
+            "photos and this machine's disk, and resume the run."
+        ) from None

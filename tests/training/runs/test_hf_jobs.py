@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -133,6 +135,44 @@ def test_unreachable_hub_fails_the_run(run: Run, hub: HubServer, monkeypatch: py
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(RunError, match="could not be reached"):
         follow(run)
+
+
+def test_missing_local_photos_are_reported_as_what_they_are(hub: HubServer, tmp_path: Path) -> None:
+    run = RunStore(tmp_path / "runs").create(make_config(backend="jobs", photos=str(tmp_path / "gone.zip")))
+    with pytest.raises(RunError, match=r"gone\.zip.*No such file") as error:
+        follow(run)
+    assert "Hub" not in str(error.value) and str(tmp_path) not in str(error.value)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_local_disk_error_is_reported_as_what_it_is(
+    hub: HubServer, run: Run, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fail(path: Path, content: str) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(hf_jobs, "write_atomically", fail)
+    with pytest.raises((RunError, OSError)) as error:
+        follow(run)
+    assert os.strerror(code) in str(error.value) and "Hub" not in str(error.value)
+    assert isinstance(error.value, OSError) == (code == errno.ENOSPC), "the caller explains a full disk"
+
+
+def test_internal_error_is_not_reported_as_an_unreachable_hub(
+    hub: HubServer, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(hf_jobs, "_write_inputs", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        follow(run)
+
+
+def test_dropped_connection_is_an_unreachable_hub() -> None:
+    for error in (ConnectionResetError(104, "Connection reset by peer"), TimeoutError("timed out"), ssl.SSLError()):
+        with pytest.raises(RunError, match="could not be reached"), hf_jobs._hub_errors():
+            raise error
 
 
 def test_cancelled_job_is_ended_if_it_does_not_stop(hub: HubServer, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
