@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -38,6 +38,7 @@ INFERENCE_STATUS = {
     "too_long": 400,
     "budget": 402,
 }
+UNEXPECTED_ERROR = "The request failed unexpectedly. Try again; the server's log has the details."
 
 
 class ErrorBody(BaseModel):
@@ -66,6 +67,11 @@ def from_inference_error(error: InferenceError) -> ApiError:
     return ApiError(INFERENCE_STATUS.get(error.kind, 500), error.message)
 
 
+def error_type(error: HTTPException) -> str:
+    """Return the `ErrorBody.type` of an error."""
+    return ERROR_TYPES.get(error.status_code, "failed")
+
+
 def error_body(status: int, message: str, request_id: str) -> dict[str, Any]:
     """Return an `ErrorResponse` as JSON."""
     error_type = ERROR_TYPES.get(status, "failed")
@@ -87,8 +93,16 @@ def add_exception_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def handle_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        problems = "; ".join(_describe(problem) for problem in error.errors()[:5])
-        return error_response(ApiError(400, f"{problems}."), request.state.request_id)
+        return error_response(ApiError(400, describe_problems(error.errors())), request.state.request_id)
+
+    @api.exception_handler(Exception)
+    async def handle_bug(request: Request, _: Exception) -> JSONResponse:
+        return error_response(ApiError(500, UNEXPECTED_ERROR), request.state.request_id)
+
+
+def describe_problems(problems: Sequence[Mapping[str, Any]]) -> str:
+    """Describe the first validation errors of pydantic in one sentence."""
+    return "; ".join(_describe(problem) for problem in problems[:5]) + "."
 
 
 def _describe(problem: Mapping[str, Any]) -> str:

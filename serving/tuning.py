@@ -5,28 +5,41 @@ It serves Moondream's SDK and this application's own hosted runs. Supported skil
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import cached_property, partial
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 import fastapi
-from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from pydantic import BaseModel, Field, ValidationError
 
+from inference.metering import UsageMeter
 from inference.types import MAX_OBJECTS, MAX_TEMPERATURE, Box, ModelSpec, Point, clean
-from serving.errors import ApiError
+from serving.disconnect import cancel_on_disconnect
+from serving.errors import ApiError, error_type
+from serving.json_body import JsonRoute
+from serving.request_slots import RequestSlots
 from serving.schemas import Text, decode_photo
 from training.hosted.client import MAX_ROLLOUTS
+from usage.events import Basis, UsageEvent
 
 if TYPE_CHECKING:
     from training.server import trainer
     from training.server.finetunes import Finetune, FinetuneStore
 
+BASE_MODEL = "moondream-tiny"
+SOURCE = "v1-tuning"  # of the usage events
+FINETUNE_ID = re.compile(r"[0-9a-f]{26}")
 MAX_GROUPS = 64
+POLL_SECONDS = 0.1  # poll interval for cancellation
 MAX_REQUESTS = 8  # running and waiting; further requests are rejected
 MAX_PAGE_SIZE = 100
 DEFAULT_LEARNING_RATE = 2e-4  # as on Moondream's server
@@ -105,8 +118,8 @@ class Rollout(BaseModel):
 
     skill: str | None = None
     finish_reason: Literal["stop", "length"] = "stop"
-    answer_tokens: Annotated[list[TokenId], Field(max_length=2048)]
-    coords: Annotated[list[TokenId], Field(max_length=2 * MAX_OBJECTS)] = []
+    answer_tokens: Annotated[list[TokenId], Field(max_length=2048, fail_fast=True)]
+    coords: Annotated[list[TokenId], Field(max_length=2 * MAX_OBJECTS, fail_fast=True)] = []
     sizes: Annotated[
         list[Annotated[list[TokenId], Field(min_length=2, max_length=2)]], Field(max_length=MAX_OBJECTS)
     ] = []
@@ -152,16 +165,22 @@ class LogMetricsRequest(BaseModel):
 class TuningService:
     """Runs operations on finetunes in threads. The model is loaded on first use."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._limiter = CapacityLimiter(MAX_REQUESTS)
+    def __init__(self, folder: Path, meter: UsageMeter) -> None:
+        self.folder, self.meter = folder, meter
+        self._slots = RequestSlots(MAX_REQUESTS)
+        self._finetunes: FinetuneStore | None = None
+        self._finetunes_lock = threading.Lock()
+        self._turn = threading.Lock()  # held by the one model call that computes
 
-    @cached_property
+    @property
     def finetunes(self) -> FinetuneStore:
-        """The finetunes. The first access imports torch."""
-        from training.server.finetunes import FinetuneStore
+        """The finetunes. The first access imports torch, so it belongs into a thread."""
+        with self._finetunes_lock:
+            if self._finetunes is None:
+                from training.server.finetunes import FinetuneStore
 
-        return FinetuneStore(self.folder)
+                self._finetunes = FinetuneStore(self.folder)
+            return self._finetunes
 
     async def run(self, operation: Callable[[FinetuneStore], T]) -> T:
         """Run an operation in a thread.
@@ -169,9 +188,26 @@ class TuningService:
         Raises:
             ApiError: The operation failed, or too many requests are waiting (503).
         """
-        if self._limiter.available_tokens < 1:
-            raise ApiError(503, "Too many requests are waiting. Try again in a few seconds.", {"Retry-After": "2"})
-        return await to_thread.run_sync(partial(self._run, operation), limiter=self._limiter)
+        return await self._slots.run(partial(self._run, operation))
+
+    async def run_model(
+        self, http_request: HttpRequest, event: UsageEvent, operation: Callable[[FinetuneStore], ModelResult[T]]
+    ) -> T:
+        """Run an operation that uses the model in a thread, and record it, whatever its outcome.
+
+        It is cancelled if the client disconnects while it waits for others. Once begun it is completed.
+
+        Args:
+            http_request: The HTTP request.
+            event: The usage event, without the fields that are known only at the end.
+            operation: Runs the model.
+
+        Raises:
+            ApiError: The operation failed, or too many requests are waiting (503), which is not recorded.
+        """
+        cancel = threading.Event()
+        async with cancel_on_disconnect(http_request, cancel):
+            return await self._slots.run(partial(self._run_recorded, event, cancel, operation))
 
     def _run(self, operation: Callable[[FinetuneStore], T]) -> T:
         from training.server.finetunes import FinetuneError
@@ -183,14 +219,67 @@ class TuningService:
         except OSError as error:
             raise ApiError(503, f"The finetune cannot be saved ({error.strerror}). Nothing was changed.") from None
 
+    def _run_recorded(
+        self, event: UsageEvent, cancel: threading.Event, operation: Callable[[FinetuneStore], ModelResult[T]]
+    ) -> T:
+        start, begin = time.perf_counter(), None
+        event = replace(event, outcome="cancelled")
+        try:
+            with self._wait_for_turn(cancel):
+                begin = time.perf_counter()
+                result = self._run(operation)
+            event = replace(event, outcome="ok", **result.usage)
+            return result.value
+        except _Cancelled:
+            raise ApiError(503, "The client disconnected.") from None
+        except ApiError as error:
+            event = replace(event, outcome="error", error=error_type(error))
+            raise
+        except Exception as error:
+            event = replace(event, outcome="error", error=type(error).__name__)
+            raise
+        finally:
+            end, meter = time.perf_counter(), self.meter
+            begin = end if begin is None else begin
+            latency = end - begin
+            cost = meter.prices.machine(meter.hardware, latency) if event.outcome == "ok" else None
+            cost_basis: Basis = "unknown" if cost is None else "estimated"
+            event = replace(event, latency=latency, queue=begin - start, cost=cost, cost_basis=cost_basis)
+            meter.recorder.record(event.with_deployment(meter.recorder.deployment))
+
+    @contextmanager
+    def _wait_for_turn(self, cancel: threading.Event) -> Iterator[None]:
+        """Wait until no other model call computes. Raises _Cancelled."""
+        while not self._turn.acquire(timeout=POLL_SECONDS):
+            if cancel.is_set():
+                raise _Cancelled
+        try:
+            if cancel.is_set():
+                raise _Cancelled
+            yield
+        finally:
+            self._turn.release()
+
     def checkpoint_spec(self, tenant: str, name: str) -> ModelSpec:
-        """Return the model of a saved checkpoint. Raises ApiError (404)."""
+        """Return the model of a saved checkpoint. The first call imports torch. Raises ApiError (404)."""
         return self._run(lambda finetunes: finetunes.checkpoint_spec(tenant, name))
+
+
+class _Cancelled(Exception):  # noqa: N818
+    """Raised when the client disconnects."""
+
+
+@dataclass(frozen=True)
+class ModelResult(Generic[T]):
+    """The result of a model call of the tuning API, and fields of its usage event."""
+
+    value: T
+    usage: dict[str, Any]  # tokens, reward
 
 
 def router(service: TuningService) -> APIRouter:
     """Create the routes."""
-    routes = APIRouter(prefix="/tuning")
+    routes = APIRouter(prefix="/tuning", route_class=JsonRoute)
 
     @routes.post("/finetunes")
     async def create_finetune(body: CreateFinetuneRequest, http_request: HttpRequest) -> dict[str, Any]:
@@ -220,31 +309,39 @@ def router(service: TuningService) -> APIRouter:
     @routes.post("/rollouts")
     async def create_rollouts(body: RolloutsRequest, http_request: HttpRequest) -> dict[str, Any]:
         tenant, request = http_request.state.tenant, _parse_prompt_request(body.request)
-
-        def generate(finetunes: FinetuneStore) -> list[trainer.Completion]:
-            return finetunes.rollouts(tenant, body.finetune_id, _to_prompt(request), body.num_rollouts)
-
         if body.ground_truth and request.skill == "query":
             raise ApiError(400, "ground_truth is not supported for the skill query. Compute the rewards yourself.")
-        completions = await service.run(generate)
-        rewards = None
-        if body.ground_truth:
-            from training.server.regions import region_reward
 
-            truth = body.ground_truth.regions()
-            rewards = [region_reward(completion.regions, truth) for completion in completions]
-        rollouts = [_rollout_json(completion, request.skill) for completion in completions]
-        return {"request": body.request, "rollouts": rollouts, "rewards": rewards}
+        def generate(finetunes: FinetuneStore) -> ModelResult[dict[str, Any]]:
+            from training.server.regions import region_reward
+            from training.server.trainer import Group
+
+            prompt = _to_prompt(request)
+            completions = finetunes.rollouts(tenant, body.finetune_id, prompt, body.num_rollouts)
+            truth = body.ground_truth.regions() if body.ground_truth else None
+            rewards = None if truth is None else [region_reward(item.regions, truth) for item in completions]
+            rollouts = [_rollout_json(completion, request.skill) for completion in completions]
+            response = {"request": body.request, "rollouts": rollouts, "rewards": rewards}
+            reward = sum(rewards) / len(rewards) if rewards else None
+            tokens = finetunes.count_tokens(tenant, body.finetune_id, [Group(prompt, tuple(completions))])
+            return ModelResult(response, _usage(tokens, reward))
+
+        event = _usage_event(http_request, body.finetune_id, request.skill, body.num_rollouts)
+        return await service.run_model(http_request, event, generate)
 
     @routes.post("/train_step")
     async def train_step(body: TrainStepRequest, http_request: HttpRequest) -> dict[str, Any]:
         tenant = http_request.state.tenant
 
-        def train(finetunes: FinetuneStore) -> trainer.StepResult:
+        def train(finetunes: FinetuneStore) -> ModelResult[dict[str, Any]]:
             groups = [_to_group(group) for group in body.groups]
-            return finetunes.train_step(tenant, body.finetune_id, groups, body.lr)
+            result = finetunes.train_step(tenant, body.finetune_id, groups, body.lr)
+            tokens = finetunes.count_tokens(tenant, body.finetune_id, groups)
+            return ModelResult({**vars(result), "router_kl": None}, _usage(tokens, result.reward_mean))
 
-        return {**vars(await service.run(train)), "router_kl": None}
+        completions = sum(max(1, len(group.rollouts)) for group in body.groups)
+        event = _usage_event(http_request, body.finetune_id, "train_step", completions)
+        return await service.run_model(http_request, event, train)
 
     @routes.post("/finetunes/{finetune_id}/metrics")
     async def log_metrics(
@@ -276,6 +373,27 @@ def router(service: TuningService) -> APIRouter:
         return {"ok": True}
 
     return routes
+
+
+def _usage_event(http_request: HttpRequest, finetune_id: str, skill: str, candidates: int) -> UsageEvent:
+    """Create the usage event of a model call that begins now."""
+    return UsageEvent(
+        datetime.now(timezone.utc),
+        BASE_MODEL,
+        skill,
+        source=SOURCE,
+        adapter=finetune_id if FINETUNE_ID.fullmatch(finetune_id) else "",  # any other text is an invalid request
+        candidates=candidates,
+        request_id=http_request.state.request_id,
+    )
+
+
+def _usage(tokens: tuple[int, int], reward: float | None) -> dict[str, Any]:
+    """Return fields of a usage event. A mean reward outside of 0..1 is not recorded."""
+    valid = reward is not None and 0 <= reward <= 1
+    return {"tokens_in": tokens[0], "tokens_out": tokens[1], "tokens_basis": "reported"} | (
+        {"reward": reward} if valid else {}
+    )
 
 
 # ── Requests ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,8 +3,10 @@
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,16 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+import app
 import recipes
 from inference.registry import BACKENDS, MODELS
 from inference.types import RECIPE_QUESTION, Answer, AnswerEvent, InferenceError, ModelSpec, Request, TextUpdate
+from serving.api import create_api
 from serving.middleware import MAX_BODY
 from settings import Settings
 from tests.support.api_client import PHOTO_URL, data_url, error_message, make_picture
 from tests.support.app_server import app_server
+from tests.support.usage_rows import read_usage, wait_for_usage
 
 pytestmark = pytest.mark.slow
 
@@ -59,21 +64,38 @@ def server_with_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"{address}/v1"
 
 
-STARTED, STOPPED = threading.Event(), threading.Event()  # of the prompt "hang"
+STARTED, STOPPED, RELEASED = threading.Event(), threading.Event(), threading.Event()
 
 
 def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
     """Answer or fail as the prompt says. This module is the backend "failing"."""
     kind = request.prompt
-    if kind == "hang":
+    if kind.startswith("hang"):
+        try:
+            STARTED.set()
+            if kind == "hang":
+                yield TextUpdate(0, "wait")
+            cancel.wait(30)
+            if kind == "hang deaf":  # it goes on, although the client has left
+                yield TextUpdate(0, "I have not noticed")
+                yield Answer(0, "I have not noticed")
+            raise InferenceError("cancelled", "Cancelled.")
+        finally:
+            STOPPED.set()
+    if kind == "block":
         STARTED.set()
-        yield TextUpdate(0, "wait")
-        cancel.wait(30)
-        STOPPED.set()
-        raise InferenceError("cancelled", "Cancelled.")
+        RELEASED.wait(30)
+        yield Answer(0, "released")
+        return
     if kind == "half":
         yield TextUpdate(0, "half an ")
         raise InferenceError("out_of_memory", "No room.")
+    if kind == "bug":
+        raise TypeError("a bug")
+    if kind == "words":
+        yield TextUpdate(0, "two")
+        yield Answer(0, "two words", tokens_in=740, tokens_out=2)
+        return
     if kind == "say":
         yield Answer(0, f"{request.temperature:g} {spec.top_p:g} {request.max_tokens} {request.seed}", truncated=True)
         return
@@ -191,15 +213,93 @@ def test_jpeg_png_and_webp_are_accepted(server: str, kind: str) -> None:
     )
 
 
-def test_calls_are_recorded_with_their_request_id(server: str) -> None:
-    body = post(server, "query", settings={"max_tokens": 4}).json()
-    for _ in range(100):
-        rows = httpx.get(f"{server}/usage.csv").text
-        if body["request_id"] in rows:
-            break
-        time.sleep(0.1)
-    (row,) = [line for line in rows.splitlines() if body["request_id"] in line]
-    assert "moondream-tiny" in row and "v1" in row and "query" in row
+# Usage events
+
+
+@pytest.fixture
+def model(server: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Yield the name of a model of the backend "failing" that no other test calls."""
+    name = request.node.name
+    MODELS[name] = replace(MODELS["failing"], name=name)
+    yield name
+    del MODELS[name]
+
+
+def recorded(server: str, model: str) -> dict[str, str]:
+    """Return the only usage event of a model."""
+    wait_for_usage(server, lambda row: row["model"] == model)
+    marker = post(server, "query", model=model, question="say").json()["request_id"]  # recorded after all duplicates
+    wait_for_usage(server, lambda row: row["request_id"] == marker)
+    (row,) = [row for row in read_usage(server) if row["model"] == model and row["request_id"] != marker]
+    assert row["source"] == "v1" and float(row["latency"]) >= 0
+    return row
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_completed_query_is_recorded_as_ok(server: str, model: str, stream: bool) -> None:
+    response = post(server, "query", model=model, question="words", stream=stream)
+    row = recorded(server, model)
+    assert (row["outcome"], row["error"], row["skill"]) == ("ok", "", "query")
+    assert row["request_id"] == response.headers["x-request-id"]
+    assert (row["tokens_in"], row["tokens_out"]) == ("740", "2")
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_every_skill_of_a_real_model_is_recorded_as_ok(server: str, skill: str) -> None:
+    request_id = post(server, skill).json()["request_id"]
+    (row,) = wait_for_usage(server, lambda row: row["request_id"] == request_id)
+    assert (row["outcome"], row["skill"], row["model"], row["source"]) == ("ok", skill, "moondream-tiny", "v1")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "error"), [("out_of_memory", "out_of_memory"), ("half", "out_of_memory"), ("bug", "TypeError")]
+)
+def test_failed_call_is_recorded_as_error(server: str, model: str, kind: str, error: str, stream: bool) -> None:
+    post(server, "query", model=model, question=kind, stream=stream)
+    row = recorded(server, model)
+    assert (row["outcome"], row["error"]) == ("error", error)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_invalid_photo_is_recorded_as_error(server: str, model: str, stream: bool) -> None:
+    response = post(server, "query", model=model, image_url="data:image/jpeg;base64,AAAA", stream=stream)
+    row = recorded(server, model)
+    assert (row["outcome"], row["error"], row["skill"]) == ("error", "invalid_photo", "query")
+    assert row["request_id"] == response.headers["x-request-id"]
+
+
+def send_and_leave(server: str, model: str, prompt: str, stream: bool) -> None:
+    """Send a request, disconnect once the model has started, and wait until it has stopped."""
+    host, port = server.removeprefix("http://").removesuffix("/v1").split(":")
+    body = json.dumps({"image_url": PHOTO_URL, "model": model, "question": prompt, "stream": stream}).encode()
+    head = f"POST /v1/query HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    STARTED.clear()
+    STOPPED.clear()
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        if stream and prompt == "hang":
+            with connection.makefile("rb") as file:
+                assert any(b"wait" in line for line in file)
+        assert STARTED.wait(20) and not STOPPED.wait(0.2)
+    assert STOPPED.wait(20)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["hang", "hang silently", "hang deaf"])
+def test_call_of_a_client_that_leaves_is_recorded_as_cancelled(
+    server: str, model: str, prompt: str, stream: bool
+) -> None:
+    send_and_leave(server, model, prompt, stream)
+    row = recorded(server, model)
+    assert (row["outcome"], row["error"]) == ("cancelled", "")
+
+
+def test_rejected_requests_are_not_recorded(server: str, model: str) -> None:
+    error_message(post(server, "query", model=model, question=""), 400, "invalid_request")
+    assert post(server, "query", {"Origin": "https://elsewhere.example"}, model=model).status_code in (401, 403)
+    post(server, "query", model=model, question="say")
+    assert recorded(server, model)["outcome"] == "ok"
 
 
 # Errors
@@ -287,21 +387,8 @@ def test_oversized_body_is_rejected_with_and_without_content_length(server: str)
     error_message(httpx.post(f"{server}/query", content=chunks, headers=headers, timeout=60), 413, "too_large")
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_disconnect_cancels_the_model(server: str, stream: bool) -> None:
-    host, port = server.removeprefix("http://").removesuffix("/v1").split(":")
-    body = json.dumps({"image_url": PHOTO_URL, "model": "failing", "question": "hang", "stream": stream}).encode()
-    head = f"POST /v1/query HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-    STARTED.clear()
-    STOPPED.clear()
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        assert STARTED.wait(20) and not STOPPED.wait(0.2)
-    assert STOPPED.wait(20)
-
-
 def test_cross_origin_requests_are_rejected(server: str) -> None:
-    error_message(post(server, "query", {"Origin": "https://somewhere.example"}), 401, "unauthorized")
+    assert post(server, "query", {"Origin": "https://somewhere.example"}).status_code in (401, 403)
     headers = {"Origin": "https://somewhere.example", "Access-Control-Request-Method": "POST"}
     response = httpx.options(f"{server}/query", headers=headers)
     assert not [name for name in response.headers if name.startswith("access-control")]
@@ -315,6 +402,24 @@ def test_keys_are_required_and_rate_limited(server_with_key: str) -> None:
     assert responses[0].status_code == 200
     error_message(responses[-1], 429, "rate_limited")
     assert int(responses[-1].headers["retry-after"]) >= 1
+
+
+def test_request_beyond_the_limit_is_rejected_and_not_recorded(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "create_api", partial(create_api, max_requests=1))
+    with app_server(tmp_path) as address, ThreadPoolExecutor(1) as pool:
+        STARTED.clear()
+        RELEASED.clear()
+        running = pool.submit(post, f"{address}/v1", "query", model=model, question="block")
+        assert STARTED.wait(20)
+        rejected = [post(f"{address}/v1", "query", model=model, question="say", stream=each) for each in (False, True)]
+        RELEASED.set()
+        assert running.result().json()["answer"] == "released"
+        for response in rejected:
+            error_message(response, 503, "unavailable")
+            assert int(response.headers["retry-after"]) >= 1
+        assert recorded(f"{address}/v1", model)["request_id"] == running.result().json()["request_id"]
 
 
 def test_hundred_concurrent_requests_are_answered_or_rejected(server: str) -> None:

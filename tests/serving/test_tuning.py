@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,19 @@ import numpy as np
 import pytest
 import torch
 
+import training.server
+from inference.metering import UsageMeter
 from inference.types import RECIPE_QUESTION
 from recipes import Recipe, load_photo, parse, save_picture, shrink
+from serving import json_body
+from serving.json_body import parse_json
+from serving.middleware import MAX_BODY, MAX_TRAIN_STEP_BODY
+from serving.tuning import TuningService
 from settings import Settings
+from storage.database import Database
 from tests.support.api_client import PHOTO_URL, error_message, make_picture
 from tests.support.app_server import app_server
+from tests.support.usage_rows import wait_for_usage
 from training.data.bundled import bundled_photos
 from training.grpo.__main__ import execute
 from training.hosted.trainer import train_hosted
@@ -24,6 +36,9 @@ from training.runs.run import Run, RunConfig
 from training.server.finetunes import FinetuneStore
 from training.server.regions import region_log_probs, region_reward
 from training.server.trainer import Completion, Group, LoraTrainer, Prompt
+from usage.events import Deployment
+from usage.prices import Prices
+from usage.recorder import Recorder
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +96,177 @@ def test_sdk_trains_saves_and_queries_a_finetune(server: str) -> None:
     assert finetune.list_checkpoints()["checkpoints"] == []
     finetune.delete()
     error_message(httpx.get(f"{server}/tuning/finetunes/{finetune.finetune_id}", headers=auth()), 404, "not_found")
+
+
+def usage_of(server: str, finetune: Any, count: int) -> list[dict[str, str]]:
+    """Return the usage events of a finetune, once there are `count`."""
+    return wait_for_usage(server, lambda row: row["adapter"] == finetune.finetune_id, count, auth())
+
+
+def test_model_calls_are_recorded(server: str) -> None:
+    finetune = open_finetune(server, "recorded")
+    group = rl_group(sample(finetune, 3), [0.0, 1.0, 0.5])
+    truth = {"points": [{"x": 0.2, "y": 0.75}]}
+    finetune.rollouts("point", image=make_picture(), object="the main subject", num_rollouts=2, ground_truth=truth)
+    finetune.train_step([group], lr=1e-3)
+    rows = usage_of(server, finetune, 3)
+    assert [(row["skill"], row["candidates"]) for row in rows] == [("query", "3"), ("point", "2"), ("train_step", "3")]
+    for row in rows:
+        assert (row["outcome"], row["error"], row["model"]) == ("ok", "", "moondream-tiny")
+        assert row["source"] == "v1-tuning" and len(row["request_id"]) == 32
+        assert float(row["latency"]) > 0 and float(row["queue"]) >= 0
+        assert row["tokens_basis"] == "reported" and int(row["tokens_in"]) > 10 and int(row["tokens_out"]) > 0
+    sampled = sum(len(rollout["answer_tokens"]) for rollout in group["rollouts"])
+    assert [int(row["tokens_out"]) for row in rows if row["skill"] != "point"] == [sampled, sampled]
+    assert rows[0]["reward"] == "" and rows[1]["reward"] != "" and float(rows[2]["reward"]) == pytest.approx(0.5)
+
+
+def test_failed_model_calls_are_recorded_as_errors(server: str) -> None:
+    finetune = open_finetune(server, "failures")
+    request = {"skill": "query", "question": "a", "image_url": PHOTO_URL}
+    body = {"finetune_id": finetune.finetune_id, "num_rollouts": 2, "request": request | {"image_url": "nothing"}}
+    error_message(httpx.post(f"{server}/tuning/rollouts", json=body, headers=auth()), 400, "invalid_request")
+    group = {"mode": "rl", "request": request, "rollouts": [{"answer_tokens": [2**30]}] * 2, "rewards": [0.0, 1.0]}
+    body = {"finetune_id": finetune.finetune_id, "groups": [group]}
+    error_message(httpx.post(f"{server}/tuning/train_step", json=body, headers=auth()), 400, "invalid_request")
+    rows = usage_of(server, finetune, 2)
+    assert [row["skill"] for row in rows] == ["query", "train_step"]
+    assert {(row["outcome"], row["error"], row["tokens_basis"]) for row in rows} == {
+        ("error", "invalid_request", "unknown")
+    }
+    body = {"finetune_id": "0" * 26, "num_rollouts": 2, "request": request}
+    response = httpx.post(f"{server}/tuning/rollouts", json=body, headers=auth())
+    error_message(response, 404, "not_found")
+    request_id = response.headers["x-request-id"]
+    (row,) = wait_for_usage(server, lambda row: row["request_id"] == request_id, headers=auth())
+    assert (row["outcome"], row["error"]) == ("error", "not_found")
+
+
+def test_unexpected_failure_is_recorded_and_returns_the_documented_error(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    finetune = open_finetune(server, "bug")
+    monkeypatch.setattr(FinetuneStore, "rollouts", fail)
+    body = {"finetune_id": finetune.finetune_id, "request": {"skill": "query", "question": "a", "image_url": PHOTO_URL}}
+    error_message(httpx.post(f"{server}/tuning/rollouts", json=body, headers=auth()), 500, "failed")
+    (row,) = usage_of(server, finetune, 1)
+    assert (row["outcome"], row["error"]) == ("error", "RuntimeError")
+
+
+def test_waiting_call_of_a_client_that_leaves_is_recorded_as_cancelled(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, released = threading.Event(), threading.Event()
+
+    def block(*_: Any) -> list[Completion]:
+        started.set()
+        assert released.wait(30)
+        return []
+
+    running, waiting = open_finetune(server, "running"), open_finetune(server, "waiting")
+    monkeypatch.setattr(FinetuneStore, "rollouts", block)
+    request = {"skill": "query", "question": "a", "image_url": PHOTO_URL}
+    url = f"{server}/tuning/rollouts"
+    with ThreadPoolExecutor(1) as pool:
+        body = {"finetune_id": running.finetune_id, "request": request}
+        first = pool.submit(httpx.post, url, json=body, headers=auth(), timeout=60)
+        assert started.wait(20)
+        started.clear()
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json={"finetune_id": waiting.finetune_id, "request": request}, headers=auth(), timeout=1)
+        (row,) = usage_of(server, waiting, 1)
+        released.set()
+        assert first.result().status_code == 200 and not started.is_set()
+    assert (row["outcome"], row["error"], float(row["latency"])) == ("cancelled", "", 0) and float(row["queue"]) > 0
+    assert usage_of(server, running, 1)[0]["outcome"] == "ok"
+
+
+def test_concurrent_first_requests_share_one_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two stores would write the same folder without a common lock."""
+    first_started, second_waits = threading.Event(), threading.Event()
+    create = FinetuneStore.__init__
+
+    def slow_init(store: FinetuneStore, folder: Path) -> None:
+        first_started.set()
+        second_waits.wait(0.5)  # never set: long enough for the second thread to reach the property
+        create(store, folder)
+
+    monkeypatch.setattr(FinetuneStore, "__init__", slow_init)
+    recorder = Recorder(Database(f"sqlite:///{tmp_path / 'usage.sqlite3'}"), tmp_path / "spool", Deployment())
+    service = TuningService(tmp_path, UsageMeter(recorder, Prices()))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(lambda: service.finetunes)
+        assert first_started.wait(20)
+        second = pool.submit(lambda: service.finetunes)
+        assert first.result() is second.result()
+
+
+def assert_server_answers(server: str) -> None:
+    assert httpx.get(f"{server}/models", headers=auth(), timeout=20).status_code == 200
+
+
+def test_first_checkpoint_lookup_does_not_block_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lookup imports torch and peft, which takes seconds. A blocked import stands for it."""
+    importing, released = threading.Event(), threading.Event()
+
+    class BlockedImport(MetaPathFinder):
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "training.server.finetunes":
+                importing.set()
+                assert released.wait(30)
+
+    monkeypatch.setattr(sys, "meta_path", [BlockedImport(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "training.server.finetunes")
+    monkeypatch.setattr(training.server, "finetunes", None)  # the import sets it; restored after the test
+    with app_server(tmp_path) as address, ThreadPoolExecutor(1) as pool:
+        body = {"image_url": PHOTO_URL, "question": "Is it dark?", "model": f"moondream-tiny/{'0' * 26}@1"}
+        lookup = pool.submit(httpx.post, f"{address}/v1/query", json=body, timeout=60)
+        try:
+            assert importing.wait(20)
+            assert_server_answers(f"{address}/v1")
+            assert not lookup.done()
+        finally:
+            released.set()
+        error_message(lookup.result(), 404, "not_found")
+
+
+@pytest.mark.parametrize("path", ["query", "tuning/train_step"])
+def test_large_body_does_not_block_the_event_loop(server: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body is parsed and validated in one thread while another request is answered."""
+    parsing, released = threading.Event(), threading.Event()
+
+    def slow_parse(*arguments: Any) -> Any:
+        parsing.set()
+        assert released.wait(30)
+        return parse_json(*arguments)
+
+    monkeypatch.setattr(json_body, "parse_json", slow_parse)
+    size = MAX_TRAIN_STEP_BODY - 2**20 if path == "tuning/train_step" else MAX_BODY - 2**20
+    content = b'{"image_url": "' + b"A" * size + b'"}'
+    headers = auth() | {"Content-Type": "application/json"}
+    with ThreadPoolExecutor(1) as pool:
+        large = pool.submit(httpx.post, f"{server}/{path}", content=content, headers=headers, timeout=60)
+        try:
+            assert parsing.wait(20)
+            assert_server_answers(server)
+            assert not large.done()
+        finally:
+            released.set()
+        message = error_message(large.result(), 400, "invalid_request")
+    missing = ("finetune_id", "groups") if path == "tuning/train_step" else ("question",)
+    assert message == "; ".join(f"{name}: Field required" for name in missing) + "."
+
+
+def test_large_train_step_is_applied(server: str) -> None:
+    """A step of more than 1 MB, with the same body in a thread as a smaller one on the event loop."""
+    finetune = open_finetune(server, "large")
+    group = rl_group(sample(finetune, 2), [0.0, 1.0])
+    body = {"finetune_id": finetune.finetune_id, "groups": [group | {"request": group["request"] | {"x": "A" * 2**20}}]}
+    response = httpx.post(f"{server}/tuning/train_step", json=body, headers=auth(), timeout=60)
+    assert response.status_code == 200 and response.json()["applied"] is True
 
 
 def test_equal_rewards_apply_no_step(server: str) -> None:

@@ -195,6 +195,11 @@ class FinetuneStore:
             self._delete_unused_steps(tenant, finetune)
             return replace(result, step=finetune.step)
 
+    def count_tokens(self, tenant: str, finetune_id: str, groups: Sequence[Group]) -> tuple[int, int]:
+        """Return the tokens of the prompts and of the completions; see `LoraTrainer.count_tokens`."""
+        with self._lock:
+            return self._trainer(tenant, finetune_id).count_tokens(groups)
+
     def _trainer(self, tenant: str, finetune_id: str) -> LoraTrainer:
         """Return the loaded trainer of a finetune; load it, and unload the least recently used one, if needed."""
         finetune, key = self.get(tenant, finetune_id), (tenant, finetune_id)

@@ -240,6 +240,20 @@ class LoraTrainer:
         self.optimizer.step()
         return StepResult(self.step, True, grad_norm=norm, **metrics)
 
+    def count_tokens(self, groups: Sequence[Group]) -> tuple[int, int]:
+        """Return the number of tokens of the prompts, including those of the photos, and of the completions."""
+        prompts = (self.processor.prompt_ids(group.prompt.skill, group.prompt.question) for group in groups)
+        return sum(map(len, prompts)), sum(
+            self._completion_length(group.prompt.skill, completion)
+            for group in groups
+            for completion in group.completions
+        )
+
+    def _completion_length(self, skill: str, completion: Completion) -> int:
+        if skill != "query":
+            return TOKENS_PER_OBJECT[skill] * len(completion.objects or completion.regions)
+        return len(completion.tokens or self.processor.tokenizer.encode(completion.text, add_special_tokens=False))
+
     def _backward(self, group: Group, groups: int) -> tuple[float | None, float | None]:
         """Accumulate the gradients of one of `groups` groups.
 
