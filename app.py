@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from html import escape
@@ -27,12 +30,14 @@ from serving.api import create_api
 from serving.auth import ApiKeyAuth
 from settings import ROOT, VERSION, Settings, SettingsError
 from storage.database import StoreError
+from storage.state.bucket import StateBucket
 from training.data.bundled import PHOTO_FOLDER
 from training.runs.queue import COMMAND
 from ui import TABS
 from ui.account import build_account
 from ui.permissions import protect
 from ui.services import AppServices, SharedComponents
+from ui.state_notice import build_state_notice
 from ui.theme import HEAD, theme
 from ui.upload_quota import UploadQuota
 from usage.deployment import resolve_deployment
@@ -41,6 +46,7 @@ from usage.prices import PriceError, Prices
 from usage.visitors import VisitorHasher
 
 TITLE = "Moondream Playground"
+STREAM_SECONDS = 3  # that open pages may delay the end of the server
 LOCAL_HOSTS = ("127.0.0.1", "0.0.0.0", "::", "::1")
 
 
@@ -57,6 +63,7 @@ def build_page(services: AppServices, deployment: Deployment | None = None, sign
         with gr.Row(elem_id="header"):
             gr.HTML(header, elem_id="banner", apply_default_css=False)
             build_account(services.access, sign_in)
+        build_state_notice(services.access, services.state_bucket, services.forgets)
         with gr.Tabs() as tabs:
             shared_components = SharedComponents.create(tabs)
             for title, build in TABS.items():
@@ -86,6 +93,7 @@ def build_services(settings: Settings, command: tuple[str, ...] = COMMAND) -> Ap
         StoreError: The URL of the database is invalid.
     """
     prices = Prices.read(settings.prices) if settings.prices else Prices()
+    state_bucket = open_state_bucket(settings)
     deployment = resolve_deployment(settings.branch, settings.commit, settings.space, ROOT)
     run_inline = _import_run_inline() if settings.train_in_request else None
     register_hosted_models(settings.moondream_url, settings.moondream_key, settings.moondream_rate, settings.endpoints)
@@ -99,9 +107,39 @@ def build_services(settings: Settings, command: tuple[str, ...] = COMMAND) -> Ap
         hash_secret=VisitorHasher(settings.data_dir).hash,
         tenant_of=auth.tenant_of,
     )
-    return AppServices.build(
-        settings.data_dir, settings.store_url, command, deployment, prices, settings.hardware, run_inline, access
+    services = AppServices.build(
+        settings.data_dir,
+        settings.store_url,
+        command,
+        deployment,
+        prices,
+        settings.hardware,
+        run_inline,
+        access,
+        settings.upload_quota,
     )
+    return replace(services, state_bucket=state_bucket)
+
+
+def open_state_bucket(settings: Settings) -> StateBucket | None:
+    """Load the deployment's state from its bucket into the data folder, and save changes from then on.
+
+    Call it before anything reads the data folder.
+    """
+    if settings.state_bucket is None:
+        return None
+    bucket = StateBucket(
+        settings.state_bucket,
+        settings.data_dir,
+        settings.database_url,
+        settings.state_bucket_token,
+        settings.space or socket.gethostname(),
+        settings.state_bucket_seconds,
+    )
+    bucket.restore()
+    print(bucket.status().message, flush=True)
+    bucket.start()
+    return bucket
 
 
 def build_routes(settings: Settings, services: AppServices) -> FastAPI:
@@ -178,7 +216,20 @@ def main() -> None:
         sys.exit(str(error))
     print(f"{TITLE}: http://{_display_host(settings)}", flush=True)
     print_admin_link(settings, services.access)
-    uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning")
+    with closing(services):
+        exit_on_sigterm()
+        uvicorn.run(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_level="warning",
+            timeout_graceful_shutdown=STREAM_SECONDS,
+        )
+
+
+def exit_on_sigterm() -> None:
+    """End the process by an exception at SIGTERM, which a Space gets before a restart, so that the services close."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
 
 # ── Hugging Face Spaces ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -230,8 +281,10 @@ def launch_in_space(page: gr.Blocks) -> None:
         },
         **gradio_options(settings),
     )
-    while True:
-        time.sleep(3600)
+    with closing(services):
+        exit_on_sigterm()
+        while True:
+            time.sleep(3600)
 
 
 demo = space_page(__name__, "")

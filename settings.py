@@ -44,7 +44,11 @@ class Settings:
         guest_runs: Whether guests may start short training runs on this machine.
         behind_proxy: Whether a reverse proxy on this machine passes other machines' requests on, so that a request from
             this machine is not necessarily its user's.
+        upload_quota: Bytes of photos that visitors upload for training runs, of all visitors together.
         metrics_token: SHA-256 digest of the token that may only read /v1/usage and /metrics. Not part of the repr.
+        state_bucket: Hugging Face Storage Bucket that keeps the state of `data_dir`, as owner/name.
+        state_bucket_token: Token with write access to it; by default HF_TOKEN. Not part of the repr.
+        state_bucket_seconds: Time between two saves, in seconds.
     """
 
     data_dir: Path = ROOT / "data"
@@ -68,7 +72,11 @@ class Settings:
     admins: tuple[str, ...] = ()
     guest_runs: bool = False
     behind_proxy: bool = False
+    upload_quota: int = 2_000_000_000
     metrics_token: str = field(default="", repr=False)
+    state_bucket: str | None = None
+    state_bucket_token: str | None = field(default=None, repr=False)
+    state_bucket_seconds: float = 30.0
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> "Settings":
@@ -76,7 +84,8 @@ class Settings:
 
         - Server: DATA_DIR, DATABASE_URL, GRADIO_SERVER_NAME (in a Space the default is 0.0.0.0), GRADIO_SERVER_PORT or
           PORT.
-        - Training: TRAIN_IN_REQUEST (1 or 0; on ZeroGPU hardware the default is SPACES_ZERO_GPU).
+        - Training: TRAIN_IN_REQUEST (1 or 0; on ZeroGPU hardware the default is SPACES_ZERO_GPU), UPLOAD_QUOTA_MB
+          (megabytes of uploaded photos).
         - Moondream Cloud: MOONDREAM_API_KEY, MOONDREAM_API_URL, MOONDREAM_RATE (requests per second).
         - Other servers with Moondream's API: MOONDREAM_ENDPOINTS, as name=address, separated by commas.
         - This deployment's API: PLAYGROUND_API_KEYS, separated by commas, each a key or "sha256:" and its digest;
@@ -85,6 +94,7 @@ class Settings:
           (1 or 0). A Space with `hf_oauth` sets OAUTH_CLIENT_ID.
         - Usage: PREVIEW_BRANCH, PREVIEW_COMMIT, SPACE_ID, PRICES_FILE, HARDWARE, METRICS_TOKEN (a token or "sha256:"
           and its digest, with which a program may only read usage and metrics).
+        - State: STATE_BUCKET (owner/name), STATE_BUCKET_TOKEN, STATE_BUCKET_SECONDS (1 to 3600).
 
         Args:
             environ: Environment variables.
@@ -117,7 +127,13 @@ class Settings:
             admins=_parse_names("PLAYGROUND_ADMINS", env.get("PLAYGROUND_ADMINS", "")),
             guest_runs=env.get("GUEST_RUNS", "").lower() in TRUE_VALUES,
             behind_proxy=env.get("PLAYGROUND_PROXIED", "").lower() in TRUE_VALUES,
+            upload_quota=_parse_megabytes("UPLOAD_QUOTA_MB", env["UPLOAD_QUOTA_MB"])
+            if "UPLOAD_QUOTA_MB" in env
+            else cls.upload_quota,
             metrics_token=_parse_secret("METRICS_TOKEN", env["METRICS_TOKEN"]) if "METRICS_TOKEN" in env else "",
+            state_bucket=_parse_bucket(env["STATE_BUCKET"]) if "STATE_BUCKET" in env else None,
+            state_bucket_token=env.get("STATE_BUCKET_TOKEN"),
+            state_bucket_seconds=_parse_save_interval(env.get("STATE_BUCKET_SECONDS", str(cls.state_bucket_seconds))),
         )
 
     @property
@@ -131,6 +147,22 @@ class Settings:
     def store_url(self) -> str:
         """URL of the database: `database_url`, or an SQLite file in `data_dir`."""
         return self.database_url or f"sqlite:///{self.data_dir / 'playground.sqlite3'}"
+
+
+def _parse_bucket(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}", text):
+        raise SettingsError("STATE_BUCKET must be a bucket's owner and name, like team/playground-state.")
+    return text
+
+
+def _parse_save_interval(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 3600:
+        raise SettingsError("STATE_BUCKET_SECONDS must be a number of seconds from 1 to 3600.")
+    return seconds
 
 
 def _parse_names(name: str, text: str) -> tuple[str, ...]:
@@ -167,6 +199,13 @@ def _parse_rate(name: str, text: str) -> float:
     if not 0 < rate <= 1000:
         raise SettingsError(f"{name} must be a number of requests per second, more than 0 and at most 1000.")
     return rate
+
+
+def _parse_megabytes(name: str, text: str) -> int:
+    """Return a number of megabytes in bytes."""
+    if text.isascii() and text.isdigit() and len(text) <= 9 and int(text):
+        return int(text) * 1_000_000
+    raise SettingsError(f"{name} must be a whole number of megabytes, more than 0.")
 
 
 def _parse_api_keys(text: str) -> tuple[str, ...]:

@@ -61,7 +61,7 @@ ALLOWED_LIBRARIES: dict[str, set[str]] = {
     "recipes": {"numpy", "cv2", "PIL"},
     "rewards": {"numpy", "cv2"},
     "settings": set(),
-    "storage": {"alembic", "sqlalchemy"},
+    "storage": {"alembic", "huggingface_hub", "sqlalchemy"},
     "usage": {"numpy", "prometheus_client", "pyarrow", "pydantic", "sqlalchemy"},
 }
 # Library -> the files that may import it, for libraries that are heavy or tie the code to a framework.

@@ -85,3 +85,23 @@ def test_invalid_moondream_server_is_rejected_without_its_password(env: dict[str
     with pytest.raises(SettingsError) as caught:
         Settings.from_env(env)
     assert "secret" not in str(caught.value)
+
+
+def test_quota_of_uploads_is_a_number_of_megabytes() -> None:
+    assert Settings.from_env({"UPLOAD_QUOTA_MB": "500"}).upload_quota == 500_000_000
+    for text in ("0", "-1", "2.5", "2 GB", "9" * 5000):
+        with pytest.raises(SettingsError, match="UPLOAD_QUOTA_MB"):
+            Settings.from_env({"UPLOAD_QUOTA_MB": text})
+
+
+def test_state_bucket_is_read_and_its_token_is_not_shown() -> None:
+    settings = Settings.from_env({"STATE_BUCKET": "team/state", "STATE_BUCKET_TOKEN": "hf_secretsecret"})
+    assert (settings.state_bucket, settings.state_bucket_token) == ("team/state", "hf_secretsecret")
+    assert settings.state_bucket_seconds == 30 and "hf_secret" not in repr(settings)
+    assert Settings.from_env({}).state_bucket is None
+    for text in ("team", "team/a/b", "https://hf.co/buckets/team/state", "team/"):
+        with pytest.raises(SettingsError, match="STATE_BUCKET"):
+            Settings.from_env({"STATE_BUCKET": text})
+    for text in ("0", "soon", "nan", "86400"):
+        with pytest.raises(SettingsError, match="STATE_BUCKET_SECONDS"):
+            Settings.from_env({"STATE_BUCKET_SECONDS": text})

@@ -159,6 +159,7 @@ class StateBucket:
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
         self._save_begun: float | None = None  # on the monotonic clock
+        self._consequence = "Changes are not saved."  # of a failure
         self._status = BucketStatus(False, f"The bucket {bucket} has not been read yet.")
 
     @property
@@ -187,7 +188,8 @@ class StateBucket:
             if manifest is not None:
                 self._replace_files(manifest)
         except (BucketError, OSError) as error:
-            self._report_failure(error, "The application started without its saved state.")
+            self._consequence = "The application started without its saved state, and changes are not saved."
+            self._report_failure(error)
             return False
         finally:
             shutil.rmtree(self._work / "restore", ignore_errors=True)
@@ -243,20 +245,20 @@ class StateBucket:
         try:
             self.save()
         except Exception as error:  # also an unexpected one must not end the thread
-            self._report_failure(error, "Changes are not saved.")
+            self._report_failure(error)
         else:
+            self._consequence = "Changes are not saved."
             self._status = BucketStatus(True, f"The state is saved to the bucket {self.bucket}.", time.time())
 
-    def _report_failure(self, error: Exception, consequence: str) -> None:
+    def _report_failure(self, error: Exception) -> None:
         if isinstance(error, BucketError):
             reason = str(error)
         elif isinstance(error, OSError | sqlite3.Error):
-            reason = (
-                f"The files to save cannot be copied ({getattr(error, 'strerror', None) or error}). Check the disk."
-            )
+            cause = getattr(error, "strerror", None) or str(error)
+            reason = f"The data folder cannot be read or written ({cause}). Check the disk."
         else:
             reason = f"An unexpected error occurred ({type(error).__name__})."
-        message = f"{consequence} {reason}"
+        message = f"{self._consequence} {reason}"
         if message != self._status.message:
             _log.warning("%s", message)
         self._status = BucketStatus(False, message, self._status.last_sync)

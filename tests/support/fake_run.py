@@ -66,6 +66,7 @@ def write_step(run: Run, step: int, steps: int, photo: str, hostile: str) -> Non
     print(f"step {step}: reward {reward:.3f} {hostile}", flush=True)
     if step % 5 == 0:
         (run.folder / f"checkpoint-{step}").mkdir(exist_ok=True)
+        (run.folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
         write_adapter(run)
 
 
