@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
+from uuid import uuid4
 
 import anyio
 import orjson
@@ -116,7 +117,7 @@ class AccessMiddleware:
             "x-moondream-auth" in connection.headers or "authorization" in connection.headers
         )
         if method not in SAFE_METHODS and not is_same_origin(connection) and not has_key:
-            return _error(403, FOREIGN_ORIGIN)
+            return _api_error(403, FOREIGN_ORIGIN) if rule.access == RouteAccess.API_KEY else _error(403, FOREIGN_ORIGIN)
         if rule.access == RouteAccess.USAGE and not self._may_read_usage(connection):
             return _error(401, USAGE_ONLY)
         if rule.max_body is not None and _content_length(connection) > rule.max_body:
@@ -257,3 +258,10 @@ def _content_length(connection: HTTPConnection) -> int:
 def _error(status: int, message: str) -> Response:
     """Return an error as JSON, in the form that Gradio's page displays."""
     return JSONResponse({"detail": message, "error": message}, status, {"Cache-Control": "no-store"})
+
+
+def _api_error(status: int, message: str) -> Response:
+    """Return an error in the form of the /v1 API, an `ErrorResponse`."""
+    request_id = uuid4().hex
+    error = {"type": "forbidden", "message": message, "request_id": request_id}
+    return JSONResponse({"error": error}, status, {"X-Request-Id": request_id})

@@ -76,7 +76,7 @@ DESCRIPTION = (
     "Wire-compatible with Moondream Cloud's query, caption, detect and point. Every error is an ErrorResponse."
 )
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 402, 404, 408, 409, 413, 429, 500, 503)
+    status: {"model": ErrorResponse} for status in (400, 401, 402, 403, 404, 408, 409, 413, 429, 500, 503)
 }
 STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}

@@ -18,6 +18,7 @@ ERROR_TYPES = {
     400: "invalid_request",
     401: "unauthorized",
     402: "budget",
+    403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
     408: "timeout",
