@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
+from inference.types import SKILLS
 from recipes import load_photo, parse, read_recipe
 from rewards import EQUAL_WEIGHTS, REWARDS, RewardFunction, score_recipes
 from tests.support.browser import OpenPage, run_comparison, set_weight
@@ -325,6 +326,19 @@ def test_reward_function_is_exported_and_imported(open_page: OpenPage, tmp_path:
     (tmp_path / "wrong.json").write_text('{"beauty": 1}')
     other.locator("#reward-functions input[type=file]").set_input_files(tmp_path / "wrong.json")
     other.get_by_text("There is no reward named beauty").wait_for()
+
+
+def test_sliders_are_shown_for_the_scored_skill_only(open_page: OpenPage) -> None:
+    """A link and a click on the skill hide the sliders alike."""
+    page = open_page("")
+    for name, skill in reversed(SKILLS.items()):  # the first one is selected already
+        page.get_by_label(skill.title, exact=True).check()
+        page.wait_for_selector(f"#results[data-skill={name}]")
+        for part in ("#weights", "#reward-functions", "#fine-tune-reward"):
+            assert page.locator(part).is_visible() == (skill.output == "recipe"), (name, part)
+    linked = open_page("skill=segment")
+    linked.wait_for_selector("#results[data-skill=segment]")
+    assert not linked.locator("#weights").is_visible()
 
 
 def test_sliders_start_at_equal_weights(open_page: OpenPage) -> None:

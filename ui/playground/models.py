@@ -18,8 +18,8 @@ from ui.messages import user_error
 from usage.events import Payer
 
 OWN_KEY_NEEDED = (
-    "it needs a Moondream API key. Enter your own Moondream API key under “Moondream API key”; only an administrator "
-    "may use this deployment's key."
+    "it needs a Moondream API key. Enter your own under “Moondream API key”; only an administrator may use this "
+    "deployment's key."
 )
 
 

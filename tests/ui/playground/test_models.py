@@ -46,7 +46,7 @@ def test_deployments_key_is_for_administrators_only(adapters: AdapterRegistry, v
     models = visitor_models(adapters, visitor)
     assert models.specs["cloud"].key is None and models.payer == "deployment"
     reason = next(choice["reason"] for choice in choices(models) if choice["name"] == "cloud")
-    assert "Enter your own Moondream API key" in reason and "only an administrator may use this deployment" in reason
+    assert "Enter your own under “Moondream API key”" in reason and "only an administrator may use this deployment" in reason
 
 
 @pytest.mark.parametrize("visitor", [LOCAL_ADMIN, SPACE_ADMIN])
@@ -72,7 +72,7 @@ def test_guests_comparison_never_uses_the_deployments_key(
     monkeypatch.setattr(models_module, "answer", lambda spec, request, cancel: used.append(spec) or iter(()))
     request, models = Request(photo, "caption", n=1), visitor_models(adapters, GUEST)
     *_, last = compare(["cloud"], request, threading.Event(), models.answer, interval=0.0)
-    assert last.columns[0].status == "failed" and "Enter your own Moondream API key" in last.columns[0].error
+    assert last.columns[0].status == "failed" and "Enter your own under “Moondream API key”" in last.columns[0].error
     assert used == []
     list(compare(["cloud"], request, threading.Event(), visitor_models(adapters, GUEST, SecretStr(OWN_KEY)).answer))
     assert [spec.key for spec in used] == [SecretStr(OWN_KEY)]
