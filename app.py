@@ -270,19 +270,19 @@ def launch_in_space(page: gr.Blocks) -> None:
     """Serve the page of a Space, with this application's routes before Gradio's own."""
     settings, services = space_services()
     print_admin_link(settings, services.access)
-    page.launch(
-        server_name=settings.host,
-        server_port=settings.port,
-        prevent_thread_lock=True,
-        quiet=True,
-        app_kwargs={
-            "routes": [*build_routes(settings, services).router.routes],
-            "middleware": [Middleware(AccessMiddleware, **access_options(settings, services))],
-        },
-        **gradio_options(settings),
-    )
     with closing(services):
         exit_on_sigterm()
+        page.launch(
+            server_name=settings.host,
+            server_port=settings.port,
+            prevent_thread_lock=True,
+            quiet=True,
+            app_kwargs={
+                "routes": [*build_routes(settings, services).router.routes],
+                "middleware": [Middleware(AccessMiddleware, **access_options(settings, services))],
+            },
+            **gradio_options(settings),
+        )
         while True:
             time.sleep(3600)
 

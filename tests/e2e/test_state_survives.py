@@ -46,13 +46,14 @@ class App:
         output: What it printed.
     """
 
-    def __init__(self, folder: Path, name: str, hub: BucketServer) -> None:
+    def __init__(self, folder: Path, name: str, hub: BucketServer, **variables: str) -> None:
         self.data_dir, self.output = folder / name / "data", folder / f"{name}.log"
         self.address = f"http://127.0.0.1:{free_port()}"
         env = {"PATH": os.environ["PATH"], "HOME": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         env |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SERVER_PORT": self.address.rpartition(":")[2]}
         env |= {"DATA_DIR": str(self.data_dir), "HF_ENDPOINT": hub.address, "FAKE_RUN_PAUSE": PAUSE}
         env |= {"STATE_BUCKET": BUCKET, "STATE_BUCKET_TOKEN": TOKEN, "STATE_BUCKET_SECONDS": SAVE_SECONDS}
+        env = {name: value for name, value in (env | variables).items() if value}
         with self.output.open("w") as output:
             command = [sys.executable, "-m", "tests.support.app_main"]
             self.process = subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
@@ -106,9 +107,9 @@ class App:
 
 
 @contextmanager
-def started(folder: Path, name: str, hub: BucketServer) -> Iterator[App]:
-    """Start an application with a disk of its own, and end what is left of it."""
-    app = App(folder, name, hub)
+def started(folder: Path, name: str, hub: BucketServer, **variables: str) -> Iterator[App]:
+    """Start an application with a disk of its own and more environment variables, and end what is left of it."""
+    app = App(folder, name, hub, **variables)
     try:
         yield app
     finally:
@@ -241,3 +242,11 @@ def test_second_replica_takes_over_and_the_first_one_reports_it(hub: BucketServe
     with started(tmp_path, "third", hub) as app:
         functions = app.client().predict(api_name="/reward_functions")
         assert "newer" in functions and "older" not in functions
+
+
+def test_space_saves_at_sigterm_and_says_that_it_forgets_without_a_bucket(hub: BucketServer, tmp_path: Path) -> None:
+    with started(tmp_path, "first", hub, SPACE_ID="team/space", STATE_BUCKET_SECONDS="3600") as app:
+        app.terminate()
+    assert '"playground.sqlite3"' in saved_paths(hub) and "lease.json" not in hub.paths(BUCKET)
+    with started(tmp_path, "second", hub, SPACE_ID="team/space", STATE_BUCKET="") as app:
+        assert "no lasting disk" in app.page() and "STATE_BUCKET" not in app.page()
