@@ -12,17 +12,20 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
+from app import build_services
 from inference.registry import MODELS
+from settings import Settings
 from tests.support.app_server import app_server
 from tests.support.browser import PHONE, set_weight, violations
+from tests.support.fake_run import write_adapter, write_result
 from tests.support.finetune_page import open_finetune_tab, start_run, wait_for_state
 from tests.support.hub_server import TOKEN, HubServer
-from tests.support.runs import until
+from tests.support.runs import FAKE, make_config, until
 from training.runs.run import RunConfig, RunStore
 from ui.playground.samples import SAMPLES
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 pytestmark = pytest.mark.browser
 Open = Callable[..., "Page"]
@@ -334,3 +337,83 @@ def test_client_trains_cancels_uses_and_reverts(server: str) -> None:
     call("revert", won)
     with pytest.raises(AppError, match="There is no run"):
         call("run_status", "../../etc")
+
+
+# Visitors of a deployment on another address than localhost
+
+
+def open_as(browser: Browser, address: str, path: str = "/", **settings: Any) -> Page:
+    """Open the Fine-tune tab in a browser context of its own, which is another visitor."""
+    page = browser.new_context(**settings).new_page()
+    page.set_default_timeout(60_000)  # the machine may be busy
+    page.goto(address + path)
+    page.wait_for_selector("body[data-opened]")
+    open_finetune_tab(page)
+    return page
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_guest_sees_runs_of_others_and_why_nothing_can_be_changed(
+    browser: Browser, tmp_path: Path, scheme: str
+) -> None:
+    run = RunStore(tmp_path / "runs").create(make_config(name="Crisp"), "hf:1", "ada")
+    write_adapter(run)
+    write_result(run, wins=False, alarm="")
+    run.set_status(state="done", step=6, steps=6, started=100.0, ended=142.0)
+    with app_server(tmp_path, host="0.0.0.0") as address:
+        page = open_as(browser, address, color_scheme=scheme, viewport={"width": 1280, "height": 900})
+        page.get_by_text("Guests cannot train models here").wait_for()
+        assert page.locator("#tune-start").is_disabled()
+        assert page.locator("#tune-backend input:enabled").count() == 0
+        page.locator(".run-note").get_by_text("Only ada and administrators can change or download").wait_for()
+        buttons = page.locator(".run-actions button:visible")
+        assert buttons.all_inner_texts() == [
+            "Use anyway",
+            "Use for everyone",
+            "Download zip",
+            "Rename",
+            "Delete",
+        ]
+        assert page.locator(".run-actions button:visible:enabled").count() == 0
+        page.get_by_text("Push this model to the Hugging Face Hub").click()
+        page.locator("#push").get_by_text("Only ada and administrators").wait_for()
+        assert page.locator("#push").get_by_role("button", name="Push", exact=True).is_disabled()
+        page.locator(".history-created").get_by_text("ada").wait_for()
+        assert "hf:1" not in page.content()
+        assert violations(page) == []
+        page.context.close()
+
+
+def test_guest_trains_one_short_run_and_an_administrator_shares_it(browser: Browser, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"host": "0.0.0.0", "guest_runs": True}
+    services = build_services(Settings(data_dir=tmp_path, **options), FAKE)
+    with app_server(tmp_path, services=services, **options) as address:
+        guest = open_as(browser, address)
+        guest.get_by_label("Custom").check()
+        guest.locator("#tune-steps input").fill("500")
+        guest.get_by_text("Guests can train for at most 140 steps").wait_for()
+        assert guest.locator("#tune-start").is_disabled()
+        guest.get_by_label("Smoke test").check()
+        guest.wait_for_selector("#tune-start:not([disabled])")
+        start_run(guest, seed=7)
+        wait_for_state(guest)
+        guest.locator(".run-note").get_by_text("Only administrators can offer a model to everyone").wait_for()
+        guest.get_by_role("tab", name="Playground").click()
+        guest.locator(".picker-selection").get_by_text("tuned: sharpness").wait_for()
+
+        other = open_as(browser, address)
+        other.locator(".run-note").get_by_text("Only the guest who started it").wait_for()
+        other.get_by_role("tab", name="Playground").click()
+        assert "tuned" not in selected_models(other)
+
+        admin = open_as(browser, address, f"/admin?token={services.access.link.token}")
+        admin.locator(".run-summary").get_by_text("Owner: Guest").wait_for()
+        admin.get_by_role("button", name="Use for everyone").click()
+        admin.get_by_role("button", name="Stop using for everyone").wait_for()
+        admin.locator(".history-badge").get_by_text("For everyone").wait_for()
+        newcomer = open_as(browser, address)
+        newcomer.get_by_role("tab", name="Playground").click()
+        assert "tuned: sharpness" in selected_models(newcomer)
+        for page in (guest, other, admin, newcomer):
+            page.context.close()
+    services.worker.stop()

@@ -7,7 +7,6 @@ from typing import Any
 
 import gradio as gr
 
-from access.control import AccessControl
 from access.roles import Role, Visitor
 from inference.types import MAX_SEED
 from recipes import MAX_BYTES
@@ -25,7 +24,6 @@ from ui.finetune.estimate import (
     estimate,
     format_price,
 )
-from ui.finetune.permissions import sign_in_hint
 from ui.services import AppServices
 
 BUNDLED, UPLOADED, HUB_DATASET = PHOTO_SOURCES = ("Bundled photos", "My photos", "Hub dataset")
@@ -42,6 +40,7 @@ function draw() {
 watch('value', draw);
 draw();
 """
+GUEST_BACKEND = "Guests cannot use Hugging Face Jobs and the tuning API."
 NO_AUTOCOMPLETE = gr.InputHTMLAttributes(autocomplete="off")
 
 
@@ -215,12 +214,13 @@ def draw_push_form() -> PushForm:
 # ── Handlers: what the inputs offer ──────────────────────────────────────────────────────────────────────────────
 
 
-def visitor_updates(access: AccessControl, visitor: Visitor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return updates of the backend and the Moondream API key: what a guest or a user may not use says so."""
-    info = f"Guests can train on this machine only. {sign_in_hint(access)}" if visitor.role == Role.GUEST else ""
+def visitor_updates(visitor: Visitor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return updates of the backend, which guests cannot choose, and of the Moondream API key's placeholder."""
+    is_guest = visitor.role == Role.GUEST
     uses_deployment_key = visitor.role == Role.ADMIN and has_api_key()
     placeholder = "Leave empty to use this deployment's key" if uses_deployment_key else ""
-    return gr.update(info=info or None), gr.update(placeholder=placeholder)
+    backend = gr.update(interactive=not is_guest, info=GUEST_BACKEND if is_guest else None)
+    return backend, gr.update(placeholder=placeholder)
 
 
 def photo_source_changed(source: str) -> tuple[dict[str, Any], dict[str, Any]]:

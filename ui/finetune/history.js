@@ -23,7 +23,8 @@ function createRow(run, selected) {
   setText('badge', run.badge);
   setText('reward', run.reward);
   setText('result', run.result);
-  setText('created', [run.owner, run.created, run.duration].filter(Boolean).join(' · '));
+  const times = [run.created, run.duration].map(text => text.replaceAll(' ', '\u00a0'));  // no line break within one
+  setText('created', [run.owner, ...times].filter(Boolean).join(' · '));
   const values = run.curve.filter(value => value !== null);
   const min = Math.min(...values), range = Math.max(1e-9, Math.max(...values) - min);
   const points = values.map((value, index) => (index / Math.max(1, values.length - 1) * 100).toFixed(1) + ',' + (22 - (value - min) / range * 20).toFixed(1));

@@ -41,17 +41,17 @@ def training_refusal(access: AccessControl, visitor: Visitor, backend: str, step
     if backend != "here":
         return f"Guests can train on this machine only. {sign_in}"
     if steps > MAX_GUEST_STEPS:
-        return f"Guests can train for at most {MAX_GUEST_STEPS} steps. Choose a shorter run. {sign_in}"
+        return f"Guests can train for at most {MAX_GUEST_STEPS} steps. Choose a shorter run."
     if rollouts > MAX_GUEST_ROLLOUTS:
-        return f"Guests can sample at most {MAX_GUEST_ROLLOUTS} rollouts per photo. Choose fewer. {sign_in}"
+        return f"Guests can sample at most {MAX_GUEST_ROLLOUTS} rollouts per photo. Choose fewer."
     return ""
 
 
 def sign_in_hint(access: AccessControl) -> str:
     """Return how a guest gets the rights of a user or an administrator."""
     if access.mode == "space":
-        return "Sign in with Hugging Face to train your own."
-    return "Administrators open the link that the server prints at its start; programs send an API key."
+        return "Sign in with Hugging Face first."
+    return "That needs the administrator link, which the server prints at its start, or an API key."
 
 
 def action_refusal(services: AppServices, visitor: Visitor, run: Run, action: str) -> str:
@@ -67,7 +67,7 @@ def action_refusal(services: AppServices, visitor: Visitor, run: Run, action: st
     if visitor.role == Role.ADMIN:
         return ""
     if not visitor.may_change(run.owner):
-        return f"Only {owner_title(run)} and administrators can change this run."
+        return f"Only {owner_title(run)} and administrators can change or download this run."
     if action in ("share", "unshare"):
         return ADMIN_SHARES
     if action == "push" and visitor.role == Role.GUEST:

@@ -586,7 +586,7 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
         return estimate(services, **inputs), *form_updates(services, visitor(request), inputs)
 
     def form_opened(request: gr.Request) -> tuple[Any, ...]:
-        return visitor_updates(services.access, visitor(request))
+        return visitor_updates(visitor(request))
 
     estimate_outputs = [form.estimate, form.submit, form.note]
     estimate_events = [component.change for component in estimate_inputs.values()]

@@ -226,18 +226,18 @@ def test_uploads_belong_to_the_visitor_and_replaced_ones_are_announced(
 def test_runs_of_others_cannot_be_changed(services: AppServices, visitor: Visitor, owner: Visitor) -> None:
     run = finished_run(services, owner)
     for action in ACTIONS:
-        assert "can change this run" in action_refusal(services, visitor, run, action)
+        assert "can change or download this run" in action_refusal(services, visitor, run, action)
     for action in ("cancel", "resume", "use", "revert", "share", "unshare", "rename", "delete"):
-        with pytest.raises(gr.Error, match="and administrators can change this run"):
+        with pytest.raises(gr.Error, match="and administrators can change or download this run"):
             act(services, visitor, run, action, key="md-own")
     for call in (api_runs.cancel_run, api_runs.use_run, api_runs.revert):
-        with pytest.raises(gr.Error, match="and administrators can change this run"):
+        with pytest.raises(gr.Error, match="and administrators can change or download this run"):
             call(services, visitor, run.id)
-    with pytest.raises(gr.Error, match="and administrators can change this run"):
+    with pytest.raises(gr.Error, match="and administrators can change or download this run"):
         finetune.download(services, visitor, event(run=run.id))
-    with pytest.raises(gr.Error, match="and administrators can change this run"):
+    with pytest.raises(gr.Error, match="and administrators can change or download this run"):
         finetune.push(services, visitor, run.id, "me/it", "hf_x", True)
-    with pytest.raises(gr.Error, match="and administrators can change this run"):
+    with pytest.raises(gr.Error, match="and administrators can change or download this run"):
         finetune.run_inline(services, visitor, run.id)
     assert run.config().name == "" and not services.adapters.is_enabled(run.id)
 
@@ -332,9 +332,9 @@ def test_buttons_of_other_visitors_runs_are_disabled_with_the_reason(services: A
     seen = snapshot(services, BOB, run)
     assert set(seen["actions"]) == {"use", "share", "download", "rename", "delete"}
     assert all(action["disabled"] for action in seen["actions"].values())
-    assert seen["note"] == "Only ada and administrators can change this run."
+    assert seen["note"] == "Only ada and administrators can change or download this run."
     guests = snapshot(services, BOB, finished_run(services, GUEST))
-    assert guests["note"] == "Only the guest who started it and administrators can change this run."
+    assert guests["note"] == "Only the guest who started it and administrators can change or download this run."
 
 
 def test_owner_sees_own_buttons_and_why_sharing_is_disabled(services: AppServices) -> None:
@@ -425,11 +425,14 @@ def test_form_says_why_a_guest_cannot_train(services: AppServices, no_guest_runs
     assert not submit["interactive"] and "this machine only" in note["value"]
 
 
-def test_only_administrators_see_that_the_key_may_stay_empty(
-    services: AppServices, monkeypatch: pytest.MonkeyPatch
+def test_guests_cannot_choose_a_backend_and_only_administrators_may_leave_the_key_empty(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MOONDREAM_API_KEY", "md-deployment")
-    placeholders = [visitor_updates(services.access, visitor)[1]["placeholder"] for visitor in (GUEST, ADA, ADMIN)]
+    updates = [visitor_updates(visitor) for visitor in (GUEST, ADA, ADMIN)]
+    assert [backend["interactive"] for backend, _ in updates] == [False, True, True]
+    assert "Guests cannot use Hugging Face Jobs" in updates[0][0]["info"] and updates[1][0]["info"] is None
+    placeholders = [key["placeholder"] for _, key in updates]
     assert placeholders == ["", "", "Leave empty to use this deployment's key"]
 
 
