@@ -117,7 +117,8 @@ class AccessMiddleware:
             "x-moondream-auth" in connection.headers or "authorization" in connection.headers
         )
         if method not in SAFE_METHODS and not is_same_origin(connection) and not has_key:
-            return _api_error(403, FOREIGN_ORIGIN) if rule.access == RouteAccess.API_KEY else _error(403, FOREIGN_ORIGIN)
+            error = _api_error if rule.access == RouteAccess.API_KEY else _error
+            return error(403, FOREIGN_ORIGIN)
         if rule.access == RouteAccess.USAGE and not self._may_read_usage(connection):
             return _error(401, USAGE_ONLY)
         if rule.max_body is not None and _content_length(connection) > rule.max_body:
