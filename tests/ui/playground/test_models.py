@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import gradio as gr
 import numpy as np
 import pytest
+from PIL import Image
 from pydantic import SecretStr
 
 from access.roles import LOCAL_ADMIN, Role, Visitor
 from inference.registry import MODELS
 from inference.types import InferenceError, Request
+from storage.database import Database
 from tests.support import fake_backend
 from tests.support.runs import make_config
 from training.runs.adapters import AdapterRegistry
 from training.runs.run import RunStore
 from ui.playground import models as models_module
-from ui.playground.compare import compare
-from ui.playground.link import read_link
+from ui.playground.compare import ComparisonMeter, compare
+from ui.playground.link import PlaygroundSettings, read_link
 from ui.playground.models import parse_key, public_models, visitor_models
 from ui.playground.picker import check_models, choices
+from ui.playground.tab import run
+from usage.analytics import UsageAnalytics
+from usage.events import Deployment
+from usage.prices import Prices
+from usage.recorder import Recorder
+from usage.time_window import UsageFilter
+from usage.visitors import VisitorHasher
 
 GUEST, USER = Visitor(Role.GUEST, "guest:a", "", "a"), Visitor(Role.USER, "hf:1", "ann", "b")
 SPACE_ADMIN = Visitor(Role.ADMIN, "hf:2", "owner", "c")
@@ -46,7 +55,10 @@ def test_deployments_key_is_for_administrators_only(adapters: AdapterRegistry, v
     models = visitor_models(adapters, visitor)
     assert models.specs["cloud"].key is None and models.payer == "deployment"
     reason = next(choice["reason"] for choice in choices(models) if choice["name"] == "cloud")
-    assert "Enter your own under “Moondream API key”" in reason and "only an administrator may use this deployment" in reason
+    assert "Enter your own under “Moondream API key”" in reason and "only an administrator" in reason
+        "Enter your own under “Moondream API key”" in reason
+        and "only an administrator may use this deployment" in reason
+    )
 
 
 @pytest.mark.parametrize("visitor", [LOCAL_ADMIN, SPACE_ADMIN])
@@ -76,6 +88,23 @@ def test_guests_comparison_never_uses_the_deployments_key(
     assert used == []
     list(compare(["cloud"], request, threading.Event(), visitor_models(adapters, GUEST, SecretStr(OWN_KEY)).answer))
     assert [spec.key for spec in used] == [SecretStr(OWN_KEY)]
+
+
+@pytest.mark.parametrize(("key", "payer"), [(SecretStr(OWN_KEY), "visitor"), (None, "deployment")])
+def test_usage_names_the_payer_and_the_visitors_hash(
+    adapters: AdapterRegistry, photo: np.ndarray, tmp_path: Path, key: SecretStr | None, payer: str
+) -> None:
+    visitor_hash = VisitorHasher(tmp_path).hash("secret")
+    recorder = Recorder(Database(f"sqlite:///{tmp_path / 'x.sqlite3'}"), tmp_path / "spool", Deployment("topic", "c0"))
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    inputs = asdict(PlaygroundSettings()) | {"models": ["cloud"], "n": 1, "upload": str(tmp_path / "photo.png")}
+    inputs |= {"key": "", "reasoning": False}
+    models = visitor_models(adapters, SPACE_ADMIN, key)
+    *_, last = run(inputs, models, ComparisonMeter(recorder, Prices(), "cpu-upgrade"), visitor_hash)
+    recorder.flush()
+    (event,) = UsageAnalytics(recorder._database).recent(UsageFilter("week"))
+    assert (event.outcome, event.payer, event.session) == ("ok", payer, visitor_hash)
+    assert last[1].comparison.status == "done"
 
 
 def test_tuned_models_of_others_are_neither_offered_nor_named(
