@@ -41,6 +41,7 @@ BENCHMARKS = {
     "learning": "bench.learning",
     "usage": "bench.usage",
     "endpoint": "bench.endpoint",
+    "guests": "bench.guests",
     "previews": "bench.previews",
 }
 FIELDS = ("name", "value", "unit", "baseline", "ratio", "target", "note")

@@ -106,8 +106,8 @@ def start(arguments: Sequence[str], port: int, environment: dict[str, str] | Non
     """Start Python in the project's folder with a Gradio server on `port`."""
     environment = {
         **os.environ,
-        **(environment or {}),
         "GRADIO_SERVER_NAME": "127.0.0.1",
+        **(environment or {}),
         "GRADIO_SERVER_PORT": str(port),
         "GRADIO_ANALYTICS_ENABLED": "False",
         "HF_HUB_OFFLINE": "1",
