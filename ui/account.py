@@ -13,7 +13,7 @@ from ui.permissions import visitor_of
 
 GUEST_NOTE = {
     "space": "Guest",
-    "link": "Guest · administrators open the link that the server prints at its start",
+    "link": "Guest · administrators: see the server’s log",
     "local": "Guest",
 }
 

@@ -51,6 +51,7 @@ function draw() {
   const error = data && data.error;
   setText(byClass('dash-error'), error || '');
   byClass('dash-error').hidden = !error;
+  byClass('dash-error').classList.toggle('notice', Boolean(data && data.notice));
   byClass('dash').hidden = !data || Boolean(error);
   if (!data || error) return;
   setText(byClass('dash-period'), data.period);

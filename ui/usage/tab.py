@@ -123,7 +123,7 @@ def refresh(
     """
     unchanged = [gr.skip()] * len(OPTION_FIELDS)
     if visitor.role < Role.ADMIN:
-        return {"error": ADMINS_SEE_USAGE}, *unchanged, options
+        return {"error": ADMINS_SEE_USAGE, "notice": True}, *unchanged, options
     filters = DashboardFilter.from_inputs(inputs)
     try:
         new_options = services.usage.options()

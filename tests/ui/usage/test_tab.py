@@ -13,6 +13,7 @@ import gradio as gr
 import pytest
 from starlette.datastructures import QueryParams
 
+from access.roles import Role, Visitor
 from storage.reward_functions import StoreError
 from tests.support.fake_run import HOSTILE
 from tests.support.runs import FAKE
@@ -240,3 +241,11 @@ def test_sample_traffic_is_recorded_calls_of_the_built_in_model(services: AppSer
     assert int(metric(value, "Calls")["value"]) == 2 * len(tab.SAMPLE_SKILLS)
     assert int(metric(value, "Tokens")["value"].replace(",", "")) > 100
     assert {row[3] for row in value["recent"]} == set(tab.SAMPLE_SKILLS)
+
+
+@pytest.mark.parametrize("role", [Role.GUEST, Role.USER])
+def test_only_administrators_see_usage(services: AppServices, role: Role) -> None:
+    shown, *rest = refresh(services, None, inputs(), Visitor(role, "hf:1"))
+    assert shown == {"error": tab.ADMINS_SEE_USAGE, "notice": True}
+    assert rest == [gr.skip(), gr.skip(), gr.skip(), None]
+    assert "metrics" not in shown and "notice" not in refresh(services, None, inputs())[0]
