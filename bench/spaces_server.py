@@ -544,6 +544,8 @@ class RequestHandler(BaseHTTPRequestHandler):
         port = space.reload_port if label.endswith("--7887") else space.port
         inner = "/".join(part for part in rest if part != "--replicas" and not part.startswith("+"))
         headers = {"Content-Type": self.headers.get("Content-Type") or "text/plain"}
+        if "Authorization" in self.headers:
+            headers["Authorization"] = self.headers["Authorization"]
         url = f"http://127.0.0.1:{port}/{inner}"
         try:
             response = httpx.request(self.command, url, content=body, headers=headers, timeout=60)

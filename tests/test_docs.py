@@ -20,6 +20,7 @@ from PIL import Image
 
 import recipes
 import rewards
+from inference.registry import MODELS
 from recipes import parse
 from rewards import RewardFunction
 from tests.support.app_server import app_server
@@ -165,7 +166,7 @@ def test_map_names_existing_files_and_every_package(block: Block) -> None:
 @of("link")
 def test_links_are_understood(block: Block) -> None:
     query = dict(pair.split("=", 1) for pair in block.text.strip().lstrip("?").split("&"))
-    settings, problems = read_link(query)
+    settings, problems = read_link(query, MODELS)
     assert problems == [] and settings.photo == query["photo"] and settings.seed == int(query["seed"])
 
 
