@@ -125,7 +125,9 @@ def test_deploy_promote_rollback_and_sweep_of_two_branches(repository: PreviewRe
     error = repository.previews("deploy", "--branch", "feature/A", code=9)
     assert "ui/playground/tab.py, line" in error["error"] and len(hub.uploads) == uploads
     repository.edit("ui/playground/tab.py", '"Reward of A" (/', '"Reward A"')
-    repository.edit("ui/playground/tab.py", "MODELS, answer\n", "MODELS, answer\nfrom inference import no_such_name\n")
+    repository.edit(
+        "ui/playground/tab.py", "import gradio as gr\n", "import gradio as gr\nfrom inference import no_such_name\n"
+    )
     error = repository.previews("deploy", "--branch", "feature/A", code=9)
     assert "no_such_name" in error["error"] and revision(a) == fourth and "Reward of A" in page(a)
     fifth = repository.edit("ui/playground/tab.py", "from inference import no_such_name\n", "")
