@@ -1,11 +1,40 @@
-"""Actions in the Fine-tune tab of a browser page."""
+"""The Fine-tune tab in tests: values of its form, events of its buttons, and actions in a browser page."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
+
+JOBS, HOSTED = "Hugging Face Jobs", "Moondream's tuning API"
+FORM: dict[str, Any] = {
+    "base": "moondream-tiny",
+    "photo_source": "Bundled photos",
+    "files": None,
+    "dataset": "",
+    "length": "Smoke test",
+    "steps": None,
+    "seed": 1,
+    "name": "",
+    "learning_rate": 2e-3,
+    "beta": 0.02,
+    "rollouts": 8,
+    "rank": 16,
+    "backend": "This machine",
+    "hardware": None,
+    "hub_token": "",
+    "moondream_key": "",
+    "budget": 5.0,
+    "sft_steps": 10,
+}
+
+
+def event(**data: Any) -> gr.EventData:
+    """Return the data of an event of the run view or the history."""
+    return gr.EventData(None, data)
 
 
 def open_finetune_tab(page: Page) -> None:

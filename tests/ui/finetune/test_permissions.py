@@ -20,9 +20,10 @@ from inference.registry import MODELS
 from settings import Settings
 from tests.support.app_server import app_server
 from tests.support.event_client import EventClient, EventError
+from tests.support.fake_run import write_adapter, write_result
+from tests.support.finetune_page import FORM, HOSTED, JOBS, event
 from tests.support.hub_server import TOKEN
 from tests.support.runs import FAKE, make_config, until
-from tests.ui.finetune.test_tab import FORM, HOSTED, JOBS, event, write_adapter, write_result
 from training.data import uploads
 from training.runs import queue
 from training.runs.adapters import model_name

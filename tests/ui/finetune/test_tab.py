@@ -16,6 +16,7 @@ from access.roles import LOCAL_ADMIN
 from inference.registry import MODELS
 from rewards import REWARDS
 from tests.support.fake_run import HOSTILE, write_adapter, write_result
+from tests.support.finetune_page import FORM, HOSTED, JOBS, event
 from tests.support.hub_server import TOKEN, HubServer
 from tests.support.runs import FAKE, until
 from training.runs.adapters import model_name
@@ -35,27 +36,6 @@ from usage.recorder import insert_events
 
 HERE = Path(finetune.__file__).parent
 DEFAULT_MODELS = list(PlaygroundSettings().models)
-JOBS, HOSTED = "Hugging Face Jobs", "Moondream's tuning API"
-FORM: dict[str, Any] = {
-    "base": "moondream-tiny",
-    "photo_source": "Bundled photos",
-    "files": None,
-    "dataset": "",
-    "length": "Smoke test",
-    "steps": None,
-    "seed": 1,
-    "name": "",
-    "learning_rate": 2e-3,
-    "beta": 0.02,
-    "rollouts": 8,
-    "rank": 16,
-    "backend": "This machine",
-    "hardware": None,
-    "hub_token": "",
-    "moondream_key": "",
-    "budget": 5.0,
-    "sft_steps": 10,
-}
 
 
 @pytest.fixture
@@ -92,10 +72,6 @@ def finished_run(services: AppServices, wins: bool = True, **changes: Any) -> Ru
     write_result(run, wins=wins, alarm="")
     run.set_status(state="done", step=10, steps=10, started=100.0, ended=142.0)
     return run
-
-
-def event(**data: Any) -> gr.EventData:
-    return gr.EventData(None, data)
 
 
 def refresh(
