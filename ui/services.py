@@ -119,7 +119,7 @@ class AppServices:
             command,
             on_end=run_ended,
             inline=run_inline,
-            enabled_ids=adapters.enabled_ids,
+            release=adapters.release,
             environment=account.to_env(),
         )
         worker.mark_orphans()

@@ -137,9 +137,14 @@ class AdapterRegistry:
         """Whether the run's model is offered to everyone."""
         return run_id in self._read()["shared"] and self.is_enabled(run_id)
 
-    def enabled_ids(self) -> list[str]:
-        """Return the ids of the enabled runs, oldest enabling first, also of those that could not be restored."""
-        return self._read()["used"]
+    def release(self, run_id: str) -> bool:
+        """Disable a run's model so that the run can be deleted; return False if it is offered to everyone."""
+        with self._lock:
+            if self.is_shared(run_id):
+                return False
+            with contextlib.suppress(RunError):  # it is not enabled
+                self.disable(run_id)
+            return True
 
     def is_visible(self, name: str, owner: str) -> bool:
         """Whether a model is offered to a visitor.

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from training.runs.run import GUEST_PREFIX, Run, RunConfig, RunError, RunStore
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-m", "training.grpo")
+MAX_OWN_RUNS = 15  # stored runs of one visitor
 MAX_QUEUED = 20  # runs that wait or train, of all owners together
 DUPLICATE_SECONDS = 2.0  # an identical config submitted again within this time is a double click
 NICENESS = 19  # lowest CPU priority, so that inference stays responsive
@@ -45,9 +46,9 @@ class RunQueue:
         poll_seconds: Interval between checks of the running process.
         inline: Function that executes a run, given its folder, in the calling request. If set, runs on the backend
             "here" are executed by `run_inline` instead of by a process.
-        enabled_ids: Returns the ids of the runs whose models are in use. If set, a full store makes room for a new run
-            by deleting the oldest finished runs of guests, other than these. Runs of other owners are never deleted
-            automatically.
+        release: Called with the id of a run before it is deleted to make room, to remove its model from the registry;
+            returns False if the run must stay. If set, a full store makes room for a new run by deleting the oldest
+            finished runs of guests. Runs of other owners are never deleted automatically.
         environment: Environment variables for the training processes, such as `BillingAccount.to_env`.
     """
 
@@ -58,7 +59,7 @@ class RunQueue:
         on_end: Callable[[Run], object] | None = None,
         poll_seconds: float = 0.3,
         inline: Callable[[str], object] | None = None,
-        enabled_ids: Callable[[], Collection[str]] | None = None,
+        release: Callable[[str], bool] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.runs = runs
@@ -66,7 +67,7 @@ class RunQueue:
         self.on_end = on_end
         self.poll_seconds = poll_seconds
         self.inline = inline
-        self.enabled_ids = enabled_ids
+        self.release = release
         self.environment = dict(environment or {})
         self._lock = threading.Lock()
         self._submit_lock = threading.Lock()
@@ -95,7 +96,7 @@ class RunQueue:
             max_unfinished: Maximum number of unfinished runs of this owner; None for no limit.
 
         Raises:
-            RunError: If the queue is full, the owner has too many unfinished runs, the same config was submitted a
+            RunError: If the queue is full, the owner has too many runs, the same config was submitted a
                 moment ago, or the run cannot be stored.
         """
         token = token if _uses_token(config) else ""
@@ -104,6 +105,8 @@ class RunQueue:
             if any(_is_duplicate(run, config, owner) for run in unfinished):
                 raise RunError("This run was queued a moment ago. It is in the list.")
             _check_limits(unfinished, owner, max_unfinished)
+            if owner and sum(run.owner == owner for run in self.runs.list()) >= MAX_OWN_RUNS:
+                raise RunError(f"You have {MAX_OWN_RUNS} runs, which is the limit. Delete one first.")
             self._make_room(config, unfinished)
             run_id = self.runs.new_id()
             self._tokens[run_id] = token  # before the run exists: the worker may start it at once
@@ -116,20 +119,21 @@ class RunQueue:
         return run
 
     def _make_room(self, config: RunConfig, unfinished: Sequence[Run]) -> None:
-        """Delete the oldest finished runs of guests until the store takes another run, as far as `enabled_ids` allows.
+        """Delete the oldest finished runs of guests until the store takes another run, as far as `release` allows.
 
         Runs that the new run or an unfinished one starts from are kept.
         """
-        if self.enabled_ids is None or not self.runs.is_full:
+        if self.release is None or not self.runs.is_full:
             return
-        kept = {*self.enabled_ids(), _base_id(config)}
+        kept = {_base_id(config)}
         for run in unfinished:
             with contextlib.suppress(RunError):
                 kept.add(_base_id(run.config()))
         for run in self.runs.list():
             if not self.runs.is_full:
                 return
-            if run.id not in kept and run.owner.startswith(GUEST_PREFIX) and run.status().finished:
+            candidate = run.id not in kept and run.owner.startswith(GUEST_PREFIX) and run.status().finished
+            if candidate and self.release(run.id):
                 with contextlib.suppress(RunError):  # the run was deleted meanwhile, or is still stopping
                     photos = run.config().photos
                     self.runs.delete(run.id)

@@ -267,7 +267,7 @@ def test_full_store_deletes_only_finished_runs_of_guests_that_nothing_uses(
     monkeypatch.setattr(queue, "wake", lambda: None)
     with pytest.raises(RunError, match="Delete one first"):
         queue.submit(make_config(base=f"run-{base.id}", seed=2))
-    queue.enabled_ids = lambda: [enabled.id]
+    queue.release = lambda run_id: run_id != enabled.id
     queue.submit(make_config(base=f"run-{base.id}", seed=2))
     assert not oldest.folder.exists() and photos.exists()
     assert all(run.folder.exists() for run in (admins, users, enabled, parent, base, waiting))
@@ -283,7 +283,7 @@ def test_photos_of_a_deleted_run_are_deleted(
     photos = tmp_path / "uploads" / "of-a-guest"
     photos.mkdir(parents=True)
     runs.create(make_config(photos=str(photos)), owner=GUEST).set_status(state="done")
-    queue = make_queue(enabled_ids=list)
+    queue = make_queue(release=lambda run_id: True)
     monkeypatch.setattr(queue, "wake", lambda: None)
     run = queue.submit(make_config())
     assert [kept.id for kept in runs.list()] == [run.id] and not photos.exists()
@@ -454,3 +454,18 @@ def test_start_is_retried_while_the_disk_is_full(
         until(lambda: len(attempts) >= 4)
         assert state(run) == "queued"
     until(lambda: state(run) == "done")
+
+
+def test_a_visitor_may_store_a_limited_number_of_runs(
+    make_queue: MakeQueue, runs: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.runs.queue.MAX_OWN_RUNS", 1)
+    queue = make_queue()
+    monkeypatch.setattr(queue, "wake", lambda: None)
+    queue.submit(make_config(seed=1), owner="hf:1")
+    with pytest.raises(RunError, match="Delete one first"):
+        queue.submit(make_config(seed=2), owner="hf:1")
+    queue.submit(make_config(seed=2), owner="hf:2")
+    for seed in (3, 4):  # the deployment's administrator has no limit
+        queue.submit(make_config(seed=seed))
+    assert len(runs.list()) == 4
