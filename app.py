@@ -148,7 +148,8 @@ def build_routes(settings: Settings, services: AppServices) -> FastAPI:
     recorder = services.meter.recorder
     app.include_router(health.router(VERSION, lambda: recorder.deployment, services.usage.database))
     app.include_router(usage.router(services.usage, services.budgets, recorder))
-    auth = ApiKeyAuth(settings.api_keys, settings.api_rate, settings.metrics_token)
+    allow_local = settings.access_mode == "local"
+    auth = ApiKeyAuth(settings.api_keys, settings.api_rate, settings.metrics_token, allow_local)
     app.mount("/v1", create_api(services.meter, auth, settings.data_dir / "tuning"))
     return app
 

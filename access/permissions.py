@@ -205,6 +205,8 @@ ROUTES: tuple[RouteRule, ...] = (
     RouteRule(_GET, "/gradio_api/heartbeat/{session_hash}", session="path"),
     RouteRule(_POST, "/gradio_api/upload", max_body=MAX_UPLOAD_BODY),
     RouteRule(_GET, "/gradio_api/upload_progress"),
+    RouteRule(_READ, "/gradio_api/file=http{rest:path}", RouteAccess.CLOSED),  # Gradio fetches any address
+    RouteRule(_READ, "/gradio_api/file/http{rest:path}", RouteAccess.CLOSED),
     RouteRule(_READ, "/gradio_api/file={path_or_url:path}"),
     RouteRule(_READ, "/gradio_api/file/{path:path}"),
     # Gradio: not used

@@ -18,11 +18,12 @@ TENANT_LENGTH = 16  # hexadecimal digits of the key's digest
 LOCAL_TENANT = "local"  # the tenant of a deployment without keys
 BURST_SECONDS = 4.0  # a key may send this many seconds' worth of requests at once
 INVALID_KEY = "This API needs a valid key in the header X-Moondream-Auth."
+NO_KEYS = "This API is closed, because this deployment has no API keys. Its administrator can set PLAYGROUND_API_KEYS."
 LOCAL_ONLY = "Without API keys only this machine may use the API. Set PLAYGROUND_API_KEYS to allow other clients."
 
 
 class ApiKeyAuth:
-    """Authenticates requests by API key. Without keys, only requests from this machine are allowed.
+    """Authenticates requests by API key. Without keys, only requests from this machine are allowed, or none.
 
     Keys are stored as digests and compared in constant time.
     """
@@ -32,6 +33,7 @@ class ApiKeyAuth:
         digests: Sequence[str] = (),
         rate: float = 10.0,
         metrics_token_digest: str = "",
+        allow_local: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Create the authentication.
@@ -40,10 +42,12 @@ class ApiKeyAuth:
             digests: SHA-256 digests of the keys, in hexadecimal.
             rate: Requests per second for each key. Without keys there is no limit.
             metrics_token_digest: SHA-256 digest of the token that may only read metrics, or "" for none.
+            allow_local: Whether requests from this machine need no key if there are none. False where a proxy on this
+                machine may pass other clients' requests on.
             clock: Returns the time in seconds.
         """
         self._digests, self._rate, self._clock = tuple(digests), rate, clock
-        self._metrics_token_digest = metrics_token_digest
+        self._metrics_token_digest, self._allow_local = metrics_token_digest, allow_local
         self._lock = threading.Lock()
         self._buckets: dict[str, tuple[float, float]] = {}  # tenant -> remaining requests, time of the last update
 
@@ -54,6 +58,8 @@ class ApiKeyAuth:
             ApiError: The key is invalid or missing (401), or exceeds its rate limit (429).
         """
         if not self._digests:
+            if not self._allow_local:
+                raise ApiError(401, NO_KEYS)
             if not is_local(connection):
                 raise ApiError(401, LOCAL_ONLY)
             return LOCAL_TENANT

@@ -130,6 +130,21 @@ class PageClient:
         inputs = [components[identifier] for identifier in dependency["inputs"]]
         return [None if item["type"] == "state" else item["props"].get("value") for item in inputs]
 
+    def inputs(self, number: int, **values: Any) -> list[Any]:
+        """Return the default inputs of a handler, with other values for components by the id of their element."""
+        components = {component["id"]: component["props"].get("elem_id") for component in self.config()["components"]}
+        dependency = next(dependency for dependency in self.config()["dependencies"] if dependency["id"] == number)
+        names = [(components[identifier] or "").replace("-", "_") for identifier in dependency["inputs"]]
+        assert set(values) <= set(names), set(values) - set(names)
+        return [values.get(name, default) for name, default in zip(names, self.default_inputs(number), strict=True)]
+
+    def upload(self, name: str, content: bytes) -> dict[str, Any]:
+        """Upload a file and return it as the value of a file input."""
+        response = self.request("POST", "/gradio_api/upload", files={"files": (name, content)})
+        assert response.status_code == 200, response.text
+        [path] = response.json()
+        return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+
     def join(self, number: int, data: list[Any], event_data: Any = None, session_hash: str = "") -> httpx.Response:
         """Queue a call of a handler by number, in this page's session or another."""
         body = {
