@@ -21,7 +21,8 @@ from inference.types import AnswerEvent, InferenceError, ModelSpec, Queued, Requ
 # Small models do not benefit from a second thread. Beside a training run, two threads that synchronise at every
 # operation are many times slower than one.
 THREADS = 1
-MAX_BATCH = 32  # jobs
+MAX_BATCH = 32  # jobs with one candidate each
+MAX_ROWS = 16  # candidates in a batch of jobs with several each; more need much memory and save little time
 logger = logging.getLogger(__name__)
 
 
@@ -98,7 +99,8 @@ class Engine:
             if job.claimed:
                 return []
             others = [other for other in list(self._waiting) if other is not job and not other.claimed]
-            jobs = [job, *(other for other in others if job.can_batch_with(other))][:MAX_BATCH]
+            limit = MAX_BATCH if job.request.n == 1 else max(1, MAX_ROWS // job.request.n)
+            jobs = [job, *(other for other in others if job.can_batch_with(other))][:limit]
             for member in jobs:
                 member.claimed, member.batched = True, len(jobs) > 1
             return jobs

@@ -81,9 +81,9 @@ class Job:
             self.send(None)
 
     def can_batch_with(self, other: Job) -> bool:
-        """Whether both jobs can share a batch: one candidate each, differing only in photo, prompt and seed."""
+        """Whether both jobs can share a batch: they differ only in photo, prompt and seed."""
         a, b = self.request, other.request
-        return self.spec == other.spec and a.n == 1 and all(getattr(a, key) == getattr(b, key) for key in BATCH_KEYS)
+        return self.spec == other.spec and all(getattr(a, key) == getattr(b, key) for key in BATCH_KEYS)
 
 
 def answer(loaded: LoadedModel, jobs: Sequence[Job]) -> None:

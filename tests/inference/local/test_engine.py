@@ -288,11 +288,12 @@ def test_queued_requests_report_positions_and_run_in_order(
 ) -> None:
     gate = ForwardGate(monkeypatch)
     gate.go.clear()
+    requests = [request(photo, n=2 + number, seed=10 * number) for number in range(3)]  # do not share a batch
     received: list[list[AnswerEvent]] = [[], [], []]
     finished: list[int] = []
 
     def follow(number: int) -> None:
-        for event in engine.answer(spec, request(photo, n=2, seed=10 * number), threading.Event()):
+        for event in engine.answer(spec, requests[number], threading.Event()):
             received[number].append(event)
         finished.append(number)
 
@@ -308,7 +309,7 @@ def test_queued_requests_report_positions_and_run_in_order(
     assert [event for event in received[2] if isinstance(event, Queued)] == [Queued(2), Queued(1), Queued(0)]
     for number, events_ in enumerate(received):
         got = {event.index: event.text for event in events_ if isinstance(event, Answer)}
-        assert [got[0], got[1]] == texts(engine, spec, request(photo, n=2, seed=10 * number)), (
+        assert [got[index] for index in sorted(got)] == texts(engine, spec, requests[number]), (
             "requests do not affect each other"
         )
 
@@ -485,6 +486,24 @@ def test_batched_answers_equal_single_answers(
         (got,) = [event for event in queued.received[number] if isinstance(event, Answer)]
         assert (got.text, got.tokens_in, got.tokens_out) == (expected.text, expected.tokens_in, expected.tokens_out)
         assert [round(box.x_min, 3) for box in got.boxes] == [round(box.x_min, 3) for box in expected.boxes]
+
+
+def test_requests_with_several_candidates_are_batched_up_to_a_number_of_rows(
+    engine: Engine, spec: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [request(photo[: 90 - 5 * i], n=5, seed=10 * i, temperature=1.0) for i in range(4)]
+    alone = [texts(engine, spec, one) for one in requests]
+    queued = QueuedRequests(engine, spec, photo, ForwardGate(monkeypatch))
+    sizes: list[int] = []
+    answer = generation.answer
+    monkeypatch.setattr(generation, "answer", lambda loaded, jobs: (sizes.append(len(jobs)), answer(loaded, jobs)))
+    for one in requests:
+        queued.add(one)
+    queued.go()
+    assert sizes == [3, 1], "15 candidates of at most 16, then the rest"
+    for number, expected in enumerate(alone, start=1):
+        received = [event for event in queued.received[number] if isinstance(event, Answer)]
+        assert [event.text for event in sorted(received, key=lambda event: event.index)] == expected
 
 
 def test_requests_with_other_settings_are_not_batched(
