@@ -20,8 +20,9 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 APP = "moondream-playground"
-METRICS_TOKEN = "reads-usage-in-this-test"
-USAGE = f"METRICS_TOKEN={METRICS_TOKEN}"
+API_KEY = "a-key-of-the-previews-in-this-test"
+KEYS = f"PLAYGROUND_API_KEYS={API_KEY}"
+HEADERS = {"Authorization": f"Bearer {API_KEY}"}
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +57,12 @@ def page(url: str) -> str:
 def call_model(url: str) -> None:
     photo = base64.b64encode((ROOT / "assets" / "photos" / "chelsea.jpg").read_bytes()).decode()
     request = {"image_url": f"data:image/jpeg;base64,{photo}", "question": "Is it bright or dark?"}
-    httpx.post(f"{url}/v1/query", json=request, timeout=60).raise_for_status()
+    httpx.post(f"{url}/v1/query", json=request, headers=HEADERS, timeout=60).raise_for_status()
 
 
 def recorded_calls(url: str) -> set[tuple[str, str, str]]:
     """Return branch, commit and Space of the usage events of the last day."""
-    headers = {"Authorization": f"Bearer {METRICS_TOKEN}"}
-    rows = csv.DictReader(httpx.get(f"{url}/v1/usage.csv", headers=headers).text.splitlines())
+    rows = csv.DictReader(httpx.get(f"{url}/v1/usage.csv", headers=HEADERS).text.splitlines())
     return {(row["branch"], row["commit"], row["space"]) for row in rows}
 
 
@@ -74,7 +74,7 @@ def test_deploy_promote_rollback_and_sweep_of_two_branches(repository: PreviewRe
     repository.git("checkout", "-q", "-b", "feature/A")
     first = repository.commit("a branch")
     result = repository.previews(
-        "deploy", "--branch", "feature/A", "--variable", "COLOUR=red", "--variable", USAGE, "--secret", "DATABASE_URL"
+        "deploy", "--branch", "feature/A", "--variable", "COLOUR=red", "--variable", KEYS, "--secret", "DATABASE_URL"
     )
     assert (result["path"], result["sha"], result["fallbacks"]) == ("build", first, [])
     a = result["url"]
@@ -97,7 +97,7 @@ def test_deploy_promote_rollback_and_sweep_of_two_branches(repository: PreviewRe
     # B is deployed; both respond, each with its own commit.
     repository.git("checkout", "-q", "-b", "b_ütf", "main")
     third = repository.edit("ui/playground/tab.py", BUTTON, '"Reward of B"')
-    b = repository.previews("deploy", "--branch", "b_ütf", "--variable", USAGE, "--secret", "DATABASE_URL")["url"]
+    b = repository.previews("deploy", "--branch", "b_ütf", "--variable", KEYS, "--secret", "DATABASE_URL")["url"]
     assert (revision(a), revision(b)) == (second, third)
     assert "Reward of A" in page(a) and "Reward of B" in page(b)
     listed = {row["branch"]: row["revision"] for row in repository.previews("list")}
