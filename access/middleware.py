@@ -40,6 +40,7 @@ USAGE_ONLY = (
     "Usage is for administrators of this deployment. Sign in as one, or send an API key or, for Prometheus, the "
     "metrics token in the header Authorization: Bearer …"
 )
+LENGTH_REQUIRED = "Send uploads with the header Content-Length and without Transfer-Encoding."
 WRONG_LINK = "This administrator link was used already or is wrong. The server prints a new one when a link is used."
 
 
@@ -92,6 +93,9 @@ class AccessMiddleware:
             await self._redeem_link(connection)(scope, receive, send)
             return
         if rule.path == "/gradio_api/upload":
+            if "transfer-encoding" in connection.headers or "content-length" not in connection.headers:
+                await _error(411, LENGTH_REQUIRED)(scope, receive, send)  # the quota counts it before the body arrives
+                return
             visitor = self.access.visitor(connection).hash
             reason = await anyio.to_thread.run_sync(self._admit_upload, visitor, _content_length(connection))
             if reason:

@@ -41,6 +41,7 @@ from ui.permissions import protect
 from ui.services import AppServices
 from ui.usage import tab as usage_tab
 
+pytestmark = pytest.mark.slow
 ROLES = {
     "stranger": Role.GUEST,  # without cookie and page secret
     "guest": Role.GUEST,

@@ -365,15 +365,25 @@ def test_a_chunked_body_is_refused_when_it_exceeds_the_limit() -> None:
 
 
 def test_a_chunked_body_that_the_application_reads_itself_is_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = tuple(
-        RouteRule(rule.methods, rule.path, max_body=5000) if rule.path == "/gradio_api/upload" else rule
-        for rule in ROUTES
-    )
-    monkeypatch.setattr(permissions, "ROUTES", rules)
-    [start, *_], _ = call(content_of(b"x" * 3000, b"x" * 3000), "/gradio_api/upload")
+    rule = RouteRule(("POST",), "/gradio_api/call/{api_name}", max_body=5000)
+    monkeypatch.setattr(permissions, "ROUTES", (rule,))
+    [start, *_], _ = call(content_of(b"x" * 3000, b"x" * 3000), "/gradio_api/call/x")
     assert start["status"] == 413
-    [start, *_], _ = call(content_of(b"x" * 2000, b"x" * 2000), "/gradio_api/upload")
+    [start, *_], _ = call(content_of(b"x" * 2000, b"x" * 2000), "/gradio_api/call/x")
     assert start["status"] == 200
+
+
+@pytest.mark.parametrize("length", [{}, {"content-length": "1"}])
+def test_an_upload_of_unknown_size_is_refused(length: dict[str, str]) -> None:
+    """It would not count against the quota."""
+    admitted: list[int] = []
+    http = client(admit_upload=lambda visitor, size: admitted.append(size))
+    headers = {"transfer-encoding": "chunked", **length}
+    response = http.post("/gradio_api/upload", content=iter([b"x" * 3000]), headers=headers)
+    assert response.status_code == 411 and response.json()["error"] == middleware.LENGTH_REQUIRED
+    assert admitted == []
+    [start, *_], _ = call(content_of(b"x"), "/gradio_api/upload")
+    assert start["status"] == 411
 
 
 def test_a_body_that_does_not_arrive_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

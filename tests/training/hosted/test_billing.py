@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -206,10 +207,14 @@ def test_database_lost_during_a_run_loses_no_call(
     assert len(recorded(Database(account.database_url))) == len(run.calls())
 
 
-def training_process() -> psutil.Process:
-    """Return the training process that the queue has started."""
-    children = psutil.Process().children(recursive=True)
-    return next(child for child in children if "training.grpo" in child.cmdline())
+def training_processes() -> list[psutil.Process]:
+    """Return the training processes that queues of this process have started."""
+    processes = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            if "training.grpo" in child.cmdline():
+                processes.append(child)
+    return processes
 
 
 def test_killed_training_process_loses_at_most_the_step_in_flight(
@@ -218,6 +223,7 @@ def test_killed_training_process_loses_at_most_the_step_in_flight(
     """Kill the real process with SIGKILL during its fifth update; the events before it are in the database."""
     during: list[int] = []
     updates: list[str] = []
+    until(lambda: not training_processes())  # those of the test before may still be ending, on the same server
 
     def kill(path: str) -> Drop | None:
         if not path.endswith("train_step"):
@@ -226,7 +232,8 @@ def test_killed_training_process_loses_at_most_the_step_in_flight(
         if len(updates) != 5:
             return None
         during.append(len(recorded(database)))
-        training_process().send_signal(signal.SIGKILL)
+        for process in training_processes():
+            process.send_signal(signal.SIGKILL)
         return Drop(after=False)
 
     server.inject_fault = kill

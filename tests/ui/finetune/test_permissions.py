@@ -27,7 +27,7 @@ from tests.support.runs import FAKE, make_config, until
 from training.data import uploads
 from training.runs import queue
 from training.runs.adapters import model_name
-from training.runs.run import Run
+from training.runs.run import Run, RunStore
 from ui.api import runs as api_runs
 from ui.finetune import run_view
 from ui.finetune import tab as finetune
@@ -63,11 +63,14 @@ def no_guest_runs(services: AppServices) -> AppServices:
 
 def finished_run(services: AppServices, visitor: Visitor, state: str = "done", wins: bool = True, **config: Any) -> Run:
     """Create a finished run of a visitor with an adapter and a result, without a process."""
-    run = services.runs.create(make_config(**config), visitor.id, visitor.name)
+    aside = RunStore(services.runs.folder.parent / "aside")  # the worker would start a queued run of its own store
+    run = aside.create(make_config(**config), visitor.id, visitor.name)
     write_adapter(run)
     write_result(run, wins=wins, alarm="")
     run.set_status(state=state, step=6, steps=6, started=100.0, ended=142.0)
-    return run
+    services.runs.folder.mkdir(parents=True, exist_ok=True)
+    run.folder.rename(services.runs.folder / run.id)
+    return services.runs.get(run.id)
 
 
 def start(services: AppServices, visitor: Visitor, **changes: Any) -> Run:
