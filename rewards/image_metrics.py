@@ -157,17 +157,32 @@ def _power7(values: np.ndarray) -> np.ndarray:
     return cubes * cubes * values
 
 
-def structural_similarity(source: np.ndarray, picture: np.ndarray) -> float:
+def colourfulness(picture: np.ndarray) -> float:
+    """Return M of Hasler and Suesstrunk for float32 sRGB 0..1: spread + 0.3 mean of R - G and (R + G) / 2 - B."""
+    opponents = cv2.transform(picture, np.array([[1, -1, 0], [0.5, 0.5, -1]], np.float32))
+    mean, spread = cv2.meanStdDev(opponents)
+    return float(255 * (np.hypot(*spread[:, 0]) + 0.3 * np.hypot(*mean[:, 0])))
+
+
+def hue_shift(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the mean hue difference in degrees of two CIELAB arrays [H, W, 3], weighted by their common chroma."""
+    c1, c2 = (np.sqrt(lab[..., 1] ** 2 + lab[..., 2] ** 2) for lab in (first, second))
+    product = np.maximum(c1 * c2, 1e-6)
+    cosine = (first[..., 1] * second[..., 1] + first[..., 2] * second[..., 2]) / product
+    weight = np.sqrt(product)
+    return float(np.degrees((np.arccos(np.clip(cosine, -1, 1)) * weight).sum() / weight.sum()))
+
+
+def structural_similarity(x: np.ndarray, y: np.ndarray) -> float:
     """Return how much of the source's structure is preserved, 0..1, independent of exposure and colour.
 
     This is the structure term of SSIM (Wang et al. 2004) on luminance: local correlation in Gaussian windows, averaged
     with the source's local contrast as weight.
 
     Args:
-        source: float32 sRGB 0..1 [H, W, 3].
-        picture: float32 sRGB 0..1 of the same shape.
+        x: Luminance of the source, float32 0..1 [H, W].
+        y: Luminance of the picture, of the same shape.
     """
-    x, y = cv2.cvtColor(source, cv2.COLOR_RGB2GRAY), cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
     mx, my = _window(x), _window(y)
     vx, vy = np.maximum(_window(x * x) - mx * mx, 0), np.maximum(_window(y * y) - my * my, 0)
     local = (_window(x * y) - mx * my + 1e-5) / (np.sqrt(vx * vy) + 1e-5)

@@ -1,145 +1,44 @@
-"""The reward `sharpness`: crispness on an absolute scale, with penalties for overdone edits.
+"""The reward `sharpness`: a crisp, clear picture of the whole subject, without halos.
 
-    sharpness = d^4 / (d^4 + HALF^4) * exp(-excess - halo - toneless - change - crop)
+    sharpness = guard * exp(-focus - restraint - halo - excess)
 
-- d, the detail: root mean square of the Laplacian of the slightly smoothed luminance, a focus measure (Pertuz, Puig and
-  Garcia, "Analysis of focus measure operators for shape-from-focus", 2013), less the white noise measured in the
-  flattest blocks (Immerkaer, "Fast noise variance estimation", 1996). The first factor rises with it.
-- excess = (ln(d / max(d of the source, NATURAL)) / EXCESS)^2 / 2 if positive: crisper than the source and than photos.
-- halo = (mean overshoot beyond the local extremes of the source, at its tones / HALO)^2.
-- toneless = additional share of black or white pixels / TONELESS.
-- change = (mean CIEDE2000 to the source / CHANGE)^2, so that black and white or a colour cast gain nothing.
-- crop = -CROP ln(share of the area that was kept).
+- guard: `guard.guard`; focus and restraint: `naturalness`. Detail is the root mean square of the Laplacian of the slightly
+  smoothed luminance, a focus measure (Pertuz, Puig and Garcia, "Analysis of focus measure operators for
+  shape-from-focus", 2013), less the white noise measured in the flattest blocks (Immerkaer, "Fast noise variance
+  estimation", 1996).
+- halo = HALO * mean overshoot beyond the local extremes of the photo, at its tones / 0.006.
+- excess = EXCESS * ln(detail / max(detail of the photo, NATURAL)) / 0.3 if positive: crisper than the photo and than photos.
 
-A soft photo therefore gains from sharpening, a crisp one from none, and a flat one from contrast.
+A soft photo gains from sharpening, a crisp one from none, and a veiled one from contrast.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
-import cv2
 import numpy as np
 
-from rewards import image_metrics
+from rewards.comparison import Comparison, compare
+from rewards.guard import guard
+from rewards.naturalness import focus_fault, restraint_fault
 
-HALF = 0.03  # detail that scores one half, as a share of the luminance's range
 NATURAL = 0.043  # detail of a crisp photo
-EXCESS = 0.3
-HALO = 0.012
-TONELESS = 0.4
-CHANGE = 40.0
-CROP = 0.15
-
-NOISE_GAIN = (
-    0.8  # twice the gain of white noise through smoothing and Laplacian (0.41), so that noise never counts as detail
-)
-_SMOOTH = np.array([1, 2, 1], np.float32)  # binomial, close to a Gaussian of sigma 0.7
-_NOISE = np.array([1, -2, 1], np.float32)  # its outer product with itself is Immerkaer's mask
-
-
-@dataclass(frozen=True)
-class _SharpnessStats:
-    """Luminance (uint8), detail and share of toneless pixels of a picture."""
-
-    grey: np.ndarray
-    detail: float
-    toneless: float
-
-    @classmethod
-    def measure(cls, picture: np.ndarray) -> _SharpnessStats:
-        grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
-        return cls(grey, detail(grey), toneless_share(grey))
+HALO = 0.04
+EXCESS = 0.13
 
 
 def sharpness(source: np.ndarray, candidates: list[np.ndarray]) -> list[float | None]:
     """Score candidates (uint8 RGB) from 0 to 1, independent of the group; the module's docstring has the formula."""
-    sources: dict[tuple[float, ...], _SharpnessStats] = {}  # by crop
-    scores: list[float | None] = []
-    for picture in candidates:
-        pair = image_metrics.align(source, picture)
-        if pair.box not in sources:
-            sources[pair.box] = _SharpnessStats.measure(pair.source)
-        scores.append(_score(pair, sources[pair.box]))
-    return scores
+    return [_score(comparison) for comparison in compare(source, candidates)]
 
 
-def _score(pair: image_metrics.AlignedPair, source: _SharpnessStats) -> float:
-    picture = _SharpnessStats.measure(pair.picture)
-    crisp = (picture.detail / HALF) ** 4
-    excess = np.log(max(picture.detail / max(source.detail, NATURAL), 1.0)) / EXCESS
-    halo = halo_strength(source.grey, picture.grey) / HALO
-    toneless = max(0.0, picture.toneless - source.toneless) / TONELESS
-    change = image_metrics.fidelity(pair.source, pair.picture) / CHANGE
-    penalty = excess**2 / 2 + halo**2 + toneless + change**2 - CROP * np.log(pair.area)
-    return float(crisp / (1 + crisp) * np.exp(-penalty))
+def _score(comparison: Comparison) -> float:
+    fault = focus_fault(comparison.measures) + restraint_fault(comparison) + sharpening_fault(comparison)
+    return guard(comparison) * math.exp(-fault)
 
 
-def detail(grey: np.ndarray) -> float:
-    """Return the root mean square Laplacian of a smoothed uint8 luminance, less white noise, as a share of its range.
-
-    A tenth of the gradient at a quarter of the size is added, so that heavily blurred pictures are still ordered.
-    """
-    smooth = cv2.copyMakeBorder(cv2.sepFilter2D(grey, cv2.CV_16S, _SMOOTH, _SMOOTH), 1, 1, 1, 1, cv2.BORDER_REPLICATE)
-    neighbours = smooth[:-2, 1:-1] + smooth[2:, 1:-1] + smooth[1:-1, :-2] + smooth[1:-1, 2:]
-    fine = _energy(neighbours - 4 * smooth[1:-1, 1:-1], 16)
-    quarter = _blocks(grey, 4)
-    coarse = sum(_energy(cv2.Sobel(quarter, cv2.CV_16S, *axis), 8) for axis in ((1, 0), (0, 1)))
-    return float(np.sqrt(max(fine - NOISE_GAIN * noise(grey) ** 2, 0.0) + 0.01 * coarse))
-
-
-def _energy(values: np.ndarray, scale: float) -> float:
-    """Return the mean square of int16 values, in units of `scale` times the range of a picture."""
-    return cv2.norm(values, cv2.NORM_L2SQR) / values.size / (scale * 255) ** 2
-
-
-def noise(grey: np.ndarray) -> float:
-    """Estimate the standard deviation of the noise in a uint8 luminance, as a share of its range.
-
-    The 30th percentile of the root mean square of Immerkaer's mask over 16 x 16 blocks neither black nor white.
-    """
-    mask = cv2.sepFilter2D(grey, cv2.CV_16S, _NOISE, _NOISE).astype(np.float32)
-    energy, light = _blocks(mask * mask, 16), _blocks(grey, 16)
-    inside = energy[(light > 12) & (light < 243)]
-    blocks = np.sort(inside if len(inside) >= 8 else energy, axis=None)
-    return float(np.sqrt(blocks[int(0.3 * len(blocks))]) / 6 / 255)
-
-
-def _blocks(values: np.ndarray, size: int) -> np.ndarray:
-    """Return the means of blocks of size x size; incomplete blocks at the right and the bottom are dropped."""
-    rows, columns = (max(1, side // size) for side in values.shape)
-    return cv2.resize(values[: rows * size, : columns * size], (columns, rows), interpolation=cv2.INTER_AREA)
-
-
-def toneless_share(grey: np.ndarray) -> float:
-    """Return the share of a uint8 luminance that is black or white."""
-    return 1 - cv2.countNonZero(cv2.inRange(grey, 3, 252)) / grey.size
-
-
-def halo_strength(source: np.ndarray, grey: np.ndarray) -> float:
-    """Return the mean overshoot of a uint8 luminance beyond the local extremes (5 x 5) of its source.
-
-    The source's tones are mapped to the candidate's first, so that exposure and contrast do not count as overshoot.
-
-    Returns:
-        A share of the luminance's range: 0 without halos, 0.004 for first ringing at edges, 0.01 for visible ringing.
-    """
-    tones, kernel = _tone_curve(source, grey), np.ones((5, 5), np.uint8)
-    over = cv2.subtract(grey, cv2.LUT(cv2.dilate(source, kernel), tones))
-    under = cv2.subtract(cv2.LUT(cv2.erode(source, kernel), tones), grey)
-    return float(cv2.mean(cv2.add(over, under))[0]) / 255
-
-
-def _tone_curve(source: np.ndarray, grey: np.ndarray) -> np.ndarray:
-    """Return a lookup table uint8 [256] from the source's tones to the candidate's.
-
-    The means of both over 32 ranges of the source's tones, at an eighth of the size, where neither blur nor sharpening
-    shows; extrapolated linearly at both ends.
-    """
-    before, after = _blocks(source, 8).ravel(), _blocks(grey, 8).ravel()
-    counts = np.bincount(before >> 3, minlength=32)
-    used = counts > 0
-    x, y = (np.bincount(before >> 3, values, minlength=32)[used] / counts[used] for values in (before, after))
-    reach = 256 * after.std() / max(before.std(), 1.0)
-    curve = np.interp(np.arange(256), [x[0] - 256, *x, x[-1] + 256], [y[0] - reach, *y, y[-1] + reach])
-    return np.clip(np.maximum.accumulate(curve), 0, 255).round().astype(np.uint8)
+def sharpening_fault(comparison: Comparison) -> float:
+    """Return the fault of too much sharpening: halos, and more detail than photos have."""
+    natural = max(comparison.photo.measures.detail, NATURAL)
+    excess = max(0.0, math.log(max(comparison.measures.detail, 1e-4) / natural)) / 0.3
+    return HALO * comparison.halo / 0.006 + EXCESS * excess
