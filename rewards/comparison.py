@@ -51,6 +51,7 @@ class Comparison:
         structure: How much of the photo's structure is preserved, 0..1; see `image_metrics.structural_similarity`.
         halo: Mean overshoot at edges; see `focus.halo_strength`.
         box: The part of the photo that is shown, 0..1.
+        subject_light: Mean L* of the candidate, weighted by the importance of the subject, 0..100.
         palette: Sorted L*, a* and b* of the candidate, float32 [33, 3].
     """
 
@@ -63,6 +64,7 @@ class Comparison:
     structure: float
     halo: float
     box: Box
+    subject_light: float
     palette: np.ndarray
 
 
@@ -107,8 +109,14 @@ def _compare(source: np.ndarray, photo: PhotoProfile, picture: np.ndarray) -> Co
         structure=image_metrics.structural_similarity(lab[..., 0] / 100, measures.lab[..., 0] / 100),
         halo=halo_strength(grey, measures.grey),
         box=pair.box,
+        subject_light=_subject_light(photo.subject, shown, measures.lab[..., 0]),
         palette=values[np.linspace(0, len(values) - 1, _QUANTILES).round().astype(int)],
     )
+
+
+def _subject_light(subject: Subject, shown: Box, lightness: np.ndarray) -> float:
+    weights = cv2.resize(_cut(subject.importance, shown), lightness.shape[::-1], interpolation=cv2.INTER_LINEAR)
+    return float((weights * lightness).sum() / max(float(weights.sum()), 1e-9))
 
 
 def _aligned(before: np.ndarray, reference: Measures | None) -> tuple[np.ndarray, np.ndarray]:

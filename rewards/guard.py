@@ -1,14 +1,14 @@
 """The guard: what every reward, and so every total, contains.
 
-    guard = exp(-framing - tone - border - broken)
+    guard = exp(-framing - tone - burn - border - broken)
 
     framing = LOST subject_lost + CUT subject_cut + HEAD (0.5 + head_lost, if any head is cut)
             + AREA (1 - kept) + ASPECT |ln(change of width / height)|
     border = BORDER border / 0.2
-    broken = BROKEN max(0, 0.9 - structure) / 0.2
+    broken = BROKEN max(0, 0.8 - structure) / 0.2
 
-`tone` is in `naturalness`, the measures of the crop in `subject.Framing`. A crop that removes only a border costs nothing,
-because the photo's content is what is measured. `broken` is 0 for every recipe; it refuses noise and shuffled pixels.
+`tone` and `burn` are in `naturalness`, the measures of the crop in `subject.Framing`. A crop that removes only a border costs nothing,
+because the photo's content is what is measured. `broken` is about 0 for every recipe; it refuses noise and shuffled pixels.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from __future__ import annotations
 import math
 
 from rewards.comparison import Comparison
-from rewards.naturalness import tone_fault
+from rewards.naturalness import burn_fault, tone_fault
 from rewards.subject import Framing
 
-LOST, CUT, HEAD, AREA, ASPECT = 1.3, 0.04, 0.24, 0.8, 0.4
-BORDER, BORDER_UNIT, MAX_BORDER = 1.5, 0.2, 2.0
-BROKEN = 0.1
+LOST, CUT, HEAD, AREA, ASPECT = 1.15, 0.04, 0.35, 0.9, 0.7
+BORDER, BORDER_UNIT, MAX_BORDER = 1.55, 0.2, 2.0
+BROKEN = 0.8
 HEAD_TOLERANCE = 0.05  # share of a head's box that may be outside
 
 
 def guard(comparison: Comparison) -> float:
     """Return 1 for a whole subject in natural tones, towards 0 for a cut subject, a border or ruined tones."""
     border = BORDER * min(comparison.border / BORDER_UNIT, MAX_BORDER)
-    broken = BROKEN * max(0.0, 0.9 - comparison.structure) / 0.2
-    return math.exp(-framing_fault(comparison.framing) - tone_fault(comparison.measures) - border - broken)
+    broken = BROKEN * max(0.0, 0.8 - comparison.structure) / 0.2
+    tone = tone_fault(comparison.measures) + burn_fault(comparison)
+    return math.exp(-framing_fault(comparison.framing) - tone - border - broken)
 
 
 def framing_fault(framing: Framing) -> float:

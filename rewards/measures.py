@@ -10,8 +10,6 @@ import numpy as np
 from rewards import image_metrics
 from rewards.focus import detail
 
-_CLARITY_WINDOW = 7  # px of the small version
-
 
 @dataclass(frozen=True)
 class Measures:
@@ -26,9 +24,9 @@ class Measures:
         contrast: Standard deviation of L*.
         black_point: First percentile of L*.
         white_point: 99th percentile of L*.
-        clarity: Mean standard deviation of L* in windows of a ninth of the picture; a veil lowers it.
         detail: Root mean square Laplacian less noise, see `focus.detail`.
         chroma: Mean chroma.
+        colour_spread: Mean distance of a* and b* from their mean: how many colours there are beyond a common tint.
         neutral_cast: Chroma of the mean colour of the least colourful third: 0 if greys are grey.
         light_cast: Chroma of the median colour of the lightest 15 %.
         white: Share of white pixels (all channels >= 252).
@@ -42,9 +40,9 @@ class Measures:
     contrast: float
     black_point: float
     white_point: float
-    clarity: float
     detail: float
     chroma: float
+    colour_spread: float
     neutral_cast: float
     light_cast: float
     white: float
@@ -55,15 +53,11 @@ class Measures:
 def measure(picture: np.ndarray) -> Measures:
     """Measure a picture (uint8 [H, W, 3] RGB)."""
     lab = image_metrics.to_lab(as_seen(picture))
-    lightness = np.ascontiguousarray(lab[..., 0])
     flat = lab.reshape(-1, 3)
     chroma = np.hypot(flat[:, 1], flat[:, 2])
     ordered = np.sort(flat[:, 0])
     last = len(ordered) - 1
     grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
-    window = (_CLARITY_WINDOW, _CLARITY_WINDOW)
-    mean = cv2.blur(lightness, window)
-    local = np.sqrt(np.maximum(cv2.blur(lightness * lightness, window) - mean * mean, 0))
     neutral = flat[np.argpartition(chroma, last // 3)[: last // 3 + 1], 1:].mean(axis=0)
     lights = np.median(flat[flat[:, 0] >= ordered[int(0.85 * last)], 1:], axis=0)
     sample = picture[::4, ::2]
@@ -76,9 +70,9 @@ def measure(picture: np.ndarray) -> Measures:
         contrast=float(flat[:, 0].std()),
         black_point=float(ordered[round(0.01 * last)]),
         white_point=float(ordered[round(0.99 * last)]),
-        clarity=float(local.mean()),
         detail=detail(grey),
         chroma=float(chroma.mean()),
+        colour_spread=float(np.hypot(*(flat[:, 1:] - flat[:, 1:].mean(axis=0)).T).mean()),
         neutral_cast=float(np.hypot(*neutral)),
         light_cast=float(np.hypot(*lights)),
         white=float((lowest >= 252).mean()),
