@@ -7,7 +7,7 @@ Each function returns a fault, 0 or more; a reward contains the factor exp(-faul
          + WHITES white / 0.1 + BLACKS black / 0.1 + SATURATED saturated / 0.3                 blown and crushed ends
     burn = NEW_WHITES up(white - white of the photo) / 0.1 + NEW_BLACKS up(black - black of the photo) / 0.1
     colour = NEON up((chroma - 43) / 10)^2 + DULL up((15 - spread) / 8)^2
-           + CAST (cast of the greys / 10)^2 + LIGHT_CAST (cast of the lights / 20)^2
+           + CAST (min(cast of the greys, 18) / 10)^2 + LIGHT_CAST (min(cast of the lights, 36) / 20)^2
            + NEW_CAST up((cast of the greys - that of the photo) / 10)^2
            + BOOST up(ln(chroma / (1.6 chroma of the photo)) / 0.3)^2
     focus = ln(1 + (HALF / detail)^POWER)
@@ -30,14 +30,15 @@ from rewards.measures import Measures
 BLACK_POINT, BLACK = 15.0, 0.07
 WHITE_POINT, WHITE = 95.0, 0.16
 LIGHTNESS, LIGHT = 48.0, 0.01
-FLAT_BELOW, FLAT = 28.0, 0.062
+FLAT_BELOW, FLAT = 28.0, 0.065
 HARSH_ABOVE, HARSH = 31.0, 0.05
 WHITES, BLACKS, SATURATED = 0.075, 0.01, 0.26
 NEW_WHITES, NEW_BLACKS = 0.3, 0.25
 NEON_ABOVE, NEON = 43.0, 0.13
 DULL_BELOW, DULL = 15.0, 0.5
 COLOURLESS, COLOURED = 1.5, 3.0  # spread of a photo's colours between which DULL fades in
-CAST, LIGHT_CAST, NEW_CAST = 0.04, 0.03, 0.6
+CAST, LIGHT_CAST, NEW_CAST = 0.06, 0.03, 0.6
+MAX_CAST = 18.0  # of the greys, twice that of the lights: a stronger cast is the light of the scene
 BOOST, MAX_BOOST, BOOST_UNIT = 0.1, 1.6, 0.3
 HALF, POWER = 0.02, 3.0
 CHANGE, HUE, HEAL = 0.2, 0.17, 0.5
@@ -70,8 +71,8 @@ def colour_fault(measures: Measures, photo: PhotoProfile) -> float:
     return (
         NEON * _above(measures.chroma, NEON_ABOVE, 10) ** 2
         + DULL * coloured * _above(DULL_BELOW, measures.colour_spread, 8) ** 2
-        + CAST * (measures.neutral_cast / 10) ** 2
-        + LIGHT_CAST * (measures.light_cast / 20) ** 2
+        + CAST * (min(measures.neutral_cast, MAX_CAST) / 10) ** 2
+        + LIGHT_CAST * (min(measures.light_cast, 2 * MAX_CAST) / 20) ** 2
         + NEW_CAST * _above(measures.neutral_cast, photo.measures.neutral_cast, 10) ** 2
         + BOOST * _above(math.log((measures.chroma + 1) / (photo.measures.chroma + 1)), math.log(MAX_BOOST), BOOST_UNIT) ** 2
     )

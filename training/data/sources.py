@@ -15,6 +15,7 @@ import numpy as np
 from recipes import PREVIEW_SIDE, PhotoError, load_photo, shrink
 from recipes.photo_io import MAX_BYTES
 from training.data.bundled import SPLITS, bundled_photos
+from training.pretrain.degradation import random_degradation
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif", ".jp2", ".ppm")
 MAX_FILES = 10_000
@@ -22,6 +23,7 @@ HUB_PREFIX = "hub:"
 HUB_REVISIONS = ("main", "refs/convert/parquet")  # where a dataset's Parquet files are; the second is made by the Hub
 HUB_BLOCK_BYTES = 2**20  # per request to the Hub
 MAX_ROW_GROUP_BYTES = 1_000_000_000  # of images; Parquet is read in units of up to a row group
+FLAWED_EVERY = 2  # every second training photo is degraded
 HELD_OUT_EVERY = 5  # every fifth photo is held out if one set is used for both splits
 
 PhotoFile = tuple[str, Callable[[], np.ndarray]]  # a name, and a function that loads the photo
@@ -123,6 +125,23 @@ def train_eval_split(photos: str, held_out: str, limit: int, seed: int) -> tuple
         photo_set.select(lambda index: index % HELD_OUT_EVERY != 0),
         photo_set.select(lambda index: index % HELD_OUT_EVERY == 0),
     )
+
+
+def mix_flawed(photo_set: PhotoSet, seed: int) -> PhotoSet:
+    """Return the photos with every second one degraded at random: in light, contrast, colours, focus, or by a border.
+
+    A policy that sees only good photos learns to leave them alone; flawed ones show that an edit depends on the photo.
+
+    Args:
+        photo_set: Training photos.
+        seed: Seed of the degradations.
+    """
+    rng = np.random.default_rng(seed)
+    photos = [
+        photo if index % FLAWED_EVERY else shrink(random_degradation(photo, rng, probability=1.0).degraded, PREVIEW_SIDE)
+        for index, photo in enumerate(photo_set.photos)
+    ]
+    return PhotoSet(photos, photo_set.names, photo_set.unreadable, photo_set.available)
 
 
 def _list_files(source: str, split: str) -> list[PhotoFile]:

@@ -28,7 +28,7 @@ from inference import availability
 from inference.moondream import MoondreamProcessor
 from inference.types import RECIPE_QUESTION, ModelSpec, recipe_prompt
 from recipes import Recipe, save_picture
-from training.data.sources import PhotoSourceError, train_eval_split
+from training.data.sources import PhotoSourceError, mix_flawed, train_eval_split
 from training.evaluate import EvaluateError, ScoredAnswer, resolve_model, score_answer
 from training.grpo.callbacks import RunCallback
 from training.grpo.plot import draw_curve
@@ -88,6 +88,7 @@ def run_training(run: Run, config: RunConfig, set_phase: Callable[[str], None]) 
         photos, held_out = train_eval_split(config.photos, config.held_out, config.max_photos, config.seed)
     except PhotoSourceError as error:
         raise RunAborted(str(error)) from None
+    photos = mix_flawed(photos, config.seed)
     print(f"Training on {photos.describe()}. Evaluating on {held_out.describe()}.", flush=True)
     steps = total_steps(config, len(photos.photos))
     reward = RecipeReward(photos.photos, config.reward_function, config.rollouts)

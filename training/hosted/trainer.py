@@ -24,7 +24,7 @@ from inference.types import CLOUD_URL, DEFAULT_RATE, RECIPE_QUESTION, recipe_pro
 from recipes import Recipe, parse, random_recipe, save_picture
 from rewards import score_recipes
 from storage.files import write_atomically
-from training.data.sources import PhotoSourceError, train_eval_split
+from training.data.sources import PhotoSourceError, mix_flawed, train_eval_split
 from training.evaluate import ScoredAnswer, reward_totals, score_answer
 from training.grpo.result import build_result, format_log_line
 from training.grpo.reward import RecipeReward
@@ -162,7 +162,8 @@ class HostedTrainer:
         if config.rollouts > MAX_ROLLOUTS:
             raise RunAborted(f"The tuning API samples at most {MAX_ROLLOUTS} rollouts at once, not {config.rollouts}.")
         self.run, self.config, self.server, self.set_phase = run, config, server, set_phase
-        self.photos, self.held_out = train_eval_split(config.photos, config.held_out, config.max_photos, config.seed)
+        photos, self.held_out = train_eval_split(config.photos, config.held_out, config.max_photos, config.seed)
+        self.photos = mix_flawed(photos, config.seed)
         # moondream-tiny was trained on a short question; other models need the grammar in the prompt.
         self.question = RECIPE_QUESTION if config.base.startswith("moondream-tiny") else recipe_prompt()
         self.reward = RecipeReward(self.photos.photos, config.reward_function, config.rollouts)
