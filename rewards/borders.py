@@ -8,6 +8,7 @@ import numpy as np
 FLAT = 1.3  # grey levels: mean difference of neighbouring rows, and mean curvature along them, inside a border
 STEP = 5  # grey levels by which a pixel changes at the end of a border
 STEP_SHARE, OTHER_STEP_SHARE = 0.6, 0.5  # share of the row that changes there: of the first border, of further ones
+STEEPNESS = 0.6  # share of the change over eight rows that happens within two
 MAX_DEPTH = 0.42  # of the height or width, on each side
 _MIN_DEPTH, _RINGING = 0.015, 10  # share of the side; px in which JPEG blurs the end of a border
 
@@ -45,8 +46,14 @@ def _depth(grey: np.ndarray, step_share: float) -> int:
     if not len(rough) or rough[0] < max(2, _MIN_DEPTH * height):
         return 0
     first = int(rough[0])
-    ends = range(first, min(first + _RINGING, len(rows) - 3))
-    shares = [float((np.abs(rows[row + 2] - rows[row]) > STEP).mean()) for row in ends]
+    ends = range(max(first, 3), min(first + _RINGING, len(rows) - 6))
+    shares = [_step_share(rows, row) for row in ends]
     if not shares or max(shares) < step_share:
         return 0
     return ends[int(np.argmax(shares))] + 2
+
+
+def _step_share(rows: np.ndarray, row: int) -> float:
+    """Return the share of a row's pixels that change within two rows, and by no more around: a step, not a blurred edge."""
+    near, around = np.abs(rows[row + 2] - rows[row]), np.abs(rows[row + 5] - rows[row - 3])
+    return float(((near > STEP) & (near >= STEEPNESS * around)).mean())

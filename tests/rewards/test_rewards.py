@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from recipes import Recipe, load_photo, random_recipe, render, shrink
-from rewards import REWARDS, image_metrics, score_pictures, score_recipes
-from rewards.colour import colourfulness
-from rewards.sharpness import detail, noise
+from rewards import REWARDS, comparison, image_metrics, score_pictures, score_recipes
+from rewards.creativity import novelty
+from rewards.focus import detail, noise
+from rewards.measures import measure
+from rewards.naturalness import COLOURED
 
 # No deadline: these properties must hold on a loaded machine too.
 NO_DEADLINE = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -47,7 +49,7 @@ def add_noise(picture: np.ndarray, sigma: float, seed: int = 0) -> np.ndarray:
 
 
 def downscaled_colourfulness(picture: np.ndarray) -> float:
-    return colourfulness(image_metrics.downscale(picture))
+    return image_metrics.colourfulness(image_metrics.downscale(picture))
 
 
 def rotate_hues(picture: np.ndarray, degrees: int) -> np.ndarray:
@@ -151,7 +153,7 @@ def test_halos_lower_sharpness(photos: list[np.ndarray]) -> None:
 
 
 def test_a_soft_photo_gains_from_sharpening_and_a_crisp_one_does_not(scene: np.ndarray) -> None:
-    soft = cv2.GaussianBlur(scene, (0, 0), 0.8)
+    soft = cv2.GaussianBlur(scene, (0, 0), 1.2)
     crisp = render(scene, Recipe(sharpening=60))
     assert (
         single_score("sharpness", soft, render(soft, Recipe(sharpening=60)))
@@ -192,26 +194,26 @@ def test_detail_matches_the_laplacian_of_the_smoothed_picture() -> None:
 # ── Colour ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_grey_has_the_lowest_colour_score(photos: list[np.ndarray]) -> None:
-    rng = np.random.default_rng(2)
-    for photo in photos:
+def test_black_and_white_lowers_the_colour_score_of_a_coloured_photo(photos: list[np.ndarray]) -> None:
+    for file, photo in zip(FILE_SAMPLE, photos):
+        if downscaled_colourfulness(photo) < 20:
+            continue
         grey = single_score("colour", photo, render(photo, Recipe(look="mono")))
-        assert grey < 1e-6
-        assert all(single_score("colour", photo, render(photo, random_recipe(rng))) >= grey for _ in range(3))
+        assert grey < 0.6 * single_score("colour", photo, photo), file.name
 
 
 def test_moderate_saturation_raises_the_score_of_a_dull_photo(photos: list[np.ndarray]) -> None:
     checked = 0
     for file, photo in zip(FILE_SAMPLE, photos):
         dull = render(photo, Recipe(saturation=-50))
-        if not 3 < downscaled_colourfulness(dull) < 40:
-            continue  # black and white, or not dull
+        if not COLOURED < measure(dull).colour_spread < 10:
+            continue  # black and white, toned, or not dull
         checked += 1
         for level in (20, 40):
             assert single_score("colour", dull, render(dull, Recipe(saturation=level))) > single_score(
                 "colour", dull, dull
             ), file.name
-    assert checked >= 6
+    assert checked >= 5
 
 
 def test_oversaturation_lowers_the_score(photos: list[np.ndarray]) -> None:
@@ -225,8 +227,8 @@ def test_oversaturation_lowers_the_score(photos: list[np.ndarray]) -> None:
 
 def test_clipping_and_hue_shifts_lower_the_score(photos: list[np.ndarray]) -> None:
     for file, photo in zip(FILE_SAMPLE, photos):
-        if downscaled_colourfulness(photo) < 3:
-            continue
+        if measure(photo).colour_spread < 8:
+            continue  # a toned photo may gain from another tone
         untouched = single_score("colour", photo, photo)
         clipped = np.clip(photo * (280 / np.percentile(photo, 50)), 0, 255).astype(
             np.uint8
@@ -241,43 +243,48 @@ def test_colourfulness_matches_hasler_and_suesstrunk(photos: list[np.ndarray]) -
         red, green, blue = np.moveaxis(photo.astype(np.float64), 2, 0)
         rg, yb = red - green, (red + green) / 2 - blue
         m = np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean())
-        assert colourfulness(photo.astype(np.float32) / 255) == pytest.approx(m, rel=1e-4, abs=1e-3)
+        assert image_metrics.colourfulness(photo.astype(np.float32) / 255) == pytest.approx(m, rel=1e-4, abs=1e-3)
         assert abs(downscaled_colourfulness(photo) - m) < 0.5 + 0.15 * m  # on the small version: a little lower
 
 
 # ── Creativity ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_unchanged_photo_is_not_creative(photos: list[np.ndarray]) -> None:
+def test_an_unchanged_photo_has_no_novelty(photos: list[np.ndarray]) -> None:
     for photo in photos:
-        assert single_score("creativity", photo, photo) < 1e-6
-        assert single_score("creativity", photo, render(photo, Recipe(sharpening=30))) < 0.05
+        (unchanged,), (sharpened,) = (
+            comparison.compare(photo, [picture]) for picture in (photo, render(photo, Recipe(sharpening=30)))
+        )
+        assert novelty(unchanged) == 0 and novelty(sharpened) < 0.1
 
 
-def test_identical_candidates_score_zero(scene: np.ndarray) -> None:
-    teal = render(scene, Recipe(look="teal", warmth=-40))
-    sepia = render(scene, Recipe(look="sepia"))
-    assert single_score("creativity", scene, sepia) > 0.1
-    assert REWARDS["creativity"](scene, [sepia, sepia.copy()]) == [0, 0]
+def test_identical_candidates_gain_nothing_from_novelty(scene: np.ndarray) -> None:
+    teal, sepia = render(scene, Recipe(look="teal", warmth=-40)), render(scene, Recipe(look="sepia"))
+    alone = single_score("creativity", scene, sepia)
+    first, copy = REWARDS["creativity"](scene, [sepia, sepia.copy()])
+    assert first == copy
+    assert first is not None and first < 0.85 * alone
     first, second, third = REWARDS["creativity"](scene, [sepia, teal, sepia])
-    assert first == third == 0 and second > 0
+    assert first == third == copy and second is not None and second > 0.9 * single_score("creativity", scene, teal)
 
 
 def test_a_varied_group_scores_higher_than_a_uniform_one(scene: np.ndarray) -> None:
     sepia, alike = render(scene, Recipe(look="sepia")), render(scene, Recipe(look="sepia", exposure=5))
     other = render(scene, Recipe(exposure=-40, warmth=-50))
-    assert REWARDS["creativity"](scene, [sepia, other])[0] > 2 * REWARDS["creativity"](scene, [sepia, alike])[0]
+    varied, uniform = (REWARDS["creativity"](scene, [sepia, second])[0] for second in (other, alike))
+    assert varied is not None and uniform is not None and varied > 1.15 * uniform
 
 
 def test_noise_is_not_creative(photos: list[np.ndarray]) -> None:
     rng = np.random.default_rng(1)
     for photo in photos:
+        untouched = single_score("creativity", photo, photo)
         random = rng.integers(0, 256, photo.shape, dtype=np.uint8)
         shuffled = rng.permutation(photo.reshape(-1, 3)).reshape(photo.shape)
-        black, upside_down = np.zeros_like(photo), photo[::-1]
-        for picture in (random, shuffled, black, add_noise(photo, 40)):
+        black, upside_down = np.zeros_like(photo), np.ascontiguousarray(photo[::-1])
+        for picture in (random, shuffled, black, upside_down):
             assert single_score("creativity", photo, picture) < 0.1
-        assert single_score("creativity", photo, np.ascontiguousarray(upside_down)) < 0.3
+        assert single_score("creativity", photo, add_noise(photo, 40)) < untouched
 
 
 # ── Metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -315,7 +322,9 @@ def test_ciede2000_matches_published_pairs() -> None:
 
 
 def test_structural_similarity_ignores_exposure(scene: np.ndarray) -> None:
-    small = image_metrics.downscale(scene)
-    brighter = image_metrics.downscale(render(scene, Recipe(exposure=30, contrast=-20)))
+    small, brighter = (
+        cv2.cvtColor(image_metrics.downscale(picture), cv2.COLOR_RGB2GRAY)
+        for picture in (scene, render(scene, Recipe(exposure=30, contrast=-20)))
+    )
     assert image_metrics.structural_similarity(small, brighter) > 0.97
     assert image_metrics.structural_similarity(small, np.random.default_rng(0).random(small.shape, np.float32)) < 0.3
