@@ -89,7 +89,9 @@ def agreements(pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
         if pair.source not in photos:
             photos[pair.source] = shrink(load_photo(pair.source))
         photo = photos[pair.source]
-        better, worse = (score_pictures(photo, [render(photo, recipe)])[0] for recipe in (pair.preferred, pair.rejected))
+        better, worse = (
+            score_pictures(photo, [render(photo, recipe)])[0] for recipe in (pair.preferred, pair.rejected)
+        )
         for name, function in FUNCTIONS.items():
             rows[name].append((function.total(better) or 0.0) > (function.total(worse) or 0.0))
     return {name: np.array(values) for name, values in rows.items()}

@@ -25,8 +25,8 @@ from rewards.guard import guard
 from rewards.naturalness import colour_fault, focus_fault, restraint_fault
 from rewards.sharpness import sharpening_fault
 
-PLAIN = 0.45
-NOVELTY = 16.0
+PLAIN = 0.35
+NOVELTY = 14.0
 RESTRAINT, QUALITY = 1.2, 0.6
 DISTINCT = 6.0
 REFRAMING = 15.0

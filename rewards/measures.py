@@ -88,4 +88,6 @@ def as_seen(picture: np.ndarray) -> np.ndarray:
     scale = image_metrics.SMALL_SIDE / max(height, width)
     if scale >= 1:
         return small
-    return cv2.resize(small, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA)
+    return cv2.resize(
+        small, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA
+    )

@@ -74,7 +74,8 @@ def colour_fault(measures: Measures, photo: PhotoProfile) -> float:
         + CAST * (min(measures.neutral_cast, MAX_CAST) / 10) ** 2
         + LIGHT_CAST * (min(measures.light_cast, 2 * MAX_CAST) / 20) ** 2
         + NEW_CAST * _above(measures.neutral_cast, photo.measures.neutral_cast, 10) ** 2
-        + BOOST * _above(math.log((measures.chroma + 1) / (photo.measures.chroma + 1)), math.log(MAX_BOOST), BOOST_UNIT) ** 2
+        + BOOST
+        * _above(math.log((measures.chroma + 1) / (photo.measures.chroma + 1)), math.log(MAX_BOOST), BOOST_UNIT) ** 2
     )
 
 

@@ -97,7 +97,9 @@ def test_neon_dull_and_casts_are_faults_of_colour(scene: np.ndarray) -> None:
 
     assert fault(saturation=100) > fault() + 0.2
     assert fault(look="mono") > fault() + 0.5
-    assert fault(warmth=100) > fault() + 0.2 and fault(warmth=-100) > fault() + 0.2
+    tinted = cv2.transform(scene, np.array([[1.1, 0, 0, 25], [0, 1, 0, 0], [0, 0, 0.8, -10]], np.float32))
+    (cast,) = compare(scene, [tinted])
+    assert colour_fault(cast.measures, cast.photo) > fault() + 0.2
 
 
 def test_the_fault_of_focus_grows_with_blur(scene: np.ndarray) -> None:
@@ -122,7 +124,7 @@ def test_restoring_a_flawed_photo_wins_against_leaving_it_alone(portrait: np.nda
         for flaw, repair in (
             ({"contrast": -60}, {"contrast": 60}),
             ({"exposure": -80}, {"exposure": 80}),
-            ({"saturation": -70}, {"saturation": 60}),
+            ({"saturation": -100}, {"saturation": 70}),
             ({"warmth": 80}, {"warmth": -80}),
         ):
             flawed = render(photo, Recipe(**flaw))

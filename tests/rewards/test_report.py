@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recipes import Recipe, load_photo
+from recipes import Recipe, load_photo, render, shrink
 from rewards.report import COLUMNS, PHOTOS, at_limit, markdown_table, random_recipes, report, score_photo, summarise
 
 pytestmark = pytest.mark.slow
@@ -13,35 +13,49 @@ pytestmark = pytest.mark.slow
 PHOTO_STEP, RECIPES = 12, 96  # every 12th bundled photo; the full report draws 256 recipes
 
 
+FLAWS = (
+    Recipe(exposure=-70, contrast=-30),
+    Recipe(contrast=-60, saturation=-40),
+    Recipe(warmth=70, exposure=40),
+    Recipe(saturation=-80),
+)
+
+
+def photos(step: int) -> list[np.ndarray]:
+    """Return every n-th bundled photo, each followed by a flawed version."""
+    loaded = [shrink(load_photo(file)) for file in sorted(PHOTOS.glob("*.jpg"))[::step]]
+    flawed = [render(photo, FLAWS[index % len(FLAWS)]) for index, photo in enumerate(loaded)]
+    return [version for pair in zip(loaded, flawed, strict=True) for version in pair]
+
+
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict[str, float]]:
-    files = sorted(PHOTOS.glob("*.jpg"))[::PHOTO_STEP]
     recipes = random_recipes(RECIPES)
-    return summarise(np.stack([score_photo(load_photo(file), recipes) for file in files]), recipes)
+    return summarise(np.stack([score_photo(photo, recipes) for photo in photos(PHOTO_STEP)]), recipes)
 
 
 def test_a_single_recipe_does_not_suffice(rows: dict[str, dict[str, float]]) -> None:
     assert list(rows) == ["sharpness", "colour", "creativity", "equal weights"]
     for name, row in rows.items():
         assert row["best_per_photo"] > row["untouched"] + 0.1, (name, row)
-        assert row["blind_share"] <= 0.85, (name, row)
+        assert row["blind_share"] <= 0.7, (name, row)
 
 
 def test_best_recipes_are_rarely_at_a_limit(rows: dict[str, dict[str, float]]) -> None:
     for name, row in rows.items():
-        assert row["at_limits"] <= 0.2, (name, row)
+        assert row["at_limits"] <= 0.35, (name, row)  # half of the photos are flawed, some strongly
 
 
 def test_rewards_prefer_different_recipes() -> None:
     """The best recipes for one reward score lower on the other rewards than those rewards' own best recipes."""
     recipes = random_recipes(RECIPES)
-    scores = np.stack([score_photo(load_photo(file), recipes) for file in sorted(PHOTOS.glob("*.jpg"))[::28]])
+    scores = np.stack([score_photo(photo, recipes) for photo in photos(28)])
     winners = scores.argmax(axis=1)  # [photos, rewards]
-    photos = np.arange(len(scores))
+    every = np.arange(len(scores))
     for reward in range(3):
-        own = scores[photos, winners[:, reward], reward].mean()
-        others = [scores[photos, winners[:, other], reward].mean() for other in range(3) if other != reward]
-        assert own > max(others) + 0.05
+        own = scores[every, winners[:, reward], reward].mean()
+        others = [scores[every, winners[:, other], reward].mean() for other in range(3) if other != reward]
+        assert own > max(others) + 0.01
 
 
 def test_summarise_computes_gains_and_shares() -> None:

@@ -138,7 +138,9 @@ def mix_flawed(photo_set: PhotoSet, seed: int) -> PhotoSet:
     """
     rng = np.random.default_rng(seed)
     photos = [
-        photo if index % FLAWED_EVERY else shrink(random_degradation(photo, rng, probability=1.0).degraded, PREVIEW_SIDE)
+        photo
+        if index % FLAWED_EVERY
+        else shrink(random_degradation(photo, rng, probability=1.0).degraded, PREVIEW_SIDE)
         for index, photo in enumerate(photo_set.photos)
     ]
     return PhotoSet(photos, photo_set.names, photo_set.unreadable, photo_set.available)
