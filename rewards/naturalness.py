@@ -10,6 +10,7 @@ Each function returns a fault, 0 or more; a reward contains the factor exp(-faul
            + CAST (min(cast of the greys, 18) / 10)^2 + LIGHT_CAST (min(cast of the lights, 36) / 20)^2
            + NEW_CAST up((cast of the greys - that of the photo) / 10)^2
            + BOOST up(ln(chroma / (1.6 chroma of the photo)) / 0.3)^2
+           + PALE up(ln(chroma of the photo / (1.4 chroma)) / 0.3)^2
     focus = ln(1 + (HALF / detail)^POWER)
     restraint = KEEP (CHANGE change / 8 + HUE hue shift / 20),  KEEP = exp(-HEAL (tone + colour + focus of the photo))
 
@@ -34,12 +35,13 @@ FLAT_BELOW, FLAT = 28.0, 0.065
 HARSH_ABOVE, HARSH = 31.0, 0.05
 WHITES, BLACKS, SATURATED = 0.075, 0.01, 0.26
 NEW_WHITES, NEW_BLACKS = 0.3, 0.25
-NEON_ABOVE, NEON = 43.0, 0.13
+NEON_ABOVE, NEON = 43.0, 0.08
 DULL_BELOW, DULL = 15.0, 0.5
 COLOURLESS, COLOURED = 1.5, 3.0  # spread of a photo's colours between which DULL fades in
 CAST, LIGHT_CAST, NEW_CAST = 0.06, 0.03, 0.6
 MAX_CAST = 18.0  # of the greys, twice that of the lights: a stronger cast is the light of the scene
 BOOST, MAX_BOOST, BOOST_UNIT = 0.1, 1.6, 0.3
+PALE, MAX_LOSS = 0.15, 1.4  # a photo with vivid colours may keep them
 HALF, POWER = 0.02, 3.0
 CHANGE, HUE, HEAL = 0.2, 0.17, 0.5
 
@@ -68,14 +70,15 @@ def burn_fault(comparison: Comparison) -> float:
 def colour_fault(measures: Measures, photo: PhotoProfile) -> float:
     """Return the fault of a picture's colours: neon, dull where the photo has colours, or with a cast."""
     coloured = min(1.0, max(0.0, (photo.measures.colour_spread - COLOURLESS) / (COLOURED - COLOURLESS)))
+    boost = math.log((measures.chroma + 1) / (photo.measures.chroma + 1))
     return (
         NEON * _above(measures.chroma, NEON_ABOVE, 10) ** 2
         + DULL * coloured * _above(DULL_BELOW, measures.colour_spread, 8) ** 2
         + CAST * (min(measures.neutral_cast, MAX_CAST) / 10) ** 2
         + LIGHT_CAST * (min(measures.light_cast, 2 * MAX_CAST) / 20) ** 2
         + NEW_CAST * _above(measures.neutral_cast, photo.measures.neutral_cast, 10) ** 2
-        + BOOST
-        * _above(math.log((measures.chroma + 1) / (photo.measures.chroma + 1)), math.log(MAX_BOOST), BOOST_UNIT) ** 2
+        + BOOST * _above(boost, math.log(MAX_BOOST), BOOST_UNIT) ** 2
+        + PALE * _above(-boost, math.log(MAX_LOSS), BOOST_UNIT) ** 2
     )
 
 
