@@ -54,6 +54,6 @@ def _depth(grey: np.ndarray, step_share: float) -> int:
 
 
 def _step_share(rows: np.ndarray, row: int) -> float:
-    """Return the share of a row's pixels that change within two rows, and by no more around: a step, not a blurred edge."""
+    """Return the share of a row's pixels that change within two rows and by no more around them, as at a sharp edge."""
     near, around = np.abs(rows[row + 2] - rows[row]), np.abs(rows[row + 5] - rows[row - 3])
     return float(((near > STEP) & (near >= STEEPNESS * around)).mean())

@@ -2,9 +2,9 @@
 
     colour = guard * exp(-colour - restraint)
 
-The guard is `guard.guard`; colour and restraint are in `naturalness`: an optimum of the mean chroma between dull and neon,
-casts of the greys and of the lights, and hue shifts. A dull photo gains from moderate saturation, a neon one from less, one
-with a cast from the opposite warmth, and a vivid clean one from nothing.
+The guard is `guard.guard`; colour and restraint are in `naturalness`: an optimum of the mean chroma between dull and
+neon, casts of the greys and of the lights, and hue shifts. A dull photo gains from moderate saturation, a neon one from
+less, one with a cast from the opposite warmth, and a vivid clean one from nothing.
 """
 
 from __future__ import annotations

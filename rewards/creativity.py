@@ -1,14 +1,15 @@
-"""The reward `creativity`: an attractive picture in a clearly different style, and different from the rest of the group.
+"""The reward `creativity`: an attractive picture in a clearly different style, unlike the other candidates.
 
-    creativity = guard * exp(-RESTRAINT restraint - QUALITY (colour + focus + sharpening)) * (PLAIN + (1 - PLAIN) novelty distinct)
+    creativity = guard * exp(-RESTRAINT restraint - QUALITY (colour + focus + sharpening))
+               * (PLAIN + (1 - PLAIN) novelty distinct)
 
-- guard: `guard.guard`, so that nothing is cut away and no tone is flattened; the faults are those of `naturalness` and of
-  `sharpness`.
-- novelty = 1 - exp(-(change / NOVELTY)^2), change the mean CIEDE2000 to the photo on their common part: the crop does not
-  count. The photo itself has novelty 0 and keeps PLAIN: a bold edit must be attractive to gain.
-- distinct = 1 - exp(-(d / DISTINCT)^2), d the distance to the nearest other candidate of the group: between the sorted L*,
-  a* and b* of both (a Wasserstein distance), and REFRAMING * (1 - overlap of their crops). It is 1 for a single candidate.
-  Identical candidates gain nothing from novelty.
+- guard: `guard.guard`, so that nothing is cut away and no tone is flattened; the faults are those of `naturalness` and
+  of `sharpness`.
+- novelty = 1 - exp(-(change / NOVELTY)^2), change the mean CIEDE2000 to the photo on their common part: the crop does
+  not count. The photo itself has novelty 0 and keeps PLAIN: a bold edit must be attractive to gain.
+- distinct = 1 - exp(-(d / DISTINCT)^2), d the distance to the nearest other candidate of the group: between the sorted
+  L*, a* and b* of both (a Wasserstein distance), and REFRAMING * (1 - overlap of their crops). It is 1 for a single
+  candidate. Identical candidates gain nothing from novelty.
 
 The distance of styles is CIEDE2000 (Sharma, Wu and Dalal, 2005).
 """

@@ -7,8 +7,9 @@
     border = BORDER border / 0.2
     broken = BROKEN max(0, 0.8 - structure) / 0.2
 
-`tone` and `burn` are in `naturalness`, the measures of the crop in `subject.Framing`. A crop that removes only a border costs nothing,
-because the photo's content is what is measured. `broken` is about 0 for every recipe; it refuses noise and shuffled pixels.
+`tone` and `burn` are in `naturalness`, the measures of the crop in `subject.Framing`. A crop that removes only a border
+costs nothing, because the content of the photo is what is measured. `broken` is about 0 for every recipe; it punishes
+noise and shuffled pixels.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Each function returns a fault, 0 or more; a reward contains the factor exp(-fault). With up(x) = max(x, 0):
 
-    tone = BLACK up((black point - 15) / 10)^1.5 + WHITE up((95 - white point) / 10)^1.5      lifted blacks, grey whites
+    tone = BLACK up((black point - 15) / 10)^1.5 + WHITE up((95 - white point) / 10)^1.5     lifted blacks, grey whites
          + LIGHT ((L - 48) / 12)^2 + FLAT up((28 - contrast) / 6)^2 + HARSH up((contrast - 31) / 6)^2
-         + WHITES white / 0.1 + BLACKS black / 0.1 + SATURATED saturated / 0.3                 blown and crushed ends
+         + WHITES white / 0.1 + BLACKS black / 0.1 + SATURATED saturated / 0.3                blown and crushed ends
     burn = NEW_WHITES up(white - white of the photo) / 0.1 + NEW_BLACKS up(black - black of the photo) / 0.1
     colour = NEON up((chroma - 43) / 10)^2 + DULL up((15 - spread) / 8)^2
            + CAST (min(cast of the greys, 18) / 10)^2 + LIGHT_CAST (min(cast of the lights, 36) / 20)^2
@@ -14,11 +14,11 @@ Each function returns a fault, 0 or more; a reward contains the factor exp(-faul
     focus = ln(1 + (HALF / detail)^POWER)
     restraint = KEEP (CHANGE change / 8 + HUE hue shift / 20),  KEEP = exp(-HEAL (tone + colour + focus of the photo))
 
-The measures are those of `measures.Measures`; change is the mean CIEDE2000 to the photo. All optima lie inside the range
-of photographs, so that a dull photo gains from what ruins a good one, and the better a photo is, the less it should be
-changed. A photo without colours is not asked for any: DULL fades out below a spread of the photo of 3. Constants: fitted
-to judged pairs of edits, see docs/rewards.md; HARSH, the NEW_ ones and CAST are set higher than the fit asks, against
-pictures that `rewards.adversaries` found.
+The measures are those of `measures.Measures`; change is the mean CIEDE2000 to the photo. All optima lie inside the
+range of photographs, so that a dull photo gains from what ruins a good one, and the better a photo is, the less it
+should be changed. A photo without colours does not need any: DULL fades out below a spread of the photo of 3. The
+constants were adjusted on judged pairs of edits, see docs/rewards.md; HARSH, the NEW_ ones, CAST and PALE are higher
+than the pairs require, against pictures that `rewards.adversaries` produced.
 """
 
 from __future__ import annotations

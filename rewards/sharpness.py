@@ -2,12 +2,13 @@
 
     sharpness = guard * exp(-focus - restraint - halo - excess)
 
-- guard: `guard.guard`; focus and restraint: `naturalness`. Detail is the root mean square of the Laplacian of the slightly
-  smoothed luminance, a focus measure (Pertuz, Puig and Garcia, "Analysis of focus measure operators for
+- guard: `guard.guard`; focus and restraint: `naturalness`. Detail is the root mean square of the Laplacian of the
+  slightly smoothed luminance, a focus measure (Pertuz, Puig and Garcia, "Analysis of focus measure operators for
   shape-from-focus", 2013), less the white noise measured in the flattest blocks (Immerkaer, "Fast noise variance
   estimation", 1996).
 - halo = (mean overshoot beyond the local extremes of the photo, at its tones / HALO)^2.
-- excess = EXCESS * ln(detail / max(detail of the photo, NATURAL)) / 0.3 if positive: crisper than the photo and than photos.
+- excess = EXCESS * ln(detail / max(detail of the photo, NATURAL)) / 0.3 if positive: crisper than the photo and than
+  photographs usually are.
 
 A soft photo gains from sharpening, a crisp one from none.
 """

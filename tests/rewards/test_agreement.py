@@ -1,4 +1,4 @@
-"""Agreement with the judged pairs and the adversaries, on a part of the photos; `python -m rewards.agreement` has all."""
+"""Agreement with the judged pairs, and adversaries, on a part of the photos (`python -m rewards.agreement`: all)."""
 
 from __future__ import annotations
 
