@@ -109,7 +109,7 @@ def _compare(source: np.ndarray, photo: PhotoProfile, picture: np.ndarray) -> Co
         structure=image_metrics.structural_similarity(lab[..., 0] / 100, measures.lab[..., 0] / 100),
         halo=halo_strength(grey, measures.grey),
         box=pair.box,
-        subject_light=_subject_light(photo.subject, shown, measures.lab[..., 0]),
+        subject_light=measures.light if common is None else _subject_light(photo.subject, shown, measures.lab[..., 0]),
         palette=values[np.linspace(0, len(values) - 1, _QUANTILES).round().astype(int)],
     )
 

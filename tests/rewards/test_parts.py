@@ -72,6 +72,11 @@ def test_a_border_is_found_and_removing_it_is_free(scene: np.ndarray, value: int
     assert guard(removed) > 2 * guard(comparison(framed))
 
 
+def test_a_crop_that_shows_only_the_border_scores_nearly_nothing(scene: np.ndarray) -> None:
+    framed = cv2.copyMakeBorder(scene, 150, 150, 150, 150, cv2.BORDER_CONSTANT, value=(20, 20, 20))
+    assert total(framed, np.ascontiguousarray(framed[:, :150])) < 0.1
+
+
 def test_undamaged_photos_have_no_border() -> None:
     files = sorted(FOLDER.glob("*.jpg"))[::3]
     assert [file.name for file in files if content_box(shrink(load_photo(file))) != (0, 0, 1, 1)] == []
