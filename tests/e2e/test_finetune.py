@@ -196,7 +196,7 @@ def test_alarm_is_shown_live_and_the_model_is_used_by_hand_only(open_page: Open,
     assert "step 2" in page.locator(".alarm-title small").first.inner_text()
     assert "not taken over by itself, even if it wins" in page.locator(".run-alarm-note").inner_text()
     page.wait_for_function(
-        "() => [...document.querySelectorAll('.alarm-photos img')].filter(image => image.naturalWidth > 100).length === 4"
+        "() => [...document.querySelectorAll('.alarm-photos img')].filter(img => img.naturalWidth > 100).length === 4"
     )
     assert page.locator(".alarm-after").first.get_attribute("alt") == "astronaut.jpg, after: crop to 60 x 60 %"
     assert violations(page) == []

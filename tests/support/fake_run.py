@@ -1,8 +1,8 @@
 """Fake training process: follows the protocol of a run's folder without a model.
 
 The hundreds of the seed choose the outcome: 1xx loses on held-out photos, 2xx fails at step 2, 3xx waits at step 3
-until it is cancelled or killed, 4xx writes hostile text, 5xx wins with the warning of an earlier version, 6xx wins with two
-alarms from step 2 on and pauses at step 3 as 3xx does, any other wins. FAKE_RUN_PAUSE sets
+until it is cancelled or killed, 4xx writes hostile text, 5xx wins with the warning of an earlier version, 6xx wins with
+two alarms from step 2 on and waits at step 3 for a file named continue, any other wins. FAKE_RUN_PAUSE sets
 the seconds per step.
 """
 
@@ -154,18 +154,18 @@ def write_alarms(run: Run, step: int) -> None:
         Alarm(
             "cut_subject",
             "Edits cut off the subject",
-            "In 5 of 8 answers to held-out photos the crop removes more than 25 % of what matters in the photo, or cuts "
-            "off a head. The reward pays for cutting away.",
-            "Look at the photo. Cancel the run and choose other weights: people do not agree with a reward that is won by "
-            "small crops.",
+            "In 5 of 8 answers to held-out photos the crop removes more than 25% of what matters, "
+            "or cuts off a head. The reward pays for cutting away.",
+            "Look at the photo. Cancel the run and choose other weights: people do not agree "
+            "with a reward that is won by small crops.",
             index=0,
             recipe=str(Recipe(crop=(40, 40, 100, 100))),
         ),
         Alarm(
             "at_limits",
             "Recipes are at the limits of their ranges",
-            "6 of 8 answers to held-out photos have the largest or smallest possible value, mostly in exposure, crop. The "
-            "reward rises with the strength of an edit, not with its fit to the photo.",
+            "6 of 8 answers to held-out photos have the largest or smallest possible value, mostly in exposure. "
+            "The reward rises with the strength of an edit, not with its fit to the photo.",
             "Look at the photo. Cancel the run and lower the weight of the part that rises, or raise the KL weight.",
             index=1,
             recipe=str(Recipe(exposure=100)),

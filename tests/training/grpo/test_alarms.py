@@ -1,4 +1,4 @@
-"""Alarms: each is raised by the history that it is for, none by a healthy one; they are recorded and block the takeover."""
+"""Alarms: each history that should raise one does, a healthy one does not; they are recorded and block the takeover."""
 
 from __future__ import annotations
 
