@@ -100,7 +100,7 @@ def test_loser_can_be_enabled_manually_and_its_note_says_so(adapters: AdapterReg
     assert "Not shown to be better" in spec.note
 
 
-@pytestdef test_run_with_an_alarm_is_enabled_by_hand_only_and_its_note_says_so(
+def test_run_with_an_alarm_is_enabled_by_hand_only_and_its_note_says_so(
     adapters: AdapterRegistry, make: Make, runs: RunStore
 ) -> None:
     live, earlier, final, budget = (make() for _ in range(4))
@@ -118,7 +118,7 @@ def test_loser_can_be_enabled_manually_and_its_note_says_so(adapters: AdapterReg
     assert adapters.is_enabled(live.id)
 
 
-.mark.parametrize("state", ["running", "cancelled", "failed"])
+@pytest.mark.parametrize("state", ["running", "cancelled", "failed"])
 def test_auto_enable_ignores_unfinished_runs(adapters: AdapterRegistry, make: Make, state: str) -> None:
     run = make()
     run.set_status(state=state)

@@ -394,7 +394,7 @@ def test_runs_on_own_photos_show_others_no_photos_file_names_or_datasets(service
             + [api_runs.run_status(services, visitor, run.id) for run in (mine, dataset)]
         )
         assert "secret" not in sent
-        assert "crop 40 40" not in sent, "the recipe describes a photo"
+        assert "crop 40 40 100 100" not in sent, "the recipe describes a photo"
         alarms = api_runs.run_status(services, visitor, mine.id)["alarms"]
         assert [alarm["kind"] for alarm in alarms] == ["cut_subject", "at_limits"]
         seen = snapshot(services, visitor, mine)
@@ -404,7 +404,7 @@ def test_runs_on_own_photos_show_others_no_photos_file_names_or_datasets(service
     for visitor in (ADA, ADMIN):
         seen = snapshot(services, visitor, mine)
         assert [alarm["photo"]["name"] for alarm in seen["alarms"]] == ["secret-holiday.jpg"] * 2
-        assert api_runs.run_status(services, visitor, mine.id)["alarms"][0]["recipe"].startswith("crop 40 40")
+        assert api_runs.run_status(services, visitor, mine.id)["alarms"][0]["recipe"].startswith("crop 40 40 100 100")
         assert "secret-holiday" in seen["log"] and seen["probe"] and seen["result"]["pairs"]
         assert "ada/secret-set" in snapshot(services, visitor, dataset)["summary"]
 
