@@ -156,7 +156,7 @@ def write_alarms(run: Run, step: int) -> None:
             "Edits cut off the subject",
             "In 5 of 8 answers to held-out photos the crop removes more than 25% of what matters, "
             "or cuts off a head. The reward pays for cutting away.",
-            "Look at the photo. Cancel the run and choose other weights: people do not agree "
+            "Look at the photo. Train again with other weights: people do not agree "
             "with a reward that is won by small crops.",
             index=0,
             recipe=str(Recipe(crop=(40, 40, 100, 100))),
@@ -166,7 +166,7 @@ def write_alarms(run: Run, step: int) -> None:
             "Recipes are at the limits of their ranges",
             "6 of 8 answers to held-out photos have the largest or smallest possible value, mostly in exposure. "
             "The reward rises with the strength of an edit, not with its fit to the photo.",
-            "Look at the photo. Cancel the run and lower the weight of the part that rises, or raise the KL weight.",
+            "Look at the photo. Train again with a lower weight of the part that rises, or with a higher KL weight.",
             index=1,
             recipe=str(Recipe(exposure=100)),
         ),

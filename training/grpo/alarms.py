@@ -186,7 +186,7 @@ def _not_generalizing(metrics: Sequence[Row], first: Row, last: Row, _: RewardFu
         "The reward rises in training, but not on held-out photos",
         f"Since the start the reward rose by {rise:.3f} on the training photos, and {change} on {len(gain)} photos "
         "that the model is not trained on. The improvement does not generalize.",
-        "Cancel the run. Train on more, and more varied, photos, for fewer steps, or with a higher KL weight.",
+        "Train again on more, and more varied, photos, for fewer steps, or with a higher KL weight.",
         index=int(np.nanargmin(gain)),
     )
 
@@ -220,7 +220,7 @@ def _traded_part(_: Sequence[Row], first: Row, last: Row, weights: RewardFunctio
         f"{risen.capitalize()} rises at the cost of {fallen}",
         f"On held-out photos {risen} rose by {means[risen]:.3f} since the start, while {fallen} fell by "
         f"{-means[fallen]:.3f}. The total can rise although the pictures get worse in one respect.",
-        f"Look at the photo. If {fallen} matters to you, cancel the run and give it a higher weight.",
+        f"Look at the photo. If {fallen} matters to you, train again and give it a higher weight.",
         index=int(np.nanargmin(changes[fallen])),
     )
 
@@ -235,7 +235,7 @@ def _cut_subject(_: Sequence[Row], first: Row, last: Row, weights: RewardFunctio
         "Edits cut off the subject",
         f"In {_share(affected, len(cuts))} the crop removes more than {MAX_SUBJECT_LOST:.0%} of what matters in the "
         "photo, or cuts off a head. The reward pays for cutting away.",
-        "Look at the photo. Cancel the run and choose other weights: people do not agree with a reward that is won by "
+        "Look at the photo. Train again with other weights: people do not agree with a reward that is won by "
         "small crops.",
         index=int(np.argmax([cut or 0.0 for cut in last["cut"]])),
     )
@@ -253,7 +253,7 @@ def _at_limits(_: Sequence[Row], first: Row, last: Row, weights: RewardFunction)
         "Recipes are at the limits of their ranges",
         f"{_share(affected, answers).capitalize()} have the largest or smallest possible value, mostly in {common}. "
         "The reward rises with the strength of an edit, not with its fit to the photo.",
-        "Look at the photo. Cancel the run and lower the weight of the part that rises, or raise the KL weight.",
+        "Look at the photo. Train again with a lower weight of the part that rises, or with a higher KL weight.",
         index=max(range(len(limits)), key=lambda index: (len(limits[index]), -totals[index])),
     )
 
@@ -271,8 +271,7 @@ def _repeated_answers(_: Sequence[Row], first: Row, last: Row, weights: RewardFu
         "Most photos get the same recipe",
         f"{_share(affected, answers).capitalize()} are the same recipe. The model has stopped looking at the photo: "
         "one edit for all is a filter.",
-        "Cancel the run. Train on more varied photos, or with a higher KL weight, a lower learning rate or a higher "
-        "temperature.",
+        "Train again on more varied photos, or with a higher KL weight, a lower learning rate or a higher temperature.",
         index=min(indices, key=lambda index: change[index]),
     )
 
@@ -285,7 +284,7 @@ def _no_signal(metrics: Sequence[Row], first: Row, last: Row, weights: RewardFun
         "no_signal",
         "There is nothing to learn from",
         f"In {np.mean(shares):.0%} of the groups all answers to a photo got the same reward: the model cannot change.",
-        "Cancel the run. Raise the temperature or the number of rollouts, or choose other weights or photos.",
+        "Train again with a higher temperature or more rollouts, or with other weights or photos.",
     )
 
 

@@ -309,7 +309,7 @@ def _alarm_note(services: AppServices, visitor: Visitor, run: Run, result: dict[
         return "The tuned model is in use in spite of the alarm. Compare its edits with those of its base model."
     if result:
         return "The tuned model is not taken over by itself. Look at the photos, then decide."
-    return "If the run is not cancelled, its model is not taken over by itself, even if it wins."
+    return "You can cancel the run. If it goes on, its model is not taken over by itself, even if it wins."
 
 
 def _result(

@@ -36,7 +36,7 @@ def metrics(start: float, end: float, steps: int = 60, no_signal: float = 0.1, s
 
 
 def probe(step: int, parts: dict[str, float], seed: int = 0, **changes: Any) -> Row:
-    """Return a probe whose parts have these means; photos differ by up to 0.2, their recipes restore degraded photos."""
+    """Return a probe whose parts have these means; their recipes restore degraded photos."""
     level = np.random.default_rng(99).uniform(-0.2, 0.2, PHOTOS)
     rng = np.random.default_rng([seed, step])
     scores = {name: (mean + level + rng.normal(0, 0.02, PHOTOS)).tolist() for name, mean in parts.items()}
