@@ -49,7 +49,7 @@ CANCEL_GRACE_SECONDS = 120.0  # for a cancelled job to stop by itself and upload
 CANCEL_POLL_SECONDS = 5.0
 LOG_MARKER = "@run "
 FINAL_STATES = ("done", "cancelled", "failed")
-CODE_PATTERNS = ("*.py", "*.json", "*.txt", "*.safetensors", "*.jinja", "*.jpg", "*.png", "*.md", "LICENSE")
+CODE_PATTERNS = ("*.py", "*.json", "*.txt", "*.safetensors", "*.jinja", "*.jpg", "*.png", "*.md", "*.tflite", "LICENSE")
 CODE_PACKAGES = ("training", "inference", "usage", "storage", "rewards", "recipes", "assets")
 COMMAND = (
     f"pip install --quiet --disable-pip-version-check -r {MOUNT}/code/requirements.txt"
