@@ -3,6 +3,9 @@
 Prints the mean of every reward with a 95 % bootstrap interval for each model, and for three references: the untouched
 photo, the single recipe that is best for all photos, and the best of 256 random recipes per photo. Models decode
 greedily, and each recipe is scored as a group of one.
+
+`--sheet sheet.png` writes contact sheets of the first 24 photos, untouched and as edited by each model, to look at:
+sheet-1.png, sheet-2.png and so on. `--degraded SEED` degrades each photo at random first.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -19,9 +23,11 @@ import numpy as np
 
 from inference.registry import MODELS, answer
 from inference.types import Answer, ModelSpec, Request
-from recipes import Recipe, parse, random_recipe
+from recipes import PREVIEW_SIDE, PhotoError, Recipe, parse, random_recipe, shrink
 from rewards import EQUAL_WEIGHTS, REWARDS, RewardFunction, RewardFunctionError, score_recipes
+from training.contact_sheet import SHEET_PHOTOS, SheetColumn, draw_sheets, write_sheets
 from training.data.sources import PhotoSourceError, load_photos
+from training.pretrain.degradation import random_degradation
 from training.runs.adapters import base_chain
 from training.runs.run import Run, RunError
 
@@ -110,13 +116,15 @@ def reference_scores(
 
     Returns:
         Summaries of the untouched photos ("untouched"), of the single recipe that is best for all ("best_single") and
-        of the best random recipe per photo ("best_of_<pool>").
+        of the best random recipe per photo ("best_of_<pool>"); only the first one if the pool is empty.
     """
     rng = np.random.default_rng(seed)
     recipes = [Recipe(), *(random_recipe(rng) for _ in range(pool))]
     answers = [
         [ScoredAnswer(recipe, score_recipes(photo, [recipe])[0].scores) for recipe in recipes] for photo in photos
     ]
+    if not pool:
+        return {"untouched": summarize([row[0] for row in answers], function)}
     totals = np.stack([reward_totals(row, function) for row in answers])
     single = int(np.nanargmax(np.nanmean(totals, axis=0)))
     best = np.nanargmax(np.nan_to_num(totals[:, 1:], nan=-1.0), axis=1) + 1
@@ -188,26 +196,80 @@ def evaluate(
         EvaluateError: A model cannot be evaluated.
         InferenceError: A model failed.
     """
+    return summarize_models(model_answers(names, photos), photos, function, pool, seed)
+
+
+def model_answers(names: Sequence[str], photos: Sequence[np.ndarray]) -> dict[str, list[ScoredAnswer]]:
+    """Return the scored greedy answers of models to photos, by name; arguments and exceptions are as for `evaluate`."""
     runs = [name for name in names if name != "base" and name not in MODELS]
     bases = {_base_of_run(name) for name in runs} or {DEFAULT_BASE}
     if len(bases) > 1:
         raise EvaluateError('The runs started from different models, so "base" is ambiguous. Name the models instead.')
     (base,) = bases
     specs = {name: resolve_model(name, base) for name in names}  # fail on a wrong name before computing anything
-    models = {}
+    answers = {}
     for name, spec in specs.items():
         texts = greedy_answers(spec, photos)
-        answers = [score_answer(photo, text) for photo, text in zip(photos, texts, strict=True)]
-        models[name] = summarize(answers, function)
+        answers[name] = [score_answer(photo, text) for photo, text in zip(photos, texts, strict=True)]
+    return answers
+
+
+def summarize_models(
+    answers: Mapping[str, Sequence[ScoredAnswer]],
+    photos: Sequence[np.ndarray],
+    function: RewardFunction,
+    pool: int = POOL_SIZE,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return a summary per model and per reference; arguments and result are as for `evaluate`."""
+    models = {name: summarize(model, function) for name, model in answers.items()}
     return {"photos": len(photos), "reward": json.loads(function.to_json()), "models": models} | reference_scores(
         photos, function, pool, seed
     )
 
 
+def sheet_columns(
+    answers: Mapping[str, Sequence[ScoredAnswer]], photos: Sequence[np.ndarray], function: RewardFunction
+) -> list[SheetColumn]:
+    """Return the columns of a contact sheet: the untouched photos, then the edits of each model.
+
+    Args:
+        answers: Answers by name of the model.
+        photos: uint8 RGB.
+        function: The weights of the totals in the captions.
+    """
+    untouched = [score_answer(photo, str(Recipe())) for photo in photos]
+    columns = []
+    for name, model in {"untouched": untouched, **answers}.items():
+        totals = [function.total(answer.scores) for answer in model]
+        title = Path(name).name if name not in MODELS and name != "base" else name
+        columns.append(SheetColumn(title, [answer.recipe if answer.valid else None for answer in model], totals))
+    return columns
+
+
+def degrade_photos(photos: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+    """Return photos degraded at random: in light, contrast, colours, focus, or by a border.
+
+    Args:
+        photos: uint8 RGB.
+        seed: Seed of the degradations. That of a photo depends on the seed and on its index only.
+    """
+    return [
+        shrink(random_degradation(photo, np.random.default_rng([seed, index]), probability=1.0).degraded, PREVIEW_SIDE)
+        for index, photo in enumerate(photos)
+    ]
+
+
 def format_table(result: Mapping[str, Any]) -> str:
     """Format the result of `evaluate` as a Markdown table."""
     rows = {**result["models"], **{key: row for key, row in result.items() if key.startswith(("untouched", "best_"))}}
-    lines = [f"{result['photos']} photos", "", f"| | {' | '.join(REWARDS)} | total | valid |", "|---" * 6 + "|"]
+    degraded = "" if result.get("degraded") is None else f", degraded at random with seed {result['degraded']}"
+    lines = [
+        f"{result['photos']} photos{degraded}",
+        "",
+        f"| | {' | '.join(REWARDS)} | total | valid |",
+        "|---" * 6 + "|",
+    ]
     for name, row in rows.items():
         cells = []
         for column in (*REWARDS, "total"):
@@ -224,15 +286,34 @@ def main() -> None:
     parser.add_argument("--photos", default="bundled", help="a folder, a zip file, hub:owner/dataset, or bundled")
     parser.add_argument("--reward", default=EQUAL_WEIGHTS.to_json(), help="weights as JSON (default: equal weights)")
     parser.add_argument("--max-photos", type=int, default=200, help="maximum number of photos (default: %(default)s)")
-    parser.add_argument("--pool", type=int, default=POOL_SIZE, help="random recipes per photo (default: %(default)s)")
+    parser.add_argument(
+        "--pool", type=int, default=POOL_SIZE, help="random recipes per photo, 0 for none (default: %(default)s)"
+    )
+    parser.add_argument("--degraded", type=int, metavar="SEED", help="degrade each photo at random, with this seed")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="FILE.png", help="write contact sheets FILE-1.png, FILE-2.png ..."
+    )
+    parser.add_argument(
+        "--sheet-photos", type=int, default=SHEET_PHOTOS, help="photos on the contact sheets (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
+    if args.sheet and args.sheet.suffix.lower() != ".png":
+        parser.error("argument --sheet: the file name must end in .png")
+    if args.pool < 0 or args.sheet_photos < 1 or (args.degraded or 0) < 0:
+        parser.error("--pool and --degraded must be 0 or more, --sheet-photos 1 or more")
     try:
         function = RewardFunction.from_json(args.reward)
         photo_set = load_photos(args.photos, "held-out", args.max_photos)
         names = [name.strip() for name in args.models.split(",") if name.strip()]
-        result = evaluate(names, photo_set.photos, function, args.pool)
-    except (EvaluateError, PhotoSourceError, RewardFunctionError) as error:
+        photos = photo_set.photos if args.degraded is None else degrade_photos(photo_set.photos, args.degraded)
+        answers = model_answers(names, photos)
+        if args.sheet:
+            columns = sheet_columns(answers, photos, function)
+            for file in write_sheets(draw_sheets(photos, photo_set.names, columns, args.sheet_photos), args.sheet):
+                print(f"wrote {file}", file=sys.stderr)
+        result = summarize_models(answers, photos, function, args.pool) | {"degraded": args.degraded}
+    except (EvaluateError, PhotoSourceError, RewardFunctionError, PhotoError) as error:
         sys.exit(str(error))
     if photo_set.unreadable:
         print(photo_set.describe(), file=sys.stderr)

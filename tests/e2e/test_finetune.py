@@ -176,13 +176,42 @@ def test_losing_model_can_be_used_anyway(open_page: Open) -> None:
     page.get_by_role("button", name="Use anyway").wait_for()
 
 
-def test_warning_of_a_result_is_shown(open_page: Open) -> None:
+def test_warning_of_an_earlier_versions_result_is_shown_and_the_model_is_not_taken_over(open_page: Open) -> None:
     page = open_page("")
-    start_run(page, seed=500)
+    start_run(page, seed=500, name="Warned")
     wait_for_state(page)
     page.locator(".run-warning").get_by_text("The reward rose, but not on new photos.").wait_for()
+    page.get_by_role("button", name="Use anyway").wait_for()
+    assert "Warned" not in selected_models(page)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_alarm_is_shown_live_and_the_model_is_used_by_hand_only(open_page: Open, runs: RunStore, scheme: str) -> None:
+    page = open_page("", color_scheme=scheme, viewport={"width": 390 if scheme == "dark" else 1280, "height": 900})
+    name = f"Alarmed {scheme}"
+    start_run(page, seed=600 if scheme == "light" else 601, name=name)
+    page.locator(".alarm-title").get_by_text("Edits cut off the subject").wait_for()
+    wait_for_state(page, "running")
+    assert page.locator("#run-alarms-title").inner_text() == "2 alarms"
+    page.locator(".alarm-title small").get_by_text("steps 2 to 3").first.wait_for()
+    assert "not taken over by itself, even if it wins" in page.locator(".run-alarm-note").inner_text()
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.alarm-photos img')].filter(img => img.naturalWidth > 100).length === 4"
+    )
+    assert page.locator(".alarm-after").first.get_attribute("alt") == "astronaut.jpg, after: crop to 60 x 60 %"
+    assert violations(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+    run = next(run for run in runs.list() if run.config().name == name)
+    (run.folder / "continue").touch()
+    wait_for_state(page)
+    assert "The tuned model wins" in page.locator(".run-verdict").inner_text()
+    page.locator(".run-alarm-note").get_by_text("Look at the photos, then decide").wait_for()
+    assert name not in selected_models(page)
+    page.get_by_role("button", name="Use anyway").click()
+    page.get_by_text("The run raised an alarm: compare its edits").wait_for()
+    page.locator(".run-alarm-note").get_by_text("in use in spite of the alarm").wait_for()
     page.get_by_role("button", name="Revert").click()
-    page.get_by_role("button", name="Use in the Playground").wait_for()
+    page.get_by_role("button", name="Use anyway").wait_for()
 
 
 def test_failed_run_shows_its_log_and_can_be_resumed(open_page: Open) -> None:

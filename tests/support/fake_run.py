@@ -1,7 +1,8 @@
 """Fake training process: follows the protocol of a run's folder without a model.
 
 The hundreds of the seed choose the outcome: 1xx loses on held-out photos, 2xx fails at step 2, 3xx waits at step 3
-until it is cancelled or killed, 4xx writes hostile text, 5xx wins with a warning, any other wins. FAKE_RUN_PAUSE sets
+until it is cancelled or killed, 4xx writes hostile text, 5xx wins with the warning of an earlier version, 6xx wins with
+two alarms from step 2 on and waits at step 3 for a file named continue, any other wins. FAKE_RUN_PAUSE sets
 the seconds per step.
 """
 
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
@@ -20,6 +22,8 @@ from safetensors.numpy import save_file
 
 from recipes import Recipe, random_recipe, save_picture
 from training.data.bundled import bundled_photos
+from training.data.sources import PhotoSet
+from training.grpo.alarms import Alarm, store_alarms
 from training.runs.run import Run
 
 HOSTILE = "<img src=x onerror=window.hacked=1>${window.hacked=2}{{constructor}}"
@@ -42,7 +46,9 @@ def main(folder: str) -> int:
                 return end(run, "cancelled", "Cancelled. The training so far is kept.")
             if kind == 2 and step == 2:
                 raise SystemExit(3)
-            while kind == 3 and step == 3 and not run.cancelled:
+            if kind == 6 and step >= 2:
+                write_alarms(run, step)
+            while kind in (3, 6) and step == 3 and not (run.folder / "continue").exists() and not run.cancelled:
                 time.sleep(0.02)
             write_step(run, step + 1, config.steps, photo, HOSTILE if kind == 4 else "")
         run.set_status(phase="evaluating the tuned model")
@@ -127,7 +133,8 @@ def write_result(run: Run, wins: bool, alarm: str) -> None:
         "tuned": tuned,
         "difference": {"mean": gain, "low": gain - 0.03, "high": gain + 0.03},
         "wins": wins,
-        "alarm": alarm,
+        "alarm": alarm or " ".join(f"{row['title']}." for row in run.alarms()),
+        **({} if alarm else {"alarms": run.alarms()}),
         "pairs": pairs,
         "steps": run.config().steps,
         "seconds": 42.5,
@@ -137,6 +144,38 @@ def write_result(run: Run, wins: bool, alarm: str) -> None:
     }
     (run.folder / "result.json").write_text(json.dumps(result))
     save_picture(np.full((120, 240, 3), 200, np.uint8), Recipe(), run.folder / "reward.png")
+
+
+def write_alarms(run: Run, step: int) -> None:
+    """Record two alarms with pictures of the first two held-out photos."""
+    files = bundled_photos("held-out")[3:5]
+    held_out = PhotoSet([small_photo(file.path) for file in files], [file.path.name for file in files])
+    alarms = [
+        Alarm(
+            "cut_subject",
+            "Edits cut off the subject",
+            "In 5 of 8 answers to held-out photos the crop removes more than 25% of what matters, "
+            "or cuts off a head. The reward pays for cutting away.",
+            "Look at the photo. Train again with other weights: people do not agree "
+            "with a reward that is won by small crops.",
+            index=0,
+            recipe=str(Recipe(crop=(40, 40, 100, 100))),
+        ),
+        Alarm(
+            "at_limits",
+            "Recipes are at the limits of their ranges",
+            "6 of 8 answers to held-out photos have the largest or smallest possible value, mostly in exposure. "
+            "The reward rises with the strength of an edit, not with its fit to the photo.",
+            "Look at the photo. Train again with a lower weight of the part that rises, or with a higher KL weight.",
+            index=1,
+            recipe=str(Recipe(exposure=100)),
+        ),
+    ]
+    store_alarms(
+        run,
+        [asdict(replace(alarm, step=2, last_step=step, photo=held_out.names[alarm.index])) for alarm in alarms],
+        held_out,
+    )
 
 
 def end(run: Run, state: str, message: str) -> int:

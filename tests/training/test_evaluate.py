@@ -13,16 +13,19 @@ import pytest
 from inference.registry import MODELS
 from recipes import Recipe, load_photo, random_recipe, render, save_picture, shrink
 from rewards import EQUAL_WEIGHTS, REWARDS, RewardFunction, score_pictures, score_recipes
+from training.contact_sheet import CELL, HEADER, MARGIN, draw_sheets, write_sheets
 from training.data.bundled import bundled_photos
 from training.evaluate import (
     EvaluateError,
     bootstrap_interval,
+    degrade_photos,
     evaluate,
     greedy_answers,
     paired_difference,
     reference_scores,
     resolve_model,
     score_answer,
+    sheet_columns,
     summarize,
 )
 from training.runs.run import Run, RunConfig
@@ -147,6 +150,8 @@ def test_command_prints_one_json_object(tmp_path: Path, photos: list[np.ndarray]
         ("--reward", '{"beauty": 1}', "no reward named"),
         ("--models", "gone", "neither a model"),
         ("--photos", "gone", "zip"),
+        ("--sheet", "sheet.gif", "must end in .png"),
+        ("--degraded", "-1", "must be 0 or more"),
     ],
 )
 def test_invalid_option_exits_with_a_message_and_no_traceback(option: str, value: str, message: str) -> None:
@@ -155,3 +160,53 @@ def test_invalid_option_exits_with_a_message_and_no_traceback(option: str, value
     assert process.returncode != 0
     assert message in process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_degraded_photos_depend_on_the_seed_and_the_index_only(photos: list[np.ndarray]) -> None:
+    degraded, again, other = (degrade_photos(photos, seed) for seed in (3, 3, 4))
+    assert all(np.array_equal(first, second) for first, second in zip(degraded, again, strict=True))
+    assert np.array_equal(degrade_photos(photos[:1], 3)[0], degraded[0]), "whatever the number of photos"
+    changed = [not np.array_equal(photo, flawed) for photo, flawed in zip(photos, degraded, strict=True)]
+    assert all(changed) and not all(np.array_equal(*pair) for pair in zip(degraded, other, strict=True))
+
+
+def test_sheet_shows_each_photo_untouched_and_after_each_model(photos: list[np.ndarray]) -> None:
+    bright = [score_answer(photo, str(Recipe(exposure=100, look="mono"))) for photo in photos]
+    invalid = [score_answer(photo, "no recipe") for photo in photos]
+    columns = sheet_columns({"base": bright, "/runs/tuned": invalid}, photos, EQUAL_WEIGHTS)
+    assert [column.title for column in columns] == ["untouched", "base", "tuned"]
+    assert columns[1].totals == pytest.approx([EQUAL_WEIGHTS.total(answer.scores) for answer in bright])
+    (sheet,) = draw_sheets(photos, ["a.jpg"] * 3, columns)
+    pixels = np.asarray(sheet).astype(int)
+    assert max(pixels.shape) <= 2_100
+    untouched, mono, unchanged = (
+        pixels[HEADER : HEADER + 60, MARGIN + column * CELL[0] : MARGIN + column * CELL[0] + 60] for column in range(3)
+    )
+    assert np.array_equal(untouched, unchanged), "an answer that is no recipe leaves the photo as it is"
+    assert np.ptp(mono, axis=-1).max() == 0 < np.ptp(untouched, axis=-1).max()
+    assert mono.mean() > untouched.mean()
+
+
+def test_sheets_have_eight_photos_per_page_and_at_most_the_limit(photos: list[np.ndarray], tmp_path: Path) -> None:
+    many = photos * 7
+    columns = sheet_columns({}, many, EQUAL_WEIGHTS)
+    pages = draw_sheets(many, ["x.jpg"] * 21, columns, limit=17)
+    assert len(pages) == 3 and pages[2].height < pages[0].height
+    files = write_sheets(pages, tmp_path / "new" / "sheet.png")
+    assert [file.name for file in files] == ["sheet-1.png", "sheet-2.png", "sheet-3.png"]
+    assert all(load_photo(file).shape[1] == page.width for file, page in zip(files, pages, strict=True))
+
+
+def test_command_writes_sheets_of_degraded_photos(tmp_path: Path, photos: list[np.ndarray]) -> None:
+    for index, photo in enumerate(photos):
+        save_picture(photo, Recipe(), tmp_path / f"{index}.png")
+    command = [sys.executable, "-m", "training.evaluate", "--models", "base", "--photos", str(tmp_path), "--pool", "0"]
+    command += ["--sheet", str(tmp_path / "out" / "sheet.png"), "--sheet-photos", "2", "--degraded", "5", "--json"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    result = json.loads(process.stdout)
+    assert result["degraded"] == 5 and set(result) == {"photos", "reward", "degraded", "models", "untouched"}
+    degraded = degrade_photos([load_photo(tmp_path / f"{index}.png") for index in range(3)], 5)
+    expected = summarize([score_answer(photo, str(Recipe())) for photo in degraded], EQUAL_WEIGHTS)
+    assert result["untouched"]["total"]["mean"] == pytest.approx(expected["total"]["mean"])
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["sheet-1.png"]
+    assert "wrote" in process.stderr and "sheet-1.png" in process.stderr

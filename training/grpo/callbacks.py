@@ -11,13 +11,14 @@ from transformers import TrainerCallback
 
 from training.data.sources import PhotoSet
 from training.evaluate import ScoredAnswer, reward_totals
+from training.grpo.alarms import AlarmMonitor
 from training.grpo.result import format_log_line
 from training.grpo.reward import RecipeReward
 from training.runs.run import PROBE_PHOTOS, Run, RunConfig
 
 
 class RunCallback(TrainerCallback):
-    """Writes metrics, probe answers and progress to the run's folder, and stops the trainer when the run is cancelled.
+    """Writes metrics, probe answers, alarms and progress to the run's folder, and stops a cancelled run's trainer.
 
     Args:
         run: The run.
@@ -37,6 +38,7 @@ class RunCallback(TrainerCallback):
     ) -> None:
         self.run, self.config, self.evaluate_photos, self.reward = run, config, evaluate_photos, reward
         self.photos, self.names = held_out.photos[:PROBE_PHOTOS], held_out.names[:PROBE_PHOTOS]
+        self.alarms = AlarmMonitor(run, reward.function, held_out)
         self.started = time.monotonic()
         self.held_out_mean: float | None = None  # of the last probe, until it is logged
 
@@ -63,7 +65,7 @@ class RunCallback(TrainerCallback):
         self.run.set_status(step=state.global_step)
 
     def probe(self, step: int) -> None:
-        """Evaluate the policy on the probe photos and record the answer to the first one."""
+        """Evaluate the policy on the probe photos, record its answers, and raise alarms."""
         answers = self.evaluate_photos(self.photos)
         self.held_out_mean = float(np.nanmean(reward_totals(answers, self.reward.function)))
         first = answers[0]
@@ -75,5 +77,7 @@ class RunCallback(TrainerCallback):
                 "scores": first.scores,
                 "total": self.reward.function.total(first.scores),
                 "held_out": self.held_out_mean,
+                **self.alarms.measure(answers),
             }
         )
+        self.alarms.check(step)

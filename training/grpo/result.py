@@ -1,4 +1,4 @@
-"""The outcome of a run: log lines, the result on held-out photos and the alarm. Imports no torch."""
+"""The outcome of a run: log lines, and the result on held-out photos with the alarms. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from recipes import Recipe, save_picture
 from rewards import REWARDS, RewardFunction
 from training.data.sources import PhotoSet
 from training.evaluate import ScoredAnswer, paired_difference, summarize
+from training.grpo.alarms import AlarmMonitor
 from training.runs.run import Run
 
 MAX_PAIRS = 4  # held-out photos whose two recipes are shown in the result
@@ -32,7 +33,7 @@ def build_result(
     base: list[ScoredAnswer],
     tuned: list[ScoredAnswer],
 ) -> dict[str, Any]:
-    """Build the content of `result.json` and write the pictures that it refers to.
+    """Build the content of `result.json`, write the pictures that it refers to, and raise the last alarms.
 
     Args:
         run: The run.
@@ -58,6 +59,7 @@ def build_result(
                 "tuned_total": function.total(after.scores),
             }
         )
+    alarms = AlarmMonitor(run, function, held_out).check_result(base, tuned)
     return {
         "base_model": base_model,
         "held_out": len(base),
@@ -65,7 +67,8 @@ def build_result(
         "tuned": summarize(tuned, function),
         "difference": gain,
         "wins": gain["low"] is not None and gain["low"] > 0,
-        "alarm": find_alarm(metrics, gain),
+        "alarms": alarms,
+        "alarm": " ".join(f"{alarm['title']}." for alarm in alarms),
         "pairs": pairs,
         "steps": run.status().step,
         "entropy": _first_and_last(metrics, "entropy"),
@@ -80,20 +83,3 @@ def _first_and_last(metrics: Sequence[dict[str, Any]], name: str) -> dict[str, f
     count = max(5, len(values) // 10)
     ends = {"first": values[:count], "last": values[-count:]}
     return {key: float(np.mean(part)) if part else None for key, part in ends.items()}
-
-
-def find_alarm(metrics: Sequence[dict[str, Any]], gain: dict[str, float | None]) -> str:
-    """Return a warning if the run had no training signal or overfitted, else an empty string.
-
-    Args:
-        metrics: The run's metrics, one row per step.
-        gain: The difference between tuned and base model on held-out photos, as from `paired_difference`.
-    """
-    no_signal = [row["no_signal"] for row in metrics if row.get("no_signal") is not None]
-    if no_signal and np.mean(no_signal) > 0.9:
-        return "There was nothing to learn from: in nearly every step, all answers to a photo got the same reward."
-    reward = _first_and_last(metrics, "reward")
-    improved = reward["first"] is not None and reward["last"] is not None and reward["last"] > reward["first"] + 0.02
-    if improved and gain["mean"] is not None and gain["mean"] < -0.005:
-        return "The reward rose in training but fell on held-out photos: the improvement does not generalise."
-    return ""

@@ -26,6 +26,7 @@ from rewards import score_recipes
 from storage.files import write_atomically
 from training.data.sources import PhotoSourceError, mix_flawed, train_eval_split
 from training.evaluate import ScoredAnswer, reward_totals, score_answer
+from training.grpo.alarms import AlarmMonitor
 from training.grpo.result import build_result, format_log_line
 from training.grpo.reward import RecipeReward
 from training.hosted.billing import BillingAccount, PaidCalls
@@ -167,6 +168,7 @@ class HostedTrainer:
         # moondream-tiny was trained on a short question; other models need the grammar in the prompt.
         self.question = RECIPE_QUESTION if config.base.startswith("moondream-tiny") else recipe_prompt()
         self.reward = RecipeReward(self.photos.photos, config.reward_function, config.rollouts)
+        self.alarms = AlarmMonitor(run, config.reward_function, self.held_out)
         self.state = HostedRunState.load(run)
         self.costs = CostTracker(config.base, self.question, prices or Prices(), self.state.dollars)
         self.calls = PaidCalls(run, self.costs, account)
@@ -333,7 +335,9 @@ class HostedTrainer:
             mean = call.reward = float(np.nanmean(reward_totals(answers, function)))
         first = answers[0]
         row = {"step": step, "photo": self.held_out.names[0], "recipe": str(first.recipe), "scores": first.scores}
-        self.run.append_probe(row | {"total": function.total(first.scores), "held_out": mean})
+        row |= {"total": function.total(first.scores), "held_out": mean}
+        self.run.append_probe(row | self.alarms.measure(answers))
+        self.alarms.check(step)
         if step and self.state.step and mean > self.state.best:
             self.state.saved, self.state.tuned = self.tuning.save(), []
             self.state.best = mean

@@ -63,12 +63,12 @@ class AdapterRegistry:
                 self.auto_enable(run)
 
     def auto_enable(self, run: Run) -> bool:
-        """Enable a run's model for its owner if the run is done and won.
+        """Enable a run's model for its owner if the run is done, won, and raised no alarm.
 
-        Happens once per run; a manual `disable` is final.
+        Happens once per run; a manual `disable` is final. A run with an alarm can be enabled by hand only.
         """
         result = run.result()
-        if run.status().state != "done" or not result or not result.get("wins"):
+        if run.status().state != "done" or not result or not result.get("wins") or run.has_alarm:
             return False
         with self._lock:
             if run.id in self._read()["settled"]:
@@ -216,6 +216,9 @@ class AdapterRegistry:
             f"{base.title}, fine-tuned here for {format_weights(config.reward)} in {config.steps:,} steps. "
             f"{verdict} on held-out photos."
         )
+        if run.has_alarm:
+            titles = [str(alarm.get("title")) for alarm in run.alarms()] or [str(result.get("alarm") or "see the run")]
+            note += f" Alarm in training: {'; '.join(titles).rstrip('.')}."
         name, title = model_name(run.id), run_title(run)
         if config.backend == "hosted":  # the weights are on the server that trained it
             if not isinstance(result.get("model"), str):

@@ -13,7 +13,7 @@ from inference.types import ModelSpec
 from training.runs.adapters import check_adapter, format_weights, run_title
 from training.runs.run import Run, RunConfig, RunError
 
-RUN_FILES = ("log.txt", "metrics.jsonl", "probes.jsonl", "result.json", "reward.png", "probe.png")
+RUN_FILES = ("log.txt", "metrics.jsonl", "probes.jsonl", "alarms.json", "result.json", "reward.png", "probe.png")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _REPO_ID = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}", re.ASCII)
 _HTTP_ERRORS = {
@@ -58,7 +58,7 @@ It was rewarded for: **{format_weights(config.reward)}**.
 
 ## Results on held-out photos
 
-{_results(run.result())}
+{_results(run.result(), run.alarms())}
 
 ## Use
 
@@ -72,8 +72,8 @@ tuned = PeftModel.from_pretrained(base, "path/to/this/folder")
 """
 
 
-def _results(result: dict[str, Any] | None) -> str:
-    """Write the section of a model card on the results, from the content of result.json."""
+def _results(result: dict[str, Any] | None, alarms: list[dict[str, Any]]) -> str:
+    """Write the section of a model card on the results, from the content of result.json and the run's alarms."""
     if not result:
         return "Not measured: the run ended early."
     base, tuned = result.get("base") or {}, result.get("tuned") or {}
@@ -89,7 +89,9 @@ def _results(result: dict[str, Any] | None) -> str:
     verdict = "better than its base" if result.get("wins") else "not shown to be better than its base"
     difference = _format_interval(result.get("difference") or {})
     lines += ["", f"Paired difference of the total: {difference}. The tuned model is {verdict}."]
-    if result.get("alarm"):
+    for alarm in alarms:
+        lines += ["", f"**Alarm: {_escape_markdown(str(alarm['title']))}.** {_escape_markdown(str(alarm['message']))}"]
+    if result.get("alarm") and not alarms:
         lines += ["", f"Warning: {_escape_markdown(str(result['alarm']))}"]
     lines += ["", "A higher reward is not a better picture: sharper is not always better, nor are stronger colours."]
     return "\n".join(lines)
@@ -104,7 +106,7 @@ def write_zip(run: Run, base: ModelSpec, path: Path) -> None:
         path: The zip file to write.
     """
     files = [run.folder / name for name in RUN_FILES]
-    files += sorted(run.folder.glob("pair*.png"))
+    files += [*sorted(run.folder.glob("pair*.png")), *sorted(run.folder.glob("alarm-*.jpg"))]
     files += [run.adapter / name for name in ADAPTER_FILES]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("README.md", model_card(run, base))

@@ -3,8 +3,8 @@
 The run's inputs are committed to a private dataset repository of the user (`owner/playground-runs`): this project's
 code once, and the run's config, photos and base under `runs/<id>/`. A job mounts that commit, executes
 `training.runs.job_entrypoint` on it and stores the result beside it. The job's log is read as it grows: lines that
-begin with LOG_MARKER carry entries for the run's folder (status, metrics, probes), all others are the log. A follower
-that was killed finds its job again through `job.json`.
+begin with LOG_MARKER carry entries for the run's folder (status, metrics, probes, alarms), all others are the log. A
+follower that was killed finds its job again through `job.json`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from huggingface_hub.errors import (
 
 from recipes import Recipe, save_picture
 from storage.files import write_atomically
-from training.data.sources import PhotoSourceError, train_eval_split
+from training.data.sources import PhotoSet, PhotoSourceError, train_eval_split
+from training.grpo.alarms import store_alarms
 from training.runs.adapters import base_chain
 from training.runs.run import Run, RunConfig, RunError
 
@@ -48,7 +49,7 @@ CANCEL_GRACE_SECONDS = 120.0  # for a cancelled job to stop by itself and upload
 CANCEL_POLL_SECONDS = 5.0
 LOG_MARKER = "@run "
 FINAL_STATES = ("done", "cancelled", "failed")
-CODE_PATTERNS = ("*.py", "*.json", "*.txt", "*.safetensors", "*.jinja", "*.jpg", "*.png", "*.md", "LICENSE")
+CODE_PATTERNS = ("*.py", "*.json", "*.txt", "*.safetensors", "*.jinja", "*.jpg", "*.png", "*.md", "*.tflite", "LICENSE")
 CODE_PACKAGES = ("training", "inference", "usage", "storage", "rewards", "recipes", "assets")
 COMMAND = (
     f"pip install --quiet --disable-pip-version-check -r {MOUNT}/code/requirements.txt"
@@ -147,13 +148,14 @@ def run_on_jobs(run: Run, config: RunConfig, set_phase: Callable[[str], None]) -
         if job is None:
             set_phase("uploading the run to Hugging Face")
             job = submit(run, config, api)
-        with contextlib.suppress(PhotoSourceError):  # the probe photo: the job chooses the same one
+        held_out = None
+        with contextlib.suppress(PhotoSourceError):  # photos to show: the job chooses the same ones
             _, held_out = train_eval_split(config.photos, config.held_out, config.max_photos, config.seed)
             save_picture(held_out.photos[0], Recipe(), run.folder / "probe.png")
         set_phase(f"waiting for {job.hardware} on Hugging Face Jobs")
         print(f"Job {job.id}: {job.url}", flush=True)
         with _forward_cancellation(run, job, api):
-            status = _follow_log(run, job, api)
+            status = _follow_log(run, job, api, held_out)
         _download_outputs(run, job, api)
         job_status = api.inspect_job(job_id=job.id, namespace=job.owner).status
     state = status.get("state")
@@ -220,7 +222,7 @@ def _write_inputs(config: RunConfig, folder: Path) -> None:
     write_atomically(folder / "config.json", config.model_copy(update=changes).model_dump_json())
 
 
-def _follow_log(run: Run, job: JobInfo, api: HfApi) -> dict[str, Any]:
+def _follow_log(run: Run, job: JobInfo, api: HfApi, held_out: PhotoSet | None) -> dict[str, Any]:
     """Read a job's log from its beginning to its end; return the last reported status.
 
     The library does not reconnect a stream that breaks off as the job ends, so the log is then read once more.
@@ -233,13 +235,13 @@ def _follow_log(run: Run, job: JobInfo, api: HfApi) -> dict[str, Any]:
         for number, line in enumerate(lines, 1):
             if number > read:
                 read = number
-                status |= _apply_log_line(run, line)
+                status |= _apply_log_line(run, line, held_out)
         if status.get("state") in FINAL_STATES:
             break
     return status
 
 
-def _apply_log_line(run: Run, text: str) -> dict[str, Any]:
+def _apply_log_line(run: Run, text: str, held_out: PhotoSet | None = None) -> dict[str, Any]:
     """Apply a marked line to the run's folder, or print the line; return the state and message it reports."""
     if not text.startswith(LOG_MARKER):
         print(text, flush=True)
@@ -250,6 +252,8 @@ def _apply_log_line(run: Run, text: str) -> dict[str, Any]:
                 run.append_metrics(row)
             case ["probes", dict(row)]:
                 run.append_probe(row)
+            case ["alarms", list(rows)]:
+                store_alarms(run, [row for row in rows if isinstance(row, dict)], held_out)
             case ["status", {"phase": str(phase), "step": int(step), "steps": int(steps), **others}]:
                 run.set_status(phase=phase[:200], step=step, steps=steps)
                 return others

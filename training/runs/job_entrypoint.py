@@ -12,6 +12,7 @@ import tempfile
 import threading
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
@@ -85,13 +86,18 @@ class ProgressReporter:
         self.run = run
         self.printed = {"metrics": 0, "probes": 0}
         self.status = ""
+        self.alarms: list[dict[str, Any]] = []
 
     def print_new(self) -> None:
-        """Print metrics and probes that were added since the last call, and the status if it changed."""
+        """Print metrics and probes that were added since the last call, and alarms and status if they changed."""
         for kind, rows in (("metrics", self.run.metrics()), ("probes", self.run.probes())):
             for row in rows[self.printed[kind] :]:
                 print(LOG_MARKER + json.dumps([kind, row]), flush=True)
             self.printed[kind] = len(rows)
+        alarms = self.run.alarms()
+        if alarms != self.alarms:
+            print(LOG_MARKER + json.dumps(["alarms", alarms]), flush=True)
+            self.alarms = alarms
         status = asdict(self.run.status())
         text = json.dumps(["status", {key: status[key] for key in ("state", "phase", "step", "steps", "message")}])
         if text != self.status:

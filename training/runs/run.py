@@ -7,6 +7,7 @@ Imports no torch. A run's folder holds:
     owner.json      Ownership: who started the run; part of no export and no upload
     metrics.jsonl   one row per logged step
     probes.jsonl    the model's answers to a fixed set of held-out photos, every few steps
+    alarms.json     signs that the reward rises although the pictures do not get better, with alarm-*.jpg
     log.txt         output of the training process
     checkpoint-N/   checkpoints to resume from
     adapter/        the trained LoRA adapter in PEFT's layout
@@ -50,6 +51,7 @@ MAX_PHOTOS = 1_000
 MAX_NAME = 80
 PROBE_PHOTOS = 8  # held-out photos that the model answers during training
 MAX_LOG_BYTES = 64 * 1024  # read from the end of a log
+ALARM_KINDS = ("not_generalizing", "traded_part", "cut_subject", "at_limits", "repeated_answers", "no_signal")
 TRASH_SUFFIX = ".gone"  # of the folder of a run that is being deleted
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 
@@ -327,6 +329,29 @@ class Run:
         """Read the probe answers, oldest first; each has step, photo, recipe, scores and total."""
         return list(_read_jsonl(self.folder / "probes.jsonl"))
 
+    def alarms(self) -> list[dict[str, Any]]:
+        """Read the alarms so far, one per kind; see `training.grpo.alarms.Alarm`. Older runs have none."""
+        try:
+            rows = json.loads((self.folder / "alarms.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        rows = rows if isinstance(rows, list) else []
+        return [row for row in rows if isinstance(row, dict) and row.get("kind") in ALARM_KINDS]
+
+    def set_alarms(self, rows: list[dict[str, Any]]) -> None:
+        """Replace the alarms. Raises OSError."""
+        write_atomically(self.folder / "alarms.json", json.dumps(rows, indent=1))
+
+    def alarm_pictures(self, kind: str) -> tuple[Path, Path]:
+        """Return the files of an alarm's photo, before and after the model's recipe; they may not exist."""
+        return self.folder / f"alarm-{kind}-before.jpg", self.folder / f"alarm-{kind}-after.jpg"
+
+    @property
+    def has_alarm(self) -> bool:
+        """Whether an alarm was raised, during training or by the result. Such a run is not taken over by itself."""
+        result = self.result() or {}
+        return bool(self.alarms() or result.get("alarms", result.get("alarm")))  # "alarm": of earlier versions
+
     def calls(self) -> list[dict[str, Any]]:
         """Read the paid calls of a hosted run, oldest first."""
         return list(_read_jsonl(self.folder / "calls.jsonl"))
@@ -348,10 +373,12 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def truncate_after(self, step: int) -> None:
-        """Remove metrics and probes of steps after `step`; a resumed run writes them again."""
+        """Remove metrics, probes and alarms of steps after `step`; a resumed run writes them again."""
         for name in ("metrics.jsonl", "probes.jsonl"):
             rows = [row for row in _read_jsonl(self.folder / name) if row.get("step", 0) <= step]
             write_atomically(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
+        if alarms := self.alarms():
+            self.set_alarms([row for row in alarms if row.get("step", 0) <= step])
 
     def result(self) -> dict[str, Any] | None:
         """Read the run's result; None until there is one."""

@@ -19,6 +19,8 @@ from ui.messages import as_gradio_error
 from ui.permissions import visitor_of
 from ui.services import AppServices
 
+PUBLIC_ALARM_FIELDS = ("kind", "title", "message", "advice", "step", "last_step")  # without the photo and its recipe
+
 
 def retrain(
     services: AppServices,
@@ -59,16 +61,20 @@ def retrain(
 
 
 def run_status(services: AppServices, visitor: Visitor, run: str) -> dict[str, Any]:
-    """Return a run's state, step, time left, queue position, latest metrics and probe answer, and result."""
+    """Return a run's state, step, time left, queue position, latest metrics and probe answer, alarms, and result."""
     with as_gradio_error(RunError, title=finetune.TITLE):
         selected = services.runs.get(run)
         metrics, probes, result = selected.metrics(), selected.probes(), selected.result()
+        alarms = selected.alarms() or (result or {}).get("alarms") or []
         if not shows_photos(visitor, selected, selected.config()):  # names of photos, and answers to them
-            probes, result = [], result and {key: value for key, value in result.items() if key != "pairs"}
+            probes, alarms = [], [{key: alarm.get(key) for key in PUBLIC_ALARM_FIELDS} for alarm in alarms]
+            result = result and {key: value for key, value in result.items() if key != "pairs"}
+        result = result and {**result, "alarms": alarms}
         return {
             **_summary(services, visitor, selected),
             "metrics": metrics[-1] if metrics else None,
             "probe": probes[-1] if probes else None,
+            "alarms": alarms,
             "result": result,
         }
 

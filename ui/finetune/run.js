@@ -6,6 +6,7 @@ const buttons = [...element.querySelectorAll('.run-actions button')];
 const buttonOf = action => buttons.find(button => button.dataset.action === action);
 const log = byClass('run-log'), logDetails = byClass('run-logs');
 let runId = null;  // the displayed run
+let drawnAlarms = '';  // the displayed alarms as JSON
 let confirmTimer = null;  // runs while Delete asks for confirmation
 
 /** Formats a score with two decimals; "–" if unknown. */
@@ -41,6 +42,7 @@ function draw() {
   showText(byClass('run-message'), data.message);
   drawProgress(data.progress);
   drawActions(data.actions, data.note);
+  drawAlarms(data.alarms, data.alarm_note);
   drawResult(data.result);
   drawProbe(data.probe);
   drawCurves(data.chart);
@@ -81,6 +83,33 @@ function drawActions(actions, note) {
     if (button !== buttonOf('delete') || confirmTimer === null) setText(button, action.label);
   }
   showText(byClass('run-note'), note);
+}
+
+// ── Alarms ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** Draws the alarms, each with the photo that shows it best. They are replaced only if they change, as they are announced. */
+function drawAlarms(alarms, note) {
+  byClass('run-alarms').hidden = !alarms.length;
+  showText(byClass('run-alarm-note'), note);
+  setText(element.querySelector('#run-alarms-title'), alarms.length > 1 ? alarms.length + ' alarms' : 'Alarm');
+  const drawn = JSON.stringify([runId, alarms]);
+  if (drawn === drawnAlarms) return;
+  drawnAlarms = drawn;
+  byClass('alarms').replaceChildren(...alarms.map(alarm => {
+    const node = byClass('alarm-template').content.firstElementChild.cloneNode(true);
+    byClass('alarm-title', node).append(alarm.title, ' ', createNode('small', '', alarm.step));
+    byClass('alarm-message', node).textContent = alarm.message;
+    byClass('alarm-advice', node).textContent = alarm.advice;
+    const photo = alarm.photo;
+    byClass('alarm-photos', node).hidden = !photo;
+    if (!photo) return node;
+    byClass('alarm-before', node).src = photo.before;
+    byClass('alarm-before', node).alt = photo.name + ', unedited';
+    byClass('alarm-after', node).src = photo.after;
+    byClass('alarm-after', node).alt = photo.name + ', after: ' + photo.description;
+    byClass('alarm-description', node).textContent = photo.description;
+    return node;
+  }));
 }
 
 // ── Result ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -20,7 +20,7 @@ from rewards import REWARDS
 from training.data import uploads
 from training.data.sources import HUB_PREFIX
 from training.runs.adapters import format_weights, run_title
-from training.runs.run import Run, RunConfig, RunError, Status
+from training.runs.run import ALARM_KINDS, Run, RunConfig, RunError, Status
 from ui.finetune.permissions import action_refusal, is_mine, owner_label, shows_log, shows_photos
 from ui.playground.compare import PICTURE_QUALITY
 from ui.services import AppServices
@@ -77,17 +77,21 @@ def run_snapshot(services: AppServices, visitor: Visitor, run: Run) -> dict[str,
     config, status = run.config(), run.status()
     result = run.result() if status.finished else None
     with_log, with_photos = shows_log(visitor, run, config), shows_photos(visitor, run, config)
-    actions = _actions(services, visitor, run, status, result)
+    actions, alarms = _actions(services, visitor, run, status, result), _alarms(run, result, with_photos)
+    # The alarms' titles are the message of a run that is done.
+    repeated = bool(alarms and result and status.message == result.get("alarm"))
     return {
         "run": run.id,
         "name": run_title(run),
         "state": status.state,
         "badge": STATE_LABELS[status.state],
         "summary": _summary(services, visitor, run, config, status),
-        "message": status.message if with_log else "",
+        "message": status.message if with_log and not repeated else "",
         "progress": _progress(services, run, status),
         "actions": actions,
         "note": " ".join(dict.fromkeys(filter(None, (action["reason"] for action in actions.values())))),
+        "alarms": alarms,
+        "alarm_note": _alarm_note(services, visitor, run, result) if alarms else "",
         "chart": _chart(run, config),
         "probe": _probe(run) if with_photos else None,
         "result": _result(services, visitor, run, result, with_photos) if result else None,
@@ -159,7 +163,7 @@ def _actions(
     if status.state in ("interrupted", "cancelled", "failed"):
         labels["resume"] = "Resume"
     if has_finished_model and not in_use:
-        own = "Use in the Playground" if wins else "Use anyway"
+        own = "Use in the Playground" if wins and not run.has_alarm else "Use anyway"
         labels["use"] = own if mine or visitor.role < Role.ADMIN else "Use for its owner"
     if in_use:
         labels["revert"] = "Revert"
@@ -261,6 +265,53 @@ def _probe(run: Run) -> dict[str, Any] | None:
     }
 
 
+def _alarms(run: Run, result: dict[str, Any] | None, with_photos: bool) -> list[dict[str, Any]]:
+    """Return the alarms of a run, each with the photo that shows it best if the visitor may see the run's photos."""
+    rows = run.alarms() or [row for row in (result or {}).get("alarms") or [] if isinstance(row, dict)]
+    return [
+        {
+            "title": str(row.get("title") or ""),
+            "message": str(row.get("message") or ""),
+            "advice": str(row.get("advice") or ""),
+            "step": alarm_steps(row),
+            "photo": _alarm_photo(run, row) if with_photos else None,
+        }
+        for row in rows
+    ]
+
+
+def alarm_steps(row: dict[str, Any]) -> str:
+    """Say at which steps an alarm was seen: `step 20`, or `steps 20 to 60`."""
+    first, last = _number(row.get("step")) or 0, _number(row.get("last_step")) or 0
+    return f"steps {first:,} to {last:,}" if last > first else f"step {first:,}"
+
+
+def _alarm_photo(run: Run, row: dict[str, Any]) -> dict[str, str] | None:
+    if row.get("kind") not in ALARM_KINDS:
+        return None
+    before, after = run.alarm_pictures(row["kind"])
+    if row.get("index") is None or not (before.is_file() and after.is_file()):
+        return None
+    parsed = parse(str(row.get("recipe") or ""))
+    return {
+        "name": str(row.get("photo") or ""),
+        "before": _picture(before, "", PICTURE_SIDE),
+        "after": _picture(after, "", PICTURE_SIDE),
+        "description": describe(parsed.recipe) if parsed.ok else "Not a valid recipe.",
+    }
+
+
+def _alarm_note(services: AppServices, visitor: Visitor, run: Run, result: dict[str, Any] | None) -> str:
+    """Say what the alarms of a run mean for the use of its model."""
+    if not is_mine(visitor, run):
+        return ""
+    if services.adapters.is_enabled(run.id):
+        return "The tuned model is in use in spite of the alarm. Compare its edits with those of its base model."
+    if result:
+        return "The tuned model is not taken over by itself. Look at the photos, then decide."
+    return "You can cancel the run. If it goes on, its model is not taken over by itself, even if it wins."
+
+
 def _result(
     services: AppServices, visitor: Visitor, run: Run, result: dict[str, Any], with_photos: bool
 ) -> dict[str, Any]:
@@ -270,7 +321,7 @@ def _result(
     return {
         "wins": bool(result.get("wins")),
         "verdict": verdict(result, services.adapters.is_enabled(run.id), _audience(services, visitor, run)),
-        "warning": str(result.get("alarm") or ""),
+        "warning": "" if run.alarms() or result.get("alarms") else str(result.get("alarm") or ""),
         "rows": [
             {"name": name, "base": format_interval(base.get(name)), "tuned": format_interval(tuned.get(name))}
             for name in (*REWARDS, "total")
@@ -412,6 +463,8 @@ def _history_row(services: AppServices, visitor: Visitor, run: Run) -> dict[str,
         outcome = format_interval(result.get("difference"), sign=True)
     elif status.state == "running" and status.steps:
         outcome = f"step {status.step:,} of {status.steps:,}"
+    if run.has_alarm:
+        outcome = " · ".join(filter(None, [outcome, "alarm"]))
     return {
         "run": run.id,
         "name": run_title(run),
@@ -433,7 +486,8 @@ def _history_row(services: AppServices, visitor: Visitor, run: Run) -> dict[str,
 
 def run_fingerprint(services: AppServices, visitor: Visitor, run: Run) -> tuple[Any, ...]:
     """Return a cheap value that changes whenever `run_snapshot` changes."""
-    files = ("config.json", "status.json", "metrics.jsonl", "probes.jsonl", "log.txt", "result.json", "cancel")
+    files = ("config.json", "status.json", "metrics.jsonl", "probes.jsonl", "alarms.json", "log.txt", "result.json")
+    files += ("cancel",)
     state = run.status().state
     position = services.worker.position(run) if state == "queued" else 0
     versions = (_file_version(run.folder / name) for name in files)

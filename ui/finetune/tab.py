@@ -52,7 +52,7 @@ from ui.finetune.run_view import (
     run_snapshot,
     run_view,
 )
-from ui.messages import as_gradio_error, show_info
+from ui.messages import as_gradio_error, show_info, show_warning
 from ui.permissions import visitor_of
 from ui.playground import reward_functions
 from ui.playground.link import PlaygroundSettings
@@ -401,7 +401,7 @@ def use(services: AppServices, visitor: Visitor, run: Run) -> None:
     _check_finished(run)
     spec = services.adapters.enable(run)
     playground = "the Playground" if is_mine(visitor, run) else "its owner's Playground"
-    show_info(f"“{spec.title}” is now available in {playground}, beside its base model.", TITLE)
+    _show_use(run, f"“{spec.title}” is now available in {playground}, beside its base model.")
 
 
 def share(services: AppServices, visitor: Visitor, run: Run) -> None:
@@ -409,7 +409,15 @@ def share(services: AppServices, visitor: Visitor, run: Run) -> None:
     check_action(services, visitor, run, "share")
     _check_finished(run)
     spec = services.adapters.share(run)
-    show_info(f"“{spec.title}” is now available to everyone, beside its base model.", TITLE)
+    _show_use(run, f"“{spec.title}” is now available to everyone, beside its base model.")
+
+
+def _show_use(run: Run, message: str) -> None:
+    """Show that a run's model is in use, with a warning if the run raised an alarm."""
+    if run.has_alarm:
+        show_warning(f"{message} The run raised an alarm: compare its edits with those of its base model.", TITLE)
+    else:
+        show_info(message, TITLE)
 
 
 def unshare(services: AppServices, visitor: Visitor, run: Run) -> None:

@@ -100,6 +100,24 @@ def test_loser_can_be_enabled_manually_and_its_note_says_so(adapters: AdapterReg
     assert "Not shown to be better" in spec.note
 
 
+def test_run_with_an_alarm_is_enabled_by_hand_only_and_its_note_says_so(
+    adapters: AdapterRegistry, make: Make, runs: RunStore
+) -> None:
+    live, earlier, final, budget = (make() for _ in range(4))
+    live.set_alarms([{"kind": "cut_subject", "title": "Edits cut off the subject"}])
+    for run, changes in ((earlier, {"alarm": "It fell."}), (final, {"alarms": [{"kind": "at_limits"}]})):
+        result = {key: value for key, value in (run.result() or {}).items() if key != "alarms"}
+        (run.folder / "result.json").write_text(json.dumps(result | changes))
+    result = (budget.result() or {}) | {"alarm": "The budget ended the run after 3 steps.", "alarms": []}
+    (budget.folder / "result.json").write_text(json.dumps(result))
+    adapters.load()
+    assert [adapters.is_enabled(run.id) for run in (live, earlier, final, budget)] == [False, False, False, True]
+    assert not any(adapters.auto_enable(run) for run in (live, earlier, final))
+    assert adapters.enable(live).note.endswith("Alarm in training: Edits cut off the subject.")
+    assert adapters.enable(earlier).note.endswith("Alarm in training: It fell.")
+    assert adapters.is_enabled(live.id)
+
+
 @pytest.mark.parametrize("state", ["running", "cancelled", "failed"])
 def test_auto_enable_ignores_unfinished_runs(adapters: AdapterRegistry, make: Make, state: str) -> None:
     run = make()

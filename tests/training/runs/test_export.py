@@ -11,7 +11,7 @@ import huggingface_hub.constants
 import pytest
 
 from inference.registry import MODELS
-from tests.support.fake_run import write_adapter, write_result
+from tests.support.fake_run import write_adapter, write_alarms, write_result
 from tests.support.hub_server import TOKEN, HubServer
 from tests.support.runs import make_config
 from training.runs.adapters import check_adapter
@@ -57,6 +57,16 @@ def test_card_of_a_losing_run_says_so_and_shows_its_warning(run: Run) -> None:
     write_result(run, wins=False, alarm="The reward rose, but not on new photos.")
     assert "The tuned model is not shown to be better" in model_card(run, TINY)
     assert "Warning: The reward rose" in model_card(run, TINY)
+
+
+def test_card_and_zip_contain_the_alarms(run: Run, tmp_path: Path) -> None:
+    write_alarms(run, step=4)
+    write_result(run, wins=True, alarm="")
+    card = model_card(run, TINY)
+    assert "**Alarm: Edits cut off the subject.** In 5 of 8 answers" in card and "Warning" not in card
+    write_zip(run, TINY, tmp_path / "run.zip")
+    with zipfile.ZipFile(tmp_path / "run.zip") as archive:
+        assert {"alarms.json", "alarm-cut_subject-before.jpg", "alarm-cut_subject-after.jpg"} <= set(archive.namelist())
 
 
 def test_card_without_a_result(run: Run) -> None:

@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 from tests.support.fake_run import write_adapter
 from tests.support.hub_server import TOKEN, HubServer
 from tests.support.runs import make_config, until
+from training.grpo.alarms import Alarm
 from training.runs import hf_jobs
 from training.runs.hf_jobs import CODE_PACKAGES, LOG_MARKER, JobInfo, list_hardware, run_on_jobs, submit
 from training.runs.run import Run, RunConfig, RunError, RunStore
@@ -79,11 +81,14 @@ def test_job_completes_although_its_follower_was_killed(hub: HubServer, tmp_path
 def test_marked_log_lines_are_written_to_the_run_folder(
     hub: HubServer, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    alarm = asdict(Alarm("cut_subject", "Cut", "Why", "What to do", 1, 1, 0, "a.jpg", "crop 40 40 100 100"))
     hub.job_log = [
         "loading",
         marked("status", state="running", phase="training", step=0, steps=3),
         marked("metrics", step=1, reward=0.5),
         marked("probes", step=1, recipe="crop 0 0 100 100"),
+        LOG_MARKER + json.dumps(["alarms", [alarm, {"kind": "../../escape"}, 3]]),
+        LOG_MARKER + json.dumps(["alarms", {"kind": "cut_subject"}]),
         marked("metrics", step=2, reward=0.6),
         LOG_MARKER + "no JSON",
         LOG_MARKER + '["metrics", 3]',
@@ -95,6 +100,8 @@ def test_marked_log_lines_are_written_to_the_run_folder(
         follow(run)
     assert [line["reward"] for line in run.metrics()] == [0.5, 0.6], "no row is duplicated after the stream broke off"
     assert run.probes()[0]["recipe"].startswith("crop") and run.status().step == 2
+    assert run.alarms() == [alarm]
+    assert all(path.is_file() for path in run.alarm_pictures("cut_subject")), "drawn here, from the same photos"
     printed = capsys.readouterr().out
     assert "loading" in printed and LOG_MARKER not in printed
     assert JobInfo.load(run) is None, "resuming starts a new job"

@@ -20,7 +20,7 @@ from inference.registry import MODELS
 from settings import Settings
 from tests.support.app_server import app_server
 from tests.support.event_client import EventClient, EventError
-from tests.support.fake_run import write_adapter, write_result
+from tests.support.fake_run import write_adapter, write_alarms, write_result
 from tests.support.finetune_page import FORM, HOSTED, JOBS, event
 from tests.support.hub_server import TOKEN
 from tests.support.runs import FAKE, make_config, until
@@ -385,6 +385,8 @@ def test_runs_on_own_photos_show_others_no_photos_file_names_or_datasets(service
     result["pairs"][0]["photo"] = "secret-holiday.jpg"
     (mine.folder / "result.json").write_text(json.dumps(result))
     mine.append_probe({"step": 1, "photo": "secret-holiday.jpg", "recipe": "", "scores": {}, "total": 0.5})
+    write_alarms(mine, step=2)
+    mine.set_alarms([row | {"photo": "secret-holiday.jpg"} for row in mine.alarms()])
     dataset = finished_run(services, ADA, photos="hub:ada/secret-set")
     for visitor in (BOB, GUEST, NO_SECRET):
         sent = json.dumps(
@@ -392,11 +394,17 @@ def test_runs_on_own_photos_show_others_no_photos_file_names_or_datasets(service
             + [api_runs.run_status(services, visitor, run.id) for run in (mine, dataset)]
         )
         assert "secret" not in sent
+        assert "crop 40 40 100 100" not in sent, "the recipe describes a photo"
+        alarms = api_runs.run_status(services, visitor, mine.id)["alarms"]
+        assert [alarm["kind"] for alarm in alarms] == ["cut_subject", "at_limits"]
         seen = snapshot(services, visitor, mine)
+        assert len(seen["alarms"]) == 2 and all(alarm["photo"] is None for alarm in seen["alarms"])
         assert seen["log"] is None and seen["probe"] is None and seen["result"]["pairs"] == []
         assert seen["state"] == "failed" and seen["result"]["rows"] and "uploaded photos" in seen["summary"]
     for visitor in (ADA, ADMIN):
         seen = snapshot(services, visitor, mine)
+        assert [alarm["photo"]["name"] for alarm in seen["alarms"]] == ["secret-holiday.jpg"] * 2
+        assert api_runs.run_status(services, visitor, mine.id)["alarms"][0]["recipe"].startswith("crop 40 40 100 100")
         assert "secret-holiday" in seen["log"] and seen["probe"] and seen["result"]["pairs"]
         assert "ada/secret-set" in snapshot(services, visitor, dataset)["summary"]
 

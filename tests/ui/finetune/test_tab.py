@@ -15,7 +15,7 @@ import pytest
 from access.roles import LOCAL_ADMIN
 from inference.registry import MODELS
 from rewards import REWARDS
-from tests.support.fake_run import HOSTILE, write_adapter, write_result
+from tests.support.fake_run import HOSTILE, write_adapter, write_alarms, write_result
 from tests.support.finetune_page import FORM, HOSTED, JOBS, event
 from tests.support.hub_server import TOKEN, HubServer
 from tests.support.runs import FAKE, until
@@ -300,6 +300,30 @@ def test_snapshots_are_plain_json_without_paths(idle: AppServices) -> None:
     assert snapshot["chart"]["kl"] == [None] and snapshot["chart"]["series"][0]["values"] == [0.5]
     assert snapshot["probe"]["before"].startswith("data:image/jpeg") and HOSTILE in snapshot["probe"]["description"]
     assert snapshot["result"]["pairs"][0]["sides"][1]["src"].startswith("data:image/jpeg")
+
+
+def test_alarms_are_shown_while_a_run_trains_and_in_its_result(idle: AppServices) -> None:
+    run = finished_run(idle)
+    run.set_status(state="queued")
+    assert run_view.run_snapshot(idle, LOCAL_ADMIN, run)["alarms"] == [], "an earlier run has no alarms.json"
+    before = run_view.run_fingerprint(idle, LOCAL_ADMIN, run)
+    write_alarms(run, step=6)
+    assert run_view.run_fingerprint(idle, LOCAL_ADMIN, run) != before
+    live = run_view.run_snapshot(idle, LOCAL_ADMIN, run)
+    assert "even if it wins" in live["alarm_note"] and live["alarms"][0]["step"] == "steps 2 to 6"
+    assert live["alarms"][0]["photo"]["after"].startswith("data:image/jpeg")
+    assert live["alarms"][0]["photo"]["description"] == "crop to 60 x 60 %"
+    write_result(run, wins=True, alarm="")
+    run.set_status(state="done", message=str((run.result() or {})["alarm"]))
+    done = run_view.run_snapshot(idle, LOCAL_ADMIN, run)
+    assert done["message"] == done["result"]["warning"] == "", "the alarms say it"
+    assert done["actions"]["use"]["label"] == "Use anyway" and "then decide" in done["alarm_note"]
+    assert run_view.history_snapshot(idle, LOCAL_ADMIN, run.id)["runs"][0]["result"].endswith("· alarm")
+    assert not idle.adapters.auto_enable(run)
+    status = api_runs.run_status(idle, LOCAL_ADMIN, run.id)
+    assert status["alarms"] == status["result"]["alarms"] == run.alarms()
+    finetune.use(idle, LOCAL_ADMIN, run)
+    assert "in spite of the alarm" in run_view.run_snapshot(idle, LOCAL_ADMIN, run)["alarm_note"]
 
 
 @pytest.mark.parametrize(
