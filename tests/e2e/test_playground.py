@@ -91,7 +91,7 @@ def test_sliders_rerank_without_requests_or_new_pictures(open_page: OpenPage) ->
 
 
 def test_focused_card_keeps_the_focus_when_the_order_changes(open_page: OpenPage) -> None:
-    page = open_page(CAT_QUERY + "&n=8")
+    page = open_page(CAT_QUERY + "&n=8&seed=3")
     run_comparison(page)
     key = cards(page)[0]["key"]
     page.locator(f".card[data-key='{key}'] .card-compare").focus()

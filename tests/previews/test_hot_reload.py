@@ -233,7 +233,7 @@ def test_blockers_of_changes_to_this_application() -> None:
         return reload_blocker({name: python[name]}, Codebase({**python, name: python[name].replace(old, new, 1)}))
 
     assert edit("ui/playground/tab.py", b"Fine-tune with this reward", b"Another label") is None
-    assert edit("rewards/sharpness.py", b"return float(", b"return 0 * 0 + float(") is None
+    assert edit("rewards/sharpness.py", b"return guard(", b"return 0 * 0 + guard(") is None
     assert edit("ui/__init__.py", b"playground.TAB: ", b'"Play": ') == "ui/__init__.py: other modules hold TABS"
     assert edit("ui/usage/tab.py", b'TAB = "Usage"', b'TAB = "Calls"') == "ui/usage/tab.py: other modules hold TAB"
     assert "already ran at startup" in (edit("serving/health.py", b"version=version", b"version=version[:9]") or "")

