@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from recipes import Recipe, load_photo, save_picture, shrink
 from tests.support.tuning_server import KEY, Drop, Finetune, TuningServer, run_tuning_server
+from training.data.bundled import bundled_photos
 from training.grpo.__main__ import execute
 from training.hosted.cost import CostTracker
 from training.hosted.trainer import HostedRunState, HostedTrainer, client_from_env, train_hosted
@@ -118,6 +120,20 @@ def test_groups_without_reward_variance_are_skipped_and_counted(
     assert "Nothing was learned" in run.status().message
     assert HostedRunState.load(run).silent == HostedRunState.load(run).groups == 6
     assert not any("train_step" in path for path in server.requests)
+
+
+def test_alarm_is_raised_while_the_server_trains(tmp_path: Path, photo_folder: str, server: TuningServer) -> None:
+    for index, photo in enumerate(bundled_photos("train")[:5]):
+        save_picture(shrink(load_photo(photo.path), 160), Recipe(), Path(photo_folder) / f"more-{index}.png")
+    server.finetunes["01HX"] = Finetune("playground-run", 8)
+    server.finetunes["01HX"].preferences[0] = 50.0  # every answer is the same
+    run = make_run(tmp_path, photo_folder, steps=6)
+    with pytest.raises(SystemExit):
+        train(run)
+    assert run.result() is None, "the run ended without a result"
+    (alarm,) = [row for row in run.alarms() if row["kind"] == "repeated_answers"]
+    assert (alarm["step"], alarm["last_step"]) == (6, 6) and "8 of 8 answers" in alarm["message"].lower()
+    assert all(path.is_file() for path in run.alarm_pictures("repeated_answers"))
 
 
 @pytest.mark.parametrize("reports_step", [True, False])
