@@ -47,6 +47,7 @@ MOUNT = "/input"  # where a job finds the repository, read-only
 MAX_HOURS = 2  # timeout of a job, which bounds its cost
 CANCEL_GRACE_SECONDS = 120.0  # for a cancelled job to stop by itself and upload what it learned
 CANCEL_POLL_SECONDS = 5.0
+LOG_READS = 4  # of a log without a final state: one that follows the job, then those of a job that has ended
 LOG_MARKER = "@run "
 FINAL_STATES = ("done", "cancelled", "failed")
 CODE_PATTERNS = ("*.py", "*.json", "*.txt", "*.safetensors", "*.jinja", "*.jpg", "*.png", "*.md", "*.tflite", "LICENSE")
@@ -225,13 +226,13 @@ def _write_inputs(config: RunConfig, folder: Path) -> None:
 def _follow_log(run: Run, job: JobInfo, api: HfApi, held_out: PhotoSet | None) -> dict[str, Any]:
     """Read a job's log from its beginning to its end; return the last reported status.
 
-    The library does not reconnect a stream that breaks off as the job ends, so the log is then read once more.
+    The library does not reconnect a stream that breaks off after the job has ended, so the log is then read again.
     """
     status: dict[str, Any] = {}
     read = 0
     run.truncate_after(-1)
-    for follow in (True, False):
-        lines = api.fetch_job_logs(job_id=job.id, namespace=job.owner, follow=follow)
+    for attempt in range(LOG_READS):
+        lines = api.fetch_job_logs(job_id=job.id, namespace=job.owner, follow=attempt == 0)
         for number, line in enumerate(lines, 1):
             if number > read:
                 read = number
