@@ -205,8 +205,8 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe | None:
     return parsed.recipe if str(parsed.recipe) == text else None
 
 
-def jpeg_data_url(photo: np.ndarray, quality: int = 92) -> str:
-    """Encode a photo as a JPEG data URL.
+def encode_jpeg(photo: np.ndarray, quality: int = 92) -> bytes:
+    """Encode a photo as a JPEG file.
 
     Args:
         photo: RGB image, uint8 [height, width, 3].
@@ -218,4 +218,9 @@ def jpeg_data_url(photo: np.ndarray, quality: int = 92) -> str:
     encoded, data = cv2.imencode(".jpg", cv2.cvtColor(photo, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not encoded:
         raise PhotoError("The photo could not be encoded as a JPEG. Choose another one.")
-    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode("ascii")
+    return data.tobytes()
+
+
+def jpeg_data_url(photo: np.ndarray, quality: int = 92) -> str:
+    """Encode a photo as a JPEG data URL; arguments and exceptions are as for `encode_jpeg`."""
+    return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(photo, quality)).decode("ascii")

@@ -51,7 +51,6 @@ class Comparison:
         structure: How much of the photo's structure is preserved, 0..1; see `image_metrics.structural_similarity`.
         halo: Mean overshoot at edges; see `focus.halo_strength`.
         box: The part of the photo that is shown, 0..1.
-        subject_light: Mean L* of the candidate, weighted by the importance of the subject, 0..100.
         palette: Sorted L*, a* and b* of the candidate, float32 [33, 3].
     """
 
@@ -64,14 +63,13 @@ class Comparison:
     structure: float
     halo: float
     box: Box
-    subject_light: float
     palette: np.ndarray
 
 
 def compare(source: np.ndarray, candidates: list[np.ndarray]) -> list[Comparison]:
     """Compare candidates with their source (uint8 [H, W, 3] RGB). Results are cached by the pixels."""
     key = _digest(source)
-    photo = _cache.get(key, lambda: profile(source))
+    photo = _profile(source, key)
     return [
         _cache.get((key, _digest(picture)), lambda picture=picture: _compare(source, photo, picture))
         for picture in candidates
@@ -79,7 +77,15 @@ def compare(source: np.ndarray, candidates: list[np.ndarray]) -> list[Comparison
 
 
 def profile(photo: np.ndarray) -> PhotoProfile:
-    """Measure a photo (uint8 [H, W, 3] RGB)."""
+    """Measure a photo (uint8 [H, W, 3] RGB). Results are cached by the pixels."""
+    return _profile(photo, _digest(photo))
+
+
+def _profile(photo: np.ndarray, key: Hashable) -> PhotoProfile:
+    return _cache.get(key, lambda: _measure_photo(photo))
+
+
+def _measure_photo(photo: np.ndarray) -> PhotoProfile:
     content = content_box(photo)
     inside = _cut(photo, content)
     return PhotoProfile(content, find_subject(inside), measure(inside))
@@ -90,9 +96,9 @@ def _compare(source: np.ndarray, photo: PhotoProfile, picture: np.ndarray) -> Co
     common = _intersection(photo.content, pair.box)
     before, after = pair.source, pair.picture
     if photo.content != _WHOLE and common is not None:
-        part = _relative(common, pair.box)
+        part = relative_box(common, pair.box)
         before, after = _cut(before, part), _cut(after, part)
-    shown = _relative(common or pair.box, photo.content)
+    shown = relative_box(common or pair.box, photo.content)
     inside = 1.0 if common is None else _area(common) / max(_area(pair.box), 1e-9)
     whole = before is source or (pair.area == 1 and photo.content == _WHOLE)
     reference = photo.measures if whole else None
@@ -109,14 +115,8 @@ def _compare(source: np.ndarray, photo: PhotoProfile, picture: np.ndarray) -> Co
         structure=image_metrics.structural_similarity(lab[..., 0] / 100, measures.lab[..., 0] / 100),
         halo=halo_strength(grey, measures.grey),
         box=pair.box,
-        subject_light=measures.light if common is None else _subject_light(photo.subject, shown, measures.lab[..., 0]),
         palette=values[np.linspace(0, len(values) - 1, _QUANTILES).round().astype(int)],
     )
-
-
-def _subject_light(subject: Subject, shown: Box, lightness: np.ndarray) -> float:
-    weights = cv2.resize(_cut(subject.importance, shown), lightness.shape[::-1], interpolation=cv2.INTER_LINEAR)
-    return float((weights * lightness).sum() / max(float(weights.sum()), 1e-9))
 
 
 def _aligned(before: np.ndarray, reference: Measures | None) -> tuple[np.ndarray, np.ndarray]:
@@ -143,7 +143,7 @@ def _intersection(first: Box, second: Box) -> Box | None:
     return (left, top, right, bottom) if right - left > 0.02 and bottom - top > 0.02 else None
 
 
-def _relative(box: Box, frame: Box) -> Box:
+def relative_box(box: Box, frame: Box) -> Box:
     """Return a box in the coordinates of a frame."""
     width, height = max(frame[2] - frame[0], 1e-9), max(frame[3] - frame[1], 1e-9)
     left, top = (box[0] - frame[0]) / width, (box[1] - frame[1]) / height

@@ -18,7 +18,7 @@ The measures are those of `measures.Measures`; change is the mean CIEDE2000 to t
 range of photographs, so that a dull photo gains from what ruins a good one, and the better a photo is, the less it
 should be changed. A photo without colours does not need any: DULL fades out below a spread of the photo of 3. The
 constants were adjusted on judged pairs of edits, see docs/rewards.md; HARSH, the NEW_ ones, CAST and PALE are higher
-than the pairs require, against pictures that `rewards.adversaries` produced.
+than the pairs require, against pictures that `bench.adversaries` produced.
 """
 
 from __future__ import annotations

@@ -23,11 +23,10 @@ import numpy as np
 
 from inference.registry import MODELS, answer
 from inference.types import Answer, ModelSpec, Request
-from recipes import PREVIEW_SIDE, PhotoError, Recipe, parse, random_recipe, shrink
+from recipes import PhotoError, Recipe, parse, random_recipe
 from rewards import EQUAL_WEIGHTS, REWARDS, RewardFunction, RewardFunctionError, score_recipes
 from training.contact_sheet import SHEET_PHOTOS, SheetColumn, draw_sheets, write_sheets
-from training.data.sources import PhotoSourceError, load_photos
-from training.pretrain.degradation import random_degradation
+from training.data.sources import PhotoSourceError, degrade, load_photos
 from training.runs.adapters import base_chain
 from training.runs.run import Run, RunError
 
@@ -248,16 +247,13 @@ def sheet_columns(
 
 
 def degrade_photos(photos: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
-    """Return photos degraded at random: in light, contrast, colours, focus, or by a border.
+    """Return photos degraded at random; see `training.data.sources.degrade`.
 
     Args:
         photos: uint8 RGB.
         seed: Seed of the degradations. That of a photo depends on the seed and on its index only.
     """
-    return [
-        shrink(random_degradation(photo, np.random.default_rng([seed, index]), probability=1.0).degraded, PREVIEW_SIDE)
-        for index, photo in enumerate(photos)
-    ]
+    return [degrade(photo, np.random.default_rng([seed, index])) for index, photo in enumerate(photos)]
 
 
 def format_table(result: Mapping[str, Any]) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bench.adversaries import COLOUR_HACKS, HACKS, PHOTOS, climb, is_coloured, total
 from recipes import load_photo, shrink
 from rewards import EQUAL_WEIGHTS
-from rewards.adversaries import COLOUR_HACKS, HACKS, PHOTOS, climb, is_coloured, total
 from rewards.agreement import SUBSETS, agreements, interval, load_pairs
 
 MINIMUM = {  # shares on all pairs less a margin; the fast test uses the pairs of every third photo

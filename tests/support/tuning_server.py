@@ -142,7 +142,7 @@ class TuningServer:
     def _greedy_answer(self, model: str) -> str:
         _, _, checkpoint = model.partition("/")
         if not checkpoint:
-            return RECIPES[1]
+            return RECIPES[0]
         finetune_id, _, step = checkpoint.partition("@")
         return RECIPES[int(self.finetunes[finetune_id].saved[int(step)].argmax())]
 

@@ -182,7 +182,7 @@ def test_sheet_shows_each_photo_untouched_and_after_each_model(photos: list[np.n
     untouched, mono, unchanged = (
         pixels[HEADER : HEADER + 60, MARGIN + column * CELL[0] : MARGIN + column * CELL[0] + 60] for column in range(3)
     )
-    assert np.array_equal(untouched, unchanged), "an answer that is no recipe leaves the photo as it is"
+    assert np.array_equal(untouched, unchanged), "an answer that is no recipe does not change the photo"
     assert np.ptp(mono, axis=-1).max() == 0 < np.ptp(untouched, axis=-1).max()
     assert mono.mean() > untouched.mean()
 

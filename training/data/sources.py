@@ -127,8 +127,13 @@ def train_eval_split(photos: str, held_out: str, limit: int, seed: int) -> tuple
     )
 
 
+def degrade(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Degrade a photo (uint8 RGB) at random: in light, contrast, colours, focus, or by a border."""
+    return shrink(random_degradation(photo, rng, probability=1.0).degraded, PREVIEW_SIDE)
+
+
 def mix_flawed(photo_set: PhotoSet, seed: int) -> PhotoSet:
-    """Return the photos with every second one degraded at random: in light, contrast, colours, focus, or by a border.
+    """Return the photos with every second one degraded at random; see `degrade`.
 
     A policy that sees only good photos learns to leave them alone; flawed ones show that an edit depends on the photo.
 
@@ -137,12 +142,7 @@ def mix_flawed(photo_set: PhotoSet, seed: int) -> PhotoSet:
         seed: Seed of the degradations.
     """
     rng = np.random.default_rng(seed)
-    photos = [
-        photo
-        if index % FLAWED_EVERY
-        else shrink(random_degradation(photo, rng, probability=1.0).degraded, PREVIEW_SIDE)
-        for index, photo in enumerate(photo_set.photos)
-    ]
+    photos = [photo if index % FLAWED_EVERY else degrade(photo, rng) for index, photo in enumerate(photo_set.photos)]
     return PhotoSet(photos, photo_set.names, photo_set.unreadable, photo_set.available)
 
 

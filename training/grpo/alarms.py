@@ -16,13 +16,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import cv2
 import numpy as np
 
-from recipes import OPERATIONS, PREVIEW_SIDE, Recipe, parse, render, shrink
+from recipes import OPERATIONS, PREVIEW_SIDE, Recipe, encode_jpeg, parse, render, shrink
 from rewards import REWARDS, RewardFunction
-from rewards.borders import content_box
-from rewards.subject import Box, Subject, find_subject, framing
+from rewards.comparison import profile, relative_box
+from rewards.subject import framing
 from storage.files import write_atomically
 from training.data.sources import PhotoSet
 from training.evaluate import ScoredAnswer
@@ -33,9 +32,7 @@ PATIENCE = 2  # probes in succession: one probe of 8 photos may be an accident
 # The reward rises in training, but not on held-out photos
 MIN_RISE = 0.03  # of the training reward: a smaller one is hardly visible in the pictures
 MAX_FLAT_GAIN = 0.01  # of the held-out reward: a third of the smallest rise that counts
-RISE_ERRORS = (
-    3.0  # standard errors that it must exceed: each step has other photos, and the rule is tried at each probe
-)
+RISE_ERRORS = 3.0  # standard errors that it must exceed: the photos change with the step, the rule is tried often
 MIN_WINDOW, MAX_WINDOW = 8, 30  # steps at each end of the run that are compared
 
 # A part of the reward is paid for by another
@@ -63,7 +60,6 @@ MAX_NO_SIGNAL = 0.9  # share of the groups whose answers all have the same rewar
 MIN_SIGNAL_STEPS = 10
 
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 320, 85  # px, JPEG: 10 to 40 kB
-_WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 _MAX_TEXT = 600  # characters of a text that another machine reports
 
 Row = dict[str, Any]
@@ -99,42 +95,21 @@ class Alarm:
 # ── What is measured ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def cuts_subject(photo: np.ndarray, recipe: Recipe) -> bool:
-    """Return whether a recipe's crop cuts off a photo's subject, or a head (uint8 [H, W, 3] RGB)."""
-    return recipe.crop != Recipe().crop and subject_cut(*_content_and_subject(photo), recipe) > 0
-
-
-def subject_cut(content: Box, subject: Subject, recipe: Recipe) -> float:
-    """Return how much of a subject a recipe's crop cuts off, 0..1; 0 up to the limits.
+def subject_cut(photo: np.ndarray, recipe: Recipe) -> float:
+    """Return how much of a photo's subject, or of a head, a recipe's crop cuts off, 0..1; 0 up to the limits.
 
     Args:
-        content: The photo without its borders, 0..1.
-        subject: The subject, in coordinates of the content.
+        photo: uint8 [H, W, 3] RGB.
         recipe: The recipe.
     """
-    width, height = max(content[2] - content[0], 1e-9), max(content[3] - content[1], 1e-9)
+    if recipe.crop == Recipe().crop:
+        return 0.0
+    before = profile(shrink(photo, PREVIEW_SIDE))
     left, top, right, bottom = (value / 100 for value in recipe.crop)
-    box = (
-        max(0.0, (left - content[0]) / width),
-        max(0.0, (top - content[1]) / height),
-        min(1.0, (right - content[0]) / width),
-        min(1.0, (bottom - content[1]) / height),
-    )
-    kept = framing(subject, box)
+    kept = framing(before.subject, relative_box((left, top, right, bottom), before.content))
     if kept.subject_lost <= MAX_SUBJECT_LOST and kept.head_lost <= MAX_HEAD_LOST:
         return 0.0
     return max(kept.subject_lost, kept.head_lost)
-
-
-def _content_and_subject(photo: np.ndarray) -> tuple[Box, Subject]:
-    photo = shrink(photo, PREVIEW_SIDE)
-    content = content_box(photo)
-    if content == _WHOLE:
-        return content, find_subject(photo)
-    height, width = photo.shape[:2]
-    x, y = round(content[0] * width), round(content[1] * height)
-    inside = photo[y : max(y + 1, round(content[3] * height)), x : max(x + 1, round(content[2] * width))]
-    return content, find_subject(np.ascontiguousarray(inside))
 
 
 def at_limits(recipe: Recipe) -> list[str]:
@@ -242,8 +217,9 @@ def _cut_subject(_: Sequence[Row], first: Row, last: Row, weights: RewardFunctio
 
 
 def _at_limits(_: Sequence[Row], first: Row, last: Row, weights: RewardFunction) -> Alarm | None:
-    limits = [at_limits(recipe) if recipe else [] for recipe in _recipes(last)]
-    affected, answers = sum(map(bool, limits)), sum(recipe is not None for recipe in _recipes(last))
+    recipes = [parse(text).recipe if text else None for text in last["recipes"]]
+    limits = [at_limits(recipe) if recipe else [] for recipe in recipes]
+    affected, answers = sum(map(bool, limits)), sum(recipe is not None for recipe in recipes)
     if not _is_alarming(affected, answers, MAX_LIMIT_SHARE):
         return None
     common = ", ".join(name for name, _count in Counter(name for names in limits for name in names).most_common(3))
@@ -321,11 +297,6 @@ def _share(affected: int, answers: int) -> str:
     return f"{affected} of {answers} answers to held-out photos"
 
 
-def _recipes(probe: Row) -> list[Recipe | None]:
-    """Return the recipes of a probe; None for an answer that is not one."""
-    return [parse(text).recipe if text else None for text in probe["recipes"]]
-
-
 # ── The record ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -340,7 +311,6 @@ class AlarmMonitor:
 
     def __init__(self, run: Run, function: RewardFunction, held_out: PhotoSet) -> None:
         self.run, self.function, self.held_out = run, function, held_out
-        self._subjects: dict[int, tuple[Box, Subject]] = {}
 
     def measure(self, answers: Sequence[ScoredAnswer]) -> Row:
         """Return the fields of a probe that `find_alarms` needs, one entry per photo.
@@ -354,17 +324,10 @@ class AlarmMonitor:
             "totals": [_rounded(self.function.total(answer.scores)) for answer in answers],
             "parts": {name: [_rounded(answer.scores[name]) for answer in answers] for name in REWARDS},
             "cut": [
-                round(self._cut(index, answer.recipe), 3) if answer.valid else None
-                for index, answer in enumerate(answers)
+                round(subject_cut(photo, answer.recipe), 3) if answer.valid else None
+                for photo, answer in zip(self.held_out.photos, answers, strict=False)  # a probe has the first photos
             ],
         }
-
-    def _cut(self, index: int, recipe: Recipe) -> float:
-        if recipe.crop == Recipe().crop:
-            return 0.0
-        if index not in self._subjects:
-            self._subjects[index] = _content_and_subject(self.held_out.photos[index])
-        return subject_cut(*self._subjects[index], recipe)
 
     def check(self, step: int) -> None:
         """Raise the alarms of the probes so far. Call after a probe has been appended. Raises OSError."""
@@ -423,9 +386,7 @@ def _write_pictures(run: Run, alarm: Alarm, photo: np.ndarray) -> None:
     parsed = parse(alarm.recipe)
     after = shrink(render(photo, parsed.recipe), THUMBNAIL_SIDE) if parsed.ok else before
     for path, picture in zip(run.alarm_pictures(alarm.kind), (before, after), strict=True):
-        options = [cv2.IMWRITE_JPEG_QUALITY, THUMBNAIL_QUALITY]
-        _, data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), options)
-        write_atomically(path, data.tobytes())
+        write_atomically(path, encode_jpeg(picture, THUMBNAIL_QUALITY))
 
 
 def _rounded(value: float | None) -> float | None:

@@ -330,11 +330,14 @@ class Run:
         return list(_read_jsonl(self.folder / "probes.jsonl"))
 
     def alarms(self) -> list[dict[str, Any]]:
-        """Read the alarms so far, one per kind; see `training.grpo.alarms.Alarm`. Older runs have none."""
+        """Read the alarms so far, one per kind; see `training.grpo.alarms.Alarm`. Runs of earlier versions have none.
+
+        The result has them as well: the log of a job, which brings them during training, may be incomplete.
+        """
         try:
             rows = json.loads((self.folder / "alarms.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return []
+            rows = (self.result() or {}).get("alarms")
         rows = rows if isinstance(rows, list) else []
         return [row for row in rows if isinstance(row, dict) and row.get("kind") in ALARM_KINDS]
 
@@ -349,8 +352,7 @@ class Run:
     @property
     def has_alarm(self) -> bool:
         """Whether an alarm was raised, during training or by the result. Such a run is not taken over by itself."""
-        result = self.result() or {}
-        return bool(self.alarms() or result.get("alarms", result.get("alarm")))  # "alarm": of earlier versions
+        return bool(self.alarms() or (self.result() or {}).get("alarm"))  # earlier versions have the second one only
 
     def calls(self) -> list[dict[str, Any]]:
         """Read the paid calls of a hosted run, oldest first."""

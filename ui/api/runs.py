@@ -65,7 +65,7 @@ def run_status(services: AppServices, visitor: Visitor, run: str) -> dict[str, A
     with as_gradio_error(RunError, title=finetune.TITLE):
         selected = services.runs.get(run)
         metrics, probes, result = selected.metrics(), selected.probes(), selected.result()
-        alarms = selected.alarms() or (result or {}).get("alarms") or []
+        alarms = selected.alarms()
         if not shows_photos(visitor, selected, selected.config()):  # names of photos, and answers to them
             probes, alarms = [], [{key: alarm.get(key) for key in PUBLIC_ALARM_FIELDS} for alarm in alarms]
             result = result and {key: value for key, value in result.items() if key != "pairs"}

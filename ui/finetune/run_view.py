@@ -77,7 +77,7 @@ def run_snapshot(services: AppServices, visitor: Visitor, run: Run) -> dict[str,
     config, status = run.config(), run.status()
     result = run.result() if status.finished else None
     with_log, with_photos = shows_log(visitor, run, config), shows_photos(visitor, run, config)
-    actions, alarms = _actions(services, visitor, run, status, result), _alarms(run, result, with_photos)
+    actions, alarms = _actions(services, visitor, run, status, result), _alarms(run, with_photos)
     # The alarms' titles are the message of a run that is done.
     repeated = bool(alarms and result and status.message == result.get("alarm"))
     return {
@@ -265,22 +265,21 @@ def _probe(run: Run) -> dict[str, Any] | None:
     }
 
 
-def _alarms(run: Run, result: dict[str, Any] | None, with_photos: bool) -> list[dict[str, Any]]:
+def _alarms(run: Run, with_photos: bool) -> list[dict[str, Any]]:
     """Return the alarms of a run, each with the photo that shows it best if the visitor may see the run's photos."""
-    rows = run.alarms() or [row for row in (result or {}).get("alarms") or [] if isinstance(row, dict)]
     return [
         {
             "title": str(row.get("title") or ""),
             "message": str(row.get("message") or ""),
             "advice": str(row.get("advice") or ""),
-            "step": alarm_steps(row),
+            "step": _alarm_steps(row),
             "photo": _alarm_photo(run, row) if with_photos else None,
         }
-        for row in rows
+        for row in run.alarms()
     ]
 
 
-def alarm_steps(row: dict[str, Any]) -> str:
+def _alarm_steps(row: dict[str, Any]) -> str:
     """Say at which steps an alarm was seen: `step 20`, or `steps 20 to 60`."""
     first, last = _number(row.get("step")) or 0, _number(row.get("last_step")) or 0
     return f"steps {first:,} to {last:,}" if last > first else f"step {first:,}"
@@ -321,7 +320,7 @@ def _result(
     return {
         "wins": bool(result.get("wins")),
         "verdict": verdict(result, services.adapters.is_enabled(run.id), _audience(services, visitor, run)),
-        "warning": "" if run.alarms() or result.get("alarms") else str(result.get("alarm") or ""),
+        "warning": "" if run.alarms() else str(result.get("alarm") or ""),
         "rows": [
             {"name": name, "base": format_interval(base.get(name)), "tuned": format_interval(tuned.get(name))}
             for name in (*REWARDS, "total")
@@ -486,11 +485,10 @@ def _history_row(services: AppServices, visitor: Visitor, run: Run) -> dict[str,
 
 def run_fingerprint(services: AppServices, visitor: Visitor, run: Run) -> tuple[Any, ...]:
     """Return a cheap value that changes whenever `run_snapshot` changes."""
-    files = ("config.json", "status.json", "metrics.jsonl", "probes.jsonl", "alarms.json", "log.txt", "result.json")
-    files += ("cancel",)
+    names = "config.json status.json metrics.jsonl probes.jsonl alarms.json log.txt result.json cancel"
     state = run.status().state
     position = services.worker.position(run) if state == "queued" else 0
-    versions = (_file_version(run.folder / name) for name in files)
+    versions = (_file_version(run.folder / name) for name in names.split())
     return (visitor.role, visitor.id, run.id, state, position, services.adapters.version, *versions)
 
 

@@ -18,7 +18,7 @@ from training.data.bundled import bundled_photos
 from training.data.sources import PhotoSet
 from training.evaluate import score_answer
 from training.grpo.__main__ import execute
-from training.grpo.alarms import Alarm, AlarmMonitor, at_limits, cuts_subject, find_alarms, store_alarms
+from training.grpo.alarms import Alarm, AlarmMonitor, at_limits, find_alarms, store_alarms, subject_cut
 from training.pretrain.degradation import random_inverse_recipe
 from training.runs.adapters import AdapterRegistry
 from training.runs.run import ALARM_KINDS, Run, RunConfig, RunStore
@@ -181,10 +181,10 @@ def astronaut() -> np.ndarray:
 
 def test_crops_that_remove_the_subject_or_a_head_are_cuts(astronaut: np.ndarray) -> None:
     for crop in ((0, 0, 100, 100), (5, 0, 100, 95), (10, 0, 90, 90)):
-        assert not cuts_subject(astronaut, Recipe(crop=crop)), crop
+        assert not subject_cut(astronaut, Recipe(crop=crop)), crop
     for crop in ((0, 30, 100, 100), (40, 40, 100, 100), (40, 0, 75, 100)):
-        assert cuts_subject(astronaut, Recipe(crop=crop)), crop
-    assert not cuts_subject(astronaut, Recipe(exposure=100, look="noir")), "tones do not count"
+        assert subject_cut(astronaut, Recipe(crop=crop)), crop
+    assert not subject_cut(astronaut, Recipe(exposure=100, look="noir")), "tones do not count"
 
 
 def test_crop_that_removes_a_border_is_no_cut(astronaut: np.ndarray) -> None:
@@ -192,8 +192,8 @@ def test_crop_that_removes_a_border_is_no_cut(astronaut: np.ndarray) -> None:
     framed = np.full((photo.shape[0] * 5 // 3, photo.shape[1] * 5 // 3, 3), 250, np.uint8)
     top, left = (framed.shape[0] - photo.shape[0]) // 2, (framed.shape[1] - photo.shape[1]) // 2
     framed[top : top + photo.shape[0], left : left + photo.shape[1]] = photo
-    assert not cuts_subject(framed, Recipe(crop=(20, 20, 80, 80)))
-    assert cuts_subject(framed, Recipe(crop=(40, 40, 80, 80)))
+    assert not subject_cut(framed, Recipe(crop=(20, 20, 80, 80)))
+    assert subject_cut(framed, Recipe(crop=(40, 40, 80, 80)))
 
 
 # The record
@@ -270,7 +270,7 @@ def test_every_rule_has_a_kind() -> None:
 def test_run_with_a_reward_for_small_crops_raises_alarms_and_is_not_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Train moondream-tiny for real on a reward that is won by cutting away: it wins, and nobody would want it."""
+    """Train moondream-tiny for real on a reward that is won by cutting away. It wins."""
     monkeypatch.setitem(rewards.REWARDS, "sharpness", small_crops)
     folder = tmp_path / "photos"
     folder.mkdir()

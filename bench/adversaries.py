@@ -1,4 +1,4 @@
-"""`python -m rewards.adversaries`: pictures that could cheat the rewards, scored and shown beside the untouched photo.
+"""`python -m bench.adversaries`: pictures that could cheat the rewards, scored and shown beside the untouched photo.
 
 For each photo: the hacks of HACKS, and the best recipe that hill climbing on the reward itself finds. Prints how often
 each hack scores below the untouched photo, and writes contact sheets of the untouched photo and the optimum.
@@ -17,13 +17,13 @@ from typing import Any
 import cv2
 import numpy as np
 
-from recipes import OPERATIONS, Recipe, describe, load_photo, random_recipe, render, shrink
+from recipes import OPERATIONS, Recipe, load_photo, random_recipe, render, shrink
 from rewards import EQUAL_WEIGHTS, REWARDS, RewardFunction, score_pictures
+from training.contact_sheet import SheetColumn, draw_sheets, write_sheets
 
 PHOTOS = Path(__file__).resolve().parents[1] / "assets" / "photos"
 EVALUATIONS = 2_000  # recipes that hill climbing may score
 RANDOM_STARTS = 100
-CELL, COLUMNS, CAPTION = 240, 6, 30  # px, cells, px
 COLOURED = 8.0  # mean chroma from which a photo counts as coloured
 
 
@@ -160,24 +160,6 @@ def is_coloured(photo: np.ndarray) -> bool:
     return float(np.hypot(lab[..., 1], lab[..., 2]).mean()) >= COLOURED
 
 
-def contact_sheet(cells: list[tuple[np.ndarray, str]]) -> np.ndarray:
-    """Return a sheet of pictures (uint8 RGB) with captions, COLUMNS in a row."""
-    tiles = []
-    for picture, caption in cells:
-        tile = np.full((CELL + CAPTION, CELL, 3), 255, np.uint8)
-        scale = (CELL - 4) / max(picture.shape[:2])
-        size = max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))
-        small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-        tile[: small.shape[0], : small.shape[1]] = small
-        for row, text in enumerate((caption[:40], caption[40:80])):
-            place = (2, CELL + 11 + 13 * row)
-            cv2.putText(tile, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.34, (0, 0, 0), 1, cv2.LINE_AA)
-        tiles.append(tile)
-    while len(tiles) % COLUMNS:
-        tiles.append(np.full_like(tiles[0], 255))
-    return np.vstack([np.hstack(tiles[start : start + COLUMNS]) for start in range(0, len(tiles), COLUMNS)])
-
-
 def main() -> None:
     """Print the table of hacks and write the sheets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -205,15 +187,12 @@ def main() -> None:
         gains = [row["best"] - row["untouched"] for row in rows]
         print(f"hill climbing gains {np.mean(gains):.3f} on {', '.join(REWARDS)} as {function.to_json()}")
     if options.sheet and options.evaluations:
-        cells = []
-        for row in rows:
-            photo = shrink(load_photo(row["file"]))
-            cells.append((photo, f"{row['file'].stem[:30]} {row['untouched']:.2f}"))
-            cells.append((render(photo, row["recipe"]), f"{row['best']:.2f} {describe(row['recipe'])}"))
-        for number, start in enumerate(range(0, len(cells), 36), 1):
-            sheet = contact_sheet(cells[start : start + 36])
-            path = options.sheet.with_name(f"{options.sheet.stem}-{number}.png")
-            cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+        columns = [
+            SheetColumn("untouched", [Recipe() for _ in rows], [row["untouched"] for row in rows]),
+            SheetColumn("optimum", [row["recipe"] for row in rows], [row["best"] for row in rows]),
+        ]
+        photos = [shrink(load_photo(file)) for file in files]
+        write_sheets(draw_sheets(photos, [file.stem for file in files], columns, len(files)), options.sheet)
 
 
 if __name__ == "__main__":
