@@ -489,11 +489,12 @@ def test_hosted_run_trains_moondream_tiny_over_http(
     monkeypatch.setenv("MOONDREAM_RATE", "1000")
     (tmp_path / "run").mkdir()
     (tmp_path / "photos").mkdir()
+    faded = Recipe(saturation=-60, contrast=-30)  # so that there is colour to win back
     for index, photo in enumerate(bundled_photos("held-out")[:3]):
-        save_picture(shrink(load_photo(photo.path), 240), Recipe(), tmp_path / "photos" / f"{index}.png")
+        save_picture(shrink(load_photo(photo.path), 240), faded, tmp_path / "photos" / f"{index}.png")
     photos = str(tmp_path / "photos")
     settings: dict[str, Any] = {"base": "moondream-tiny", "reward": {"colour": 1.0}, "seed": 3, "steps": 16, "rank": 16}
-    settings |= {"where": "hosted", "rollouts": 8, "probe_every": 8, "learning_rate": 3e-3, "photos_per_step": 2}
+    settings |= {"where": "hosted", "rollouts": 8, "probe_every": 8, "learning_rate": 1e-3, "photos_per_step": 2}
     config = RunConfig.create(**settings | {"photos": photos, "held_out": photos + "/"})
     (tmp_path / "run" / "config.json").write_text(config.model_dump_json())
     run = Run(tmp_path / "run")
@@ -501,6 +502,6 @@ def test_hosted_run_trains_moondream_tiny_over_http(
     result = run.result()
     assert run.status().state == "done" and result
     means = [row["held_out"] for row in run.probes()]
-    assert max(means[1:]) > means[0] + 0.03
-    assert result["difference"]["mean"] > 0.03 and result["model"].startswith("moondream-tiny/")
+    assert max(means[1:]) > means[0] + 0.05
+    assert result["difference"]["mean"] > 0.05 and result["model"].startswith("moondream-tiny/")
     assert KEY not in "".join(path.read_text(errors="replace") for path in run.folder.rglob("*") if path.is_file())
