@@ -32,7 +32,7 @@ from serving.auth import ApiKeyAuth
 from settings import ROOT, VERSION, Settings, SettingsError
 from storage.database import StoreError
 from storage.state.bucket import StateBucket
-from training.data.bundled import PHOTO_FOLDER
+from training.data.bundled import PHOTO_FOLDER, SAMPLE_FOLDER
 from training.runs.queue import COMMAND
 from ui import TABS
 from ui.account import build_account
@@ -192,7 +192,7 @@ def gradio_options(settings: Settings) -> dict[str, Any]:
         "ssr_mode": False,
         "show_error": False,
         "max_file_size": MAX_BYTES,
-        "allowed_paths": [str(PHOTO_FOLDER)],
+        "allowed_paths": [str(PHOTO_FOLDER), str(SAMPLE_FOLDER)],
         "blocked_paths": [str(settings.data_dir)],
     }
 

@@ -36,8 +36,18 @@ function draw() {
     columnsRoot.style.setProperty('--columns', data.columns.length);
     columnsRoot.dataset.output = data.output;
   }
+  const started = !columnNodes.size && !data.label;
   for (const column of data.columns) drawColumn(data, column);
   score();
+  if (started) scrollToFirstCard();
+}
+
+/** Scrolls to the first card where the results are below the inputs; the sliders stay above it. */
+function scrollToFirstCard() {
+  const card = find(columnsRoot, 'card');
+  if (!card || !matchMedia('(max-width: 999px)').matches) return;
+  const behavior = matchMedia('(prefers-reduced-motion: reduce)').matches ? 'auto' : 'smooth';
+  card.scrollIntoView({block: 'start', behavior: behavior});
 }
 
 /** Draws one model's column. */
@@ -137,6 +147,7 @@ function drawRegions(data, candidate, card) {
 function score() {
   const data = props.value;
   setText(find(element, 'grid-status'), (data && data.status) || '');
+  setTextOrHide(find(element, 'grid-label'), data && data.label);
   const notice = find(element, 'grid-notice');
   if (!data || !data.columns || data.output !== 'recipe') { setTextOrHide(notice, ''); return; }
   const allZero = Object.values(weights).every(weight => !(weight > 0));
@@ -274,6 +285,8 @@ new MutationObserver(() => {
   if (busyTimer === null && (queuePosition() || !busy.hidden)) busyTimer = setTimeout(drawBusy, 500);
 }).observe(block, {subtree: true, childList: true, characterData: true});
 
+// A link to other settings replaces the example when the page has opened: style.css hides it until then.
+columnsRoot.classList.toggle('linked', /[?&](photo|models|skill|prompt|length|n|temperature|seed)=/.test(location.search));
 document.addEventListener('playground-weights', event => { weights = event.detail; score(); });
 watch('value', draw);
 draw();

@@ -23,10 +23,14 @@ GRID_HTML = (HERE / "grid.html").read_text(encoding="utf-8")
 MAX_PROBLEMS = 3  # shown per candidate
 
 
-def candidate_grid() -> gr.HTML:
-    """Create the component. It triggers `download` with {model, index}."""
+def candidate_grid(value: dict[str, Any] | None = None) -> gr.HTML:
+    """Create the component. It triggers `download` with {model, index}.
+
+    Args:
+        value: The snapshot that is shown first; see `grid_snapshot`.
+    """
     return gr.HTML(
-        value=None,
+        value=value,
         weights=dict(EQUAL_WEIGHTS.weights),
         html_template=GRID_HTML,
         js_on_load=SCORE_JS + GRID_JS,
@@ -48,6 +52,7 @@ def grid_snapshot(comparison: Comparison, run_id: str, photo: dict[str, Any]) ->
     """
     return {
         "run": run_id,
+        "label": "",
         "photo": photo,
         "output": SKILLS[comparison.skill].output,
         "rewards": list(REWARDS),
