@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import numpy as np
 from inference.types import RECIPE_QUESTION
 from recipes import PhotoError, load_photo, parse
 from storage.preferences import Preference
-from training.data.bundled import bundled_photos
 from training.preferences.fit import Choice
 
 FILE = "preferences.jsonl"
@@ -31,16 +30,18 @@ def to_choices(preferences: Sequence[Preference]) -> list[Choice]:
     return [Choice(item.left.scores, item.right.scores, item.outcome) for item in preferences]  # type: ignore[arg-type]
 
 
-def to_rows(preferences: Sequence[Preference]) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+def to_rows(
+    preferences: Sequence[Preference], samples: Mapping[str, Path]
+) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     """Convert choices of one side to rows of TRL's preference format; equal choices are left out.
 
     Args:
         preferences: The choices, with their photos.
+        samples: The bundled photos that choices may refer to by name.
 
     Returns:
         The rows, and the photos as JPEG files by name.
     """
-    samples = {photo.path.name: photo.path for photo in bundled_photos()}
     rows: list[dict[str, Any]] = []
     photos: dict[str, bytes] = {}
     for item in preferences:
@@ -74,9 +75,9 @@ def to_json_lines(rows: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def to_zip(preferences: Sequence[Preference]) -> bytes:
-    """Write the export as a zip file."""
-    rows, photos = to_rows(preferences)
+def to_zip(preferences: Sequence[Preference], samples: Mapping[str, Path]) -> bytes:
+    """Write the export as a zip file; arguments are those of `to_rows`."""
+    rows, photos = to_rows(preferences, samples)
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(FILE, to_json_lines(rows))
@@ -85,9 +86,9 @@ def to_zip(preferences: Sequence[Preference]) -> bytes:
     return file.getvalue()
 
 
-def write_folder(preferences: Sequence[Preference], folder: Path) -> int:
+def write_folder(preferences: Sequence[Preference], samples: Mapping[str, Path], folder: Path) -> int:
     """Write the rows that have a photo, with the photos, to an empty folder; return their number. Raises OSError."""
-    rows, photos = to_rows(preferences)
+    rows, photos = to_rows(preferences, samples)
     rows = [row for row in rows if row["images"]]
     for name, jpeg in photos.items():
         (folder / name).write_bytes(jpeg)

@@ -17,7 +17,7 @@ from ui.files import new_file, writing
 from ui.messages import as_gradio_error, user_error
 from ui.permissions import visitor_of
 from ui.playground.photo import photo_input, read_photo
-from ui.playground.preferences import fit_choices, fit_json, save_choice
+from ui.playground.preferences import SAMPLE_FILES, fit_choices, fit_json, save_choice
 from ui.services import AppServices
 
 TITLE = "Choices"
@@ -81,7 +81,7 @@ def export_choices(services: AppServices, visitor: Visitor) -> tuple[list[dict[s
     """Return the caller's choices as rows of TRL's preference format, and the path of a zip file with the photos."""
     with as_gradio_error(StoreError, title=TITLE):
         preferences = services.preferences.list(visitor.id, photos=True)
-    return to_rows(preferences)[0], write_zip(to_zip(preferences))
+    return to_rows(preferences, SAMPLE_FILES)[0], write_zip(to_zip(preferences, SAMPLE_FILES))
 
 
 def write_zip(content: bytes) -> str:

@@ -1,4 +1,4 @@
-"""A visitor's choices between candidates: store them, fit the reward weights, and export them. Uses no Gradio."""
+"""A visitor's choices between candidates: store them, fit the reward weights, and export them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from rewards import RewardFunction
 from storage.preferences import JudgedCandidate, Preference, PreferenceStore
 from training.preferences.export import to_choices
 from training.preferences.fit import FittedReward, fit_reward
+from ui.playground.samples import SAMPLES
 
+SAMPLE_FILES = {name: sample.path for name, sample in SAMPLES.items()}
 PHOTO_QUALITY = 90  # JPEG; a copy takes 30-90 kB
 
 

@@ -19,6 +19,7 @@ from training.preferences.export import FILE, read_folder, to_choices, to_rows, 
 LEFT = JudgedCandidate("moondream-tiny", str(Recipe(exposure=20)), {"sharpness": 0.5})
 RIGHT = JudgedCandidate("run-1", str(Recipe(contrast=-20)), {"sharpness": 0.1})
 SAMPLE = bundled_photos("held-out")[0].path
+SAMPLES = {SAMPLE.name: SAMPLE}
 PHOTO = encode_jpeg(np.full((40, 60, 3), 128, np.uint8))
 CHOICES = [
     Preference(LEFT, RIGHT, "left", EQUAL_WEIGHTS, SAMPLE.name),
@@ -29,7 +30,7 @@ CHOICES = [
 
 
 def test_zip_contains_the_preference_format_with_the_photos() -> None:
-    with zipfile.ZipFile(io.BytesIO(to_zip(CHOICES))) as archive:
+    with zipfile.ZipFile(io.BytesIO(to_zip(CHOICES, SAMPLES))) as archive:
         rows = [json.loads(line) for line in archive.read(FILE).decode().splitlines()]
         assert [row["chosen"][0]["content"] for row in rows] == [LEFT.recipe, RIGHT.recipe, LEFT.recipe]
         assert [row["rejected"][0]["content"] for row in rows] == [RIGHT.recipe, LEFT.recipe, RIGHT.recipe]
@@ -42,12 +43,12 @@ def test_zip_contains_the_preference_format_with_the_photos() -> None:
 
 
 def test_folder_contains_what_can_be_trained_on(tmp_path: Path) -> None:
-    assert write_folder([*CHOICES, replace(CHOICES[1], photo=b"not a photo")], tmp_path) == 3
+    assert write_folder([*CHOICES, replace(CHOICES[1], photo=b"not a photo")], SAMPLES, tmp_path) == 3
     rows, photos = read_folder(tmp_path)
     assert len(rows) == 2 and len(photos) == 2
     assert photos[rows[1]["images"][0]].shape == (40, 60, 3)
 
 
 def test_no_path_of_a_stored_sample_is_opened() -> None:
-    rows, photos = to_rows([replace(CHOICES[0], sample="../LICENSE")])
+    rows, photos = to_rows([replace(CHOICES[0], sample="../LICENSE")], SAMPLES)
     assert photos == {} and rows[0]["images"] == []
