@@ -36,8 +36,18 @@ function draw() {
     columnsRoot.style.setProperty('--columns', data.columns.length);
     columnsRoot.dataset.output = data.output;
   }
+  const started = !columnNodes.size && !data.label;
   for (const column of data.columns) drawColumn(data, column);
   score();
+  if (started) scrollToFirstCard();
+}
+
+/** Scrolls to the first card where the results are below the inputs; the sliders stay above it. */
+function scrollToFirstCard() {
+  const card = find(columnsRoot, 'card');
+  if (!card || !matchMedia('(max-width: 999px)').matches) return;
+  const behavior = matchMedia('(prefers-reduced-motion: reduce)').matches ? 'auto' : 'smooth';
+  card.scrollIntoView({block: 'start', behavior: behavior});
 }
 
 /** Draws one model's column. */

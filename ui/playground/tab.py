@@ -414,17 +414,27 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
 
 def _draw_inputs(picker: gr.HTML) -> dict[str, Any]:
     """Draw the inputs. They are named like the fields of PlaygroundSettings, and `upload`, `reasoning` and `key`."""
-    default = PlaygroundSettings()
     inputs: dict[str, Any] = {"models": picker}
-    sample = SAMPLES.get(EXAMPLE_SETTINGS.photo)
-    photo = str(sample.path) if sample else None
-    inputs["upload"] = photo_input(value=photo, label="Photo", height=240, elem_id="photo")
-    inputs["photo"] = sample_gallery(sample.file if sample else "")
+    with gr.Column(elem_id="settings", min_width=0):
+        with gr.Column(elem_id="photo-settings", min_width=0):
+            sample = SAMPLES.get(EXAMPLE_SETTINGS.photo)
+            photo = str(sample.path) if sample else None
+            inputs["upload"] = photo_input(value=photo, label="Photo", height=240, elem_id="photo")
+            inputs["photo"] = sample_gallery(sample.file if sample else "")
+        with gr.Column(elem_id="model-settings", min_width=0):
+            inputs |= _draw_model_settings(picker)
+    return inputs
+
+
+def _draw_model_settings(picker: gr.HTML) -> dict[str, Any]:
+    """Draw the inputs other than the photo."""
+    default = PlaygroundSettings()
+    inputs: dict[str, Any] = {}
     inputs["skill"] = gr.Radio(
         [(skill.title, name) for name, skill in SKILLS.items()], value=default.skill, label="Skill", elem_id="skill"
     )
     inputs["prompt"] = gr.Textbox(
-        label="Prompt", lines=2, max_lines=6, placeholder=SKILLS[default.skill].placeholder, elem_id="prompt"
+        label="Prompt", lines=1, max_lines=6, placeholder=SKILLS[default.skill].placeholder, elem_id="prompt"
     )
     inputs["length"] = gr.Radio(list(LENGTHS), value=default.length, label="Length", visible=False, elem_id="length")
     inputs["reasoning"] = gr.Checkbox(
