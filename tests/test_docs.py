@@ -24,6 +24,8 @@ from inference.registry import MODELS
 from recipes import parse
 from rewards import RewardFunction
 from tests.support.app_server import app_server
+from training.data.bundled import PHOTO_FOLDER
+from training.preferences.export import FILE, read_folder
 from training.runs.run import RunConfig
 from ui.playground.link import read_link
 from usage.prices import Prices
@@ -48,7 +50,7 @@ def blocks() -> Iterator[Block]:
     """Yield the fenced code blocks of all pages."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for match in re.finditer(r"^```([\w-]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        for match in re.finditer(r"^```([\w -]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             yield Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2])
 
 
@@ -70,8 +72,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_every_block_is_checked() -> None:
-    """A block in a language that no test below handles is an error."""
+    """A block in a language that no test handles is an error. tests/serving/test_clients.py runs those of clients."""
     checked = {"python", "sh", "json", "text", "map", "link", "signature", "tuning-client", "imports"}
+    checked |= {"python clients", "sh clients"}
     assert {block.language for block in BLOCKS} <= checked
 
 
@@ -125,7 +128,14 @@ def test_shell_blocks_match_the_commands(block: Block, server: str, tmp_path: Pa
 
 @of("json")
 def test_json_blocks_are_accepted(block: Block, tmp_path: Path) -> None:
+    def read_preference(file: Path) -> None:
+        row = json.loads(file.read_text())
+        file.with_name(FILE).write_text(json.dumps(row))
+        file.with_name(row["images"][0]).write_bytes((PHOTO_FOLDER / row["images"][0]).read_bytes())
+        assert read_folder(tmp_path)[0] == [row]
+
     readers: dict[str, Callable[[Path], object]] = {
+        "preferences.md": read_preference,
         "rewards.md": lambda file: RewardFunction.from_json(file.read_text()),
         "usage.md": Prices.read,
     }
