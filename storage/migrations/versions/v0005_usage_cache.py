@@ -1,4 +1,4 @@
-"""Version 4: numbers of events, by which caches read new ones, and archived months.
+"""Version 5: numbers of events, by which caches read new ones, and archived months.
 
 Branches with earlier versions may share the database and go on writing: new columns have defaults. They replace events
 by hourly sums after 90 days; update them before.
@@ -7,8 +7,8 @@ by hourly sums after 90 days; update them before.
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0004"
-down_revision = "0003"
+revision = "0005"
+down_revision = "0004"
 KEY = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite auto-increments INTEGER keys only
 
 
