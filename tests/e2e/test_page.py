@@ -118,7 +118,7 @@ def test_comparison_can_be_run_by_keyboard(open_page: OpenPage) -> None:
     page.locator("#run").focus()
     page.keyboard.press("Enter")
     page.wait_for_selector(".model-column[data-status=done]")
-    page.locator(".card-compare").first.focus()
+    page.locator(".card-divider").first.focus()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.closest('.card') === document.querySelector('.card')")
 
