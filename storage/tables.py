@@ -89,3 +89,28 @@ BUDGETS = Table(
     Column("limit", BigInteger),
     Column("stop", Boolean),
 )
+# Photos that their owners agreed to keep with their choices, as small JPEG files. `digest` is the SHA-256 of the file.
+PREFERENCE_PHOTOS = Table(
+    "preference_photos",
+    METADATA,
+    Column("id", Integer, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("jpeg", LargeBinary, nullable=False),
+    UniqueConstraint("owner", "digest"),
+)
+# Choices between two candidates of a photo. `scores` and `start`, the sliders' weights at the time, are JSON objects.
+# `sample` names a bundled photo; "" is another one. `photo` is an id in preference_photos, or NULL.
+SIDES = ("left", "right")
+PREFERENCES = Table(
+    "preferences",
+    METADATA,
+    Column("id", Integer, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("created", DateTime(timezone=True), nullable=False),
+    Column("outcome", String(8), nullable=False),
+    *(Column(f"{side}_{name}", Text, nullable=False) for side in SIDES for name in ("model", "recipe", "scores")),
+    Column("start", Text, nullable=False),
+    Column("sample", Text, nullable=False),
+    Column("photo", Integer),
+)

@@ -24,6 +24,8 @@ from inference.registry import MODELS
 from recipes import parse
 from rewards import RewardFunction
 from tests.support.app_server import app_server
+from training.data.bundled import PHOTO_FOLDER
+from training.preferences.export import FILE, read_folder
 from training.runs.run import RunConfig
 from ui.playground.link import read_link
 from usage.prices import Prices
@@ -126,7 +128,14 @@ def test_shell_blocks_match_the_commands(block: Block, server: str, tmp_path: Pa
 
 @of("json")
 def test_json_blocks_are_accepted(block: Block, tmp_path: Path) -> None:
+    def read_preference(file: Path) -> None:
+        row = json.loads(file.read_text())
+        file.with_name(FILE).write_text(json.dumps(row))
+        file.with_name(row["images"][0]).write_bytes((PHOTO_FOLDER / row["images"][0]).read_bytes())
+        assert read_folder(tmp_path)[0] == [row]
+
     readers: dict[str, Callable[[Path], object]] = {
+        "preferences.md": read_preference,
         "rewards.md": lambda file: RewardFunction.from_json(file.read_text()),
         "usage.md": Prices.read,
     }

@@ -11,6 +11,7 @@ import gradio as gr
 from access.control import AccessControl
 from rewards import EQUAL_WEIGHTS, REWARDS
 from storage.database import Database
+from storage.preferences import PreferenceStore
 from storage.reward_functions import RewardFunctionStore
 from storage.state.bucket import StateBucket
 from training.data.uploads import TOTAL_QUOTA_BYTES
@@ -61,6 +62,11 @@ class AppServices:
     upload_quota: int = TOTAL_QUOTA_BYTES
     warm_up: WarmUp | None = None
     state_bucket: StateBucket | None = None
+
+    @property
+    def preferences(self) -> PreferenceStore:
+        """Choices between candidates, in the database of the reward functions."""
+        return PreferenceStore(self.store.database)
 
     @property
     def forgets(self) -> bool:
