@@ -122,6 +122,7 @@ def build_services(settings: Settings, command: tuple[str, ...] = COMMAND) -> Ap
         run_inline,
         access,
         settings.upload_quota,
+        settings.retention_months,
     )
     return replace(services, state_bucket=state_bucket)
 
