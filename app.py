@@ -38,6 +38,7 @@ from ui import TABS
 from ui.account import build_account
 from ui.mcp import server as mcp
 from ui.permissions import protect
+from ui.playground.warm_up import WarmUp
 from ui.services import AppServices, SharedComponents
 from ui.state_notice import build_state_notice
 from ui.theme import HEAD, theme
@@ -229,7 +230,7 @@ def main() -> None:
     limit_allocator()
     try:
         settings = Settings.from_env(os.environ)
-        services = build_services(settings)
+        services = replace(build_services(settings), warm_up=WarmUp())
         app = create_app(settings, services=services)
     except (SettingsError, PriceError, StoreError) as error:
         sys.exit(str(error))
@@ -258,10 +259,14 @@ def exit_on_sigterm() -> None:
 
 @cache
 def space_services() -> tuple[Settings, AppServices]:
-    """Return the settings and services of the Space. They survive hot reloads, unlike the page."""
+    """Return the settings and services of the Space. They survive hot reloads, unlike the page.
+
+    On ZeroGPU no model is loaded in advance: there, only requests may use the GPU.
+    """
     try:
         settings = Settings.from_env(os.environ)
-        return settings, build_services(settings)
+        services = build_services(settings)
+        return settings, services if settings.train_in_request else replace(services, warm_up=WarmUp())
     except (SettingsError, PriceError, StoreError) as error:
         sys.exit(str(error))
 
