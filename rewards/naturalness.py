@@ -10,7 +10,7 @@ Each function returns a fault, 0 or more; a reward contains the factor exp(-faul
            + CAST (min(cast of the greys, 18) / 10)^2 + LIGHT_CAST (min(cast of the lights, 36) / 20)^2
            + NEW_CAST up((cast of the greys - that of the photo) / 10)^2
            + BOOST up(ln(chroma / (1.6 chroma of the photo)) / 0.3)^2
-           + PALE up(ln(chroma of the photo / (1.4 chroma)) / 0.3)^2
+           + PALE up(ln(min(spread of the photo, 30) / (1.2 spread)) / 0.3)^2
     focus = ln(1 + (HALF / detail)^POWER)
     restraint = KEEP (CHANGE change / 8 + HUE hue shift / 20),  KEEP = exp(-HEAL (tone + colour + focus of the photo))
 
@@ -23,27 +23,27 @@ than the pairs require, against pictures that `bench.adversaries` produced.
 
 from __future__ import annotations
 
-import math
+import numpy as np
 
 from rewards.comparison import Comparison, PhotoProfile
 from rewards.measures import Measures
 
-BLACK_POINT, BLACK = 15.0, 0.07
-WHITE_POINT, WHITE = 95.0, 0.16
-LIGHTNESS, LIGHT = 48.0, 0.01
-FLAT_BELOW, FLAT = 28.0, 0.065
-HARSH_ABOVE, HARSH = 31.0, 0.05
-WHITES, BLACKS, SATURATED = 0.075, 0.01, 0.26
-NEW_WHITES, NEW_BLACKS = 0.3, 0.25
-NEON_ABOVE, NEON = 43.0, 0.08
-DULL_BELOW, DULL = 15.0, 0.5
+BLACK_POINT, BLACK = 15.0, 0.12
+WHITE_POINT, WHITE = 95.0, 0.2
+LIGHTNESS, LIGHT = 48.0, 0.016
+FLAT_BELOW, FLAT = 28.0, 0.2
+HARSH_ABOVE, HARSH = 31.0, 0.063
+WHITES, BLACKS, SATURATED = 0.041, 0.026, 0.04
+NEW_WHITES, NEW_BLACKS = 0.1, 0.25
+NEON_ABOVE, NEON = 43.0, 0.26
+DULL_BELOW, DULL = 15.0, 0.62
 COLOURLESS, COLOURED = 1.5, 3.0  # spread of a photo's colours between which DULL fades in
-CAST, LIGHT_CAST, NEW_CAST = 0.06, 0.03, 0.6
+CAST, LIGHT_CAST, NEW_CAST = 0.032, 0.032, 0.4
 MAX_CAST = 18.0  # of the greys, twice that of the lights: a stronger cast is the light of the scene
-BOOST, MAX_BOOST, BOOST_UNIT = 0.1, 1.6, 0.3
-PALE, MAX_LOSS = 0.15, 1.4  # a photo with vivid colours may keep them
+BOOST, MAX_BOOST, BOOST_UNIT = 0.25, 1.6, 0.3
+PALE, MAX_LOSS, VIVID = 0.06, 1.2, 30.0  # colours may be lost down to VIVID, but no further
 HALF, POWER = 0.02, 3.0
-CHANGE, HUE, HEAL = 0.2, 0.17, 0.5
+CHANGE, HUE, HEAL = 0.35, 0.2, 0.3
 
 
 def tone_fault(measures: Measures) -> float:
@@ -69,31 +69,32 @@ def burn_fault(comparison: Comparison) -> float:
 
 def colour_fault(measures: Measures, photo: PhotoProfile) -> float:
     """Return the fault of a picture's colours: neon, dull where the photo has colours, or with a cast."""
-    coloured = min(1.0, max(0.0, (photo.measures.colour_spread - COLOURLESS) / (COLOURED - COLOURLESS)))
-    boost = math.log((measures.chroma + 1) / (photo.measures.chroma + 1))
+    coloured = np.clip((photo.measures.colour_spread - COLOURLESS) / (COLOURED - COLOURLESS), 0, 1)
+    boost = np.log((measures.chroma + 1) / (photo.measures.chroma + 1))
+    loss = np.log((np.minimum(photo.measures.colour_spread, VIVID) + 1) / (measures.colour_spread + 1))
     return (
         NEON * _above(measures.chroma, NEON_ABOVE, 10) ** 2
         + DULL * coloured * _above(DULL_BELOW, measures.colour_spread, 8) ** 2
-        + CAST * (min(measures.neutral_cast, MAX_CAST) / 10) ** 2
-        + LIGHT_CAST * (min(measures.light_cast, 2 * MAX_CAST) / 20) ** 2
+        + CAST * (np.minimum(measures.neutral_cast, MAX_CAST) / 10) ** 2
+        + LIGHT_CAST * (np.minimum(measures.light_cast, 2 * MAX_CAST) / 20) ** 2
         + NEW_CAST * _above(measures.neutral_cast, photo.measures.neutral_cast, 10) ** 2
-        + BOOST * _above(boost, math.log(MAX_BOOST), BOOST_UNIT) ** 2
-        + PALE * _above(-boost, math.log(MAX_LOSS), BOOST_UNIT) ** 2
+        + BOOST * _above(boost, np.log(MAX_BOOST), BOOST_UNIT) ** 2
+        + PALE * _above(loss, np.log(MAX_LOSS), BOOST_UNIT) ** 2
     )
 
 
 def focus_fault(measures: Measures) -> float:
     """Return the fault of a picture's detail: blurred."""
-    return math.log1p((HALF / max(measures.detail, 1e-4)) ** POWER)
+    return np.log1p((HALF / np.maximum(measures.detail, 1e-4)) ** POWER)
 
 
 def restraint_fault(comparison: Comparison) -> float:
     """Return the fault of a change that the photo did not need."""
     photo = comparison.photo
     need = tone_fault(photo.measures) + colour_fault(photo.measures, photo) + focus_fault(photo.measures)
-    return math.exp(-HEAL * need) * (CHANGE * comparison.change / 8 + HUE * comparison.hue_shift / 20)
+    return np.exp(-HEAL * need) * (CHANGE * comparison.change / 8 + HUE * comparison.hue_shift / 20)
 
 
 def _above(value: float, limit: float, unit: float) -> float:
     """Return how far a value exceeds a limit, in units; 0 if it does not."""
-    return max(0.0, (value - limit) / unit)
+    return np.maximum(0, (value - limit) / unit)
