@@ -2,7 +2,7 @@
 
 The pairs of `rewards.agreement` are split by photo into two halves. The weights are fitted on each half, from a neutral
 start (the same value for every weight), and the agreement is reported on the other half, so that every pair is judged
-by weights that have not seen its photo. `--all` fits on all photos: the weights in `rewards/` were made this way.
+by weights that have not seen its photo. `--all` fits on all photos: the start of the weights in `rewards/`.
 Thresholds such as the black point are not fitted: they are ranges of photographs. The objective is
 
     log loss of the pairs (Bradley-Terry on ln total) + HACK hacks near or above their photo
@@ -43,8 +43,8 @@ sharpness, colour, creativity = (  # the package's attributes of these names are
 WEIGHTS: dict[ModuleType, tuple[str, ...]] = {
     guard: ("LOST", "CUT", "HEAD", "AREA", "ASPECT", "BORDER"),
     naturalness: (
-        *("BLACK", "WHITE", "LIGHT", "FLAT", "HARSH", "WHITES", "BLACKS", "SATURATED", "NEW_WHITES", "NEW_BLACKS"),
-        *("NEON", "DULL", "CAST", "LIGHT_CAST", "NEW_CAST", "BOOST", "PALE", "CHANGE", "HUE", "HEAL"),
+        *("BLACK", "WHITE", "LIGHT", "FLAT", "HARSH", "WHITES", "BLACKS", "SATURATED", "NEW_WHITES", "NEW_BLACKS", "NEW_CLIPPED"),
+        *("NEON", "DULL", "CAST", "LIGHT_CAST", "NEW_CAST", "BOOST", "PALE", "CHANGE", "HUE", "HEAL", "CLEAN"),
     ),
     sharpness: ("EXCESS",),
     creativity: ("RESTRAINT", "QUALITY"),

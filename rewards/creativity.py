@@ -36,7 +36,10 @@ REFRAMING = 15.0
 def creativity(source: np.ndarray, candidates: list[np.ndarray]) -> list[float | None]:
     """Score candidates (uint8 RGB) from 0 to 1 as one group; see the module's docstring for the formula."""
     group = compare(source, candidates)
-    return [score_comparison(comparison, group[:index] + group[index + 1 :]) for index, comparison in enumerate(group)]
+    return [
+        float(score_comparison(comparison, group[:index] + group[index + 1 :]))
+        for index, comparison in enumerate(group)
+    ]
 
 
 def score_comparison(comparison: Comparison, others: Sequence[Comparison] = ()) -> float:

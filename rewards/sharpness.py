@@ -23,7 +23,7 @@ from rewards.naturalness import focus_fault, restraint_fault
 
 NATURAL = 0.043  # detail of a crisp photo
 HALO = 0.012  # share of the range: 0.004 for first ringing at edges, 0.01 for visible ringing
-EXCESS = 0.13
+EXCESS = 0.08
 
 
 def sharpness(source: np.ndarray, candidates: list[np.ndarray]) -> list[float | None]:
