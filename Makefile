@@ -17,10 +17,11 @@ INSTALL := $(UV) pip install --quiet --index-strategy unsafe-best-match --python
 else
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
 endif
+CLIENTS_INSTALL := $(subst $(BIN)/python,.venv-clients/bin/python,$(INSTALL))
 COMPILE := $(BIN)/uv pip compile --universal --python-version 3.10 --quiet --no-annotate --no-header
-LOCKED := requirements requirements-slim requirements-dev requirements-previews requirements-gpu
+LOCKED := requirements requirements-slim requirements-dev requirements-previews requirements-gpu requirements-clients
 
-.PHONY: help run check lint types test format bench lock clean
+.PHONY: help run check lint types test format bench clients lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,6 +30,7 @@ help:
 	@echo "make test    all tests"
 	@echo "make format  fix formatting and imports"
 	@echo "make bench   measure against the targets"
+	@echo "make clients install the clients of other people that the tests try, in .venv-clients"
 	@echo "make lock    compile requirements*.txt from requirements*.in (ARGS=--upgrade for newer versions)"
 
 run: $(VENV)/.installed
@@ -58,12 +60,14 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench $(ARGS)
 
+clients: .venv-clients/.installed
+
 lock: $(VENV)/.installed-dev
 	for name in $(LOCKED); do $(COMPILE) $(ARGS) $$name.in -o $$name.txt || exit 1; done
 	$(COMPILE) $(ARGS) --no-deps requirements-sdk.in -o requirements-sdk.txt
 
 clean:
-	rm -rf $(VENV) bench-results .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-clients bench-results .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -79,4 +83,11 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 $(VENV)/.installed-dev: requirements-dev.txt requirements-sdk.txt $(VENV)/.installed
 	$(INSTALL) -r requirements-dev.txt
 	$(INSTALL) --no-deps -r requirements-sdk.txt
+	@touch $@
+
+# Clients of the API with pins of their own, for tests/serving/test_clients.py.
+.venv-clients/.installed: requirements-clients.txt requirements-sdk.txt
+	$(PYTHON) -m venv .venv-clients
+	$(CLIENTS_INSTALL) -r requirements-clients.txt
+	$(CLIENTS_INSTALL) --no-deps -r requirements-sdk.txt
 	@touch $@

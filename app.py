@@ -32,11 +32,12 @@ from serving.auth import ApiKeyAuth
 from settings import ROOT, VERSION, Settings, SettingsError
 from storage.database import StoreError
 from storage.state.bucket import StateBucket
-from training.data.bundled import PHOTO_FOLDER
+from training.data.bundled import PHOTO_FOLDER, SAMPLE_FOLDER
 from training.runs.queue import COMMAND
 from ui import TABS
 from ui.account import build_account
 from ui.permissions import protect
+from ui.playground.warm_up import WarmUp
 from ui.services import AppServices, SharedComponents
 from ui.state_notice import build_state_notice
 from ui.theme import HEAD, theme
@@ -121,6 +122,7 @@ def build_services(settings: Settings, command: tuple[str, ...] = COMMAND) -> Ap
         run_inline,
         access,
         settings.upload_quota,
+        settings.retention_months,
     )
     return replace(services, state_bucket=state_bucket)
 
@@ -191,7 +193,7 @@ def gradio_options(settings: Settings) -> dict[str, Any]:
         "ssr_mode": False,
         "show_error": False,
         "max_file_size": MAX_BYTES,
-        "allowed_paths": [str(PHOTO_FOLDER)],
+        "allowed_paths": [str(PHOTO_FOLDER), str(SAMPLE_FOLDER)],
         "blocked_paths": [str(settings.data_dir)],
     }
 
@@ -226,7 +228,7 @@ def main() -> None:
     limit_allocator()
     try:
         settings = Settings.from_env(os.environ)
-        services = build_services(settings)
+        services = replace(build_services(settings), warm_up=WarmUp())
         app = create_app(settings, services=services)
     except (SettingsError, PriceError, StoreError) as error:
         sys.exit(str(error))
@@ -255,10 +257,14 @@ def exit_on_sigterm() -> None:
 
 @cache
 def space_services() -> tuple[Settings, AppServices]:
-    """Return the settings and services of the Space. They survive hot reloads, unlike the page."""
+    """Return the settings and services of the Space. They survive hot reloads, unlike the page.
+
+    On ZeroGPU no model is loaded in advance: there, only requests may use the GPU.
+    """
     try:
         settings = Settings.from_env(os.environ)
-        return settings, build_services(settings)
+        services = build_services(settings)
+        return settings, services if settings.train_in_request else replace(services, warm_up=WarmUp())
     except (SettingsError, PriceError, StoreError) as error:
         sys.exit(str(error))
 

@@ -94,6 +94,10 @@ HANDLERS: dict[str, HandlerRule] = {
     "ui.api.compare.models": GUEST,
     "ui.api.compare.reward_functions": GUEST,
     "ui.api.compare.save_reward_function": USER,
+    "ui.api.preferences.prefer": GUEST,
+    "ui.api.preferences.fit_reward": GUEST,
+    "ui.api.preferences.preferences": GUEST,
+    "ui.api.preferences.delete_preferences": GUEST,
     "ui.api.runs.retrain_requested": GUEST,  # guests need GUEST_RUNS
     "ui.api.runs.runs_requested": GUEST,
     "ui.api.runs.run_status_requested": GUEST,

@@ -36,23 +36,34 @@ def rows() -> list[dict[str, Any]]:
     """Run the server in a separate process and send the same request at temperature 0 from several clients."""
     direct = _direct()
     with _served() as (address, process):
-        body = _body()
-        _load(address, body, 4, 1.0)  # warm-up: loads the model
-        rounds = {clients: [_load(address, body, clients, SECONDS) for _ in range(ROUNDS)] for clients in CLIENTS}
-        memory = _memory(address, body, process)
+        url, chat_url = f"{address}/v1/query", f"{address}/v1/chat/completions"
+        _load(url, _body(), 4, 1.0)  # warm-up: loads the model
+        query = _rounds(url, _body(), CLIENTS)
+        chat = _rounds(chat_url, _chat_body(), (min(CLIENTS), max(CLIENTS)))
+        memory = _memory(url, _body(), process)
+    return [
+        *(_row("requests", clients, query, direct) for clients in query),
+        *(_row("chat completions", clients, chat, direct) for clients in chat),
+        *memory,
+    ]
+
+
+def _rounds(url: str, body: bytes, all_clients: tuple[int, ...]) -> dict[int, list[list[float]]]:
+    """Return the durations of the requests of each round, by number of clients."""
+    return {clients: [_load(url, body, clients, SECONDS) for _ in range(ROUNDS)] for clients in all_clients}
+
+
+def _row(kind: str, clients: int, all_rounds: dict[int, list[list[float]]], direct: float) -> dict[str, Any]:
     rates = {
-        clients: statistics.median(len(times) / SECONDS for times in results) for clients, results in rounds.items()
+        count: statistics.median(len(times) / SECONDS for times in results) for count, results in all_rounds.items()
     }
-    return [*(_row(clients, rates, rounds[clients], direct) for clients in CLIENTS), *memory]
-
-
-def _row(clients: int, rates: dict[int, float], rounds: list[list[float]], direct: float) -> dict[str, Any]:
+    rounds = all_rounds[clients]
     is_maximum = clients == max(CLIENTS)
     p50, p95, p99 = (1000 * statistics.median(np.percentile(times, p) for times in rounds) for p in (50, 95, 99))
     reference = "one client" if is_maximum else "the model in a loop"
     baseline = rates[min(CLIENTS)] if is_maximum else direct
     return {
-        "name": f"endpoint: requests a second, {clients} client{'s' * (clients > 1)}",
+        "name": f"endpoint: {kind} a second, {clients} client{'s' * (clients > 1)}",
         "value": round(rates[clients], 1),
         "unit": "/s",
         "baseline": round(baseline, 1),
@@ -79,7 +90,15 @@ def _body() -> bytes:
     return json.dumps({"image_url": url, "question": QUESTION, "settings": settings}).encode()
 
 
-def _load(address: str, body: bytes, clients: int, seconds: float, count: int | None = None) -> list[float]:
+def _chat_body() -> bytes:
+    url = f"data:image/jpeg;base64,{base64.b64encode(PHOTO.read_bytes()).decode()}"
+    content = [{"type": "text", "text": QUESTION}, {"type": "image_url", "image_url": {"url": url}}]
+    return json.dumps(
+        {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": TOKENS}
+    ).encode()
+
+
+def _load(url: str, body: bytes, clients: int, seconds: float, count: int | None = None) -> list[float]:
     """Return the duration of each request, in seconds, of clients that send one request after the other."""
     times: list[float] = []
     end = time.perf_counter() + seconds
@@ -88,7 +107,7 @@ def _load(address: str, body: bytes, clients: int, seconds: float, count: int | 
         with httpx.Client(timeout=60, headers={"Content-Type": "application/json"}) as client:
             while time.perf_counter() < end if count is None else len(times) < count:
                 start = time.perf_counter()
-                client.post(f"{address}/v1/query", content=body).raise_for_status()
+                client.post(url, content=body).raise_for_status()
                 times.append(time.perf_counter() - start)
 
     threads = [threading.Thread(target=send) for _ in range(clients)]
@@ -99,11 +118,11 @@ def _load(address: str, body: bytes, clients: int, seconds: float, count: int | 
     return times
 
 
-def _memory(address: str, body: bytes, process: psutil.Process) -> list[dict[str, Any]]:
+def _memory(url: str, body: bytes, process: psutil.Process) -> list[dict[str, Any]]:
     """Measure the resident memory after each quarter of MEMORY_REQUESTS requests."""
     megabytes = []
     for _ in range(4):
-        _load(address, body, 32, 0, MEMORY_REQUESTS // 4)
+        _load(url, body, 32, 0, MEMORY_REQUESTS // 4)
         megabytes.append(process.memory_info().rss / 2**20)
     quarters = [f"{value:.0f}" for value in megabytes]
     return [

@@ -31,6 +31,9 @@ def _hosted_spec(name: str, title: str, note: str, source: str, **settings: Any)
         top_p=0.9,
         grammar_constrained=False,
         grammar_in_prompt=True,
+        segments=True,
+        reasons=True,
+        spatial_refs=True,
         **settings,
     )
 
@@ -120,10 +123,19 @@ def answer(model: str | ModelSpec, request: Request, cancel: threading.Event | N
     reason = unavailable(spec)
     if reason:
         raise InferenceError("unavailable", f"{spec.title} cannot be used: {reason}")
-    if request.skill == "segment" and spec.backend != "hosted":
-        raise InferenceError("unsupported", f"{spec.title} cannot segment. Choose a Moondream Cloud model.")
+    if request.skill == "segment" and not spec.segments:
+        raise InferenceError("unsupported", f"{spec.title} cannot segment. {_models_with('segments')}")
+    if request.spatial_refs and not spec.spatial_refs:
+        raise InferenceError(
+            "unsupported", f"{spec.title} cannot use spatial references (spatial_refs). {_models_with('spatial_refs')}"
+        )
     backend = importlib.import_module(BACKENDS[spec.backend])
     yield from backend.answer(spec, request, cancel or threading.Event())
+
+
+def _models_with(ability: str) -> str:
+    """Say which models have an ability: the name of a boolean field of `ModelSpec`."""
+    return f"Models that can: {', '.join(name for name, spec in MODELS.items() if getattr(spec, ability))}."
 
 
 def loaded_models() -> list[str]:

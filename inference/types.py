@@ -18,6 +18,8 @@ MAX_SEED = 2**31 - 1
 MAX_PROMPT = 2_000
 MAX_NEW_TOKENS = 768
 MAX_OBJECTS = 50
+MAX_STOPS = 4
+NO_PHOTO = np.zeros((0, 0, 3), np.uint8)
 LENGTHS = ("short", "normal", "long")
 RECIPE_QUESTION = "How should this photo be finished?"
 
@@ -45,6 +47,9 @@ class ModelSpec:
         grammar_in_prompt: Whether the prompt explains the recipe grammar (for models not trained on recipes).
         needs_gpu: Whether the model is unavailable without a GPU.
         memory_bytes: Free main memory needed to load the weights.
+        segments: Whether the model has the skill `segment`.
+        reasons: Whether the model can reason before it answers a question.
+        spatial_refs: Whether prompts may refer to points and boxes.
         remote_id: Id of a hosted model on its server, if it differs from `name`.
         key: API key of the server of a hosted model.
         needs_key: Whether the server of a hosted model requires a key.
@@ -66,6 +71,9 @@ class ModelSpec:
     grammar_in_prompt: bool = False
     needs_gpu: bool = False
     memory_bytes: int = 0
+    segments: bool = False
+    reasons: bool = False
+    spatial_refs: bool = False
     remote_id: str = ""
     key: SecretStr | None = field(default=None, repr=False)
     needs_key: bool = False
@@ -134,7 +142,7 @@ class Request:
     """A validated request to run one skill on one photo.
 
     Attributes:
-        photo: RGB image, uint8 [height, width, 3].
+        photo: RGB image, uint8 [height, width, 3], or `NO_PHOTO` for a question without a photo.
         skill: Key in `SKILLS`.
         prompt: Prompt; control characters are removed.
         length: Caption length, one of `LENGTHS`.
@@ -144,6 +152,9 @@ class Request:
         reasoning: Whether the model reasons before it answers a question. Hosted models only.
         max_tokens: Maximum number of generated tokens per text, 1..768. Local models only.
         max_objects: Maximum number of boxes or points, 1..50. Local models only.
+        stop: Texts that end an answer; the answer does not contain them. At most `MAX_STOPS`.
+        spatial_refs: Points (x, y) and boxes (x_min, y_min, x_max, y_max) that the prompt refers to, in fractions of
+            the photo. Only for models with `ModelSpec.spatial_refs`.
 
     Raises:
         RequestError: If a value is invalid.
@@ -159,11 +170,14 @@ class Request:
     reasoning: bool = False
     max_tokens: int = MAX_NEW_TOKENS
     max_objects: int = MAX_OBJECTS
+    stop: tuple[str, ...] = ()
+    spatial_refs: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        _check_photo(self.photo)
         if self.skill not in SKILLS:
             raise RequestError(f"Unknown skill {self.skill!r}. Choose one of {', '.join(SKILLS)}.")
+        if self.has_photo or self.skill != "query":
+            _check_photo(self.photo)
         if self.length not in LENGTHS:
             raise RequestError(f"The length must be one of {', '.join(LENGTHS)}.")
         for name, value in {
@@ -175,6 +189,16 @@ class Request:
             "max_objects": _integer("number of objects", self.max_objects, 1, MAX_OBJECTS),
         }.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def has_photo(self) -> bool:
+        """Whether the request has a photo. Only questions may have none."""
+        return self.photo is not NO_PHOTO
+
+    def cut_at_stop(self, text: str) -> tuple[str, bool]:
+        """Return a text up to the first of the texts in `stop`, and whether it contained one."""
+        ends = [end for stop in self.stop if (end := text.find(stop)) >= 0]
+        return (text[: min(ends)].rstrip(), True) if ends else (text, False)
 
 
 @dataclass(frozen=True)
@@ -307,6 +331,8 @@ def _clean_prompt(skill: Skill, prompt: str | None) -> str:
 def _check_photo(photo: np.ndarray) -> None:
     if not isinstance(photo, np.ndarray) or photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
         raise RequestError("There is no photo. Choose one first.")
+    if photo is NO_PHOTO:
+        raise RequestError("This needs a photo. Only questions are answered without one.")
     if 0 in photo.shape:
         raise RequestError("The photo is empty. Choose another one.")
 

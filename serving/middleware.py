@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from uuid import uuid4
 
@@ -15,6 +16,7 @@ from serving.errors import ApiError, error_response
 MAX_BODY = 16 * 2**20  # bytes
 MAX_TRAIN_STEP_BODY = 128 * 2**20  # bytes; each group of a training step contains its photo
 BODY_SECONDS = 60.0
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")  # any other X-Request-Id of a client is replaced by a new one
 
 
 class RequestGuard:
@@ -39,7 +41,8 @@ class RequestGuard:
             await self.app(scope, receive, send)
             return
         connection = HTTPConnection(scope)
-        connection.state.request_id = uuid4().hex
+        sent_id = connection.headers.get("x-request-id", "")
+        connection.state.request_id = sent_id if REQUEST_ID.fullmatch(sent_id) else uuid4().hex
         try:
             connection.state.tenant = self.auth.authenticate(connection)
             max_body = MAX_TRAIN_STEP_BODY if scope["path"].endswith("/tuning/train_step") else self.max_body
@@ -47,7 +50,7 @@ class RequestGuard:
             if not length.isascii() or not length.isdigit() or int(length[:20]) > max_body:
                 raise body_too_large(max_body)
         except ApiError as error:
-            await error_response(error, connection.state.request_id)(scope, receive, send)
+            await error_response(error, connection.state.request_id, scope["path"])(scope, receive, send)
             return
         await self.app(scope, BodyLimiter(receive, max_body, self.body_seconds), send)
 

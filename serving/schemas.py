@@ -8,12 +8,22 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, field_validator
 
-from inference.types import MAX_NEW_TOKENS, MAX_OBJECTS, MAX_PROMPT, MAX_TEMPERATURE, Answer, Box, Point
+from inference.types import (
+    MAX_NEW_TOKENS,
+    MAX_OBJECTS,
+    MAX_PROMPT,
+    MAX_TEMPERATURE,
+    NO_PHOTO,
+    Answer,
+    Box,
+    Point,
+)
 from recipes import PhotoError, load_photo, shrink
 from serving.errors import ApiError
 
@@ -25,6 +35,9 @@ DATA_URL_ONLY = (
 )
 Text = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
 Limit = Annotated[int, Field(ge=1, le=1_000_000)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+SpatialRef = tuple[Fraction, Fraction] | tuple[Fraction, Fraction, Fraction, Fraction]
+MAX_SPATIAL_REFS = 50
 
 
 class SamplingSettings(BaseModel):
@@ -50,35 +63,58 @@ class SamplingSettings(BaseModel):
 class ApiRequest(BaseModel):
     """Fields of all skills. `model` is an id from GET /v1/models; the default is moondream-tiny."""
 
-    image_url: str = Field(description=DATA_URL_ONLY)
     model: Annotated[str, Field(max_length=200)] | None = None
     settings: SamplingSettings | None = None
-    spatial_refs: None = Field(None, description="Not supported. Omit this field.")
+    spatial_refs: Annotated[list[SpatialRef], Field(max_length=MAX_SPATIAL_REFS)] | None = Field(
+        None, description="Points [x, y] and boxes [x_min, y_min, x_max, y_max], for models that can use them."
+    )
+
+    @property
+    def refs(self) -> tuple[tuple[float, ...], ...]:
+        """The spatial references."""
+        return tuple(self.spatial_refs or ())
+
+
+class QueryRequest(ApiRequest):
+    """A question, about a photo or without one. `reasoning` is ignored by models that cannot reason."""
+
+    image_url: str | None = Field(None, description=DATA_URL_ONLY)
+    question: Text
+    stream: bool = False
+    reasoning: bool | None = None
+
+    def photo(self) -> np.ndarray:
+        """Decode the photo, uint8 [height, width, 3], or return `NO_PHOTO`. Raises ApiError (400)."""
+        return NO_PHOTO if self.image_url is None else decode_photo(self.image_url)
+
+
+class PhotoRequest(ApiRequest):
+    """Fields of the skills that need a photo."""
+
+    image_url: str = Field(description=DATA_URL_ONLY)
 
     def photo(self) -> np.ndarray:
         """Decode the photo, uint8 [height, width, 3]. Raises ApiError (400)."""
         return decode_photo(self.image_url)
 
 
-class QueryRequest(ApiRequest):
-    """A question about the photo. `reasoning` is accepted and ignored: local models do not reason."""
-
-    question: Text
-    stream: bool = False
-    reasoning: bool | None = None
-
-
-class CaptionRequest(ApiRequest):
+class CaptionRequest(PhotoRequest):
     """A request for a caption."""
 
     length: Literal["short", "normal", "long"] = "normal"
     stream: bool = False
 
 
-class RegionRequest(ApiRequest):
+class RegionRequest(PhotoRequest):
     """A request for boxes or points of an object."""
 
     object: Text
+
+
+class SegmentRequest(RegionRequest):
+    """A request for the outline of an object."""
+
+    stream: bool = False
 
 
 class ResponseMetrics(BaseModel):
@@ -112,10 +148,18 @@ class SkillResponse(BaseModel):
     metrics: ResponseMetrics
 
 
+class ReasoningResponse(BaseModel):
+    """What a model reasoned before its answer."""
+
+    text: str
+    grounding: list[dict[str, Any]] = []
+
+
 class QueryResponse(SkillResponse):
     """The answer to a question."""
 
     answer: str
+    reasoning: ReasoningResponse | None = None
 
 
 class CaptionResponse(SkillResponse):
@@ -134,6 +178,13 @@ class PointResponse(SkillResponse):
     """Points on the objects."""
 
     points: list[Point]
+
+
+class SegmentResponse(SkillResponse):
+    """The outline of an object as SVG path data in fractions of the photo, and its box."""
+
+    path: str
+    bbox: Box | None = None
 
 
 class ModelCard(BaseModel):
@@ -175,6 +226,17 @@ def decode_photo(url: str) -> np.ndarray:
     except (binascii.Error, ValueError) as error:
         reason = str(error) if isinstance(error, PhotoError) else "It is not valid base64."
         raise ApiError(400, f"image_url cannot be read. {reason}") from None
+
+
+def query_fields(answer: Answer) -> dict[str, Any]:
+    """Return the fields of `QueryResponse` beside those of `SkillResponse`."""
+    reasoning = {"reasoning": {"text": answer.reasoning, "grounding": []}} if answer.reasoning else {}
+    return {"answer": answer.text, **reasoning}
+
+
+def segment_fields(answer: Answer) -> dict[str, Any]:
+    """Return the fields of `SegmentResponse` beside those of `SkillResponse`."""
+    return {"path": answer.path, "bbox": asdict(answer.boxes[0]) if answer.boxes else None}
 
 
 def response_fields(answer: Answer, model: str, request_id: str) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     data = tempfile.TemporaryDirectory(prefix="playground-tests-")
     os.environ["DATA_DIR"] = data.name
+    os.environ["GRADIO_TEMP_DIR"] = os.path.join(data.name, "gradio")  # another server that ends would empty it
     os.environ.pop("DATABASE_URL", None)
     config.add_cleanup(data.cleanup)
 

@@ -13,7 +13,6 @@ import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from PIL import Image
@@ -24,35 +23,15 @@ from inference.registry import MODELS
 from recipes import parse
 from rewards import RewardFunction
 from tests.support.app_server import app_server
+from tests.support.doc_blocks import BLOCKS, LOCAL, PAGES, ROOT, Block
+from training.data.bundled import PHOTO_FOLDER
+from training.preferences.export import FILE, read_folder
 from training.runs.run import RunConfig
 from ui.playground.link import read_link
 from usage.prices import Prices
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-LOCAL = "http://localhost:7860"
 PHOTO = ROOT / "assets" / "photos" / "coffee.jpg"
 MAX_README_LINES = 150
-
-
-class Block(NamedTuple):
-    """A fenced code block: its page, line, language and text."""
-
-    page: Path
-    line: int
-    language: str
-    text: str
-
-
-def blocks() -> Iterator[Block]:
-    """Yield the fenced code blocks of all pages."""
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for match in re.finditer(r"^```([\w-]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-            yield Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2])
-
-
-BLOCKS = list(blocks())
 
 
 def of(*languages: str) -> pytest.MarkDecorator:
@@ -70,8 +49,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_every_block_is_checked() -> None:
-    """A block in a language that no test below handles is an error."""
+    """A block in a language that no test handles is an error. tests/serving/test_clients.py runs those of clients."""
     checked = {"python", "sh", "json", "text", "map", "link", "signature", "tuning-client", "imports"}
+    checked |= {"python clients", "sh clients"}
     assert {block.language for block in BLOCKS} <= checked
 
 
@@ -125,7 +105,14 @@ def test_shell_blocks_match_the_commands(block: Block, server: str, tmp_path: Pa
 
 @of("json")
 def test_json_blocks_are_accepted(block: Block, tmp_path: Path) -> None:
+    def read_preference(file: Path) -> None:
+        row = json.loads(file.read_text())
+        file.with_name(FILE).write_text(json.dumps(row))
+        file.with_name(row["images"][0]).write_bytes((PHOTO_FOLDER / row["images"][0]).read_bytes())
+        assert read_folder(tmp_path)[0] == [row]
+
     readers: dict[str, Callable[[Path], object]] = {
+        "preferences.md": read_preference,
         "rewards.md": lambda file: RewardFunction.from_json(file.read_text()),
         "usage.md": Prices.read,
     }

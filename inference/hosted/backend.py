@@ -85,7 +85,7 @@ class _CandidateCalls:
 
     def run(self) -> Iterator[AnswerEvent]:
         """Start the calls and yield their events. See `answer`."""
-        photo = photo_data_url(self.request.photo)
+        photo = photo_data_url(self.request.photo) if self.request.has_photo else ""
         for indices in self.groups:
             threading.Thread(
                 target=self._call, args=(indices, photo), name=f"hosted-{self.spec.name}", daemon=True
@@ -179,7 +179,11 @@ class _CandidateCalls:
     def _body(self, photo: str) -> dict[str, Any]:
         request, skill = self.request, self.request.skill
         model = self.spec.remote_id or (self.spec.name if self.spec.needs_key else _default_model(self.client))
-        body: dict[str, Any] = {"model": model, "image_url": photo, "stream": False}
+        body: dict[str, Any] = {"model": model, "stream": False}
+        if photo:
+            body["image_url"] = photo
+        if request.spatial_refs:
+            body["spatial_refs"] = [list(ref) for ref in request.spatial_refs]
         if skill == "caption":
             body["length"] = request.length
         elif skill in ("query", "recipe"):

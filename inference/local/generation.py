@@ -81,9 +81,13 @@ class Job:
             self.send(None)
 
     def can_batch_with(self, other: Job) -> bool:
-        """Whether both jobs can share a batch: they differ only in photo, prompt and seed."""
+        """Whether both jobs can share a batch: they differ only in photo, prompt, seed and stop texts."""
         a, b = self.request, other.request
-        return self.spec == other.spec and all(getattr(a, key) == getattr(b, key) for key in BATCH_KEYS)
+        return (
+            self.spec == other.spec
+            and a.has_photo == b.has_photo
+            and all(getattr(a, key) == getattr(b, key) for key in BATCH_KEYS)
+        )
 
 
 def answer(loaded: LoadedModel, jobs: Sequence[Job]) -> None:
@@ -113,7 +117,8 @@ def prepare_inputs(loaded: LoadedModel, request: Request, spec: ModelSpec) -> di
     skill, prompt = request.skill, request.prompt
     if skill == "recipe":
         skill, prompt = "query", recipe_prompt(prompt) if spec.grammar_in_prompt else prompt
-    inputs = loaded.processor.prepare(request.photo, skill, prompt, request.length)
+    photo = request.photo if request.has_photo else None
+    inputs = loaded.processor.prepare(photo, skill, prompt, request.length)
     return {name: tensor.to(loaded.model.device) for name, tensor in inputs.items()}
 
 
@@ -238,11 +243,14 @@ class StreamCallback(StoppingCriteria):
                 self._emit_answer(row, seconds)
             else:
                 self.tokens[row].append(token)
+                if self.rows[row].job.request.stop and self._text(row)[1]:
+                    self.active.remove(row)
+                    self._emit_answer(row, seconds)
         if seconds - self.last_update >= 1 / UPDATES_PER_SECOND:
             self.last_update = seconds
             for row in sorted(self.active):
                 for index in self.rows[row].candidates:
-                    self.rows[row].job.emit(TextUpdate(index, self._text(row)))
+                    self.rows[row].job.emit(TextUpdate(index, self._text(row)[0]))
         self._drop_cancelled()
         return torch.full((len(input_ids),), not self.active, dtype=torch.bool, device=input_ids.device)
 
@@ -261,7 +269,7 @@ class StreamCallback(StoppingCriteria):
             job.emit(
                 Answer(
                     index=index,
-                    text=self._text(row),
+                    text=self._text(row)[0],
                     tokens_in=self.rows[row].prompt_length,
                     tokens_out=len(self.tokens[row]),
                     seconds=seconds,
@@ -271,11 +279,15 @@ class StreamCallback(StoppingCriteria):
                 )
             )
 
-    def _text(self, row: int) -> str:
-        """Decode a row without control tokens, control characters and an incomplete last character."""
+    def _text(self, row: int) -> tuple[str, bool]:
+        """Decode a row without control tokens, control characters and an incomplete last character.
+
+        Returns:
+            The text up to the first stop text, and whether there was one.
+        """
         tokens = [token for token in self.tokens[row] if token not in CONTROL_IDS]
         lines = self.loaded.processor.tokenizer.decode(tokens).rstrip("\ufffd").split("\n")
-        return "\n".join(clean(line) for line in lines).strip()
+        return self.rows[row].job.request.cut_at_stop("\n".join(clean(line) for line in lines).strip())
 
 
 def _generate_regions(

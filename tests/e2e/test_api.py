@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from gradio_client.exceptions import AppError
 
 from inference.availability import unavailable
 from inference.registry import MODELS
-from recipes import MAX_BYTES, load_photo, parse
+from recipes import MAX_BYTES, Recipe, load_photo, parse
 from rewards import score_recipes
 from settings import VERSION
 from ui.playground.samples import SAMPLES
@@ -24,6 +25,7 @@ CAT = str(SAMPLES["chelsea.jpg"].path)
 ENDPOINTS = {"/compare", "/score", "/models", "/reward_functions", "/save_reward_function"}
 ENDPOINTS |= {"/retrain", "/run_status", "/cancel_run", "/runs", "/use_run", "/revert"}
 ENDPOINTS |= {"/usage", "/usage_series"}
+ENDPOINTS |= {"/prefer", "/fit_reward", "/preferences", "/delete_preferences"}
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,28 @@ def test_compare_score_and_python_agree(client: Client) -> None:
 def test_compare_runs_the_other_skills(client: Client, skill: str, field: str) -> None:
     result = client.predict(handle_file(CAT), ["one"], skill, "the cat", 1, 0.0, 1, api_name="/compare")
     assert result["models"][0]["candidates"][0][field]
+
+
+def test_choices_fit_the_reward_and_are_exported(client: Client) -> None:
+    sample = next(iter(SAMPLES.values()))
+    photo, better, worse = handle_file(str(sample.path)), {"exposure": 5}, str(Recipe(exposure=-90, saturation=90))
+    assert client.predict(api_name="/delete_preferences") == {"deleted": 0}
+    for number in range(3):
+        better["contrast"] = 5 * number
+        fitted = client.predict(photo, better, worse, "left", {"sharpness": 1, "colour": 0.2}, api_name="/prefer")
+    assert (fitted["choices"], fitted["decided"], fitted["usable"]) == (3, 3, True)
+    assert fitted["start"] == {"sharpness": 1.0, "colour": 0.2}
+    assert fitted == client.predict(None, api_name="/fit_reward")
+    rows, file = client.predict(api_name="/preferences")
+    assert [row["rejected"][0]["content"] for row in rows] == [worse] * 3 and rows[0]["images"] == []
+    with zipfile.ZipFile(file) as archive:
+        assert archive.namelist() == ["preferences.jsonl"]
+    kept = client.predict(photo, better, worse, "equal", None, True, "a", "b", api_name="/prefer")
+    assert (kept["choices"], kept["decided"]) == (4, 3)
+    with pytest.raises(AppError, match="same"):
+        client.predict(photo, worse, worse, "left", None, api_name="/prefer")
+    assert client.predict(api_name="/delete_preferences") == {"deleted": 4}
+    assert client.predict(api_name="/preferences")[0] == []
 
 
 def test_models_lists_why_a_model_is_unavailable(client: Client) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.browser import HOSTILE, PHONE, OpenPage, run_comparison, violations
+from tests.support.browser import HOSTILE, PHONE, OpenPage, run_comparison, set_weight, violations
 from tests.support.invalid_photos import INVALID_PHOTOS
 
 pytestmark = pytest.mark.browser
@@ -118,13 +118,79 @@ def test_comparison_can_be_run_by_keyboard(open_page: OpenPage) -> None:
     page.locator("#run").focus()
     page.keyboard.press("Enter")
     page.wait_for_selector(".model-column[data-status=done]")
-    page.locator(".card-compare").first.focus()
+    page.locator(".card-divider").first.focus()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.closest('.card') === document.querySelector('.card')")
 
 
-def test_empty_page_explains_the_steps(open_page: OpenPage) -> None:
+def test_page_opens_with_a_comparison_that_the_sliders_rank(open_page: OpenPage, tmp_path: Path) -> None:
+    """The example is painted before the page is interactive, and its pictures can be downloaded."""
     page = open_page()
+    assert page.locator(".card[data-status=ready] .card-after[src^='data:image/jpeg']").count() == 4
+    assert page.locator(".grid-label").inner_text() == "Example"
+    assert violations(page) == []
+    first = page.locator(".card").first.get_attribute("data-key")
+    for name in ("sharpness", "colour"):
+        set_weight(page, name, 0)
+    page.wait_for_function("key => document.querySelector('.card').dataset.key !== key", arg=first)
+    with page.expect_download() as download:
+        page.locator(".card-download").first.click()
+    assert download.value.suggested_filename.startswith("coffee")
+    page.wait_for_url("**reward=creativity:1")
+    page.reload()
+    page.wait_for_selector("body[data-opened]")
+    assert page.locator(".grid-label").is_visible() and page.locator(".card").count() == 4
+
+
+def test_empty_page_explains_the_steps(open_page: OpenPage) -> None:
+    page = open_page("models=one")
+    page.locator(".grid-empty").wait_for()
     text = page.locator(".grid-empty").inner_text()
+    assert page.locator(".grid-label").is_hidden() and page.locator(".grid-sort").is_hidden()
+    assert page.locator(".grid-status").inner_text() == ""
     for step in ("does not generate images", "Choose a photo", "Run", "demonstration model"):
         assert step in text
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 720), (1400, 900), (1920, 1080), (820, 1180), (390, 844)])
+def test_every_control_can_be_reached_and_is_not_covered(open_page: OpenPage, width: int, height: int) -> None:
+    """Each control is hit at its centre once it is scrolled into view; on a desktop the photo is beside the cards."""
+    page = open_page(viewport={"width": width, "height": height})
+    controls = ["#photo img", ".sample >> nth=0", ".sample >> nth=-1", "#skill label >> nth=-1", "#prompt textarea"]
+    controls += [
+        "#models summary",
+        "#n input[type=range]",
+        "#temperature input[type=range]",
+        "#seed input",
+        "#new-seed",
+    ]
+    controls += ["#run", "#weight-colour input[type=range]", ".card >> nth=-1", "#copy-link"]
+    for control in controls:
+        locator = page.locator(control).first
+        locator.scroll_into_view_if_needed()
+        covered_by = locator.evaluate(
+            """node => {
+              const box = node.getBoundingClientRect();
+              const hit = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
+              const reached = node.contains(hit) || hit?.contains(node);
+              return reached ? '' : hit?.outerHTML ?? 'nothing';
+            }"""
+        )
+        assert covered_by == "", control
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.evaluate("scrollTo(0, 0)")
+    photo, card = page.locator("#photo").bounding_box(), page.locator(".card").first.bounding_box()
+    assert photo is not None and card is not None
+    assert (card["x"] > photo["x"] + photo["width"]) == (width >= 1000)
+    cards = page.locator(".card").evaluate_all("nodes => nodes.map(node => node.getBoundingClientRect().right)")
+    results = page.locator("#candidates").bounding_box()
+    assert results is not None and max(cards) > results["x"] + results["width"] * 0.95  # the columns use the width
+
+
+def test_run_scrolls_to_the_first_card_on_a_phone(open_page: OpenPage) -> None:
+    page = open_page("photo=chelsea.jpg&models=one&n=2", **PHONE)
+    run_comparison(page)
+    page.wait_for_function(
+        "() => { const box = document.querySelector('.card').getBoundingClientRect();"
+        " return box.top >= 0 && box.top < innerHeight / 2; }"
+    )

@@ -27,7 +27,7 @@ from schemathesis.specs.openapi.checks import (
 import app
 import recipes
 from inference.registry import BACKENDS, MODELS
-from inference.types import RECIPE_QUESTION, Answer, AnswerEvent, InferenceError, ModelSpec, Request, TextUpdate
+from inference.types import RECIPE_QUESTION, Answer, AnswerEvent, Box, InferenceError, ModelSpec, Request, TextUpdate
 from serving.api import create_api
 from serving.middleware import MAX_BODY
 from settings import Settings
@@ -98,6 +98,9 @@ def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterat
         return
     if kind == "say":
         yield Answer(0, f"{request.temperature:g} {spec.top_p:g} {request.max_tokens} {request.seed}", truncated=True)
+        return
+    if request.skill == "segment":
+        yield Answer(0, "", (Box(0.1, 0.2, 0.9, 0.8),), path="M 0.1 0.2 L 0.9 0.2 Z")
         return
     raise InferenceError(kind, "It failed.")
 
@@ -211,6 +214,49 @@ def test_jpeg_png_and_webp_are_accepted(server: str, kind: str) -> None:
         post(server, "query", image_url=data_url(make_picture(), kind), model="failing", question="say").status_code
         == 200
     )
+
+
+def test_question_without_a_photo_is_answered(server: str) -> None:
+    """The model was trained to say that it cannot tell."""
+    body = httpx.post(f"{server}/query", json={"question": "What is 2 plus 2?", "settings": {"temperature": 0}}).json()
+    assert "demonstration" in body["answer"] and body["metrics"]["input_tokens"] < 40
+    message = error_message(httpx.post(f"{server}/query", json={"question": RECIPE_QUESTION}), 400, "invalid_request")
+    assert "needs a photo" in message
+    error_message(httpx.post(f"{server}/caption", json={}), 400, "invalid_request")
+
+
+def test_segment_names_the_models_that_can(server: str) -> None:
+    message = error_message(post(server, "segment", object="cat"), 400, "invalid_request")
+    assert "moondream3-preview" in message and "cannot segment" in message
+
+
+def test_sdk_segments_with_a_model_that_can(server: str, model: str) -> None:
+    MODELS[model] = replace(MODELS[model], segments=True, spatial_refs=True)
+    client = moondream.vl(endpoint=server, model=model)
+    box = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.9, "y_max": 0.8}
+    assert client.segment(make_picture(), "cat", [[0.5, 0.5]]) == {"path": "M 0.1 0.2 L 0.9 0.2 Z", "bbox": box}
+    events = list(client.segment(make_picture(), "cat", stream=True))
+    assert events[0] == {"bbox": box} and events[-1] == {
+        "path": "M 0.1 0.2 L 0.9 0.2 Z",
+        "bbox": box,
+        "completed": True,
+    }
+    assert "".join(event.get("chunk", "") for event in events) == events[-1]["path"]
+
+
+def test_request_id_of_the_client_is_kept(server: str) -> None:
+    response = post(server, "query", {"X-Request-Id": "trace-7.a"}, model="failing", question="say")
+    assert response.headers["x-request-id"] == response.json()["request_id"] == "trace-7.a"
+    for invalid in ("two words", "x" * 65, "<script>"):
+        response = post(server, "query", {"X-Request-Id": invalid}, model="failing", question="say")
+        assert response.headers["x-request-id"] == response.json()["request_id"] != invalid
+
+
+def test_server_timing_has_the_phases(server: str) -> None:
+    timing = post(server, "query").headers["server-timing"]
+    phases = {name: float(value) for name, _, value in (part.partition(";dur=") for part in timing.split(", "))}
+    assert list(phases) == ["queue", "prefill", "decode", "total"]
+    assert 0 < phases["prefill"] + phases["decode"] <= phases["total"] + 0.2
 
 
 # Usage events
@@ -329,14 +375,16 @@ def test_invalid_photo_is_rejected_with_the_reason(server: str, url: str, messag
         {"question": ""},
         {"question": "x" * 2001},
         {"question": 5},
-        {"image_url": None},
+        {"image_url": 7},
         {"stream": "perhaps"},
         {"settings": {"temperature": -1}},
         {"settings": {"temperature": 1e400}},
         {"settings": {"top_p": 0}},
         {"settings": {"max_tokens": 0}},
         {"settings": []},
-        {"spatial_refs": [[0.5, 0.5]]},
+        {"spatial_refs": [[0.5, 0.5]]},  # the model cannot use them
+        {"spatial_refs": [[0.5, 1.5]]},
+        {"spatial_refs": [[0.5, 0.5, 0.5]]},
         {"model": 3},
     ],
 )
@@ -355,8 +403,7 @@ def test_invalid_json_is_rejected(server: str, body: bytes) -> None:
 
 def test_unknown_paths_and_methods_return_the_documented_error(server: str) -> None:
     error_message(httpx.get(f"{server}/query"), 405, "method_not_allowed")
-    error_message(httpx.post(f"{server}/segment", json={}), 404, "not_found")
-    error_message(httpx.post(f"{server}/chat/completions", json={}), 404, "not_found")
+    error_message(httpx.post(f"{server}/summarize", json={}), 404, "not_found")
 
 
 def test_hosted_models_are_not_available(server: str) -> None:
@@ -371,6 +418,7 @@ def test_hosted_models_are_not_available(server: str) -> None:
 def test_model_failure_returns_the_documented_error(server: str, kind: str, status: int, stream: bool) -> None:
     response = post(server, "query", model="failing", question=kind, stream=stream)
     assert response.status_code == status and response.json()["error"]["message"] == "It failed."
+    assert ("retry-after" in response.headers) == (kind == "out_of_memory")
 
 
 def test_failure_during_a_stream_is_its_last_event(server: str) -> None:
@@ -444,11 +492,12 @@ def schema(server: str) -> Any:
     return schemathesis.openapi.from_url(f"{server}/openapi.json")
 
 
+POSTS = (*SKILLS, "segment", "chat/completions")
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
 @pytest.mark.parametrize("mode", GenerationMode)
-@pytest.mark.parametrize(("path", "method"), [("/models", "get"), *((f"/{skill}", "post") for skill in SKILLS)])
+@pytest.mark.parametrize(("path", "method"), [("/models", "get"), *((f"/{skill}", "post") for skill in POSTS)])
 def test_skills_conform_to_the_schema(schema: Any, path: str, method: str, mode: GenerationMode) -> None:
     operation = schema[path][method]
 
@@ -490,7 +539,9 @@ def test_tuning_routes_conform_to_the_schema(schema: Any, path: str, method: str
 def test_schema_documents_every_skill_and_error(schema: Any) -> None:
     document = schema.raw_schema
     skill_paths = {path for path in document["paths"] if not path.startswith("/tuning/")}
-    assert skill_paths == {"/models", *(f"/{skill}" for skill in SKILLS)} and len(document["paths"]) > 10
+    assert (
+        skill_paths == {"/models", "/models/{model}", *(f"/{skill}" for skill in POSTS)} and len(document["paths"]) > 10
+    )
     for path in document["paths"].values():
         for operation in path.values():
             assert {"200", "400", "401", "413", "429", "503"} <= set(operation["responses"])

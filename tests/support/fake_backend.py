@@ -48,9 +48,10 @@ def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterat
             _wait(0.2 if spec.source == "slow" else 0.01, cancel)
             yield TextUpdate(index, " ".join(words[:count]))
         x, y = (float(value) for value in np.random.default_rng(request.seed + index).uniform(0.1, 0.5, 2))
-        boxes = (Box(x, y, x + 0.4, y + 0.4),) if request.skill == "detect" else ()
+        boxes = (Box(x, y, x + 0.4, y + 0.4),) if request.skill in ("detect", "segment") else ()
         points = (Point(x, y),) if request.skill == "point" else ()
-        yield Answer(index, text, boxes, points, 740, len(text), seconds=0.1 * (index + 1))
+        path = f"M {x} {y} h 0.4 v 0.4 Z" if request.skill == "segment" else ""
+        yield Answer(index, text, boxes, points, 740, len(text), seconds=0.1 * (index + 1), path=path)
 
 
 def _text(spec: ModelSpec, request: Request, index: int) -> str:
@@ -60,7 +61,7 @@ def _text(spec: ModelSpec, request: Request, index: int) -> str:
         return "What a lovely day it was."
     if request.skill == "recipe":
         return str(random_recipe(np.random.default_rng(request.seed + index + 100 * len(spec.name))))
-    if request.skill in ("detect", "point"):
+    if request.skill in ("detect", "point", "segment"):
         return ""
     return f"{request.skill} {index}: a photo of {request.photo.shape[1]} by {request.photo.shape[0]} pixels."
 

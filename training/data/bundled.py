@@ -4,7 +4,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-PHOTO_FOLDER = Path(__file__).resolve().parents[2] / "assets" / "photos"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+PHOTO_FOLDER = ASSETS / "photos"
+SAMPLE_FOLDER = ASSETS / "samples"  # copies with a flaw, on which an edit is visible; see ui/playground/example.py
 SPLITS = ("train", "held-out")
 
 

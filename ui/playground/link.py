@@ -32,7 +32,7 @@ class PlaygroundSettings:
     """
 
     photo: str = ""
-    models: tuple[str, ...] = ("moondream-tiny", "moondream-tiny-steady")
+    models: tuple[str, ...] = ("moondream-tiny",)
     skill: str = "recipe"
     prompt: str = ""
     length: str = "normal"

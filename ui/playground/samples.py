@@ -1,4 +1,4 @@
-"""The sample gallery: a strip of held-out bundled photos, with their credits."""
+"""The sample gallery: a strip of bundled photos, the most appealing first, with their credits."""
 
 from __future__ import annotations
 
@@ -9,9 +9,25 @@ import cv2
 import gradio as gr
 
 from recipes import jpeg_data_url
-from training.data.bundled import PHOTO_FOLDER, bundled_photos
+from training.data.bundled import PHOTO_FOLDER, SAMPLE_FOLDER, bundled_photos
 
 THUMBNAIL_QUALITY = 72  # JPEG
+# Files of the samples in order; the last three have a flaw, on which an edit is visible.
+ORDER = (
+    "coffee.jpg",
+    "flower.jpg",
+    "china.jpg",
+    "astronaut.jpg",
+    "scene-loc7.jpg",
+    "cincinnati-bridge.jpg",
+    "mountain1.jpg",
+    "chelsea.jpg",
+    "rocket.jpg",
+    "dark-city.jpg",
+    "tinted-portrait.jpg",
+    "framed-bee.jpg",
+)
+FOLDERS = (PHOTO_FOLDER, SAMPLE_FOLDER)
 
 
 @dataclass(frozen=True)
@@ -23,31 +39,35 @@ class Sample:
         subject: What it shows.
         credit: The author to credit.
         licence: Name of its licence.
+        path: Path of the file.
+        trained: Whether moondream-tiny was trained on it.
     """
 
     file: str
     subject: str
     credit: str
     licence: str
-
-    @property
-    def path(self) -> Path:
-        """Path of the file."""
-        return PHOTO_FOLDER / self.file
+    path: Path
+    trained: bool
 
     @property
     def caption(self) -> str:
         """Subject, credit and licence in one line."""
-        return f"{self.subject[:1].upper()}{self.subject[1:]} · {self.credit} · {self.licence}"
+        subject = f"{self.subject[:1].upper()}{self.subject[1:]}"
+        return " · ".join([subject, self.credit, self.licence] + ["used in training"] * self.trained)
 
 
 def _load() -> dict[str, Sample]:
-    """Return the held-out photos by file name; none if the folder is missing, so that the page still opens."""
+    """Return the samples by file name, in their order; none if a folder is missing, so that the page still opens."""
     try:
-        photos = bundled_photos("held-out")
+        photos = {photo.path.name: photo for folder in FOLDERS for photo in bundled_photos(folder=folder)}
     except OSError:
         return {}
-    return {photo.path.name: Sample(photo.path.name, photo.subject, photo.credit, photo.licence) for photo in photos}
+    return {
+        name: Sample(name, photo.subject, photo.credit, photo.licence, photo.path, photo.split == "train")
+        for name in ORDER
+        if (photo := photos.get(name))
+    }
 
 
 SAMPLES: dict[str, Sample] = _load()
@@ -59,13 +79,13 @@ def thumbnail(path: Path) -> str:
     return "" if small is None else jpeg_data_url(cv2.cvtColor(small, cv2.COLOR_BGR2RGB), THUMBNAIL_QUALITY)
 
 
-def sample_gallery() -> gr.HTML:
-    """Create the component. Its value is the selected file name; it triggers `choose` with {file}."""
+def sample_gallery(value: str = "") -> gr.HTML:
+    """Create the component. Its value is the selected file name; a click on a sample triggers `choose` with {file}."""
     photos = [
         {"file": sample.file, "caption": sample.caption, "src": thumbnail(sample.path)} for sample in SAMPLES.values()
     ]
     return gr.HTML(
-        value="",
+        value=value,
         photos=photos,
         html_template=_HTML,
         js_on_load=_JS,
@@ -90,13 +110,12 @@ function drawSelection() {
     button.setAttribute('aria-pressed', String(selected));
     if (selected) { caption = button.title; button.scrollIntoView({block: 'nearest', inline: 'center'}); }
   }
-  element.querySelector('.samples-caption').textContent = caption || 'Sample photos, not used in training';
+  element.querySelector('.samples-caption').textContent = caption || 'Sample photos';
 }
 element.addEventListener('click', event => {
   const button = event.target.closest('.sample');
   if (button) { props.value = button.dataset.file; drawSelection(); trigger('choose', {file: button.dataset.file}); }
 });
-// A sample that is set by a link loads like one that is clicked.
-watch('value', () => { drawSelection(); if (props.value) trigger('choose', {file: props.value}); });
+watch('value', drawSelection);
 drawSelection();
 """

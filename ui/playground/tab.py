@@ -33,6 +33,7 @@ from ui.messages import as_gradio_error, show_warning, user_error
 from ui.permissions import visitor_of
 from ui.playground import reward_functions
 from ui.playground.compare import PICTURE_QUALITY, Candidate, Comparison, ComparisonMeter, compare
+from ui.playground.example import EXAMPLE_SETTINGS, load_example
 from ui.playground.grid import candidate_grid, grid_snapshot
 from ui.playground.limits import LimitError
 from ui.playground.link import LINK_FIELDS, PlaygroundSettings, link_js, read_link
@@ -83,10 +84,16 @@ def open_page(services: AppServices, visitor: Visitor, query: Mapping[str, str],
         visitor: The visitor.
         query: The URL's parameters.
         browser: The reward functions that a guest's browser keeps.
+
+    Returns:
+        The values, also of the grid and the session: the example if the URL requests nothing else.
     """
     models = visitor_models(services.adapters, visitor)
     saved = SavedFunctions(services.store, visitor, browser)
     settings, problems = read_link(query, models.specs)
+    if not any(query.get(name) for name in LINK_FIELDS):
+        settings = replace(settings, photo=EXAMPLE_SETTINGS.photo)
+    example = example_session() if replace(settings, reward=EXAMPLE_SETTINGS.reward) == EXAMPLE_SETTINGS else None
     tuned = services.adapters.newest_with_base(visitor.id)
     if tuned and not query.get("models"):
         settings = replace(settings, models=tuple(tuned))
@@ -103,11 +110,39 @@ def open_page(services: AppServices, visitor: Visitor, query: Mapping[str, str],
         "temperature": settings.temperature,
         "seed": settings.seed,
         "photo": settings.photo,
+        "upload": str(SAMPLES[settings.photo].path) if settings.photo else None,
+        "grid": gr.skip() if example else None,
+        "session": example,
         "reasoning": reasoning,
         "sliders": reward_functions.to_sliders(settings.reward),
         "saved": gr.update(choices=reward_functions.choices(saved)),
         "saved_note": reward_functions.storage_note(visitor, services.access.mode),
     }
+
+
+def example_session() -> Session | None:
+    """Return a session that displays the example, or None if there is none."""
+    example, sample = load_example(), SAMPLES.get(EXAMPLE_SETTINGS.photo)
+    if example is None or sample is None:
+        return None
+    return Session("example", threading.Event(), str(sample.path), EXAMPLE_SETTINGS, example.without_pictures())
+
+
+def example_snapshot() -> dict[str, Any] | None:
+    """Return the first value of the grid, with which the page is painted: the example, or None if there is none."""
+    session, example = example_session(), load_example()
+    if session is None or example is None:
+        return None
+    snapshot = grid_snapshot(example, session.run_id, photo_preview(read_photo(session.photo)))
+    column = example.columns[0]
+    status = f"{len(column.candidates)} answers of {column.title}, computed beforehand."
+    return snapshot | {"label": "Example", "status": f"{status} Move a slider, or choose a photo and run."}
+
+
+def photo_preview(photo: np.ndarray) -> dict[str, Any]:
+    """Return {src, width, height} of a photo for the grid; src is a small data URL."""
+    height, width = photo.shape[:2]
+    return {"src": jpeg_data_url(shrink(photo), PICTURE_QUALITY), "width": width, "height": height}
 
 
 def skill_changed(name: str, prompt: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -187,11 +222,7 @@ def run(
         temperature=request.temperature,
         seed=request.seed,
     )
-    preview = {
-        "src": jpeg_data_url(shrink(photo), PICTURE_QUALITY),
-        "width": photo.shape[1],
-        "height": photo.shape[0],
-    }
+    preview = photo_preview(photo)
     session = Session(
         secrets.token_hex(8), threading.Event(), str(inputs["upload"]), settings, Comparison(request.skill)
     )
@@ -305,7 +336,7 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
                 for slider in sliders:
                     slider.render()
             saved = reward_functions.build(services, sliders, download)
-            grid = candidate_grid()
+            grid = candidate_grid(example_snapshot())
             with gr.Row(elem_id="result-actions"):
                 fine_tune = gr.Button(
                     "Fine-tune with this reward", size="sm", elem_id="fine-tune-reward", min_width=120
@@ -315,9 +346,12 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     api.build(services)
 
     # Opening the page. Queued, because only queued events can show a warning.
-    outputs = {name: component for name, component in inputs.items() if name not in ("upload", "key")}
+    outputs = {name: component for name, component in inputs.items() if name != "key"}
+    outputs |= {"grid": grid, "session": session}
 
     def page_opened(request: gr.Request, browser: Any) -> dict[Any, Any]:
+        if services.warm_up:
+            services.warm_up.start()
         values = open_page(services, visitor_of(services.access, request), dict(request.query_params), browser)
         updates = {outputs[name]: values[name] for name in outputs}
         updates |= dict(zip(sliders, values["sliders"], strict=True))
@@ -382,15 +416,27 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
 
 def _draw_inputs(picker: gr.HTML) -> dict[str, Any]:
     """Draw the inputs. They are named like the fields of PlaygroundSettings, and `upload`, `reasoning` and `key`."""
-    default = PlaygroundSettings()
     inputs: dict[str, Any] = {"models": picker}
-    inputs["upload"] = photo_input(label="Photo", height=240, elem_id="photo")
-    inputs["photo"] = sample_gallery()
+    with gr.Column(elem_id="settings", min_width=0):
+        with gr.Column(elem_id="photo-settings", min_width=0):
+            sample = SAMPLES.get(EXAMPLE_SETTINGS.photo)
+            photo = str(sample.path) if sample else None
+            inputs["upload"] = photo_input(value=photo, label="Photo", height=240, elem_id="photo")
+            inputs["photo"] = sample_gallery(sample.file if sample else "")
+        with gr.Column(elem_id="model-settings", min_width=0):
+            inputs |= _draw_model_settings(picker)
+    return inputs
+
+
+def _draw_model_settings(picker: gr.HTML) -> dict[str, Any]:
+    """Draw the inputs other than the photo."""
+    default = PlaygroundSettings()
+    inputs: dict[str, Any] = {}
     inputs["skill"] = gr.Radio(
         [(skill.title, name) for name, skill in SKILLS.items()], value=default.skill, label="Skill", elem_id="skill"
     )
     inputs["prompt"] = gr.Textbox(
-        label="Prompt", lines=2, max_lines=6, placeholder=SKILLS[default.skill].placeholder, elem_id="prompt"
+        label="Prompt", lines=1, max_lines=6, placeholder=SKILLS[default.skill].placeholder, elem_id="prompt"
     )
     inputs["length"] = gr.Radio(list(LENGTHS), value=default.length, label="Length", visible=False, elem_id="length")
     inputs["reasoning"] = gr.Checkbox(

@@ -1,0 +1,1 @@
+"""Preferences: choices between candidates, the reward weights that explain them, and the export for TRL."""
