@@ -43,7 +43,19 @@ sharpness, colour, creativity = (  # the package's attributes of these names are
 WEIGHTS: dict[ModuleType, tuple[str, ...]] = {
     guard: ("LOST", "CUT", "HEAD", "AREA", "ASPECT", "BORDER"),
     naturalness: (
-        *("BLACK", "WHITE", "LIGHT", "FLAT", "HARSH", "WHITES", "BLACKS", "SATURATED", "NEW_WHITES", "NEW_BLACKS", "NEW_CLIPPED"),
+        *(
+            "BLACK",
+            "WHITE",
+            "LIGHT",
+            "FLAT",
+            "HARSH",
+            "WHITES",
+            "BLACKS",
+            "SATURATED",
+            "NEW_WHITES",
+            "NEW_BLACKS",
+            "NEW_CLIPPED",
+        ),
         *("NEON", "DULL", "CAST", "LIGHT_CAST", "NEW_CAST", "BOOST", "PALE", "CHANGE", "HUE", "HEAL", "CLEAN"),
     ),
     sharpness: ("EXCESS",),

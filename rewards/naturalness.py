@@ -6,7 +6,7 @@ Each function returns a fault, 0 or more; a reward contains the factor exp(-faul
          + LIGHT ((L - 48) / 12)^2 + FLAT up((28 - contrast) / 6)^2 + HARSH up((contrast - 31) / 6)^2
          + WHITES white / 0.1 + BLACKS black / 0.1 + SATURATED saturated / 0.3                blown and crushed ends
     burn = NEW_WHITES up(white - white of the photo) / 0.1 + NEW_BLACKS up(black - black of the photo) / 0.1
-         + NEW_CLIPPED up(saturated - saturated of the photo - 0.15) / 0.3                    channels that the edit clipped
+         + NEW_CLIPPED up(saturated - saturated of the photo - 0.15) / 0.3                channels that the edit clipped
     colour = NEON up((chroma - 43) / 10)^2 + DULL up((15 - spread) / 8)^2
            + CAST (min(cast of the greys, 14) / 10)^2 + LIGHT_CAST (min(cast of the lights, 28) / 20)^2
            + NEW_CAST up((cast of the greys - that of the photo) / 10)^2
@@ -102,7 +102,9 @@ def restraint_fault(comparison: Comparison) -> float:
     before, after = photo.measures, comparison.measures
     removed = _above(before.neutral_cast, after.neutral_cast, 10) + _above(before.light_cast, after.light_cast, 20)
     kept = np.minimum(1, (after.colour_spread + 1) / (before.colour_spread + 1)) ** 4  # 0 where all colours go
-    return np.exp(-HEAL * need - CLEAN * removed * kept) * (CHANGE * comparison.change / 8 + HUE * comparison.hue_shift / 20)
+    return np.exp(-HEAL * need - CLEAN * removed * kept) * (
+        CHANGE * comparison.change / 8 + HUE * comparison.hue_shift / 20
+    )
 
 
 def _above(value: float, limit: float, unit: float) -> float:
