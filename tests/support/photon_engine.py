@@ -43,6 +43,7 @@ class SimulatedEngine:
     Attributes:
         batches: Number of sequences in the batch, and of all unfinished ones, at each step.
         questions: Arguments of every call.
+        start_with: Number of requests to wait for before the next step, so that a test does not depend on time.
     """
 
     instances: list[SimulatedEngine]  # of the current `simulated_photon`
@@ -54,6 +55,7 @@ class SimulatedEngine:
         self.active: list[Sequence] = []
         self.batches: list[tuple[int, int]] = []
         self.questions: list[dict[str, Any]] = []
+        self.start_with = 0
         self.dead = False
         self.shut_down = False
         self.cancelled = 0
@@ -122,6 +124,9 @@ class SimulatedEngine:
             await asyncio.sleep(STEP_SECONDS)
             self.active = [sequence for sequence in self.active if not sequence.cancelled]
             self.waiting = deque(sequence for sequence in self.waiting if not sequence.cancelled)
+            if len(self.active) + len(self.waiting) < self.start_with:
+                continue
+            self.start_with = 0
             while self.waiting and len(self.active) < self.config.max_batch_size:
                 self.active.append(self.waiting.popleft())
             if self.active:
