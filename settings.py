@@ -45,6 +45,7 @@ class Settings:
         behind_proxy: Whether a reverse proxy on this machine passes other machines' requests on, so that a request from
             this machine is not necessarily its user's.
         upload_quota: Bytes of photos that visitors upload for training runs, of all visitors together.
+        retention_months: Months after which usage events are archived.
         metrics_token: SHA-256 digest of the token that may only read /v1/usage and /metrics. Not part of the repr.
         state_bucket: Hugging Face Storage Bucket that keeps the state of `data_dir`, as owner/name.
         state_bucket_token: Token with write access to it; by default HF_TOKEN. Not part of the repr.
@@ -73,6 +74,7 @@ class Settings:
     guest_runs: bool = False
     behind_proxy: bool = False
     upload_quota: int = 2_000_000_000
+    retention_months: int = 13
     metrics_token: str = field(default="", repr=False)
     state_bucket: str | None = None
     state_bucket_token: str | None = field(default=None, repr=False)
@@ -93,7 +95,7 @@ class Settings:
         - Access: PLAYGROUND_ADMINS (user names on Hugging Face, separated by commas), GUEST_RUNS and PLAYGROUND_PROXIED
           (1 or 0). A Space with `hf_oauth` sets OAUTH_CLIENT_ID.
         - Usage: PREVIEW_BRANCH, PREVIEW_COMMIT, SPACE_ID, PRICES_FILE, HARDWARE, METRICS_TOKEN (a token or "sha256:"
-          and its digest, with which a program may only read usage and metrics).
+          and its digest, with which a program may only read usage and metrics), USAGE_RETENTION_MONTHS (2 to 120).
         - State: STATE_BUCKET (owner/name), STATE_BUCKET_TOKEN, STATE_BUCKET_SECONDS (1 to 3600).
 
         Args:
@@ -130,6 +132,7 @@ class Settings:
             upload_quota=_parse_megabytes("UPLOAD_QUOTA_MB", env["UPLOAD_QUOTA_MB"])
             if "UPLOAD_QUOTA_MB" in env
             else cls.upload_quota,
+            retention_months=_parse_months(env.get("USAGE_RETENTION_MONTHS", str(cls.retention_months))),
             metrics_token=_parse_secret("METRICS_TOKEN", env["METRICS_TOKEN"]) if "METRICS_TOKEN" in env else "",
             state_bucket=_parse_bucket(env["STATE_BUCKET"]) if "STATE_BUCKET" in env else None,
             state_bucket_token=env.get("STATE_BUCKET_TOKEN"),
@@ -163,6 +166,12 @@ def _parse_save_interval(text: str) -> float:
     if not 1 <= seconds <= 3600:
         raise SettingsError("STATE_BUCKET_SECONDS must be a number of seconds from 1 to 3600.")
     return seconds
+
+
+def _parse_months(text: str) -> int:
+    if not text.isdecimal() or not 2 <= int(text) <= 120:
+        raise SettingsError("USAGE_RETENTION_MONTHS must be a number of months from 2 to 120.")
+    return int(text)
 
 
 def _parse_names(name: str, text: str) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ def router(analytics: UsageAnalytics, budgets: Budgets, recorder: Recorder) -> A
     """Create the routes, which only read."""
     routes = APIRouter()
     registry = CollectorRegistry()
-    registry.register(UsageCollector(analytics.database, budgets, recorder))
+    registry.register(UsageCollector(analytics.cache, budgets, recorder))
 
     @routes.get("/v1/usage")
     def usage_metrics(query: Annotated[UsageFilterQuery, Query()]) -> JSONResponse:
@@ -75,7 +75,7 @@ def router(analytics: UsageAnalytics, budgets: Budgets, recorder: Recorder) -> A
     @routes.get("/v1/usage.{kind}")
     def usage_events(kind: Literal["csv", "parquet"], query: Annotated[UsageFilterQuery, Query()]) -> StreamingResponse:
         usage_filter = query.to_filter()
-        chunks = export_events(analytics.database, usage_filter, kind)
+        chunks = export_events(analytics.cache, usage_filter, kind)
         first = _or_unavailable(lambda: next(chunks))  # an unreachable database is an error, not an empty file
         name = f"usage-{re.sub(r'[^a-z0-9]+', '-', usage_filter.period)}.{kind}"
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}

@@ -69,6 +69,11 @@ class Database:
         """Name of the SQL dialect: "sqlite" or "postgresql"."""
         return self._engine.dialect.name
 
+    @property
+    def address(self) -> str:
+        """The URL without its password."""
+        return self._url.render_as_string(hide_password=True)
+
     def insert(self, table: Table) -> postgresql.Insert | sqlite.Insert:
         """Return an INSERT statement of this dialect, which supports ON CONFLICT."""
         return (postgresql if self.dialect == "postgresql" else sqlite).insert(table)

@@ -59,7 +59,8 @@ KINDS = Table(
     *(Column(name, Text) for name in (*NAME_COLUMNS, *BASIS_COLUMNS)),
     Column("payer", Text),
 )
-# Unknown numbers are NULL. `kind` is an id in usage_kinds. `session` is a visitor hash; see usage/events.py.
+# Unknown numbers are NULL. `kind` is an id in usage_kinds. `session` is a visitor hash; see usage/events.py. Events are
+# also numbered in the order of insertion: see EVENT_NUMBER.
 EVENTS = Table(
     "usage_events",
     METADATA,
@@ -69,16 +70,24 @@ EVENTS = Table(
     Column("request", String(64)),
     Column("session", String(64)),
 )
-# One row per hour (microseconds since 1970). `changes` counts the batches with events of this hour. `cells` is the
-# hour's roll-up, valid while `built` equals `changes`. `sealed`: the events themselves may have been deleted.
+EVENT_NUMBER = {"sqlite": "usage_events.rowid", "postgresql": "usage_events.number"}
+# One row per hour (microseconds since 1970). `changes` counts the transactions that changed events of this hour: every
+# INSERT, UPDATE or DELETE of events increments it, and caches then compare the hour. The table's other columns serve
+# earlier versions.
 HOURS = Table(
     "usage_hours",
     METADATA,
     Column("hour", BigInteger, primary_key=True),
     Column("changes", BigInteger),
-    Column("built", BigInteger),
-    Column("sealed", Boolean),
-    Column("cells", LargeBinary),
+)
+# Old events as Parquet, several files per month ("2026-11"). Written in the transaction that deletes the events.
+ARCHIVE = Table(
+    "usage_archive",
+    METADATA,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("month", String(7)),
+    Column("events", BigInteger),
+    Column("content", LargeBinary),
 )
 # `limit` per calendar month (UTC), in billionths of a US dollar. The branch "" stands for all branches.
 BUDGETS = Table(

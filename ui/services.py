@@ -23,7 +23,9 @@ from ui.playground.compare import ComparisonMeter
 from ui.playground.limits import ComparisonLimiter
 from ui.playground.link import PlaygroundSettings
 from ui.playground.picker import model_picker
+from ui.playground.warm_up import WarmUp
 from usage.analytics import UsageAnalytics
+from usage.archive import RETENTION_MONTHS
 from usage.budgets import Budgets
 from usage.events import Deployment
 from usage.prices import Prices
@@ -45,6 +47,7 @@ class AppServices:
         access: Determines who sends a request.
         comparisons: Limits the comparisons of each visitor.
         upload_quota: Bytes of photos that all visitors together may upload for training runs.
+        warm_up: Loads the default models when the page is opened for the first time; None loads them at the first Run.
         state_bucket: Keeps the state in the data folder, if the deployment has a bucket.
     """
 
@@ -58,6 +61,7 @@ class AppServices:
     access: AccessControl = field(default_factory=AccessControl)
     comparisons: ComparisonLimiter = field(default_factory=ComparisonLimiter)
     upload_quota: int = TOTAL_QUOTA_BYTES
+    warm_up: WarmUp | None = None
     state_bucket: StateBucket | None = None
 
     @property
@@ -74,6 +78,7 @@ class AppServices:
     def close(self) -> None:
         """Write the usage events in memory to disk, and the state to its bucket. Call before the process ends."""
         self.meter.recorder.close()
+        self.usage.cache.close()
         if self.state_bucket:
             self.state_bucket.stop()
 
@@ -89,6 +94,7 @@ class AppServices:
         run_inline: Callable[[str], object] | None = None,
         access: AccessControl | None = None,
         upload_quota: int = TOTAL_QUOTA_BYTES,
+        retention_months: int = RETENTION_MONTHS,
     ) -> AppServices:
         """Build the services: register the enabled adapters and resume unfinished runs.
 
@@ -102,6 +108,7 @@ class AppServices:
             run_inline: Function that does a run in this process instead of `command`; see `RunQueue`.
             access: Determines who sends a request. By default requests from this machine are the administrator's.
             upload_quota: Bytes of photos that all visitors together may upload for training runs.
+            retention_months: Months after which usage events are archived.
 
         Raises:
             StoreError: The database cannot be opened.
@@ -110,8 +117,10 @@ class AppServices:
         runs = RunStore(data_dir / "runs")
         adapters = AdapterRegistry(runs)
         adapters.load()
-        recorder = Recorder(database, data_dir / "usage-spool", deployment or Deployment())
+        recorder = Recorder(database, data_dir / "usage-spool", deployment or Deployment(), retention_months)
         recorder.start()
+        usage = UsageAnalytics(database, data_dir)
+        usage.cache.start()
         budgets = Budgets(database)
         meter = ComparisonMeter(recorder, prices or Prices(), hardware, budgets)
 
@@ -135,7 +144,7 @@ class AppServices:
             runs,
             worker,
             adapters,
-            UsageAnalytics(database),
+            usage,
             budgets,
             meter,
             access or AccessControl(),

@@ -1,26 +1,24 @@
-"""Usage analytics: metrics, time series, latency against reward, errors and recent calls. Read-only queries."""
+"""Usage analytics: metrics, time series, latency against reward, errors and recent calls, in SQL."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from sqlalchemy import Select, select
+import duckdb
 
 from storage.database import Database
-from storage.tables import DOLLAR, EVENTS, KINDS, REWARD, SECOND
-from usage.column_store import ColumnStore, EventKind, exact_sums
+from storage.tables import DOLLAR, REWARD, SECOND
+from usage.cache import EventCache
 from usage.events import OUTCOMES, UsageEvent
-from usage.rollups import RollupReader
-from usage.sketch import MAX_SORTED, RELATIVE_ERROR, grouped_quantiles
 from usage.time_window import FilterError, UsageFilter, Window, bin_size, bin_starts, from_micros, to_micros
 
 MAX_RECENT = 500
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
-CENT = DOLLAR // 100
 UNITS = {
     "calls": "calls",
     "error_rate": "share of calls",
@@ -31,6 +29,36 @@ UNITS = {
     "reward_per_cent": "reward per US cent",
 }
 GROUPINGS = ("branch", "model", "skill", "outcome")
+
+# The metrics in SQL. Columns are integers: microseconds, billionths of a dollar, millionths of a reward. Cancelled
+# calls did not fail; percentiles are by nearest rank.
+LATENCIES = f"quantile_disc(latency, {list(QUANTILES.values())})"
+MEASURES = {
+    "calls": "count(*)",
+    "error_rate": "count_if(outcome = 'error') / count(*)",
+    **{name: f"quantile_disc(latency, {share}) / 1e6" for name, share in QUANTILES.items()},
+    "first_token": "quantile_disc(first_token, 0.5) / 1e6",
+    "tokens": "sum(tokens_in + tokens_out)",
+    "cost": "sum(cost) / 1e9",
+    "cost_per_request": "sum(cost) / 1e9 / count(cost)",
+    "reward_per_cent": """sum(reward) FILTER (cost IS NOT NULL) / 1e6
+        / nullif(sum(cost) FILTER (reward IS NOT NULL) / 1e7, 0)""",
+}
+COUNTS = {
+    "unpriced": "count(*) - count(cost)",
+    "uncounted": "count(*) - count(tokens_in + tokens_out)",
+    "estimated": "count_if(cost_basis = 'estimated')",
+}
+# Maps each slot of $slot microseconds to the number of its bin; $edges has the bins' starts and the last one's end.
+BINS = """
+    CREATE OR REPLACE TEMP TABLE bins AS
+    SELECT unnest(range($edges[i] // $slot, $edges[i + 1] // $slot)) AS slot, i - 1 AS bin
+    FROM range(1, len($edges)) AS edges(i)
+"""
+KINDS = "JOIN kinds USING (kind)"
+SLOTS = {"minute": 60 * SECOND}  # otherwise a quarter of an hour, of which all offsets of time zones are multiples
+QUARTER = 15 * 60 * SECOND
+RECENT_SHARES = (1 / 256, 1 / 16, 1)  # of the period in which recent events are searched, one after the other
 
 
 @dataclass(frozen=True)
@@ -70,7 +98,6 @@ class Metrics:
         unpriced: Number of calls without a known cost.
         uncounted: Number of calls without known token counts.
         estimated: Number of calls whose cost is estimated.
-        percentile_error: Largest relative error of a percentile; 0.0 if exact.
     """
 
     window: Window
@@ -87,7 +114,6 @@ class Metrics:
     unpriced: int
     uncounted: int
     estimated: int
-    percentile_error: float
 
 
 @dataclass(frozen=True)
@@ -194,42 +220,48 @@ class UsageAnalytics:
     `now` is the end of the filter's period in all methods; the default is the current time.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, data_dir: Path | None = None) -> None:
+        """Create the queries without reading anything.
+
+        Args:
+            database: The database with the events.
+            data_dir: Folder of the local cache; None for one in memory.
+        """
         self.database = database
-        self._reader = RollupReader(database)
+        self.cache = EventCache(database, data_dir)
 
     def options(self) -> FilterOptions:
         """Return the choices of the filters."""
-        kinds = self._reader.kinds().values()
-        names = {field: tuple(sorted({getattr(kind, field) for kind in kinds})) for field in GROUPINGS}
-        return FilterOptions(names["branch"], names["model"], names["skill"])
+        with self.cache.read() as cursor:
+            names = [
+                tuple(name for (name,) in cursor.execute(f"SELECT DISTINCT {column} FROM kinds ORDER BY 1").fetchall())
+                for column in ("branch", "model", "skill")
+            ]
+        return FilterOptions(*names)
 
     def dashboard(self, usage_filter: UsageFilter, by: str = "branch", now: datetime | None = None) -> Dashboard:
         """Query the content of the Usage tab. Charts have one line per value of `by`: "branch" or "model"."""
-        window = _window(usage_filter, now)
-        current, previous = self._read(usage_filter, window), self._read(usage_filter, window.previous)
-        starts = bin_starts(window, usage_filter.zone)
-        aggregate = Aggregate(current, starts)
-        models = list(_models(aggregate))
-        branches = usage_filter.branches if len(usage_filter.branches) > 1 else ()
-        return Dashboard(
-            _metrics(window, current, previous),
-            tuple(
-                (name, _metrics(window, current.only("branch", name), previous.only("branch", name)))
-                for name in branches
-            ),
-            _series(aggregate, starts, window, "calls", by),
-            _latency_series(aggregate, starts, window),
-            _series(aggregate, starts, window, "cost", by),
-            tuple(cost for cost, _ in models),
-            tuple(point for _, point in models),
-            _errors(aggregate),
-        )
+        with self._open(usage_filter, now) as selection:
+            metrics = selection.metrics()
+            branches = usage_filter.branches if len(usage_filter.branches) > 1 else ()
+            by_branch = selection.metrics("branch") if branches else {}
+            volume, cost = selection.series(("calls", "cost"), by)
+            models = selection.models()
+            return Dashboard(
+                metrics[""],
+                tuple((name, by_branch.get(name) or selection.no_metrics()) for name in branches),
+                volume,
+                selection.latency_series(),
+                cost,
+                tuple(cost for cost, _ in models),
+                tuple(point for _, point in models),
+                selection.errors(),
+            )
 
     def metrics(self, usage_filter: UsageFilter, now: datetime | None = None) -> Metrics:
         """Query the metrics of a filter."""
-        window = _window(usage_filter, now)
-        return _metrics(window, self._read(usage_filter, window), self._read(usage_filter, window.previous))
+        with self._open(usage_filter, now) as selection:
+            return selection.metrics()[""]
 
     def series(self, usage_filter: UsageFilter, measure: str, by: str = "", now: datetime | None = None) -> Series:
         """Query a metric over time.
@@ -243,257 +275,157 @@ class UsageAnalytics:
         Raises:
             FilterError: `measure` or `by` is unknown.
         """
-        window = _window(usage_filter, now)
         if measure not in UNITS or by not in ("", *GROUPINGS):
             raise FilterError(f"measure must be one of {', '.join(UNITS)}, and by one of {', '.join(GROUPINGS)}.")
-        starts = bin_starts(window, usage_filter.zone)
-        return _series(Aggregate(self._read(usage_filter, window), starts), starts, window, measure, by)
+        with self._open(usage_filter, now) as selection:
+            (series,) = selection.series((measure,), by)
+            return series
 
     def recent(self, usage_filter: UsageFilter, limit: int = 50, now: datetime | None = None) -> tuple[UsageEvent, ...]:
         """Return the latest events, newest first; at most `MAX_RECENT`."""
-        query = select_events(usage_filter, _window(usage_filter, now))
-        query = query.order_by(EVENTS.c.time.desc(), EVENTS.c.id.desc()).limit(max(0, min(limit, MAX_RECENT)))
-        with self.database.transaction() as connection:
-            rows = connection.execute(query).mappings().all()
-        return tuple(to_event(row) for row in rows)
+        with self._open(usage_filter, now) as selection:
+            return selection.recent(max(0, min(limit, MAX_RECENT)))
 
-    def _read(self, usage_filter: UsageFilter, window: Window) -> ColumnStore:
-        start, end = to_micros(window.start), to_micros(window.end)
-        return self._reader.read(start, end, lambda kind: matches(kind, usage_filter))
-
-
-def _window(usage_filter: UsageFilter, now: datetime | None) -> Window:
-    return usage_filter.window(now or datetime.now(timezone.utc))
+    @contextmanager
+    def _open(self, usage_filter: UsageFilter, now: datetime | None) -> Iterator[Selection]:
+        with self.cache.read() as cursor:
+            window = usage_filter.window(now or datetime.now(timezone.utc))
+            yield Selection(cursor, usage_filter, window)
 
 
-def _filter_names(usage_filter: UsageFilter) -> dict[str, tuple[str, ...]]:
-    """Return the selected names by field of `EventKind`, of which () selects all."""
-    return {
+def conditions(usage_filter: UsageFilter) -> tuple[str, dict[str, list[str]]]:
+    """Return the SQL condition on the names that a filter selects, and its parameters."""
+    names = {
         "branch": usage_filter.branches,
         "model": usage_filter.models,
         "skill": usage_filter.skills,
         "outcome": usage_filter.outcomes,
     }
-
-
-def matches(kind: EventKind, usage_filter: UsageFilter) -> bool:
-    """Check whether a filter selects events of this kind."""
-    return all(not names or getattr(kind, field) in names for field, names in _filter_names(usage_filter).items())
-
-
-def select_events(usage_filter: UsageFilter, window: Window) -> Select:
-    """Return the unordered SELECT of a filter's events. Convert its rows with `to_event`."""
-    query = select(EVENTS, *(column for column in KINDS.c if column.name not in ("id", "digest")))
-    query = query.join(KINDS, KINDS.c.id == EVENTS.c.kind)
-    query = query.where(EVENTS.c.time >= to_micros(window.start), EVENTS.c.time < to_micros(window.end))
-    for column, names in _filter_names(usage_filter).items():
-        if names:
-            query = query.where(KINDS.c[column].in_(names))
-    return query
-
-
-def to_event(row: Mapping[Any, Any]) -> UsageEvent:
-    """Convert a row of `select_events` to the recorded event."""
-    values = {name: value for name, value in row.items() if name not in ("kind", "request")}
-    for name, unit in {"latency": SECOND, "first_token": SECOND, "queue": SECOND, "cost": DOLLAR}.items():
-        values[name] = None if values[name] is None else values[name] / unit
-    reward = values["reward"]
-    values |= {"time": from_micros(values["time"]), "reward": None if reward is None else reward / REWARD}
-    return UsageEvent(**values, request_id=row["request"])
-
-
-# ── Aggregation ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Aggregate:
-    """Sums of rows by bin and kind, from which the totals of any selection of kinds are computed."""
-
-    def __init__(self, rows: ColumnStore, starts: Sequence[datetime]) -> None:
-        """Sum rows.
-
-        Args:
-            rows: The rows.
-            starts: Start of each bin.
-        """
-        self.rows, self.bin_count = rows, len(starts)
-        kind_ids = np.array(sorted(rows.kinds), np.int64)
-        self.kinds = [rows.kinds[int(kind_id)] for kind_id in kind_ids]
-        kind_indices = np.zeros(int(kind_ids.max(initial=0)) + 1, np.int64)
-        kind_indices[kind_ids] = np.arange(len(kind_ids))
-        edges = np.array([to_micros(start) for start in starts])
-        columns = rows.columns
-        self.bins = np.maximum(np.searchsorted(edges, columns["time"], side="right") - 1, 0)  # bin of each row
-        self.kind = kind_indices[columns["kind"]]  # index in `kinds` of each row
-        # int64 [bins, kinds, 6]: calls, tokens, cost; and calls, rewards (millionths) and cost of the scored calls.
-        size = self.bin_count * len(self.kinds)
-        groups, rewarded = self.bins * len(self.kinds) + self.kind, columns["rewarded"]
-        tokens = columns["tokens_in"] + columns["tokens_out"]
-        sums = [exact_sums(groups, column, size) for column in (columns["calls"], tokens, columns["cost"])]
-        sums += [exact_sums(groups[rewarded], columns[c][rewarded], size) for c in ("calls", "reward", "cost")]
-        self.sums = np.stack(sums, axis=-1).reshape(self.bin_count, len(self.kinds), 6)
-
-    def names(self, field: str) -> list[str]:
-        """Return the names in a field of `EventKind` that have calls, sorted."""
-        indices = np.flatnonzero(self.sums[:, :, 0].sum(axis=0))
-        return sorted({getattr(self.kinds[index], field) for index in indices})
-
-    def totals(self, selected: Callable[[EventKind], bool] = lambda _: True) -> list[Totals]:
-        """Return the totals of the selected kinds for each bin."""
-        masks = [np.array([selected(kind) and check(kind) for kind in self.kinds], bool) for check in CHECKS]
-        calls, failed, priced, counted, estimated = (self.sums[:, mask].sum(axis=1) for mask in masks)
-        columns = (
-            calls[:, 0], failed[:, 0], priced[:, 0], priced[:, 2], counted[:, 0], counted[:, 1],
-            estimated[:, 0], calls[:, 3], calls[:, 4], priced[:, 4], priced[:, 5],
-        )  # fmt: skip
-        return [Totals(*map(int, row)) for row in np.stack(columns, axis=-1)]
-
-    def latency(self, groups: np.ndarray, count: int, shares: Sequence[float]) -> list[list[float | None]]:
-        """Return quantiles of the latency in seconds for each of `count` groups; `groups` has the group of each row."""
-        columns = self.rows.columns
-        values = grouped_quantiles(
-            columns["latency"], columns["calls"], columns["latency_bucket"], groups, count, shares
-        )
-        return [[_to_seconds(value) for value in row] for row in values]
-
-    def first_token(self, groups: np.ndarray, count: int) -> list[float | None]:
-        """Return the median time to the first token in seconds for each group, of calls that report it."""
-        known = self.rows.columns["first_bucket"] >= 0
-        sums, calls, buckets = (self.rows.columns[name][known] for name in ("first_token", "calls", "first_bucket"))
-        medians = grouped_quantiles(sums, calls, buckets, groups[known], count, [0.5])
-        return [_to_seconds(median) for (median,) in medians]
-
-    def groups(self, field: str, names: Sequence[str]) -> np.ndarray:
-        """Return for each row the index in `names` of its kind's name."""
-        indices = {name: index for index, name in enumerate(names)}
-        return np.array([indices.get(getattr(kind, field), 0) for kind in self.kinds], np.int64)[self.kind]
-
-
-CHECKS: tuple[Callable[[EventKind], bool], ...] = (
-    lambda _: True,
-    lambda kind: kind.failed,
-    lambda kind: kind.priced,
-    lambda kind: kind.counted,
-    lambda kind: kind.estimated,
-)
+    parameters = {column: list(selected) for column, selected in names.items() if selected}
+    selected = " AND ".join(f"{column} IN (SELECT unnest(${column}))" for column in parameters)
+    return f"kind IN (SELECT kind FROM kinds WHERE {selected})" if selected else "true", parameters
 
 
 @dataclass(frozen=True)
-class Totals:
-    """Sums over calls. Costs are in billionths of a US dollar, rewards in millionths.
+class Selection:
+    """The events that a filter selects, in one state of the cache."""
 
-    Attributes:
-        calls: Number of calls.
-        failed: Number of failed calls.
-        priced: Number of calls with a known cost.
-        cost: Their cost.
-        counted: Number of calls with known token counts.
-        tokens: Their tokens.
-        estimated: Number of calls with an estimated cost.
-        scored: Number of calls with a reward.
-        reward: Their rewards.
-        priced_reward: Rewards of the calls with a reward and a known cost.
-        priced_reward_cost: Cost of these calls.
-    """
+    cursor: duckdb.DuckDBPyConnection
+    usage_filter: UsageFilter
+    window: Window
 
-    calls: int
-    failed: int
-    priced: int
-    cost: int
-    counted: int
-    tokens: int
-    estimated: int
-    scored: int
-    reward: int
-    priced_reward: int
-    priced_reward_cost: int
+    def query(self, columns: str, join: str = "", end: str = "", **parameters: Any) -> list[tuple[Any, ...]]:
+        """Select columns of the window's events; `start` in `parameters` replaces the window's start."""
+        condition, names = conditions(self.usage_filter)
+        sql = f"SELECT {columns} FROM events {join} WHERE time >= $start AND time < $end AND {condition} {end}"
+        span = {"start": to_micros(self.window.start), "end": to_micros(self.window.end)}
+        return self.cursor.execute(sql, {**span, **names, **parameters}).fetchall()
 
-    def measure(self, name: str) -> float | None:
-        """Return a metric of `UNITS` that is not a percentile."""
-        match name:
-            case "calls":
-                return self.calls
-            case "error_rate":
-                return self.failed / self.calls if self.calls else None
-            case "tokens":
-                return self.tokens if self.counted else None
-            case "cost":
-                return self.cost / DOLLAR if self.priced else None
-            case "cost_per_request":
-                return self.cost / (DOLLAR * self.priced) if self.priced else None
-            case _:
-                cost = self.priced_reward_cost
-                return self.priced_reward * CENT / (REWARD * cost) if cost else None
+    def metrics(self, by: str = "") -> dict[str, Metrics]:
+        """Return the metrics by the names in the column `by`, or of all events by the name ""."""
+        measures = {name: sql for name, sql in {**MEASURES, **COUNTS}.items() if name not in QUANTILES}
+        columns = [by or "''", "time >= $middle", LATENCIES, *measures.values()]
+        start, middle = to_micros(self.window.previous.start), to_micros(self.window.start)
+        rows = self.query(", ".join(columns), KINDS, "GROUP BY 1, 2", start=start, middle=middle)
+        values = {
+            (name, is_current): {
+                **{quantile: value / SECOND for quantile, value in zip(QUANTILES, latencies, strict=True)},
+                **dict(zip(measures, rest, strict=True)),
+            }
+            for name, is_current, latencies, *rest in rows
+        }
+        names = {name for name, _ in values} if by else {""}
+        return {name: self._metrics(values.get((name, True), {}), values.get((name, False), {})) for name in names}
+
+    def no_metrics(self) -> Metrics:
+        """Return the metrics of no events."""
+        return self._metrics({}, {})
+
+    def _metrics(self, current: Mapping[str, Any], previous: Mapping[str, Any]) -> Metrics:
+        empty = {"calls": 0}
+        metrics = {
+            name: Metric((current or empty).get(name), (previous or empty).get(name), unit)
+            for name, unit in UNITS.items()
+        }
+        return Metrics(self.window, **metrics, **{name: current.get(name, 0) for name in COUNTS})
+
+    def series(self, measures: Sequence[str], by: str) -> list[Series]:
+        """Return each measure per bin, with one line per name in the column `by`, or a single line."""
+        columns = [by or "''", *(MEASURES[name] for name in measures)]
+        lines: dict[str, dict[int, list[Any]]] = {} if by else {"": {}}
+        for index, name, *values in self._by_bin(", ".join(columns), "GROUP BY 1, 2 ORDER BY 2", KINDS if by else ""):
+            lines.setdefault(name, {})[index] = values
+        return [
+            self._series(
+                name,
+                UNITS[name],
+                {line: {index: values[column] for index, values in rows.items()} for line, rows in lines.items()},
+            )
+            for column, name in enumerate(measures)
+        ]
+
+    def latency_series(self) -> Series:
+        """Return the latency percentiles per bin."""
+        rows = self._by_bin(LATENCIES, "GROUP BY 1")
+        lines = {
+            name: {index: values[column] / SECOND for index, values in rows} for column, name in enumerate(QUANTILES)
+        }
+        return self._series("latency", "s", lines)
+
+    def _by_bin(self, columns: str, end: str, join: str = "") -> list[tuple[Any, ...]]:
+        slot = SLOTS.get(bin_size(self.window), QUARTER)
+        edges = [*map(to_micros, self._starts), -(-to_micros(self.window.end) // slot) * slot]
+        self.cursor.execute(BINS, {"edges": edges, "slot": slot})
+        return self.query(f"bin, {columns}", f"{join} JOIN bins ON slot = time // $slot", end, slot=slot)
+
+    @property
+    def _starts(self) -> list[datetime]:
+        return bin_starts(self.window, self.usage_filter.zone)
+
+    def _series(self, name: str, unit: str, lines: Mapping[str, Mapping[int, Any]]) -> Series:
+        """Fill in bins without events: no calls, and no value of any other measure."""
+        starts, missing = tuple(self._starts), 0 if name == "calls" else None
+        filled = (
+            SeriesLine(line, tuple(values.get(index, missing) for index in range(len(starts))))
+            for line, values in lines.items()
+        )
+        return Series(name, unit, bin_size(self.window), starts, tuple(filled))
+
+    def models(self) -> list[tuple[ModelCost, ScatterPoint]]:
+        """Return cost, latency and reward of each model."""
+        columns = ["model", "count(*)", MEASURES["p50"], "sum(reward) / 1e6 / count(reward)"]
+        columns += [MEASURES["cost_per_request"], MEASURES["cost"], COUNTS["unpriced"]]
+        rows = self.query(", ".join(columns), KINDS, "GROUP BY model ORDER BY model")
+        return [(ModelCost(row[0], *row[5:]), ScatterPoint(*row[:5])) for row in rows]
+
+    def errors(self) -> tuple[ErrorCount, ...]:
+        """Return the classes of errors, most frequent first."""
+        rows = self.query(
+            "error, count(*)", KINDS, "AND outcome = 'error' GROUP BY error ORDER BY count(*) DESC, error"
+        )
+        return tuple(ErrorCount(*row) for row in rows)
+
+    def recent(self, limit: int) -> tuple[UsageEvent, ...]:
+        """Return the latest events, newest first. The newest part of the window usually has enough of them."""
+        names = [name for name in UsageEvent.__dataclass_fields__ if name != "request_id"]
+        columns, rows = ", ".join(f'"{name}"' for name in [*names, "request"]), []
+        start, end = to_micros(self.window.start), to_micros(self.window.end)
+        for share in RECENT_SHARES:
+            newest = end - round((end - start) * share)
+            rows = self.query(columns, KINDS, f"ORDER BY time DESC, id DESC LIMIT {limit:d}", start=newest)
+            if len(rows) >= limit:
+                break
+        return tuple(_to_event(dict(zip([*names, "request_id"], row, strict=True))) for row in rows)
 
 
-def _to_seconds(micros: float | None) -> float | None:
-    return None if micros is None else micros / SECOND
-
-
-def measure_all(rows: ColumnStore) -> tuple[dict[str, float | None], Totals]:
-    """Return every metric of `UNITS` over these rows, and the totals."""
-    aggregate = Aggregate(rows, [from_micros(0)])
-    (totals,) = aggregate.totals()
-    (latency,) = aggregate.latency(aggregate.bins, 1, list(QUANTILES.values()))
-    (first_token,) = aggregate.first_token(aggregate.bins, 1)
-    percentiles = {**dict(zip(QUANTILES, latency, strict=True)), "first_token": first_token}
-    return {name: percentiles[name] if name in percentiles else totals.measure(name) for name in UNITS}, totals
-
-
-def _metrics(window: Window, current: ColumnStore, previous: ColumnStore) -> Metrics:
-    (values, totals), (previous_values, _) = measure_all(current), measure_all(previous)
-    exact = all(rows.exact and len(rows) <= MAX_SORTED for rows in (current, previous))
-    return Metrics(
-        window,
-        **{name: Metric(values[name], previous_values[name], unit) for name, unit in UNITS.items()},
-        unpriced=totals.calls - totals.priced,
-        uncounted=totals.calls - totals.counted,
-        estimated=totals.estimated,
-        percentile_error=0.0 if exact else RELATIVE_ERROR,
-    )
-
-
-def _series(aggregate: Aggregate, starts: list[datetime], window: Window, measure: str, by: str) -> Series:
-    names = aggregate.names(by) if by else [""]
-    bin_count = aggregate.bin_count
-    if measure in (*QUANTILES, "first_token"):
-        groups = (aggregate.groups(by, names) if by else 0) * bin_count + aggregate.bins
-        count = len(names) * bin_count
-        if measure == "first_token":
-            flat = aggregate.first_token(groups, count)
-        else:
-            flat = [row[0] for row in aggregate.latency(groups, count, [QUANTILES[measure]])]
-        values = [flat[index * bin_count : (index + 1) * bin_count] for index in range(len(names))]
-    else:
-        values = [[totals.measure(measure) for totals in aggregate.totals(_has_name(by, name))] for name in names]
-    lines = tuple(SeriesLine(name, tuple(line)) for name, line in zip(names, values, strict=True))
-    return Series(measure, UNITS[measure], bin_size(window), tuple(starts), lines)
-
-
-def _has_name(field: str, name: str) -> Callable[[EventKind], bool]:
-    return (lambda kind: getattr(kind, field) == name) if field else (lambda _: True)
-
-
-def _latency_series(aggregate: Aggregate, starts: list[datetime], window: Window) -> Series:
-    by_bin = aggregate.latency(aggregate.bins, aggregate.bin_count, list(QUANTILES.values()))
-    lines = tuple(SeriesLine(name, tuple(row[index] for row in by_bin)) for index, name in enumerate(QUANTILES))
-    return Series("latency", "s", bin_size(window), tuple(starts), lines)
-
-
-def _models(aggregate: Aggregate) -> Iterator[tuple[ModelCost, ScatterPoint]]:
-    names = aggregate.names("model")
-    medians = aggregate.latency(aggregate.groups("model", names), len(names), [0.5])
-    for name, (median,) in zip(names, medians, strict=True):
-        by_bin = aggregate.totals(_has_name("model", name))
-        totals = Totals(*(sum(getattr(part, field.name) for part in by_bin) for field in fields(Totals)))
-        reward = totals.reward / REWARD / totals.scored if totals.scored else None
-        point = ScatterPoint(name, totals.calls, median or 0.0, reward, totals.measure("cost_per_request"))
-        yield ModelCost(name, totals.measure("cost"), totals.calls - totals.priced), point
-
-
-def _errors(aggregate: Aggregate) -> tuple[ErrorCount, ...]:
-    counts: dict[str, int] = {}
-    for kind, calls in zip(aggregate.kinds, aggregate.sums[:, :, 0].sum(axis=0), strict=True):
-        if kind.failed and calls:
-            counts[kind.error] = counts.get(kind.error, 0) + int(calls)
-    errors = (ErrorCount(name, calls) for name, calls in counts.items())
-    return tuple(sorted(errors, key=lambda error: (-error.calls, error.name)))
+def _to_event(values: dict[str, Any]) -> UsageEvent:
+    """Convert a row to the recorded event."""
+    for name, unit in {
+        "latency": SECOND,
+        "first_token": SECOND,
+        "queue": SECOND,
+        "cost": DOLLAR,
+        "reward": REWARD,
+    }.items():
+        values[name] = None if values[name] is None else values[name] / unit
+    return UsageEvent(**{**values, "time": from_micros(values["time"])})

@@ -26,7 +26,7 @@ from sqlalchemy import Connection, select
 from storage.database import Database
 from storage.files import write_atomically
 from storage.tables import BASIS_COLUMNS, DOLLAR, EVENTS, HOUR, HOURS, KINDS, NAME_COLUMNS, REWARD, SECOND
-from usage import rollups
+from usage.archive import RETENTION_MONTHS, archive_old_events
 from usage.events import Deployment, UsageEvent, name_digest
 from usage.time_window import from_micros, to_micros
 
@@ -34,8 +34,7 @@ SPOOL_INTERVAL = 0.5  # seconds between two spool files
 MAX_BUFFER = 100_000  # events in memory if the disk rejects writes
 MAX_SPOOL = 1 * 2**30  # bytes of spool files
 RETRY_DELAYS = (1.0, 60.0)  # first and longest delay, in seconds, between attempts to reach the database
-MAINTENANCE_INTERVAL = 60.0  # seconds between two rounds of roll-ups and retention
-MAINTENANCE_HOURS = 24  # hours of events per round
+MAINTENANCE_INTERVAL = 60.0  # seconds between two searches for old events
 DIGESTS_PER_QUERY = 500
 KIND_COLUMNS = (*NAME_COLUMNS, *BASIS_COLUMNS, "payer")
 _log = logging.getLogger(__name__)
@@ -49,18 +48,20 @@ class Recorder:
         lost: Number of events dropped because neither memory nor disk had room.
     """
 
-    def __init__(self, database: Database, folder: Path, deployment: Deployment, maintain: bool = True) -> None:
+    def __init__(
+        self, database: Database, folder: Path, deployment: Deployment, retention_months: int = RETENTION_MONTHS
+    ) -> None:
         """Create a recorder without starting its threads.
 
         Args:
             database: Destination of the events.
             folder: Folder of the spool files.
             deployment: The running deployment.
-            maintain: Whether this process also builds roll-ups and deletes old events.
+            retention_months: Months after which events are archived; see `usage.archive`.
         """
         self.deployment = deployment
         self.lost = 0
-        self._database, self._folder, self._maintain = database, folder, maintain
+        self._database, self._folder, self._retention_months = database, folder, retention_months
         self._buffer: deque[UsageEvent] = deque()
         self._lock = threading.Lock()
         self._spool_lock = threading.Lock()
@@ -167,8 +168,8 @@ class Recorder:
                     if self._stop.is_set():
                         return
                     self._deliver(file)
-                if self._maintain and time.monotonic() - maintained > MAINTENANCE_INTERVAL:
-                    run_maintenance(self._database)
+                if time.monotonic() - maintained > MAINTENANCE_INTERVAL:
+                    archive_old_events(self._database, datetime.now(timezone.utc), self._retention_months)
                     maintained = time.monotonic()
                 delay = RETRY_DELAYS[0]
             except Exception as error:
@@ -191,13 +192,6 @@ class Recorder:
             return
         insert_events(self._database, events)
         file.unlink(missing_ok=True)
-
-
-def run_maintenance(database: Database, now: datetime | None = None, hours: int = MAINTENANCE_HOURS) -> int:
-    """Build roll-ups and delete old events, for at most `hours` hours each. Return the number of processed hours."""
-    now = now or datetime.now(timezone.utc)
-    built = rollups.build(database, hours, to_micros(now))
-    return built + rollups.retire(database, hours, to_micros(now - rollups.RETENTION))
 
 
 # ── Spool files ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -229,7 +223,7 @@ def read_spool_file(file: Path) -> Iterator[UsageEvent]:
 def insert_events(database: Database, events: Sequence[UsageEvent]) -> None:
     """Insert events in one transaction; events whose id exists are ignored.
 
-    The same transaction marks their hours as changed, so that roll-ups without them become invalid.
+    The same transaction marks their hours as changed, by which caches find them; see `usage.cache`.
 
     Raises:
         StoreError: The database cannot be written; nothing was inserted.
@@ -242,7 +236,7 @@ def insert_events(database: Database, events: Sequence[UsageEvent]) -> None:
         rows = sorted((_to_row(event, kinds[_kind_names(event)]) for event in events), key=lambda row: row["id"])
         connection.execute(database.insert(EVENTS).on_conflict_do_nothing(index_elements=["id"]), rows)
         for hour in sorted({row["time"] - row["time"] % HOUR for row in rows}):
-            statement = database.insert(HOURS).values(hour=hour, changes=1, built=-1, sealed=False)
+            statement = database.insert(HOURS).values(hour=hour, changes=1)
             changed = {"changes": HOURS.c.changes + 1}
             connection.execute(statement.on_conflict_do_update(index_elements=["hour"], set_=changed))
 

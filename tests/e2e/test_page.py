@@ -118,7 +118,7 @@ def test_comparison_can_be_run_by_keyboard(open_page: OpenPage) -> None:
     page.locator("#run").focus()
     page.keyboard.press("Enter")
     page.wait_for_selector(".model-column[data-status=done]")
-    page.locator(".card-compare").first.focus()
+    page.locator(".card-divider").first.focus()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.closest('.card') === document.querySelector('.card')")
 
@@ -146,6 +146,8 @@ def test_empty_page_explains_the_steps(open_page: OpenPage) -> None:
     page = open_page("models=one")
     page.locator(".grid-empty").wait_for()
     text = page.locator(".grid-empty").inner_text()
+    assert page.locator(".grid-label").is_hidden() and page.locator(".grid-sort").is_hidden()
+    assert page.locator(".grid-status").inner_text() == ""
     for step in ("does not generate images", "Choose a photo", "Run", "demonstration model"):
         assert step in text
 

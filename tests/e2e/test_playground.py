@@ -14,14 +14,14 @@ from PIL import Image
 from inference.types import SKILLS
 from recipes import load_photo, parse, read_recipe
 from rewards import EQUAL_WEIGHTS, REWARDS, RewardFunction, score_recipes
-from tests.support.browser import OpenPage, run_comparison, set_weight
+from tests.support.browser import OpenPage, run_comparison, set_weight, violations
 from ui.playground.samples import SAMPLES
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 pytestmark = pytest.mark.browser
-BEFORE_OPACITY = "() => getComputedStyle(document.querySelector('.card .card-before')).opacity"
+SPLIT = "() => getComputedStyle(document.querySelector('.card .card-before')).clipPath"
 CAT_QUERY = "photo=chelsea.jpg&models=one,three"
 
 
@@ -94,7 +94,7 @@ def test_focused_card_keeps_the_focus_when_the_order_changes(open_page: OpenPage
     page = open_page(CAT_QUERY + "&n=8&seed=3")
     run_comparison(page)
     key = cards(page)[0]["key"]
-    page.locator(f".card[data-key='{key}'] .card-compare").focus()
+    page.locator(f".card[data-key='{key}'] .card-divider").focus()
     for name in ("sharpness", "colour"):
         set_weight(page, name, 0)
     page.wait_for_function("key => document.querySelector('.card').dataset.key !== key", arg=key)
@@ -134,17 +134,66 @@ def test_before_and_after_by_mouse_keyboard_and_touch(open_page: OpenPage) -> No
     run_comparison(page)
     card = page.locator(".card").first
     card.scroll_into_view_if_needed()
-    assert page.evaluate(BEFORE_OPACITY) == "0"
-    card.locator(".card-frame").hover(position={"x": 20, "y": 60})
-    page.wait_for_function(f"({BEFORE_OPACITY})() === '1'")
-    page.mouse.move(5, 5)
-    card.locator(".card-compare").focus()
-    page.keyboard.press("Enter")
-    assert card.locator(".card-compare").get_attribute("aria-pressed") == "true"
-    page.keyboard.press("Space")
-    assert card.locator(".card-compare").get_attribute("aria-pressed") == "false"
-    card.locator(".card-frame").tap(position={"x": 30, "y": 50})
-    assert card.locator(".card-compare").get_attribute("aria-pressed") == "true"
+    divider = card.locator(".card-divider")
+    assert page.evaluate(SPLIT) == "inset(0px 100% 0px 0px)"
+    box = divider.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 3, box["y"] + 60)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 60, steps=4)
+    page.mouse.up()
+    assert 45 <= int(divider.input_value()) <= 55
+    divider.focus()
+    page.keyboard.press("End")
+    assert page.evaluate(SPLIT) == "inset(0px 0% 0px 0px)"
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    assert divider.get_attribute("aria-valuetext") == "1 % before"
+    divider.tap(position={"x": box["width"] * 0.75, "y": 50})
+    assert 70 <= int(divider.input_value()) <= 80
+
+
+def test_full_screen_view_follows_the_order_of_the_cards(open_page: OpenPage) -> None:
+    page = open_page(CAT_QUERY + "&n=2")
+    run_comparison(page)
+    page.locator(".card-enlarge").first.click()
+    viewer = page.locator("dialog.viewer")
+    titles = []
+    for _ in range(4):
+        titles.append(viewer.locator(".viewer-title").inner_text())
+        page.keyboard.press("ArrowRight")
+    assert [title.rpartition("(")[2] for title in titles] == [f"{number} of 4)" for number in (1, 2, 3, 4)]
+    assert viewer.locator(".viewer-title").inner_text() == titles[0]
+    page.keyboard.press("ArrowLeft")
+    assert viewer.locator(".viewer-title").inner_text() == titles[3]
+    box, frame = viewer.bounding_box(), viewer.locator(".card-frame").bounding_box()
+    assert box is not None and frame is not None and frame["height"] > box["height"] / 2
+    assert violations(page) == []
+    page.keyboard.press("Escape")
+    viewer.wait_for(state="hidden")
+
+
+def test_equal_answers_are_one_card_and_the_order_can_be_that_of_the_seeds(open_page: OpenPage) -> None:
+    page = open_page("photo=chelsea.jpg&models=hostile&n=4&skill=query&prompt=why")
+    run_comparison(page)
+    assert page.locator(".card:visible").count() == 1
+    assert page.locator(".card-agree:visible").inner_text() == "4 of 4 agree"
+    assert page.locator(".grid-sort").is_hidden()
+    page = open_page("photo=chelsea.jpg&models=one&n=4")
+    run_comparison(page)
+    assert page.locator(".card-agree:visible").count() == 0
+    ranked = [card["key"] for card in cards(page)]
+    page.get_by_label("Sort by reward").uncheck()
+    assert [card["key"] for card in cards(page)] == [f"one/{index}" for index in range(4)] != ranked
+    page.get_by_label("Sort by reward").check()
+    assert [card["key"] for card in cards(page)] == ranked
+
+
+def test_skill_that_no_selected_model_has_is_disabled_with_the_reason(open_page: OpenPage) -> None:
+    page = open_page("models=one")
+    assert page.get_by_label("Segment", exact=True).is_disabled()
+    assert page.get_by_label("Detect", exact=True).is_enabled()
+    assert "Segment needs Moondream 3.1" in page.locator(".picker-skills").inner_text()
 
 
 def test_failure_stays_in_its_column(open_page: OpenPage) -> None:
@@ -332,6 +381,8 @@ def test_sliders_are_shown_for_the_scored_skill_only(open_page: OpenPage) -> Non
     """A link and a click on the skill hide the sliders alike."""
     page = open_page("")
     for name, skill in reversed(SKILLS.items()):  # the first one is selected already
+        if name == "segment":  # not a skill of the selected model
+            continue
         page.get_by_label(skill.title, exact=True).check()
         page.wait_for_selector(f"#results[data-skill={name}]")
         for part in ("#weights", "#reward-functions", "#fine-tune-reward"):

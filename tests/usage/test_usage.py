@@ -6,8 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -20,15 +18,15 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 
 from storage.database import Database, StoreError
-from usage import rollups
-from usage.analytics import UsageAnalytics
+from usage.analytics import QUARTER, UsageAnalytics
+from usage.archive import archive_old_events
 from usage.budgets import Budget, BudgetExceededError, Budgets
+from usage.cache import EventCache
 from usage.deployment import resolve_deployment
 from usage.events import VISITOR_HASH, Deployment, Payer, UsageEvent
 from usage.export import UsageCollector, export_events
 from usage.prices import PriceError, Prices
-from usage.recorder import Recorder, insert_events, run_maintenance
-from usage.sketch import RELATIVE_ERROR, bucket_index, grouped_quantiles
+from usage.recorder import Recorder, insert_events
 from usage.time_window import PERIODS, UsageFilter, bin_starts, to_micros
 
 pytestmark = pytest.mark.slow
@@ -94,17 +92,15 @@ def usage_filters(draw: st.DrawFn) -> UsageFilter:
 def test_metrics_and_series_equal_a_plain_numpy_computation(
     database: Database, events: list[UsageEvent], usage_filter: UsageFilter
 ) -> None:
+    analytics = UsageAnalytics(database)
     clear(database)
     insert_events(database, events)
     zone, branches = usage_filter.zone, usage_filter.branches
     window = usage_filter.window(NOW)
     selected = [e for e in events if window.start <= e.time < window.end and (not branches or e.branch in branches)]
-    from_events = UsageAnalytics(database).dashboard(usage_filter, now=NOW)
-    rollups.build(database, 2_000, to_micros(NOW))
-    from_rollups = UsageAnalytics(database).dashboard(usage_filter, now=NOW)
-    assert from_events == from_rollups
-    metrics = from_events.metrics
-    assert metrics.calls.value == len(selected) and metrics.percentile_error == 0.0
+    dashboard = analytics.dashboard(usage_filter, now=NOW)
+    metrics = dashboard.metrics
+    assert metrics.calls.value == len(selected)
     for name, share in {"p50": 0.5, "p95": 0.95, "p99": 0.99}.items():
         assert getattr(metrics, name).value == percentile([e.latency for e in selected], share)
     assert metrics.first_token.value == percentile([e.first_token for e in selected if e.first_token is not None], 0.5)
@@ -125,10 +121,10 @@ def test_metrics_and_series_equal_a_plain_numpy_computation(
     assert len(starts) <= 200
     times = [e.time.timestamp() for e in selected]
     bins = np.searchsorted([start.timestamp() for start in starts], times, side="right") - 1
-    for line in from_events.volume.lines:
+    for line in dashboard.volume.lines:
         branch_bins = [index for index, e in zip(bins, selected, strict=True) if e.branch == line.name]
         assert list(line.values) == np.bincount(np.array(branch_bins, int), minlength=len(starts)).tolist()
-    for line in from_events.latency.lines:
+    for line in dashboard.latency.lines:
         share = {"p50": 0.5, "p95": 0.95, "p99": 0.99}[line.name]
         by_bin = [[e.latency for p, e in zip(bins, selected, strict=True) if p == n] for n in range(len(starts))]
         assert list(line.values) == [percentile(values, share) for values in by_bin]
@@ -153,7 +149,6 @@ def test_sqlite_and_postgresql_give_the_same_dashboard(tmp_path: Path, postgres_
     for url in (f"sqlite:///{tmp_path / 'usage.sqlite3'}", postgres_url):
         database = Database(url)
         insert_events(database, events)
-        rollups.build(database, 500, to_micros(NOW))
         analytics = UsageAnalytics(database)
         filters = [UsageFilter(period, zone="America/New_York") for period in PERIODS]
         dashboards.append([analytics.dashboard(usage_filter, now=NOW) for usage_filter in filters])
@@ -166,24 +161,7 @@ def test_day_bins_start_at_local_midnight_without_gaps(zone: str) -> None:
     starts = bin_starts(window, zone)
     assert starts[0] <= window.start and starts[-1] < window.end and starts == sorted(set(starts))
     assert all(start.astimezone(ZoneInfo(zone)).hour == 0 for start in starts)
-    assert all(to_micros(start) % rollups.QUARTER == 0 for start in starts)
-
-
-def test_retired_hours_keep_their_metrics_and_accept_late_events(database: Database) -> None:
-    time = (NOW - timedelta(days=100)).replace(minute=5, second=0)
-    events = [UsageEvent(time + timedelta(seconds=n), "m", "recipe", latency=n / 10) for n in range(50)]
-    insert_events(database, events)
-    start = time.replace(minute=0)
-    usage_filter = UsageFilter("custom", start=start, end=start + timedelta(hours=3))
-    metrics = UsageAnalytics(database).metrics(usage_filter)
-    assert rollups.retire(database, 10, to_micros(NOW - rollups.RETENTION)) == 1
-    with database.transaction() as connection:
-        assert connection.execute(text("SELECT count(*) FROM usage_events")).scalar() == 0
-    assert UsageAnalytics(database).metrics(usage_filter) == metrics
-    insert_events(database, [UsageEvent(time, "m", "recipe", latency=9.0)])
-    assert UsageAnalytics(database).metrics(usage_filter).calls.value == 51
-    rollups.build(database, 10, to_micros(NOW))
-    assert UsageAnalytics(database).metrics(usage_filter).calls.value == 51
+    assert all(to_micros(start) % QUARTER == 0 for start in starts)
 
 
 def counters(collector: UsageCollector) -> dict[tuple[str, ...], float]:
@@ -215,62 +193,24 @@ def test_prometheus_counters_do_not_fall_at_retention(database: Database, tmp_pa
         ]
 
     recorder = Recorder(database, tmp_path / "spool", Deployment())
-    collector = UsageCollector(database, Budgets(database), recorder)
-    old = NOW - timedelta(days=100)
-    insert_events(database, record(old, 2_500))  # more than MAX_EXACT in one hour
-    insert_events(database, record(old + timedelta(hours=5), 40, 3_000))
+    collector = UsageCollector(EventCache(database), Budgets(database), recorder)
+    old = NOW - timedelta(days=500)
+    insert_events(database, record(old, 2_500))
+    insert_events(database, record(old + timedelta(days=40), 40, 3_000))
     insert_events(database, record(NOW - timedelta(hours=2), 40, 4_000))
     before = counters(collector)
     assert sum(before["moondream_calls_total", "local", f"m{n}", "recipe", "ok"] for n in range(3)) == 2_580
-    for hours in (1, 10):  # part of the old hours, then the rest
-        run_maintenance(database, NOW, hours)
-        assert counters(collector) == before
-        assert counters(UsageCollector(database, Budgets(database), recorder)) == before  # after a restart
+    assert archive_old_events(database, NOW) == 2_540
     with database.transaction() as connection:
         assert connection.execute(text("SELECT count(*) FROM usage_events")).scalar() == 40
-    insert_events(database, record(old, 30, 5_000))  # late events of a retired hour
+    assert counters(collector) == before
+    assert counters(UsageCollector(EventCache(database), Budgets(database), recorder)) == before  # after a restart
+    insert_events(database, record(old, 30, 5_000))  # late events of an archived month
     late = counters(collector)
     key = ("moondream_calls_total", "local", "m0", "recipe", "ok")
     assert late[key] == before[key] + 10 and all(late[name] >= value for name, value in before.items())
-    run_maintenance(database, NOW, 10)
+    assert archive_old_events(database, NOW) == 30
     assert counters(collector) == late
-
-
-def test_hour_unpacked_by_two_threads_is_counted_once_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    database = Database(f"sqlite:///{tmp_path / 'usage.sqlite3'}")
-    hours = [NOW.replace(minute=0, second=0) - timedelta(hours=n) for n in (2, 3)]
-    insert_events(database, [UsageEvent(hour, "m", "recipe") for hour in hours])
-    rollups.build(database, 10, to_micros(NOW))
-    both_unpack, unpack = threading.Barrier(2, timeout=30), rollups.unpack
-
-    def unpack_together(packed: bytes | None) -> np.ndarray:
-        both_unpack.wait()
-        return unpack(packed)
-
-    hour_size = rollups.ROW.itemsize
-    reader = rollups.RollupReader(database, cache_size=2 * hour_size)
-    monkeypatch.setattr(rollups, "unpack", unpack_together)
-
-    def read(_: int) -> int:
-        return len(reader.read(to_micros(hours[0]), to_micros(hours[0]) + rollups.HOUR, lambda _: True))
-
-    with ThreadPoolExecutor(2) as threads:
-        assert list(threads.map(read, range(2))) == [1, 1]
-    monkeypatch.setattr(rollups, "unpack", unpack)
-    reader.read(to_micros(hours[1]), to_micros(hours[1]) + rollups.HOUR, lambda _: True)
-    monkeypatch.delattr(rollups, "unpack")  # both hours fit into the cache: nothing is unpacked again
-    for hour in hours:
-        assert len(reader.read(to_micros(hour), to_micros(hour) + rollups.HOUR, lambda _: True)) == 1
-
-
-def test_percentiles_from_buckets_are_within_the_stated_error() -> None:
-    values = np.random.default_rng(1).lognormal(13, 2, 200_000).astype(np.int64)
-    calls, groups = np.ones(len(values)), np.zeros(len(values), int)
-    (quantiles,) = grouped_quantiles(values, calls, bucket_index(values), groups, 1, [0.5, 0.95, 0.99])
-    exact = np.quantile(values, [0.5, 0.95, 0.99], method="inverted_cdf")
-    assert np.abs(np.array(quantiles, float) / exact - 1).max() <= RELATIVE_ERROR < 0.01
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES, ids=range(len(HOSTILE_NAMES)))
@@ -280,7 +220,7 @@ def test_hostile_names_are_stored_filtered_and_exported(database: Database, name
     later = NOW + timedelta(seconds=1)
     assert UsageAnalytics(database).metrics(usage_filter, now=later).calls.value == 1
     assert UsageAnalytics(database).recent(usage_filter, now=later)[0].branch == name.replace("\x00", "\ufffd")
-    content = b"".join(export_events(database, usage_filter, "csv", later)).decode()
+    content = b"".join(export_events(EventCache(database), usage_filter, "csv", later)).decode()
     (row,) = csv.DictReader(io.StringIO(content))
     expected = f"'{name}" if name.startswith("=") else name  # a spreadsheet would evaluate it
     assert row["branch"] == expected.replace("\x00", "\ufffd")
@@ -289,7 +229,7 @@ def test_hostile_names_are_stored_filtered_and_exported(database: Database, name
 def test_parquet_export_contains_all_events(database: Database) -> None:
     events = [UsageEvent(NOW - timedelta(seconds=n), "m", "recipe", latency=n / 7) for n in range(1, 6_001)]
     insert_events(database, events)
-    table = pq.read_table(io.BytesIO(b"".join(export_events(database, UsageFilter(), "parquet", NOW))))
+    table = pq.read_table(io.BytesIO(b"".join(export_events(EventCache(database), UsageFilter(), "parquet", NOW))))
     assert sorted(table["id"].to_pylist()) == sorted(event.id for event in events)
     assert table["cost"].null_count == len(events)
 
@@ -322,9 +262,9 @@ def test_spool_file_that_the_delivery_deletes_does_not_stop_the_spooling(databas
 def exported(database: Database) -> bytes:
     """Return both exports; Parquet as text of its rows, because its columns are compressed."""
     later = NOW + timedelta(seconds=1)
-    parquet = b"".join(export_events(database, UsageFilter(), "parquet", later))
+    parquet = b"".join(export_events(EventCache(database), UsageFilter(), "parquet", later))
     rows = json.dumps(pq.read_table(io.BytesIO(parquet)).to_pylist(), default=str)
-    return b"".join(export_events(database, UsageFilter(), "csv", later)) + rows.encode()
+    return b"".join(export_events(EventCache(database), UsageFilter(), "csv", later)) + rows.encode()
 
 
 def test_session_hashes_of_older_versions_are_not_delivered_from_the_spool(database: Database, tmp_path: Path) -> None:
@@ -367,9 +307,10 @@ def test_payer_is_spooled_stored_and_exported(database: Database, tmp_path: Path
     analytics = UsageAnalytics(database)
     assert analytics.recent(UsageFilter(), now=later)[0].payer == payer
     assert analytics.metrics(UsageFilter(), now=later).cost.value == 0.25
-    (row,) = csv.DictReader(io.StringIO(b"".join(export_events(database, UsageFilter(), "csv", later)).decode()))
+    content = b"".join(export_events(analytics.cache, UsageFilter(), "csv", later)).decode()
+    (row,) = csv.DictReader(io.StringIO(content))
     assert row["payer"] == payer
-    table = pq.read_table(io.BytesIO(b"".join(export_events(database, UsageFilter(), "parquet", later))))
+    table = pq.read_table(io.BytesIO(b"".join(export_events(analytics.cache, UsageFilter(), "parquet", later))))
     assert table["payer"].to_pylist() == [payer]
 
 

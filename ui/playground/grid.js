@@ -30,7 +30,7 @@ function draw() {
   const empty = !data || !data.columns;
   find(element, 'grid-empty').hidden = !empty;
   if (empty || data.run !== run) { columnsRoot.replaceChildren(); columnNodes.clear(); cardNodes.clear(); run = null; }
-  if (empty) return;
+  if (empty) { score(); return; }
   if (run === null) {
     run = columnsRoot.dataset.run = data.run;
     columnsRoot.style.setProperty('--columns', data.columns.length);
@@ -88,6 +88,9 @@ function drawCard(data, column, candidate, columnNode) {
   setTextOrHide(find(card, 'card-problems'), candidate.problems);
   setTextOrHide(find(card, 'card-details'), candidate.details);
   drawReasoning(candidate.reasoning || [], card);
+  card.hidden = candidate.same_as !== candidate.index;
+  const count = column.candidates.length;
+  setTextOrHide(find(card, 'card-agree'), candidate.agree > 1 ? candidate.agree + ' of ' + count + ' agree' : '');
   find(card, 'card-copy').hidden = candidate.status !== 'ready';
   find(card, 'card-download').hidden = find(card, 'card-prefer').hidden = !candidate.recipe;
   const label = column.title + ', candidate ' + (candidate.index + 1);
@@ -95,6 +98,10 @@ function drawCard(data, column, candidate, columnNode) {
   find(card, 'card-copy').setAttribute('aria-label', 'Copy ' + copied + ' of ' + label);
   find(card, 'card-prefer').setAttribute('aria-label', 'Prefer ' + label);
   find(card, 'card-download').setAttribute('aria-label', 'Download picture of ' + label + ' in full size');
+  find(card, 'card-enlarge').setAttribute('aria-label', 'Full-screen view of ' + label);
+  find(card, 'card-enlarge').hidden = !candidate.done;
+  find(card, 'card-divider').setAttribute('aria-label', 'Before and after of ' + label);
+  card.dataset.label = label;
 }
 
 /** Draws the reasoning; text that refers to the points on the photo is highlighted. */
@@ -114,11 +121,12 @@ function drawPicture(data, candidate, card) {
   const frame = find(card, 'card-frame'), after = find(card, 'card-after'), before = find(card, 'card-before');
   const hasRegions = candidate.boxes.length || candidate.points.length || candidate.path;
   const source = data.output === 'regions' || hasRegions ? data.photo.src : candidate.picture;
-  frame.hidden = data.output === 'text' && !hasRegions;
+  frame.hidden = (data.output === 'text' && !hasRegions) || (data.output === 'recipe' && candidate.done && !candidate.picture);
   frame.style.aspectRatio = data.photo.width + ' / ' + data.photo.height;
   if (source && after.getAttribute('src') !== source) after.setAttribute('src', source);
   after.alt = candidate.alt || '';
-  find(card, 'card-compare').hidden = find(card, 'card-before-label').hidden = before.hidden = !candidate.picture;
+  for (const name of ['card-divider', 'card-line', 'card-before-label']) find(card, name).hidden = !candidate.picture;
+  before.hidden = !candidate.picture;
   if (candidate.picture && !before.hasAttribute('src')) before.setAttribute('src', data.photo.src);
   if (hasRegions && candidate.done && card.dataset.regions !== 'drawn') drawRegions(data, candidate, card);
 }
@@ -149,7 +157,8 @@ function score() {
   const data = props.value;
   setText(find(element, 'grid-status'), (data && data.status) || '');
   setTextOrHide(find(element, 'grid-label'), data && data.label);
-  const notice = find(element, 'grid-notice');
+  const notice = find(element, 'grid-notice'), byReward = find(element, 'grid-sort');
+  byReward.hidden = !data || !data.columns || !data.columns.some(column => column.candidates.some(candidate => isScored(data, candidate)));
   if (!data || !data.columns || data.output !== 'recipe') { setTextOrHide(notice, ''); return; }
   const allZero = Object.values(weights).every(weight => !(weight > 0));
   setTextOrHide(notice, allZero ? 'All sliders are at zero, so the candidates cannot be ranked. Increase at least one.' : '');
@@ -157,14 +166,16 @@ function score() {
   for (const column of data.columns) {
     const totals = column.candidates.map(candidate => total(weights, candidate.scores));
     const order = ranking(totals);
-    sortCards(column, order);
-    order.forEach((index, rank) => scoreCard(data, column, column.candidates[index], totals[index], rank));
+    sortCards(column, byReward.firstElementChild.checked ? order : column.candidates.map((_, index) => index));
+    const shown = order.filter(index => !cardNodes.get(keyOf(column, column.candidates[index])).hidden);
+    shown.forEach((index, rank) => scoreCard(data, column, column.candidates[index], totals[index], rank));
     scoreColumn(data, column, totals);
-    const first = order[0];
+    const first = shown[0];
     if (totals[first] !== null && totals[first] !== undefined && (!best || totals[first] > best.total))
       best = {key: keyOf(column, column.candidates[first]), total: totals[first]};
   }
   for (const [key, card] of cardNodes) {
+    if (card.hidden) card.dataset.rank = '';
     card.dataset.best = best && key === best.key ? 'all' : card.dataset.rank === '1' ? 'model' : '';
     const label = {all: 'Best overall', model: 'Best of this model', '': ''}[card.dataset.best];
     setTextOrHide(find(card, 'card-badge'), data.columns.length === 1 && label ? 'Best' : label);
@@ -231,13 +242,12 @@ function sortCards(column, order) {
 
 // ── Actions: before/after, copy, download ───────────────────────────────────────────────────────────────────────────
 
-/** Shows the photo in place of the picture, or the picture again. */
-function toggleBefore(card) {
-  const button = find(card, 'card-compare');
-  if (button.hidden) return;
-  const pressed = button.getAttribute('aria-pressed') !== 'true';
-  card.classList.toggle('comparing', pressed);
-  button.setAttribute('aria-pressed', String(pressed));
+/** Shows the photo on the left of the divider, and the picture on its right. */
+function drawDivider(divider) {
+  const frame = divider.parentElement;
+  frame.style.setProperty('--split', divider.value + '%');
+  frame.classList.toggle('split', divider.value > 0);
+  divider.setAttribute('aria-valuetext', divider.value + ' % before');
 }
 
 /** Copies a card's text to the clipboard. */
@@ -261,17 +271,10 @@ element.addEventListener('click', event => {
   if (event.target.closest('.card-download')) trigger('download', {model: model, index: index});
   else if (event.target.closest('.card-prefer')) preferCard(model, index, event.target.closest('.card-prefer'));
   else if (event.target.closest('.card-copy')) copyText(card, event.target.closest('.card-copy'));
-  else if (event.target.closest('.card-compare') || (event.target.closest('.card-frame') && touched)) toggleBefore(card);
+  else if (event.target.closest('.card-enlarge')) openViewer(card);
 });
-
-let touched = false;   // whether the last pointer was a finger: then a tap on the picture replaces hovering
-element.addEventListener('pointerdown', event => { touched = event.pointerType !== 'mouse'; });
-for (const [type, hovered] of [['pointerover', true], ['pointerout', false]])
-  element.addEventListener(type, event => {
-    const frame = event.target.closest('.card-frame');
-    if (frame && event.pointerType === 'mouse' && !event.target.closest('.card-compare') && !frame.contains(hovered ? null : event.relatedTarget))
-      frame.classList.toggle('hovered', hovered);
-  });
+element.addEventListener('input', event => { if (event.target.matches('.card-divider')) drawDivider(event.target); });
+find(element, 'grid-sort').addEventListener('change', score);
 
 // ── Queue ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 

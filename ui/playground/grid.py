@@ -14,11 +14,13 @@ import gradio as gr
 from inference.types import SKILLS
 from recipes import describe
 from rewards import EQUAL_WEIGHTS, REWARDS
+from ui.playground.agreement import same_answers
 from ui.playground.compare import Candidate, Column, Comparison
 
 HERE = Path(__file__).resolve().parent
 SCORE_JS = (HERE / "score.js").read_text(encoding="utf-8")
 GRID_JS = (HERE / "grid.js").read_text(encoding="utf-8")
+VIEWER_JS = (HERE / "viewer.js").read_text(encoding="utf-8")
 GRID_HTML = (HERE / "grid.html").read_text(encoding="utf-8")
 MAX_PROBLEMS = 3  # shown per candidate
 
@@ -33,7 +35,7 @@ def candidate_grid(value: dict[str, Any] | None = None) -> gr.HTML:
         value=value,
         weights=dict(EQUAL_WEIGHTS.weights),
         html_template=GRID_HTML,
-        js_on_load=SCORE_JS + GRID_JS,
+        js_on_load=SCORE_JS + GRID_JS + VIEWER_JS,
         apply_default_css=False,
         elem_id="candidates",
     )
@@ -65,9 +67,7 @@ def grid_snapshot(comparison: Comparison, run_id: str, photo: dict[str, Any]) ->
                 "status": column.status,
                 "status_text": _column_status(column, comparison.skill),
                 "error": column.error,
-                "candidates": [
-                    _candidate_snapshot(candidate, column, comparison.skill) for candidate in column.candidates
-                ],
+                "candidates": _candidate_snapshots(column, comparison.skill),
             }
             for column in comparison.columns
         ],
@@ -80,6 +80,8 @@ def _grid_status(comparison: Comparison) -> str:
     count = f"{ready} of {len(candidates)} candidates"
     if comparison.status == "cancelled":
         return f"Cancelled with {count} ready."
+    if comparison.status == "done" and not ready:
+        return "No candidate is ready. The models say why below."
     if comparison.status == "done":
         return f"{count} ready after {comparison.seconds:.1f} s."
     return f"{count} ready" if ready else f"{count} ready. The first run of a model includes loading it."
@@ -92,6 +94,17 @@ def _column_status(column: Column, skill: str) -> str:
     if column.status == "done" and skill == "recipe" and parsed < len(column.candidates):
         return f"Done · {parsed} of {len(column.candidates)} recipes are valid"
     return {"running": "Generating", "done": "Done", "failed": "Failed", "cancelled": "Cancelled"}[column.status]
+
+
+def _candidate_snapshots(column: Column, skill: str) -> list[dict[str, Any]]:
+    """Describe a column's candidates. `same_as` is the index of the first one with the same answer."""
+    same = same_answers(column.candidates, skill)
+    firsts = list(same.values())
+    return [
+        _candidate_snapshot(candidate, column, skill)
+        | {"same_as": same.get(candidate.index, candidate.index), "agree": firsts.count(candidate.index)}
+        for candidate in column.candidates
+    ]
 
 
 def _candidate_snapshot(candidate: Candidate, column: Column, skill: str) -> dict[str, Any]:

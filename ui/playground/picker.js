@@ -40,7 +40,25 @@ function drawSelection() {
   }
   const titles = (props.choices || []).filter(choice => value.includes(choice.name)).map(choice => choice.title);
   selection.textContent = titles.length ? titles.join(' · ') : 'Select 1 to ' + props.max_models + ' models';
+  drawSkills();
   element.querySelector('.picker-legend').textContent = 'Select up to ' + props.max_models + ' models to compare';
+}
+
+/** Disables the skills that no selected model has, and says which models have them. */
+function drawSkills() {
+  const chosen = (props.choices || []).filter(choice => (props.value || []).includes(choice.name)), missing = [];
+  for (const [name, title] of Object.entries(props.skills)) {
+    const input = document.querySelector('#skill input[value="' + name + '"]');
+    if (!input) continue;
+    const having = props.choices.filter(choice => choice.skills.includes(name)).map(choice => choice.title);
+    const lacking = chosen.length > 0 && !chosen.some(choice => choice.skills.includes(name));
+    input.disabled = lacking && !input.checked;
+    input.closest('label').title = lacking ? 'Models that can: ' + having.join(', ') : '';
+    if (lacking) missing.push(title + ' needs ' + (having[0] || 'another model') + (having.length > 1 ? ' or similar.' : '.'));
+  }
+  const note = element.querySelector('.picker-skills');
+  note.textContent = missing.join(' ');
+  note.hidden = !missing.length;
 }
 
 element.addEventListener('change', event => {

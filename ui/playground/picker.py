@@ -11,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+from inference.types import SKILLS
 from ui.messages import user_error
 from ui.playground.models import VisitorModels, public_models
 
@@ -27,6 +28,7 @@ def model_picker(value: list[str], **settings: Any) -> gr.HTML:
         value=value,
         choices=choices(public_models()),
         max_models=MAX_MODELS,
+        skills={name: skill.title for name, skill in SKILLS.items()},
         html_template=(_HERE / "picker.html").read_text(encoding="utf-8"),
         js_on_load=(_HERE / "picker.js").read_text(encoding="utf-8"),
         apply_default_css=False,
@@ -34,14 +36,20 @@ def model_picker(value: list[str], **settings: Any) -> gr.HTML:
     )
 
 
-def choices(models: VisitorModels) -> list[dict[str, str]]:
+def choices(models: VisitorModels) -> list[dict[str, Any]]:
     """Describe a visitor's models for the picker.
 
     Returns:
-        Name, title, note, and the reason why the model is unavailable or an empty string, per model.
+        Name, title, note, skills, and the reason why the model is unavailable or an empty string, per model.
     """
     return [
-        {"name": name, "title": spec.title, "note": spec.note, "reason": models.unavailable(name) or ""}
+        {
+            "name": name,
+            "title": spec.title,
+            "note": spec.note,
+            "reason": models.unavailable(name) or "",
+            "skills": [skill for skill in SKILLS if skill != "segment" or spec.segments],
+        }
         for name, spec in models.specs.items()
     ]
 

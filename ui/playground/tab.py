@@ -135,8 +135,8 @@ def example_snapshot() -> dict[str, Any] | None:
         return None
     snapshot = grid_snapshot(example, session.run_id, photo_preview(read_photo(session.photo)))
     column = example.columns[0]
-    status = f"{len(column.candidates)} answers of {column.title} to this photo, computed beforehand."
-    return snapshot | {"label": "Example", "status": f"{status} Move a slider to rank them, or choose a photo and run."}
+    status = f"{len(column.candidates)} answers of {column.title}, computed beforehand."
+    return snapshot | {"label": "Example", "status": f"{status} Move a slider, or choose a photo and run."}
 
 
 def photo_preview(photo: np.ndarray) -> dict[str, Any]:
@@ -351,6 +351,8 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     outputs |= {"grid": grid, "session": session}
 
     def page_opened(request: gr.Request, browser: Any) -> dict[Any, Any]:
+        if services.warm_up:
+            services.warm_up.start()
         values = open_page(services, visitor_of(services.access, request), dict(request.query_params), browser)
         updates = {outputs[name]: values[name] for name in outputs}
         updates |= dict(zip(sliders, values["sliders"], strict=True))

@@ -124,6 +124,10 @@ def refresh(
     unchanged = [gr.skip()] * len(OPTION_FIELDS)
     if visitor.role < Role.ADMIN:
         return {"error": ADMINS_SEE_USAGE, "notice": True}, *unchanged, options
+    if progress := services.usage.cache.progress:
+        done, total = progress
+        notice = f"The usage events are being read: {done:,} of {total:,}. The dashboard appears in a few seconds."
+        return {"error": notice, "notice": True}, *unchanged, options
     filters = DashboardFilter.from_inputs(inputs)
     try:
         new_options = services.usage.options()

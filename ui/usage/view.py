@@ -159,7 +159,7 @@ def _format_period(metrics: Metrics, zone: str) -> str:
 
 
 def _notes(metrics: Metrics) -> list[str]:
-    """Return what the metrics leave out or approximate, one sentence each."""
+    """Return what the metrics leave out, one sentence each."""
 
     def calls_have(count: int) -> str:
         return f"{count:,} call{' has' if count == 1 else 's have'}"
@@ -171,8 +171,6 @@ def _notes(metrics: Metrics) -> list[str]:
         notes.append(f"{calls_have(metrics.uncounted)} no known token count. Their tokens are not included.")
     if metrics.estimated:
         notes.append(f"The cost of {metrics.estimated:,} calls is estimated from list prices.")
-    if metrics.percentile_error:
-        notes.append(f"Percentiles are approximate (±{100 * metrics.percentile_error:g} %).")
     return notes
 
 
