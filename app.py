@@ -36,6 +36,7 @@ from training.data.bundled import PHOTO_FOLDER, SAMPLE_FOLDER
 from training.runs.queue import COMMAND
 from ui import TABS
 from ui.account import build_account
+from ui.mcp import server as mcp
 from ui.permissions import protect
 from ui.playground.warm_up import WarmUp
 from ui.services import AppServices, SharedComponents
@@ -149,13 +150,14 @@ def open_state_bucket(settings: Settings) -> StateBucket | None:
 
 
 def build_routes(settings: Settings, services: AppServices) -> FastAPI:
-    """Create the HTTP routes beside the page: health, usage and the /v1 API."""
+    """Create the HTTP routes beside the page: health, usage, the tools for agents and the /v1 API."""
     app = FastAPI(title=TITLE)
     recorder = services.meter.recorder
     app.include_router(health.router(VERSION, lambda: recorder.deployment, services.usage.database))
     app.include_router(usage.router(services.usage, services.budgets, recorder))
     allow_local = settings.access_mode == "local"
     auth = ApiKeyAuth(settings.api_keys, settings.api_rate, settings.metrics_token, allow_local)
+    app.router.routes.extend(mcp.routes(services, settings.data_dir / "photos"))
     app.mount("/v1", create_api(services.meter, auth, settings.data_dir / "tuning"))
     return app
 

@@ -67,6 +67,11 @@ HANDLERS: dict[str, HandlerRule] = {
     "ui.playground.reward_functions.delete_clicked": GUEST,
     "ui.playground.reward_functions.import_file": GUEST,
     "ui.playground.reward_functions.export_file": GUEST,
+    "ui.playground.preference_panel.panel_opened": GUEST,
+    "ui.playground.preference_panel.acted": SESSION,  # the visitor's own choices
+    "ui.playground.preference_panel.card_preferred": SESSION,
+    "ui.playground.preference_panel.retrain_clicked": SESSION,
+    "ui.playground.preference_panel.download_choices": SESSION,
     # Fine-tune
     "ui.finetune.tab.refreshed": GUEST,
     "ui.finetune.tab.pick": GUEST,
@@ -107,6 +112,16 @@ HANDLERS: dict[str, HandlerRule] = {
     "ui.api.runs.revert_requested": GUEST,  # owners only
     "ui.api.usage.metrics": ADMIN,
     "ui.api.usage.series": ADMIN,
+}
+
+# Tools for agents, by name; `ui.mcp.tools` defines them.
+TOOLS: dict[str, HandlerRule] = {
+    "models": GUEST,
+    "compare": GUEST,
+    "score": GUEST,
+    "finish_photo": GUEST,
+    "retrain": GUEST,  # guests need GUEST_RUNS
+    "run_status": GUEST,
 }
 
 
@@ -167,6 +182,9 @@ ROUTES: tuple[RouteRule, ...] = (
     RouteRule(_READ, "/metrics", RouteAccess.USAGE),
     RouteRule(_ANY, "/v1", RouteAccess.API_KEY, max_body=None),
     RouteRule(_ANY, "/v1/{path:path}", RouteAccess.API_KEY, max_body=None),
+    RouteRule(("GET", "HEAD", "POST", "DELETE"), "/mcp", max_body=MAX_JSON_BODY),  # every tool checks its rule in TOOLS
+    RouteRule(_POST, "/photos", max_body=MAX_JSON_BODY),
+    RouteRule(_READ, "/photos/{name}"),
     RouteRule(_READ, "/openapi.json"),
     RouteRule(_READ, "/docs"),
     RouteRule(_READ, "/docs/oauth2-redirect"),
