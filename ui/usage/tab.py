@@ -15,15 +15,18 @@ from typing import Any
 import gradio as gr
 
 from access.roles import LOCAL_ADMIN, Role, Visitor
+from inference.registry import MODELS
 from inference.types import Request
 from recipes import load_photo, shrink
 from storage.reward_functions import StoreError
 from training.data.bundled import bundled_photos
+from training.runs.adapters import model_name, run_title
+from training.runs.run import RunError, is_run_id
 from ui.events import PRIVATE, UNQUEUED, tab_selected
 from ui.messages import user_error
 from ui.permissions import visitor_of
 from ui.services import AppServices, SharedComponents
-from ui.usage.view import dashboard_snapshot, dashboard_view
+from ui.usage.view import ModelLabel, dashboard_snapshot, dashboard_view
 from usage.analytics import FilterOptions
 from usage.budgets import Budget, BudgetError
 from usage.time_window import CUSTOM, PERIODS, FilterError, UsageFilter, time_zones
@@ -138,13 +141,25 @@ def refresh(
             services.budgets.list(),
             filters.zone,
             filters.by,
+            partial(model_label, services),
         )
     except (StoreError, FilterError) as error:
         return {"error": str(error)}, *unchanged, options
     if new_options == options:
         return snapshot, *unchanged, options
-    choices = [gr.update(choices=list(getattr(new_options, name))) for name in OPTION_FIELDS]
+    titles = {"models": [(model_label(services, name).title, name) for name in new_options.models]}
+    choices = [gr.update(choices=titles.get(name, list(getattr(new_options, name)))) for name in OPTION_FIELDS]
     return snapshot, *choices, new_options
+
+
+def model_label(services: AppServices, name: str) -> ModelLabel:
+    """Return how to display a model or an adapter in usage events: models by their titles, runs by their names."""
+    run_id = name.removeprefix(model_name(""))
+    if is_run_id(run_id):
+        with suppress(RunError):
+            return ModelLabel(run_title(services.runs.get(run_id)), run_id)
+        return ModelLabel(f"Deleted run {run_id}")
+    return ModelLabel(MODELS[name].title if name in MODELS else name)
 
 
 def refresh_if_open(
