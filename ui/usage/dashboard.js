@@ -4,7 +4,7 @@ const SVG = 'http://www.w3.org/2000/svg';
 const COLOURS = 8;  // CSS classes colour-0 to colour-7
 const byClass = (name, parent = element) => parent.querySelector('.' + name);
 const fromTemplate = name => byClass(name).content.firstElementChild.cloneNode(true);
-const generateButton = byClass('dash-generate'), budgetForm = byClass('dash-budget-form');
+const generateButton = byClass('dash-generate'), budgetForm = byClass('dash-budget-form'), machineForm = byClass('machine-form');
 const openTables = new Set();  // titles of the charts whose tables are open
 let drawnBudgets = '';  // JSON of the budgets that are drawn
 
@@ -61,6 +61,7 @@ function draw() {
   generateButton.disabled = false;
   if (!data.empty) drawContent(data);
   drawBudgets(data.budgets);
+  drawMachine(data.machine);
   byClass('dash-recent').hidden = !data.recent.length;
   const recent = byClass('dash-recent').querySelector('table');
   fillTable(recent, null, data.recent);
@@ -257,6 +258,28 @@ function drawBudgets(budgets) {
   }));
 }
 
+/** Draws what this machine costs, and the suggestions. */
+function drawMachine(machine) {
+  byClass('dash-machine').hidden = !machine;
+  if (!machine) return;
+  setText(byClass('machine-text'), machine.text);
+  byClass('machine-remove').hidden = !machine.is_set;
+  const suggestions = byClass('machine-suggestions');
+  if (suggestions.childElementCount === machine.suggestions.length) return;
+  suggestions.replaceChildren(...machine.suggestions.map(suggestion => {
+    const button = createNode('button', '', suggestion.text);
+    button.type = 'button';
+    button.addEventListener('click', () => { machineForm.dollars.value = suggestion.dollars; machineForm.dollars.focus(); });
+    return button;
+  }));
+}
+
+machineForm.addEventListener('submit', event => {
+  event.preventDefault();
+  trigger('machine', {action: 'set', dollars: machineForm.dollars.value, past: machineForm.past.checked});
+  machineForm.reset();
+});
+byClass('machine-remove').addEventListener('click', () => trigger('machine', {action: 'remove'}));
 budgetForm.addEventListener('submit', event => {
   event.preventDefault();
   trigger('budget', {action: 'set', branch: budgetForm.branch.value, limit: budgetForm.limit.value, stop: budgetForm.stop.checked});

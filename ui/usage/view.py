@@ -19,6 +19,7 @@ import gradio as gr
 from usage.analytics import BranchSummary, Dashboard, Metric, Metrics, ModelCost, ScatterPoint, Series, SeriesLine
 from usage.budgets import BudgetStatus
 from usage.events import UsageEvent
+from usage.machine import MachinePrice
 
 HERE = Path(__file__).resolve().parent
 MAX_BRANCHES = 20  # in the table of branches
@@ -59,7 +60,10 @@ class ModelLabel:
 
 
 def dashboard_view() -> gr.HTML:
-    """Create the component. It fires `budget` with {action, branch, limit, stop}, and `generate`."""
+    """Create the component.
+
+    It fires `budget` with {action, branch, limit, stop}, `machine` with {action, dollars, past}, and `generate`.
+    """
     return gr.HTML(
         value=None,
         html_template=(HERE / "dashboard.html").read_text(encoding="utf-8"),
@@ -118,6 +122,22 @@ def dashboard_snapshot(
         "recent_runs": [model_of(event.adapter).run if event.adapter else "" for event in recent],
         "budgets": [_budget(status) for status in budgets],
     }
+
+
+def machine_snapshot(machine: MachinePrice | None) -> dict[str, Any] | None:
+    """Return what the form for the machine's price shows, as JSON."""
+    if machine is None:
+        return None
+    dollars, is_set = machine.per_hour, machine.is_set
+    source = "set here" if is_set else "from the table of prices"
+    text = "Not known: calls of local models have no cost."
+    if dollars is not None:
+        text = f"{format_money(dollars)} an hour, {source}. Costs of local models are estimated by their time."
+    suggestions = [
+        {"text": f"{format_money(suggestion.dollars)}: {suggestion.title}", "dollars": suggestion.dollars}
+        for suggestion in machine.suggestions()
+    ]
+    return {"text": text, "is_set": is_set, "suggestions": suggestions}
 
 
 # ── Formatting ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -250,7 +270,8 @@ def _notes(metrics: Metrics) -> list[str]:
     if metrics.uncounted:
         notes.append(f"{calls_have(metrics.uncounted)} no known token count. Their tokens are not included.")
     if metrics.estimated:
-        notes.append(f"The cost of {metrics.estimated:,} calls is estimated from list prices.")
+        calls = f"{metrics.estimated:,} call{'' if metrics.estimated == 1 else 's'}"
+        notes.append(f"The cost of {calls} is estimated from list prices or the machine's time.")
     return notes
 
 

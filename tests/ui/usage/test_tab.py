@@ -165,6 +165,30 @@ def test_models_appear_by_title_and_runs_by_name(services: AppServices) -> None:
     assert ("Crisper", f"run-{run.id}") in choices and ("Moondream 2", "moondream2") in choices
 
 
+def test_machine_price_counts_from_now_on_and_back(services: AppServices) -> None:
+    assert snapshot(services)["machine"]["text"].startswith("Not known")
+    record(services, latency=3.6)
+    run = services.runs.create(RunConfig(base="moondream-tiny", reward={"sharpness": 1.0}, seed=1, backend="jobs"))
+    record(services, latency=3.6, adapter=run.id, source="fine-tune")  # on another machine
+    record(services, model="moondream-cloud", latency=3.6)
+
+    def submit(**data: Any) -> str:
+        return tab.update_machine_price(services, gr.EventData(None, data))
+
+    assert "1 past call" in submit(action="set", dollars="0.5", past=True)
+    value = snapshot(services)
+    assert metric(value, "Cost")["value"] == "$0.000500" and "The cost of 1 call is estimated" in " ".join(
+        value["notes"]
+    )
+    assert value["machine"]["text"].startswith("$0.500 an hour, set here") and value["machine"]["is_set"]
+    assert services.meter.machine_cost(3600) == 0.5
+    for data, message in (({"dollars": "much"}, "number of US dollars"), ({"dollars": "-1"}, "from 0 to")):
+        with pytest.raises(gr.Error, match=message):
+            submit(action="set", **data)
+    submit(action="remove")
+    assert services.meter.machine_cost(3600) is None
+
+
 def test_smallest_lines_are_added_up_and_charts_share_their_order(services: AppServices) -> None:
     for index in range(12):
         record(services, 12 - index, branch=f"b{index}", cost=0.001, cost_basis="reported")
