@@ -36,7 +36,9 @@ from training.data.bundled import PHOTO_FOLDER, SAMPLE_FOLDER
 from training.runs.queue import COMMAND
 from ui import TABS
 from ui.account import build_account
+from ui.mcp import server as mcp
 from ui.permissions import protect
+from ui.playground.warm_up import WarmUp
 from ui.services import AppServices, SharedComponents
 from ui.state_notice import build_state_notice
 from ui.theme import HEAD, theme
@@ -148,13 +150,14 @@ def open_state_bucket(settings: Settings) -> StateBucket | None:
 
 
 def build_routes(settings: Settings, services: AppServices) -> FastAPI:
-    """Create the HTTP routes beside the page: health, usage and the /v1 API."""
+    """Create the HTTP routes beside the page: health, usage, the tools for agents and the /v1 API."""
     app = FastAPI(title=TITLE)
     recorder = services.meter.recorder
     app.include_router(health.router(VERSION, lambda: recorder.deployment, services.usage.database))
     app.include_router(usage.router(services.usage, services.budgets, recorder))
     allow_local = settings.access_mode == "local"
     auth = ApiKeyAuth(settings.api_keys, settings.api_rate, settings.metrics_token, allow_local)
+    app.router.routes.extend(mcp.routes(services, settings.data_dir / "photos"))
     app.mount("/v1", create_api(services.meter, auth, settings.data_dir / "tuning"))
     return app
 
@@ -227,7 +230,7 @@ def main() -> None:
     limit_allocator()
     try:
         settings = Settings.from_env(os.environ)
-        services = build_services(settings)
+        services = replace(build_services(settings), warm_up=WarmUp())
         app = create_app(settings, services=services)
     except (SettingsError, PriceError, StoreError) as error:
         sys.exit(str(error))
@@ -256,10 +259,14 @@ def exit_on_sigterm() -> None:
 
 @cache
 def space_services() -> tuple[Settings, AppServices]:
-    """Return the settings and services of the Space. They survive hot reloads, unlike the page."""
+    """Return the settings and services of the Space. They survive hot reloads, unlike the page.
+
+    On ZeroGPU no model is loaded in advance: there, only requests may use the GPU.
+    """
     try:
         settings = Settings.from_env(os.environ)
-        return settings, build_services(settings)
+        services = build_services(settings)
+        return settings, services if settings.train_in_request else replace(services, warm_up=WarmUp())
     except (SettingsError, PriceError, StoreError) as error:
         sys.exit(str(error))
 

@@ -109,6 +109,16 @@ HANDLERS: dict[str, HandlerRule] = {
     "ui.api.usage.series": ADMIN,
 }
 
+# Tools for agents, by name; `ui.mcp.tools` defines them.
+TOOLS: dict[str, HandlerRule] = {
+    "models": GUEST,
+    "compare": GUEST,
+    "score": GUEST,
+    "finish_photo": GUEST,
+    "retrain": GUEST,  # guests need GUEST_RUNS
+    "run_status": GUEST,
+}
+
 
 def handler_name(handler: Callable[..., Any]) -> str:
     """Return the name of a handler in HANDLERS: its module and function, also of a partial or a method."""
@@ -167,6 +177,9 @@ ROUTES: tuple[RouteRule, ...] = (
     RouteRule(_READ, "/metrics", RouteAccess.USAGE),
     RouteRule(_ANY, "/v1", RouteAccess.API_KEY, max_body=None),
     RouteRule(_ANY, "/v1/{path:path}", RouteAccess.API_KEY, max_body=None),
+    RouteRule(("GET", "HEAD", "POST", "DELETE"), "/mcp", max_body=MAX_JSON_BODY),  # every tool checks its rule in TOOLS
+    RouteRule(_POST, "/photos", max_body=MAX_JSON_BODY),
+    RouteRule(_READ, "/photos/{name}"),
     RouteRule(_READ, "/openapi.json"),
     RouteRule(_READ, "/docs"),
     RouteRule(_READ, "/docs/oauth2-redirect"),

@@ -13,7 +13,6 @@ import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from PIL import Image
@@ -24,37 +23,15 @@ from inference.registry import MODELS
 from recipes import parse
 from rewards import RewardFunction
 from tests.support.app_server import app_server
+from tests.support.doc_blocks import BLOCKS, LOCAL, PAGES, ROOT, Block
 from training.data.bundled import PHOTO_FOLDER
 from training.preferences.export import FILE, read_folder
 from training.runs.run import RunConfig
 from ui.playground.link import read_link
 from usage.prices import Prices
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-LOCAL = "http://localhost:7860"
 PHOTO = ROOT / "assets" / "photos" / "coffee.jpg"
 MAX_README_LINES = 150
-
-
-class Block(NamedTuple):
-    """A fenced code block: its page, line, language and text."""
-
-    page: Path
-    line: int
-    language: str
-    text: str
-
-
-def blocks() -> Iterator[Block]:
-    """Yield the fenced code blocks of all pages."""
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for match in re.finditer(r"^```([\w -]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-            yield Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2])
-
-
-BLOCKS = list(blocks())
 
 
 def of(*languages: str) -> pytest.MarkDecorator:
@@ -135,6 +112,7 @@ def test_json_blocks_are_accepted(block: Block, tmp_path: Path) -> None:
         assert read_folder(tmp_path)[0] == [row]
 
     readers: dict[str, Callable[[Path], object]] = {
+        "api.md": lambda file: file.read_text().index("/mcp"),  # tests/ui/test_mcp.py connects with it
         "preferences.md": read_preference,
         "rewards.md": lambda file: RewardFunction.from_json(file.read_text()),
         "usage.md": Prices.read,

@@ -24,6 +24,7 @@ from ui.playground.compare import ComparisonMeter
 from ui.playground.limits import ComparisonLimiter
 from ui.playground.link import PlaygroundSettings
 from ui.playground.picker import model_picker
+from ui.playground.warm_up import WarmUp
 from usage.analytics import UsageAnalytics
 from usage.archive import RETENTION_MONTHS
 from usage.budgets import Budgets
@@ -48,6 +49,7 @@ class AppServices:
         access: Determines who sends a request.
         comparisons: Limits the comparisons of each visitor.
         upload_quota: Bytes of photos that all visitors together may upload for training runs.
+        warm_up: Loads the default models when the page is opened for the first time; None loads them at the first Run.
         state_bucket: Keeps the state in the data folder, if the deployment has a bucket.
     """
 
@@ -61,6 +63,7 @@ class AppServices:
     access: AccessControl = field(default_factory=AccessControl)
     comparisons: ComparisonLimiter = field(default_factory=ComparisonLimiter)
     upload_quota: int = TOTAL_QUOTA_BYTES
+    warm_up: WarmUp | None = None
     state_bucket: StateBucket | None = None
 
     @property

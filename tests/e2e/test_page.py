@@ -146,6 +146,8 @@ def test_empty_page_explains_the_steps(open_page: OpenPage) -> None:
     page = open_page("models=one")
     page.locator(".grid-empty").wait_for()
     text = page.locator(".grid-empty").inner_text()
+    assert page.locator(".grid-label").is_hidden() and page.locator(".grid-sort").is_hidden()
+    assert page.locator(".grid-status").inner_text() == ""
     for step in ("does not generate images", "Choose a photo", "Run", "demonstration model"):
         assert step in text
 

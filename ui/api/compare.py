@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import gradio as gr
+import numpy as np
 
 from access.roles import Visitor
 from inference.types import MAX_CANDIDATES, MAX_SEED, MAX_TEMPERATURE, SKILLS, Request, RequestError
@@ -29,14 +30,14 @@ MAX_RECIPES = 64
 
 
 def run_comparison(
-    services: AppServices, visitor: Visitor, photo: str | None, names: Any, skill: str, prompt: str, **sampling: Any
+    services: AppServices, visitor: Visitor, photo: np.ndarray, names: Any, skill: str, prompt: str, **sampling: Any
 ) -> dict[str, Any]:
     """Run models on a photo.
 
     Args:
         services: The application's services.
         visitor: The caller.
-        photo: Path of the photo.
+        photo: RGB image, uint8 [height, width, 3].
         names: List of model names.
         skill: Key of the skill in SKILLS.
         prompt: The prompt.
@@ -51,7 +52,7 @@ def run_comparison(
     models = visitor_models(services.adapters, visitor)
     names = check_models(names, models.specs)
     with as_gradio_error(RequestError, title="Invalid input"):
-        request = Request(read_photo(photo), skill, prompt, **sampling)
+        request = Request(photo, skill, prompt, **sampling)
     snapshots = services.meter.compare(
         names, request, threading.Event(), "api", visitor.hash, models.answer, payer=models.payer
     )
@@ -69,11 +70,33 @@ def run_comparison(
     }
 
 
+def list_models(services: AppServices, visitor: Visitor) -> list[dict[str, Any]]:
+    """List the models that a visitor may see, with the reason why a model is unavailable or null."""
+    models = visitor_models(services.adapters, visitor)
+    return [
+        {"name": name, "title": spec.title, "note": spec.note, "unavailable": models.unavailable(name)}
+        for name, spec in models.specs.items()
+    ]
+
+
 def score(photo: str | None, recipes: Any) -> list[dict[str, Any]]:
     """Render recipes on a photo and score them as one group.
 
     Args:
         photo: Path of the photo.
+        recipes: List of recipes, each as canonical text or as a JSON object.
+
+    Returns:
+        Recipe, description, problems, scores and fidelity (mean CIEDE2000) of each.
+    """
+    return score_photo(read_photo(photo), recipes)
+
+
+def score_photo(photo: np.ndarray, recipes: Any) -> list[dict[str, Any]]:
+    """Render recipes on a photo and score them as one group.
+
+    Args:
+        photo: RGB image, uint8 [height, width, 3].
         recipes: List of recipes, each as canonical text or as a JSON object.
 
     Returns:
@@ -86,7 +109,7 @@ def score(photo: str | None, recipes: Any) -> list[dict[str, Any]]:
     if invalid:
         example = str(Recipe(exposure=20))
         raise user_error(f"Invalid recipe: number {', '.join(invalid)}. Write recipes like: {example}", "Recipes")
-    scored = score_recipes(read_photo(photo), [result.recipe for result in parsed])
+    scored = score_recipes(photo, [result.recipe for result in parsed])
     return [
         {
             "recipe": str(candidate.recipe),
@@ -143,16 +166,12 @@ def build(services: AppServices) -> None:
         visitor = visitor_of(services.access, request)
         with as_gradio_error(LimitError, title="Too many comparisons"), services.comparisons.admit(visitor):
             return run_comparison(
-                services, visitor, photo, models, skill, prompt, n=n, temperature=temperature, seed=seed
+                services, visitor, read_photo(photo), models, skill, prompt, n=n, temperature=temperature, seed=seed
             )
 
     def models(request: gr.Request) -> list[dict[str, Any]]:
         """List the models, with the reason why a model is unavailable or null."""
-        models = visitor_models(services.adapters, visitor_of(services.access, request))
-        return [
-            {"name": name, "title": spec.title, "note": spec.note, "unavailable": models.unavailable(name)}
-            for name, spec in models.specs.items()
-        ]
+        return list_models(services, visitor_of(services.access, request))
 
     def reward_functions(request: gr.Request) -> dict[str, dict[str, float]]:
         """Return the weights of every saved reward function by name."""

@@ -30,7 +30,7 @@ function draw() {
   const empty = !data || !data.columns;
   find(element, 'grid-empty').hidden = !empty;
   if (empty || data.run !== run) { columnsRoot.replaceChildren(); columnNodes.clear(); cardNodes.clear(); run = null; }
-  if (empty) return;
+  if (empty) { score(); return; }
   if (run === null) {
     run = columnsRoot.dataset.run = data.run;
     columnsRoot.style.setProperty('--columns', data.columns.length);
@@ -120,7 +120,7 @@ function drawPicture(data, candidate, card) {
   const frame = find(card, 'card-frame'), after = find(card, 'card-after'), before = find(card, 'card-before');
   const hasRegions = candidate.boxes.length || candidate.points.length || candidate.path;
   const source = data.output === 'regions' || hasRegions ? data.photo.src : candidate.picture;
-  frame.hidden = data.output === 'text' && !hasRegions;
+  frame.hidden = (data.output === 'text' && !hasRegions) || (data.output === 'recipe' && candidate.done && !candidate.picture);
   frame.style.aspectRatio = data.photo.width + ' / ' + data.photo.height;
   if (source && after.getAttribute('src') !== source) after.setAttribute('src', source);
   after.alt = candidate.alt || '';
@@ -157,7 +157,7 @@ function score() {
   setText(find(element, 'grid-status'), (data && data.status) || '');
   setTextOrHide(find(element, 'grid-label'), data && data.label);
   const notice = find(element, 'grid-notice'), byReward = find(element, 'grid-sort');
-  byReward.hidden = !data || !data.columns || data.output !== 'recipe';
+  byReward.hidden = !data || !data.columns || !data.columns.some(column => column.candidates.some(candidate => isScored(data, candidate)));
   if (!data || !data.columns || data.output !== 'recipe') { setTextOrHide(notice, ''); return; }
   const allZero = Object.values(weights).every(weight => !(weight > 0));
   setTextOrHide(notice, allZero ? 'All sliders are at zero, so the candidates cannot be ranked. Increase at least one.' : '');

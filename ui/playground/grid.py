@@ -80,6 +80,8 @@ def _grid_status(comparison: Comparison) -> str:
     count = f"{ready} of {len(candidates)} candidates"
     if comparison.status == "cancelled":
         return f"Cancelled with {count} ready."
+    if comparison.status == "done" and not ready:
+        return "No candidate is ready. The models say why below."
     if comparison.status == "done":
         return f"{count} ready after {comparison.seconds:.1f} s."
     return f"{count} ready" if ready else f"{count} ready. The first run of a model includes loading it."

@@ -350,6 +350,8 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     outputs |= {"grid": grid, "session": session}
 
     def page_opened(request: gr.Request, browser: Any) -> dict[Any, Any]:
+        if services.warm_up:
+            services.warm_up.start()
         values = open_page(services, visitor_of(services.access, request), dict(request.query_params), browser)
         updates = {outputs[name]: values[name] for name in outputs}
         updates |= dict(zip(sliders, values["sliders"], strict=True))

@@ -1,0 +1,1 @@
+"""The server of the Model Context Protocol: the Playground as tools for agents."""
