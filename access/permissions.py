@@ -75,6 +75,7 @@ HANDLERS: dict[str, HandlerRule] = {
     # Fine-tune
     "ui.finetune.tab.refreshed": GUEST,
     "ui.finetune.tab.pick": GUEST,
+    "ui.finetune.tab.rollouts_chosen": GUEST,  # others' own photos are not shown
     "ui.finetune.form.photo_source_changed": GUEST,
     "ui.finetune.form.length_changed": GUEST,
     "ui.finetune.form.backend_changed": GUEST,
@@ -92,6 +93,7 @@ HANDLERS: dict[str, HandlerRule] = {
     "ui.usage.tab.refreshed_if_open": GUEST,
     "ui.usage.tab.period_changed": GUEST,
     "ui.usage.tab.budget_submitted": HandlerRule(Role.ADMIN, session=True),
+    "ui.usage.tab.machine_price_submitted": HandlerRule(Role.ADMIN, session=True),
     "ui.usage.tab.generate_sample_traffic": HandlerRule(Role.ADMIN, session=True),
     # API endpoints
     "ui.api.compare.compare": GUEST,

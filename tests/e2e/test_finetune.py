@@ -233,8 +233,42 @@ def test_log_scrolls_to_its_end_and_curves_are_drawn(open_page: Open) -> None:
         " return log.scrollHeight > log.clientHeight && log.scrollTop + log.clientHeight >= log.scrollHeight - 8; }"
     )
     assert "reward from 0.30" in page.locator(".curve-reward").get_attribute("aria-label")
-    assert page.locator(".curve-reward polyline").count() == 4
+    assert page.locator(".curve-plot canvas").count() == 2
+    legend = page.locator(".curve-legend li")
+    assert legend.count() == 4 and page.locator(".curve-at").inner_text() == "latest"
+    plot = page.locator(".curve-reward .u-over")
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 0.5, box["y"] + 50)
+    page.wait_for_function("() => document.querySelector('.curve-at').textContent === 'step 1'")
+    assert legend.first.inner_text() == "reward 0.30" and page.locator(".kl-latest").inner_text() == "0.010"
+    page.mouse.move(box["x"] + box["width"] / 4, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 50, steps=5)
+    page.mouse.up()
+    page.get_by_role("button", name="Whole run").click()
+    assert page.locator(".curve-reset").is_hidden()
+    smoothing = page.locator(".curve-smoothing")
+    smoothing.focus()
+    page.keyboard.press("Home")
     assert page.locator(".probe-thumbnails li").count() == 8
+    page.locator(".rollouts-latest").click()
+    page.locator(".group .rollout").nth(7).wait_for()
+    assert page.locator(".rollouts-number").inner_text() == f"step {DEFAULT_STEPS}"
+    assert page.locator(".group-signal:visible").count() == 1
+    assert page.locator(".rollout-advantage").first.inner_text().startswith("advantage +")
+    slider = page.locator(".rollouts-step")
+    slider.focus()
+    page.keyboard.press("Home")
+    page.locator(".rollouts-number").get_by_text("step 1", exact=True).wait_for()
+    before = page.locator(".rollout-text").all_inner_texts()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(
+        "before => [...document.querySelectorAll('.rollout-text')].some((n, index) => n.textContent !== before[index])",
+        arg=before,
+    )
+    assert violations(page) == []
     page.get_by_role("button", name="Revert").click()
     page.get_by_role("button", name="Use in the Playground").wait_for()
 
