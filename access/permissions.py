@@ -76,6 +76,7 @@ HANDLERS: dict[str, HandlerRule] = {
     # Fine-tune
     "ui.finetune.tab.refreshed": GUEST,
     "ui.finetune.tab.pick": GUEST,
+    "ui.finetune.tab.rollouts_chosen": GUEST,  # others' own photos are not shown
     "ui.finetune.form.photo_source_changed": GUEST,
     "ui.finetune.form.length_changed": GUEST,
     "ui.finetune.form.backend_changed": GUEST,
