@@ -14,6 +14,7 @@ from inference.types import SKILLS, Answer, AnswerEvent, CandidateFailed, Infere
 from storage.database import StoreError
 from usage.budgets import BudgetExceededError, Budgets
 from usage.events import Basis, Payer, UsageEvent
+from usage.machine import MachinePrice
 from usage.prices import Prices
 from usage.recorder import Recorder
 
@@ -30,12 +31,18 @@ class UsageMeter:
         prices: Prices of paid calls and of this machine's hardware.
         hardware: Hardware of this machine, None if unknown.
         budgets: Checked before each call that the deployment pays.
+        machine: What this machine costs an hour; by default the price of `hardware`.
     """
 
     recorder: Recorder
     prices: Prices
     hardware: str | None = None
     budgets: Budgets | None = None
+    machine: MachinePrice | None = None
+
+    def machine_cost(self, seconds: float) -> float | None:
+        """Return the cost of `seconds` seconds of this machine in US dollars; None if unknown."""
+        return self.machine.cost(seconds) if self.machine else self.prices.machine(self.hardware, seconds)
 
     def answer(
         self,
@@ -211,7 +218,7 @@ def _usage_event(
     if answers and spec is not None and hosted:
         cost = meter.prices.call(spec.remote_id or spec.name, tokens_in, tokens_out) if spec.needs_key else None
     elif answers:
-        cost = meter.prices.machine(meter.hardware, latency)
+        cost = meter.machine_cost(latency)
     return UsageEvent(
         time=datetime.now(timezone.utc),
         model=name,

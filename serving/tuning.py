@@ -242,7 +242,7 @@ class TuningService:
             end, meter = time.perf_counter(), self.meter
             begin = end if begin is None else begin
             latency = end - begin
-            cost = meter.prices.machine(meter.hardware, latency) if event.outcome == "ok" else None
+            cost = meter.machine_cost(latency) if event.outcome == "ok" else None
             cost_basis: Basis = "unknown" if cost is None else "estimated"
             event = replace(event, latency=latency, queue=begin - start, cost=cost, cost_basis=cost_basis)
             meter.recorder.record(event.with_deployment(meter.recorder.deployment))

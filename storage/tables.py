@@ -89,6 +89,14 @@ ARCHIVE = Table(
     Column("events", BigInteger),
     Column("content", LargeBinary),
 )
+# `price` per hour, in billionths of a US dollar.
+MACHINE_PRICES = Table(
+    "machine_prices",
+    METADATA,
+    Column("digest", String(64), primary_key=True),
+    Column("machine", Text),
+    Column("price", BigInteger),
+)
 # `limit` per calendar month (UTC), in billionths of a US dollar. The branch "" stands for all branches.
 BUDGETS = Table(
     "usage_budgets",

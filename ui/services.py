@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from usage.analytics import UsageAnalytics
 from usage.archive import RETENTION_MONTHS
 from usage.budgets import Budgets
 from usage.events import Deployment
+from usage.machine import MachinePrice
 from usage.prices import Prices
 from usage.recorder import Recorder
 
@@ -122,7 +124,10 @@ class AppServices:
         usage = UsageAnalytics(database, data_dir)
         usage.cache.start()
         budgets = Budgets(database)
-        meter = ComparisonMeter(recorder, prices or Prices(), hardware, budgets)
+        machine = MachinePrice(
+            database, prices or Prices(), hardware, recorder.deployment.space or socket.gethostname()
+        )
+        meter = ComparisonMeter(recorder, prices or Prices(), hardware, budgets, machine)
 
         def run_ended(run: Run) -> None:
             meter.record_run(run)

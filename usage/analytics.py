@@ -41,6 +41,7 @@ MEASURES = {
     "tokens": "sum(tokens_in + tokens_out)",
     "cost": "sum(cost) / 1e9",
     "cost_per_request": "sum(cost) / 1e9 / count(cost)",
+    "reward": "sum(reward) / 1e6 / count(reward)",
     "reward_per_cent": """sum(reward) FILTER (cost IS NOT NULL) / 1e6
         / nullif(sum(cost) FILTER (reward IS NOT NULL) / 1e7, 0)""",
 }
@@ -180,12 +181,24 @@ class ModelCost:
 
 
 @dataclass(frozen=True)
+class BranchSummary:
+    """Whether a branch is cheaper and better than others; `reward` is the mean of the scored calls."""
+
+    name: str
+    calls: int
+    error_rate: float | None = None
+    cost_per_request: float | None = None
+    reward: float | None = None
+    reward_per_cent: float | None = None
+
+
+@dataclass(frozen=True)
 class Dashboard:
     """The content of the Usage tab for one filter, read in one pass.
 
     Attributes:
         metrics: Metrics of the filter.
-        by_branch: Metrics per branch if the filter names several branches.
+        branches: Summaries of the filter's branches, or of all that have calls, most calls first.
         volume: Calls over time, one line per group.
         latency: Latency percentiles over time.
         cost: Cost over time, one line per group.
@@ -195,7 +208,7 @@ class Dashboard:
     """
 
     metrics: Metrics
-    by_branch: tuple[tuple[str, Metrics], ...]
+    branches: tuple[BranchSummary, ...]
     volume: Series
     latency: Series
     cost: Series
@@ -242,14 +255,11 @@ class UsageAnalytics:
     def dashboard(self, usage_filter: UsageFilter, by: str = "branch", now: datetime | None = None) -> Dashboard:
         """Query the content of the Usage tab. Charts have one line per value of `by`: "branch" or "model"."""
         with self._open(usage_filter, now) as selection:
-            metrics = selection.metrics()
-            branches = usage_filter.branches if len(usage_filter.branches) > 1 else ()
-            by_branch = selection.metrics("branch") if branches else {}
             volume, cost = selection.series(("calls", "cost"), by)
             models = selection.models()
             return Dashboard(
-                metrics[""],
-                tuple((name, by_branch.get(name) or selection.no_metrics()) for name in branches),
+                selection.metrics(),
+                selection.branches(),
                 volume,
                 selection.latency_series(),
                 cost,
@@ -261,7 +271,7 @@ class UsageAnalytics:
     def metrics(self, usage_filter: UsageFilter, now: datetime | None = None) -> Metrics:
         """Query the metrics of a filter."""
         with self._open(usage_filter, now) as selection:
-            return selection.metrics()[""]
+            return selection.metrics()
 
     def series(self, usage_filter: UsageFilter, measure: str, by: str = "", now: datetime | None = None) -> Series:
         """Query a metric over time.
@@ -321,33 +331,31 @@ class Selection:
         span = {"start": to_micros(self.window.start), "end": to_micros(self.window.end)}
         return self.cursor.execute(sql, {**span, **names, **parameters}).fetchall()
 
-    def metrics(self, by: str = "") -> dict[str, Metrics]:
-        """Return the metrics by the names in the column `by`, or of all events by the name ""."""
-        measures = {name: sql for name, sql in {**MEASURES, **COUNTS}.items() if name not in QUANTILES}
-        columns = [by or "''", "time >= $middle", LATENCIES, *measures.values()]
+    def metrics(self) -> Metrics:
+        """Return the metrics of the window and of the previous one."""
+        measures = {name: MEASURES[name] for name in UNITS if name not in QUANTILES} | COUNTS
+        columns = ["time >= $middle", LATENCIES, *measures.values()]
         start, middle = to_micros(self.window.previous.start), to_micros(self.window.start)
-        rows = self.query(", ".join(columns), KINDS, "GROUP BY 1, 2", start=start, middle=middle)
-        values = {
-            (name, is_current): {
-                **{quantile: value / SECOND for quantile, value in zip(QUANTILES, latencies, strict=True)},
-                **dict(zip(measures, rest, strict=True)),
-            }
-            for name, is_current, latencies, *rest in rows
-        }
-        names = {name for name, _ in values} if by else {""}
-        return {name: self._metrics(values.get((name, True), {}), values.get((name, False), {})) for name in names}
-
-    def no_metrics(self) -> Metrics:
-        """Return the metrics of no events."""
-        return self._metrics({}, {})
-
-    def _metrics(self, current: Mapping[str, Any], previous: Mapping[str, Any]) -> Metrics:
-        empty = {"calls": 0}
-        metrics = {
-            name: Metric((current or empty).get(name), (previous or empty).get(name), unit)
-            for name, unit in UNITS.items()
+        values: dict[bool, dict[str, Any]] = {True: {"calls": 0}, False: {"calls": 0}}
+        for is_current, latencies, *row in self.query(
+            ", ".join(columns), KINDS, "GROUP BY 1", start=start, middle=middle
+        ):
+            percentiles = {name: value / SECOND for name, value in zip(QUANTILES, latencies, strict=True)}
+            values[is_current] = {**percentiles, **dict(zip(measures, row, strict=True))}
+        current, previous = values[True], values[False]
+        metrics: dict[str, Any] = {
+            name: Metric(current.get(name), previous.get(name), unit) for name, unit in UNITS.items()
         }
         return Metrics(self.window, **metrics, **{name: current.get(name, 0) for name in COUNTS})
+
+    def branches(self) -> tuple[BranchSummary, ...]:
+        """Return the summaries of the filter's branches, or of all, most calls first."""
+        names = ("calls", "error_rate", "cost_per_request", "reward", "reward_per_cent")
+        columns = ["branch", *(MEASURES[name] for name in names)]
+        rows = self.query(", ".join(columns), KINDS, "GROUP BY branch ORDER BY count(*) DESC, branch")
+        summaries = {row[0]: BranchSummary(*row) for row in rows}
+        without_calls = [BranchSummary(name, 0) for name in self.usage_filter.branches if name not in summaries]
+        return (*summaries.values(), *without_calls)
 
     def series(self, measures: Sequence[str], by: str) -> list[Series]:
         """Return each measure per bin, with one line per name in the column `by`, or a single line."""
@@ -393,7 +401,7 @@ class Selection:
 
     def models(self) -> list[tuple[ModelCost, ScatterPoint]]:
         """Return cost, latency and reward of each model."""
-        columns = ["model", "count(*)", MEASURES["p50"], "sum(reward) / 1e6 / count(reward)"]
+        columns = ["model", "count(*)", MEASURES["p50"], MEASURES["reward"]]
         columns += [MEASURES["cost_per_request"], MEASURES["cost"], COUNTS["unpriced"]]
         rows = self.query(", ".join(columns), KINDS, "GROUP BY model ORDER BY model")
         return [(ModelCost(row[0], *row[5:]), ScatterPoint(*row[:5])) for row in rows]

@@ -35,7 +35,8 @@ VERSION = 1  # of the cache's tables
 CACHE_FOLDER, ARCHIVE_FOLDER = "usage-cache", "usage-archive"  # in DATA_DIR
 MAX_FILES = 16  # processes with a cache of their own; further ones keep it in memory
 BATCH_SIZE = 50_000  # events that are copied at once
-MAX_HOURS_PER_QUERY = 50  # more hours are compared in a single query over all events
+MAX_HOURS_PER_QUERY = 50  # more hours are compared, and copied, in a single query over all events
+ALWAYS = (-(2**62), 2**62)  # a time span
 VERIFY_DELAY = 30.0  # seconds after the start until all of an existing cache is compared
 MEMORY_LIMIT = "2GB"
 KIND_COLUMNS = (*NAME_COLUMNS, *BASIS_COLUMNS, "payer")
@@ -158,15 +159,23 @@ class EventCache:
             self._file = None
         if self._file is None:
             return self._create(":memory:")
-        with suppress(duckdb.Error, OSError):
-            if self._file.exists():
-                connection = self._connect(self._file)
-                expected = [(VERSION, self.database.address)]
-                if connection.execute("SELECT version, source_url FROM cache").fetchall() == expected:
-                    return connection
-                connection.close()
+        if self._file.exists() and (connection := self._open_file(self._file)):
+            return connection
         self._delete_file()
         return self._create(self._file)
+
+    def _open_file(self, path: Path) -> duckdb.DuckDBPyConnection | None:
+        """Open an existing file; return None if it is damaged, or belongs to another version or database."""
+        with suppress(duckdb.Error):
+            connection = self._connect(path)
+            try:
+                rows = connection.execute("SELECT version, source_url FROM cache").fetchall()
+                if rows == [(VERSION, self.database.address)]:
+                    return connection
+            except duckdb.Error:
+                pass
+            connection.close()
+        return None
 
     def _claim_file(self) -> Path | None:
         if self._data_dir is None:
@@ -283,10 +292,11 @@ class EventCache:
         self._copy(source, connection, self._number > newest)
         if known or verify:
             changed = sorted(hour for hour in known.keys() | current.keys() if known.get(hour) != current.get(hour))
-            for hour in self._differing_hours(source, connection, None if verify else changed):
-                span = [hour, hour + HOUR]
-                connection.execute("DELETE FROM events WHERE archive = 0 AND time >= ? AND time < ?", span)
-                self._copy(source, connection, EVENTS.c.time >= hour, EVENTS.c.time < hour + HOUR)
+            differing = self._differing_hours(source, connection, None if verify else changed)
+            spans = [(hour, hour + HOUR) for hour in differing]
+            for start, end in spans if len(spans) <= MAX_HOURS_PER_QUERY else [ALWAYS]:
+                connection.execute("DELETE FROM events WHERE archive = 0 AND time >= ? AND time < ?", [start, end])
+                self._copy(source, connection, EVENTS.c.time >= start, EVENTS.c.time < end)
         if known != current:
             _replace(connection, "hours", list(current.items()))
 
@@ -307,7 +317,7 @@ class EventCache:
         self, source: Connection, connection: duckdb.DuckDBPyConnection, hours: Sequence[int] | None
     ) -> list[int]:
         """Return the hours whose events differ from those in the database: of the given hours, or of all (None)."""
-        spans = [(0, 2**62)] if hours is None or len(hours) > MAX_HOURS_PER_QUERY else [(h, h + HOUR) for h in hours]
+        spans = [ALWAYS] if hours is None or len(hours) > MAX_HOURS_PER_QUERY else [(h, h + HOUR) for h in hours]
         hour, number = EVENTS.c.time - EVENTS.c.time % HOUR, self._number.element
         sums = [func.sum(EVENTS.c[name]) for name in SUMMED]
         query = select(hour, func.count(), func.sum(number), *sums).group_by(hour)

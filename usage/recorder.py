@@ -231,7 +231,7 @@ def insert_events(database: Database, events: Sequence[UsageEvent]) -> None:
     if not events:
         return
     with database.transaction(write=True) as connection:
-        kinds = _kind_ids(database, connection, events)
+        kinds = kind_ids(database, connection, {_kind_names(event) for event in events})
         # Sorted, so that concurrent writers lock rows in the same order.
         rows = sorted((_to_row(event, kinds[_kind_names(event)]) for event in events), key=lambda row: row["id"])
         connection.execute(database.insert(EVENTS).on_conflict_do_nothing(index_elements=["id"]), rows)
@@ -251,9 +251,9 @@ def _kind_digest(names: tuple[str, ...]) -> str:
     return name_digest(*(others if payer == "deployment" else names))
 
 
-def _kind_ids(database: Database, connection: Connection, events: Sequence[UsageEvent]) -> dict[tuple[str, ...], int]:
-    """Return the id of each event's kind, and insert new kinds."""
-    by_digest = {_kind_digest(names): names for names in {_kind_names(event) for event in events}}
+def kind_ids(database: Database, connection: Connection, kinds: set[tuple[str, ...]]) -> dict[tuple[str, ...], int]:
+    """Return the ids of kinds, given by their values of KIND_COLUMNS, and insert new kinds."""
+    by_digest = {_kind_digest(names): names for names in kinds}
     ids = _select_kind_ids(connection, sorted(by_digest))
     missing = sorted(by_digest.keys() - ids)
     for digest in missing:

@@ -6,7 +6,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
@@ -27,9 +28,10 @@ from inference.types import (
 )
 from recipes import Recipe, jpeg_data_url, parse, shrink
 from rewards import EQUAL_WEIGHTS, score_recipes
-from training.runs.run import Run
+from training.runs.run import Run, RunError
 from training.runs.usage_events import run_events
 from usage.events import Payer
+from usage.machine import JOBS
 
 PICTURE_QUALITY = 82  # JPEG; a 512 px picture takes 20-45 kB
 UNEXPECTED_ERROR = "The model failed with an unexpected {}. Run again; if it fails again, remove this model."
@@ -223,8 +225,16 @@ class ComparisonMeter(UsageMeter):
 
     def record_run(self, run: Run) -> None:
         """Record one usage event per step of a finished training run. Recording a run again has no effect."""
-        for event in run_events(run, lambda seconds: self.prices.machine(self.hardware, seconds)):
+        for event in run_events(run, self._price_of(run)):
             self.recorder.record(event.with_deployment(self.recorder.deployment))
+
+    def _price_of(self, run: Run) -> Callable[[float], float | None]:
+        """Return the cost of seconds of the machine that a run used."""
+        with suppress(RunError):
+            config = run.config()
+            if config.backend == "jobs":
+                return lambda seconds: self.prices.machine(f"{JOBS}{config.hardware}", seconds)
+        return self.machine_cost
 
 
 def _run_model(

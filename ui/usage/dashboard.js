@@ -4,7 +4,7 @@ const SVG = 'http://www.w3.org/2000/svg';
 const COLOURS = 8;  // CSS classes colour-0 to colour-7
 const byClass = (name, parent = element) => parent.querySelector('.' + name);
 const fromTemplate = name => byClass(name).content.firstElementChild.cloneNode(true);
-const generateButton = byClass('dash-generate'), budgetForm = byClass('dash-budget-form');
+const generateButton = byClass('dash-generate'), budgetForm = byClass('dash-budget-form'), machineForm = byClass('machine-form');
 const openTables = new Set();  // titles of the charts whose tables are open
 let drawnBudgets = '';  // JSON of the budgets that are drawn
 
@@ -61,8 +61,28 @@ function draw() {
   generateButton.disabled = false;
   if (!data.empty) drawContent(data);
   drawBudgets(data.budgets);
+  drawMachine(data.machine);
   byClass('dash-recent').hidden = !data.recent.length;
-  fillTable(byClass('dash-recent').querySelector('table'), null, data.recent);
+  const recent = byClass('dash-recent').querySelector('table');
+  fillTable(recent, null, data.recent);
+  data.recent_runs.forEach((run, row) => linkRun(recent.tBodies[0].rows[row].cells[2], run));
+}
+
+/** Makes a cell's text a link to a run, unless the run is ''. */
+function linkRun(cell, run) {
+  if (!run) return;
+  const link = createNode('a', 'run-link', cell.textContent);
+  link.href = '#';
+  link.addEventListener('click', event => { event.preventDefault(); openRun(run); });
+  cell.replaceChildren(link);
+}
+
+/** Opens the Fine-tune tab and selects a run there, as soon as its list is drawn. */
+function openRun(run, attempts = 50) {
+  const tab = [...document.querySelectorAll('[role=tab]')].find(node => node.textContent.trim() === 'Fine-tune');
+  if (tab && tab.getAttribute('aria-selected') !== 'true') tab.click();
+  const row = [...document.querySelectorAll('.history-row')].find(node => node.dataset.run === run);
+  if (row) row.click(); else if (attempts) setTimeout(openRun, 100, run, attempts - 1);
 }
 
 /** Draws metrics, notes, the comparison of branches and all charts. */
@@ -78,7 +98,7 @@ function drawContent(data) {
   }));
   byClass('dash-notes').replaceChildren(...data.notes.map(note => createNode('li', '', note)));
   byClass('dash-branches').hidden = !data.branches.length;
-  fillTable(byClass('dash-branches').querySelector('table'), ['Branch', ...data.columns], data.branches.map(branch => [branch.name, ...branch.cells]));
+  drawBranches(data);
   const focused = document.activeElement && document.activeElement.closest('.dash-chart');
   if (focused && element.contains(focused) && focused.querySelector('details[open]')) return;  // a table is being read
   byClass('dash-charts').replaceChildren(
@@ -86,6 +106,18 @@ function drawContent(data) {
     createScatter(data.scatter),
     createBars('Cost per model', 'US dollars', data.cost_per_model, 'No call in this period has a known price.'),
     createBars('Errors by class', 'calls', data.errors, 'No call failed in this period.'));
+}
+
+/** Draws the table of branches, with the change of each value to the first branch. */
+function drawBranches(data) {
+  const table = byClass('dash-branches').querySelector('table');
+  setText(byClass('branches-verdict'), data.verdict);
+  fillTable(table, ['Branch', ...data.columns], data.branches.map(branch => [branch.name, ...branch.cells.map(cell => cell.value)]));
+  data.branches.forEach((branch, row) => branch.cells.forEach((cell, column) => {
+    const change = createNode('span', 'metric-change', cell.change);
+    change.dataset.trend = cell.trend;
+    if (cell.change) table.tBodies[0].rows[row].cells[column + 1].append(' ', change);
+  }));
 }
 
 // ── Charts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -191,6 +223,7 @@ function createBars(title, subtitle, bars, emptyText) {
   byClass('bars-empty', chart).hidden = bars.length > 0;
   chart.querySelector('tbody').replaceChildren(...bars.map(bar => {
     const row = createRow([bar.name, bar.text]), mark = createNode('i');
+    linkRun(row.firstElementChild, bar.run);
     mark.style.width = (100 * bar.fraction).toFixed(1) + '%';
     mark.hidden = !bar.fraction;
     row.lastElementChild.prepend(mark);
@@ -225,6 +258,28 @@ function drawBudgets(budgets) {
   }));
 }
 
+/** Draws what this machine costs, and the suggestions. */
+function drawMachine(machine) {
+  byClass('dash-machine').hidden = !machine;
+  if (!machine) return;
+  setText(byClass('machine-text'), machine.text);
+  byClass('machine-remove').hidden = !machine.is_set;
+  const suggestions = byClass('machine-suggestions');
+  if (suggestions.childElementCount === machine.suggestions.length) return;
+  suggestions.replaceChildren(...machine.suggestions.map(suggestion => {
+    const button = createNode('button', '', suggestion.text);
+    button.type = 'button';
+    button.addEventListener('click', () => { machineForm.dollars.value = suggestion.dollars; machineForm.dollars.focus(); });
+    return button;
+  }));
+}
+
+machineForm.addEventListener('submit', event => {
+  event.preventDefault();
+  trigger('machine', {action: 'set', dollars: machineForm.dollars.value, past: machineForm.past.checked});
+  machineForm.reset();
+});
+byClass('machine-remove').addEventListener('click', () => trigger('machine', {action: 'remove'}));
 budgetForm.addEventListener('submit', event => {
   event.preventDefault();
   trigger('budget', {action: 'set', branch: budgetForm.branch.value, limit: budgetForm.limit.value, stop: budgetForm.stop.checked});

@@ -15,17 +15,21 @@ from typing import Any
 import gradio as gr
 
 from access.roles import LOCAL_ADMIN, Role, Visitor
+from inference.registry import MODELS
 from inference.types import Request
 from recipes import load_photo, shrink
 from storage.reward_functions import StoreError
 from training.data.bundled import bundled_photos
+from training.runs.adapters import model_name, run_title
+from training.runs.run import RunError, is_run_id
 from ui.events import PRIVATE, UNQUEUED, tab_selected
 from ui.messages import user_error
 from ui.permissions import visitor_of
 from ui.services import AppServices, SharedComponents
-from ui.usage.view import dashboard_snapshot, dashboard_view
+from ui.usage.view import ModelLabel, dashboard_snapshot, dashboard_view, machine_snapshot
 from usage.analytics import FilterOptions
 from usage.budgets import Budget, BudgetError
+from usage.machine import MachinePriceError
 from usage.time_window import CUSTOM, PERIODS, FilterError, UsageFilter, time_zones
 
 TAB = "Usage"
@@ -138,13 +142,25 @@ def refresh(
             services.budgets.list(),
             filters.zone,
             filters.by,
-        )
+            partial(model_label, services),
+        ) | {"machine": machine_snapshot(services.meter.machine)}
     except (StoreError, FilterError) as error:
         return {"error": str(error)}, *unchanged, options
     if new_options == options:
         return snapshot, *unchanged, options
-    choices = [gr.update(choices=list(getattr(new_options, name))) for name in OPTION_FIELDS]
+    titles = {"models": [(model_label(services, name).title, name) for name in new_options.models]}
+    choices = [gr.update(choices=titles.get(name, list(getattr(new_options, name)))) for name in OPTION_FIELDS]
     return snapshot, *choices, new_options
+
+
+def model_label(services: AppServices, name: str) -> ModelLabel:
+    """Return how to display a model or an adapter in usage events: models by their titles, runs by their names."""
+    run_id = name.removeprefix(model_name(""))
+    if is_run_id(run_id):
+        with suppress(RunError):
+            return ModelLabel(run_title(services.runs.get(run_id)), run_id)
+        return ModelLabel(f"Deleted run {run_id}")
+    return ModelLabel(MODELS[name].title if name in MODELS else name)
 
 
 def refresh_if_open(
@@ -202,6 +218,35 @@ def update_budget(services: AppServices, event: gr.EventData) -> None:
         raise user_error(str(error), "Budget") from None
     except (TypeError, ValueError, OverflowError):
         raise user_error("Enter the budget as a number of US dollars.", "Budget") from None
+
+
+def update_machine_price(services: AppServices, event: gr.EventData) -> str:
+    """Set what this machine costs an hour, and price past calls if wanted. Return a message.
+
+    Raises gr.Error if the form is invalid.
+    """
+    data, machine = event._data if isinstance(event._data, dict) else {}, services.meter.machine
+    if machine is None:
+        raise user_error("This deployment records no cost of its machine.", "Machine")
+    try:
+        machine.set(None if data.get("action") == "remove" else float(data.get("dollars", "")))
+        if not data.get("past") or machine.per_hour is None:
+            return "The price counts from now on."
+        count = machine.price_past_events(services.meter.recorder.deployment.space, partial(_is_local, services))
+    except (MachinePriceError, StoreError) as error:
+        raise user_error(str(error), "Machine") from None
+    except (TypeError, ValueError, OverflowError):
+        raise user_error("Enter the price as a number of US dollars per hour.", "Machine") from None
+    return f"The price counts from now on, and for {count:,} past calls."
+
+
+def _is_local(services: AppServices, model: str, adapter: str) -> bool:
+    """Whether calls of a model, or the training of an adapter, ran on this machine."""
+    if is_run_id(adapter):
+        with suppress(RunError):
+            return services.runs.get(adapter).config().backend == "here"
+        return False
+    return adapter != "" or (model in MODELS and MODELS[model].backend != "hosted")
 
 
 def generate_sample_traffic(services: AppServices) -> Iterator[None]:
@@ -337,6 +382,12 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
 
     budget_updated = dashboard.budget(budget_submitted, None, None, **PRIVATE)
     budget_updated.then(refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
+
+    def machine_price_submitted(event: gr.EventData) -> None:
+        gr.Info(update_machine_price(services, event), title="Machine")
+
+    priced = dashboard.machine(machine_price_submitted, None, None, **PRIVATE)
+    priced.then(refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
     generated = dashboard.generate(
         partial(generate_sample_traffic, services), None, None, concurrency_limit=1, **PRIVATE
     )

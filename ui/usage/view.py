@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from zoneinfo import ZoneInfo
 
 import gradio as gr
 
-from usage.analytics import Dashboard, Metric, Metrics, ModelCost, ScatterPoint, Series, SeriesLine
+from usage.analytics import BranchSummary, Dashboard, Metric, Metrics, ModelCost, ScatterPoint, Series, SeriesLine
 from usage.budgets import BudgetStatus
 from usage.events import UsageEvent
+from usage.machine import MachinePrice
 
 HERE = Path(__file__).resolve().parent
+MAX_BRANCHES = 20  # in the table of branches
 MAX_LINES = 8  # per chart; smaller lines are added up to one
 MAX_NAME_LENGTH = 120  # displayed characters of a name
 METRICS = {
@@ -35,15 +37,33 @@ METRICS = {
     "cost_per_request": "Cost per request",
     "reward_per_cent": "Reward per cent",
 }
-HIGHER_IS_BETTER = ("reward_per_cent",)
+BRANCH_COLUMNS = {
+    "calls": "Calls",
+    "error_rate": "Error rate",
+    "cost_per_request": "Cost per request",
+    "reward": "Mean reward",
+    "reward_per_cent": "Reward per cent",
+}
+HIGHER_IS_BETTER = ("reward", "reward_per_cent")
 LOWER_IS_BETTER = ("error_rate", "p50", "p95", "p99", "first_token", "cost_per_request")
 MIN_CHANGE = 0.0005  # relative change below which a metric is neither better nor worse
 BIN_FORMATS = {"minute": "%H:%M", "hour": "%d %b %H:%M", "6 hours": "%d %b %H:%M", "day": "%d %b", "month": "%b %Y"}
 UNKNOWN = "–"
 
 
+@dataclass(frozen=True)
+class ModelLabel:
+    """How a model is displayed: its title, and the id of the run that it was tuned in, or ""."""
+
+    title: str
+    run: str = ""
+
+
 def dashboard_view() -> gr.HTML:
-    """Create the component. It fires `budget` with {action, branch, limit, stop}, and `generate`."""
+    """Create the component.
+
+    It fires `budget` with {action, branch, limit, stop}, `machine` with {action, dollars, past}, and `generate`.
+    """
     return gr.HTML(
         value=None,
         html_template=(HERE / "dashboard.html").read_text(encoding="utf-8"),
@@ -54,7 +74,12 @@ def dashboard_view() -> gr.HTML:
 
 
 def dashboard_snapshot(
-    dashboard: Dashboard, recent: Sequence[UsageEvent], budgets: Sequence[BudgetStatus], zone: str, by: str
+    dashboard: Dashboard,
+    recent: Sequence[UsageEvent],
+    budgets: Sequence[BudgetStatus],
+    zone: str,
+    by: str,
+    model_of: Callable[[str], ModelLabel] = ModelLabel,
 ) -> dict[str, Any]:
     """Return everything that the dashboard shows, as JSON.
 
@@ -64,31 +89,55 @@ def dashboard_snapshot(
         budgets: State of all budgets.
         zone: IANA name of the time zone of all times.
         by: "branch" or "model": what the charts of calls and cost have one line for each of.
+        model_of: Returns how a model is displayed.
     """
     metrics, order = dashboard.metrics, _largest_first(dashboard.volume)
+    name_of = (lambda name: model_of(name).title) if by == "model" else str
     return {
         "empty": not metrics.calls.value,
         "period": _format_period(metrics, zone),
         "metrics": [_metric(name, getattr(metrics, name)) for name in METRICS],
         "notes": _notes(metrics),
-        "columns": list(METRICS.values()),
-        "branches": [
-            {"name": _shorten(name), "cells": [format_value(key, getattr(branch, key).value) for key in METRICS]}
-            for name, branch in dashboard.by_branch
-        ],
+        **_branch_comparison(dashboard.branches),
         "charts": [
-            _chart("Calls", f"per {dashboard.volume.bin}, by {by}", _limit_lines(dashboard.volume, order), zone),
+            _chart(
+                "Calls", f"per {dashboard.volume.bin}, by {by}", _limit_lines(dashboard.volume, order), zone, name_of
+            ),
             _chart("Latency", f"percentiles per {dashboard.latency.bin}", dashboard.latency, zone),
-            _chart("Cost", f"per {dashboard.cost.bin}, by {by}", _limit_lines(dashboard.cost, order), zone),
+            _chart("Cost", f"per {dashboard.cost.bin}, by {by}", _limit_lines(dashboard.cost, order), zone, name_of),
         ],
-        "scatter": [_scatter_point(dot) for dot in dashboard.scatter],
-        "cost_per_model": _bars([(model.name, model.cost, _format_cost(model)) for model in dashboard.cost_per_model]),
+        "scatter": [_scatter_point(dot, model_of(dot.model).title) for dot in dashboard.scatter],
+        "cost_per_model": [
+            bar | {"run": model_of(model.name).run}
+            for model, bar in zip(
+                dashboard.cost_per_model,
+                _bars([(model_of(m.name).title, m.cost, _format_cost(m)) for m in dashboard.cost_per_model]),
+                strict=True,
+            )
+        ],
         "errors": _bars(
             [(error.name or "unclassified", error.calls, f"{error.calls:,}") for error in dashboard.errors]
         ),
-        "recent": [_recent_row(event, zone) for event in recent],
+        "recent": [_recent_row(event, zone, model_of) for event in recent],
+        "recent_runs": [model_of(event.adapter).run if event.adapter else "" for event in recent],
         "budgets": [_budget(status) for status in budgets],
     }
+
+
+def machine_snapshot(machine: MachinePrice | None) -> dict[str, Any] | None:
+    """Return what the form for the machine's price shows, as JSON."""
+    if machine is None:
+        return None
+    dollars, is_set = machine.per_hour, machine.is_set
+    source = "set here" if is_set else "from the table of prices"
+    text = "Not known: calls of local models have no cost."
+    if dollars is not None:
+        text = f"{format_money(dollars)} an hour, {source}. Costs of local models are estimated by their time."
+    suggestions = [
+        {"text": f"{format_money(suggestion.dollars)}: {suggestion.title}", "dollars": suggestion.dollars}
+        for suggestion in machine.suggestions()
+    ]
+    return {"text": text, "is_set": is_set, "suggestions": suggestions}
 
 
 # ── Formatting ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,6 +174,7 @@ _FORMATTERS: dict[str, Callable[[float], str]] = {
     **dict.fromkeys(("latency", "p50", "p95", "p99", "first_token"), format_seconds),
     **dict.fromkeys(("cost", "cost_per_request"), format_money),
     "error_rate": lambda value: f"{100 * value:.{0 if value in (0, 1) else 2}f} %",
+    "reward": lambda value: f"{value:.3f}",
     "reward_per_cent": _three_digits,
 }
 
@@ -137,19 +187,69 @@ def _shorten(name: str) -> str:
 
 
 def _metric(name: str, metric: Metric) -> dict[str, Any]:
-    change, trend = metric.change, ""
-    if change is not None and abs(change) >= MIN_CHANGE:
-        if name in (HIGHER_IS_BETTER if change > 0 else LOWER_IS_BETTER):
-            trend = "better"
-        elif name in (LOWER_IS_BETTER if change > 0 else HIGHER_IS_BETTER):
-            trend = "worse"
+    change = metric.change
     return {
         "name": METRICS[name],
         "value": format_value(name, metric.value),
         "change": "" if change is None else f"{100 * change:+,.1f} %",
         "previous": format_value(name, metric.previous),
-        "trend": trend,
+        "trend": _trend(name, change),
     }
+
+
+def _branch_comparison(branches: Sequence[BranchSummary]) -> dict[str, Any]:
+    """Return a table of the branches with their change to the reference: "main", or the branch with the most calls."""
+    if len(branches) < 2:
+        return {"columns": [], "branches": [], "verdict": ""}
+    branches = branches[:MAX_BRANCHES]
+    reference = next((branch for branch in branches if branch.name == "main"), branches[0])
+    others = [branch for branch in branches if branch is not reference]
+    rows = [
+        {
+            "name": _shorten(branch.name),
+            "cells": [_branch_cell(name, getattr(branch, name), getattr(reference, name)) for name in BRANCH_COLUMNS],
+        }
+        for branch in (reference, *others)
+    ]
+    verdict = f"Changes are relative to {_shorten(reference.name)}."
+    if len(others) == 1:
+        verdict = f"{_branch_verdict(others[0], reference)} {verdict}".strip()
+    return {"columns": list(BRANCH_COLUMNS.values()), "branches": rows, "verdict": verdict}
+
+
+def _branch_cell(name: str, value: float | None, reference: float | None) -> dict[str, str]:
+    change = None if value is None or not reference else value / reference - 1
+    return {
+        "value": format_value(name, value),
+        "change": f"{100 * change:+,.1f} %" if change is not None and abs(change) >= MIN_CHANGE else "",
+        "trend": _trend(name, change),
+    }
+
+
+def _branch_verdict(branch: BranchSummary, reference: BranchSummary) -> str:
+    """Say in one sentence whether a branch is cheaper and better than the reference."""
+    parts = []
+    for name, less, more in (("cost_per_request", "cheaper", "more expensive"), ("reward", "lower", "higher")):
+        value, other = getattr(branch, name), getattr(reference, name)
+        if value is None or not other:
+            continue
+        change = value / other - 1
+        subject = "per request" if name == "cost_per_request" else "in reward"
+        parts.append(
+            f"{100 * abs(change):,.1f} % {less if change < 0 else more} {subject}"
+            if abs(change) >= MIN_CHANGE
+            else f"equal {subject}"
+        )
+    return f"{_shorten(branch.name)} is {' and '.join(parts)} than {_shorten(reference.name)}." if parts else ""
+
+
+def _trend(name: str, change: float | None) -> str:
+    """Return whether a relative change of a metric is "better" or "worse"; "" if neither."""
+    if change is None or abs(change) < MIN_CHANGE:
+        return ""
+    if name in (HIGHER_IS_BETTER if change > 0 else LOWER_IS_BETTER):
+        return "better"
+    return "worse" if name in (LOWER_IS_BETTER if change > 0 else HIGHER_IS_BETTER) else ""
 
 
 def _format_period(metrics: Metrics, zone: str) -> str:
@@ -170,7 +270,8 @@ def _notes(metrics: Metrics) -> list[str]:
     if metrics.uncounted:
         notes.append(f"{calls_have(metrics.uncounted)} no known token count. Their tokens are not included.")
     if metrics.estimated:
-        notes.append(f"The cost of {metrics.estimated:,} calls is estimated from list prices.")
+        calls = f"{metrics.estimated:,} call{'' if metrics.estimated == 1 else 's'}"
+        notes.append(f"The cost of {calls} is estimated from list prices or the machine's time.")
     return notes
 
 
@@ -193,7 +294,7 @@ def _limit_lines(series: Series, order: list[str]) -> Series:
     return replace(series, lines=tuple(lines))
 
 
-def _chart(title: str, subtitle: str, series: Series, zone: str) -> dict[str, Any]:
+def _chart(title: str, subtitle: str, series: Series, zone: str, name_of: Callable[[str], str] = str) -> dict[str, Any]:
     """Return a chart over time, with each value as a number for its line and as text for tooltip and table."""
     known = [value for line in series.lines for value in line.values if value is not None]
     maximum = max(known, default=0.0)
@@ -203,7 +304,7 @@ def _chart(title: str, subtitle: str, series: Series, zone: str) -> dict[str, An
         "bins": [_format_bin(start, series.bin) for start in series.starts],
         "lines": [
             {
-                "name": _shorten(line.name),
+                "name": _shorten(name_of(line.name)),
                 "values": list(line.values),
                 "texts": [format_value(series.measure, value) for value in line.values],
             }
@@ -219,14 +320,14 @@ def _format_bin(start: datetime, size: str) -> str:
     return start.strftime(BIN_FORMATS[size])
 
 
-def _scatter_point(dot: ScatterPoint) -> dict[str, Any]:
+def _scatter_point(dot: ScatterPoint, title: str) -> dict[str, Any]:
     cells = [
         f"{dot.calls:,}",
         format_seconds(dot.latency),
         UNKNOWN if dot.reward is None else f"{dot.reward:.3f}",
         format_value("cost_per_request", dot.cost_per_request),
     ]
-    return {"name": _shorten(dot.model), "calls": dot.calls, "x": dot.latency, "y": dot.reward, "cells": cells}
+    return {"name": _shorten(title), "calls": dot.calls, "x": dot.latency, "y": dot.reward, "cells": cells}
 
 
 def _format_cost(amount: ModelCost) -> str:
@@ -245,14 +346,14 @@ def _bars(rows: Sequence[tuple[str, float | None, str]]) -> list[dict[str, Any]]
     ]
 
 
-def _recent_row(event: UsageEvent, zone: str) -> list[str]:
+def _recent_row(event: UsageEvent, zone: str, model_of: Callable[[str], ModelLabel]) -> list[str]:
     """Return the cells of an event in the table of recent calls, whose header is in the template."""
     tokens = UNKNOWN if event.tokens_in is None else f"{event.tokens_in:,} + {event.tokens_out:,}"
     cost = format_value("cost", event.cost)
     return [
         event.time.astimezone(ZoneInfo(zone)).strftime("%d %b %H:%M:%S"),
         _shorten(event.branch),
-        _shorten(f"{event.model} + {event.adapter}" if event.adapter else event.model),
+        _shorten(" · ".join(dict.fromkeys(model_of(name).title for name in (event.model, event.adapter) if name))),
         _shorten(event.skill),
         _shorten(f"{event.outcome}: {event.error}" if event.error else event.outcome),
         format_seconds(event.latency),

@@ -17,6 +17,7 @@ from access.roles import Role, Visitor
 from storage.reward_functions import StoreError
 from tests.support.fake_run import HOSTILE
 from tests.support.runs import FAKE
+from training.runs.run import RunConfig
 from ui.services import AppServices
 from ui.usage import tab
 from ui.usage.tab import FIELDS, DashboardFilter, filters_from_link, refresh, refresh_if_open
@@ -124,11 +125,68 @@ def test_branches_are_compared_and_long_names_are_shortened(services: AppService
     value = snapshot(services, branches=("main", HOSTILE))
     assert [row["name"] for row in value["branches"]] == ["main", HOSTILE]
     assert all(len(row["cells"]) == len(value["columns"]) for row in value["branches"])
+    assert len(snapshot(services)["branches"]) == 4 and not snapshot(services, branches=("main",))["branches"]
     names = [line["name"] for line in snapshot(services)["charts"][0]["lines"]]
     assert HOSTILE in names and max(map(len, names)) <= max(MAX_NAME_LENGTH, len(HOSTILE))
     options = refresh(services, None, inputs())[4]
     assert long in options.branches, "the filter takes the whole name"
     assert metric(snapshot(services, branches=(long,)), "Calls")["value"] == "1"
+
+
+def test_table_says_whether_a_branch_is_cheaper_and_better_than_main(services: AppServices) -> None:
+    record(services, 2, branch="main", cost=0.02, cost_basis="reported", reward=0.5)
+    record(services, 3, branch="topic", cost=0.015, cost_basis="reported", reward=0.6)
+    value = snapshot(services)
+    assert value["verdict"] == (
+        "topic is 25.0 % cheaper per request and 20.0 % higher in reward than main. Changes are relative to main."
+    )
+    main, topic = value["branches"]
+    assert main["name"] == "main" and [cell["change"] for cell in main["cells"]] == [""] * 5
+    cells = dict(zip(value["columns"], topic["cells"], strict=True))
+    assert cells["Calls"] == {"value": "3", "change": "+50.0 %", "trend": ""}
+    assert cells["Cost per request"] == {"value": "$0.0150", "change": "-25.0 %", "trend": "better"}
+    assert cells["Reward per cent"] == {"value": "0.400", "change": "+60.0 %", "trend": "better"}
+
+
+def test_models_appear_by_title_and_runs_by_name(services: AppServices) -> None:
+    config = RunConfig(base="moondream-tiny", reward={"sharpness": 1.0}, seed=1, name="Crisper")
+    run = services.runs.create(config)
+    record(services, adapter=run.id, source="fine-tune")
+    record(services, model=f"run-{run.id}", adapter=f"run-{run.id}", cost=1.0, cost_basis="reported")
+    record(services, model="moondream2", adapter="20260101-000000-abcdef", seconds_ago=90.0)
+    value = snapshot(services, by="model")
+    models = [row[2] for row in value["recent"]]
+    assert sorted(models[:2]) == ["Crisper", "moondream-tiny · Crisper"]
+    assert models[2] == "Moondream 2 · Deleted run 20260101-000000-abcdef"
+    assert value["recent_runs"] == [run.id, run.id, ""]
+    assert {line["name"] for line in value["charts"][0]["lines"]} == {"Crisper", "moondream-tiny", "Moondream 2"}
+    assert {bar["run"] for bar in value["cost_per_model"]} == {run.id, ""}
+    choices = refresh(services, None, inputs())[2]["choices"]
+    assert ("Crisper", f"run-{run.id}") in choices and ("Moondream 2", "moondream2") in choices
+
+
+def test_machine_price_counts_from_now_on_and_back(services: AppServices) -> None:
+    assert snapshot(services)["machine"]["text"].startswith("Not known")
+    record(services, latency=3.6)
+    run = services.runs.create(RunConfig(base="moondream-tiny", reward={"sharpness": 1.0}, seed=1, backend="jobs"))
+    record(services, latency=3.6, adapter=run.id, source="fine-tune")  # on another machine
+    record(services, model="moondream-cloud", latency=3.6)
+
+    def submit(**data: Any) -> str:
+        return tab.update_machine_price(services, gr.EventData(None, data))
+
+    assert "1 past call" in submit(action="set", dollars="0.5", past=True)
+    value = snapshot(services)
+    assert metric(value, "Cost")["value"] == "$0.000500" and "The cost of 1 call is estimated" in " ".join(
+        value["notes"]
+    )
+    assert value["machine"]["text"].startswith("$0.500 an hour, set here") and value["machine"]["is_set"]
+    assert services.meter.machine_cost(3600) == 0.5
+    for data, message in (({"dollars": "much"}, "number of US dollars"), ({"dollars": "-1"}, "from 0 to")):
+        with pytest.raises(gr.Error, match=message):
+            submit(action="set", **data)
+    submit(action="remove")
+    assert services.meter.machine_cost(3600) is None
 
 
 def test_smallest_lines_are_added_up_and_charts_share_their_order(services: AppServices) -> None:
