@@ -124,6 +124,7 @@ def build_services(settings: Settings, command: tuple[str, ...] = COMMAND) -> Ap
         access,
         settings.upload_quota,
         settings.retention_months,
+        settings.telemetry,
     )
     return replace(services, state_bucket=state_bucket)
 

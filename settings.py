@@ -46,6 +46,7 @@ class Settings:
             this machine is not necessarily its user's.
         upload_quota: Bytes of photos that visitors upload for training runs, of all visitors together.
         retention_months: Months after which usage events are archived.
+        telemetry: Whether usage events are sent to OTEL_EXPORTER_OTLP_ENDPOINT.
         metrics_token: SHA-256 digest of the token that may only read /v1/usage and /metrics. Not part of the repr.
         state_bucket: Hugging Face Storage Bucket that keeps the state of `data_dir`, as owner/name.
         state_bucket_token: Token with write access to it; by default HF_TOKEN. Not part of the repr.
@@ -75,6 +76,7 @@ class Settings:
     behind_proxy: bool = False
     upload_quota: int = 2_000_000_000
     retention_months: int = 13
+    telemetry: bool = False
     metrics_token: str = field(default="", repr=False)
     state_bucket: str | None = None
     state_bucket_token: str | None = field(default=None, repr=False)
@@ -95,7 +97,8 @@ class Settings:
         - Access: PLAYGROUND_ADMINS (user names on Hugging Face, separated by commas), GUEST_RUNS and PLAYGROUND_PROXIED
           (1 or 0). A Space with `hf_oauth` sets OAUTH_CLIENT_ID.
         - Usage: PREVIEW_BRANCH, PREVIEW_COMMIT, SPACE_ID, PRICES_FILE, HARDWARE, METRICS_TOKEN (a token or "sha256:"
-          and its digest, with which a program may only read usage and metrics), USAGE_RETENTION_MONTHS (2 to 120).
+          and its digest, with which a program may only read usage and metrics), USAGE_RETENTION_MONTHS (2 to 120),
+          OTEL_EXPORTER_OTLP_ENDPOINT (address of an OpenTelemetry collector).
         - State: STATE_BUCKET (owner/name), STATE_BUCKET_TOKEN, STATE_BUCKET_SECONDS (1 to 3600).
 
         Args:
@@ -133,6 +136,7 @@ class Settings:
             if "UPLOAD_QUOTA_MB" in env
             else cls.upload_quota,
             retention_months=_parse_months(env.get("USAGE_RETENTION_MONTHS", str(cls.retention_months))),
+            telemetry="OTEL_EXPORTER_OTLP_ENDPOINT" in env,
             metrics_token=_parse_secret("METRICS_TOKEN", env["METRICS_TOKEN"]) if "METRICS_TOKEN" in env else "",
             state_bucket=_parse_bucket(env["STATE_BUCKET"]) if "STATE_BUCKET" in env else None,
             state_bucket_token=env.get("STATE_BUCKET_TOKEN"),

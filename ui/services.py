@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
@@ -32,6 +33,9 @@ from usage.events import Deployment
 from usage.machine import MachinePrice
 from usage.prices import Prices
 from usage.recorder import Recorder
+
+if TYPE_CHECKING:
+    from usage.telemetry import TelemetryExporter
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class AppServices:
         access: AccessControl | None = None,
         upload_quota: int = TOTAL_QUOTA_BYTES,
         retention_months: int = RETENTION_MONTHS,
+        telemetry_enabled: bool = False,
     ) -> AppServices:
         """Build the services: register the enabled adapters and resume unfinished runs.
 
@@ -111,6 +116,7 @@ class AppServices:
             access: Determines who sends a request. By default requests from this machine are the administrator's.
             upload_quota: Bytes of photos that all visitors together may upload for training runs.
             retention_months: Months after which usage events are archived.
+            telemetry_enabled: Whether usage events are also sent to a collector of OpenTelemetry.
 
         Raises:
             StoreError: The database cannot be opened.
@@ -119,7 +125,8 @@ class AppServices:
         runs = RunStore(data_dir / "runs")
         adapters = AdapterRegistry(runs)
         adapters.load()
-        recorder = Recorder(database, data_dir / "usage-spool", deployment or Deployment(), retention_months)
+        spool, telemetry = data_dir / "usage-spool", open_telemetry(data_dir) if telemetry_enabled else None
+        recorder = Recorder(database, spool, deployment or Deployment(), retention_months, telemetry)
         recorder.start()
         usage = UsageAnalytics(database, data_dir)
         usage.cache.start()
@@ -155,6 +162,13 @@ class AppServices:
             access or AccessControl(),
             upload_quota=upload_quota,
         )
+
+
+def open_telemetry(data_dir: Path) -> TelemetryExporter:
+    """Create the export to a collector. The SDK is imported only where it is used."""
+    from usage.telemetry import TelemetryExporter
+
+    return TelemetryExporter(data_dir / "telemetry-spool")
 
 
 @dataclass(frozen=True)
