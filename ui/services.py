@@ -26,6 +26,7 @@ from ui.playground.limits import ComparisonLimiter
 from ui.playground.link import PlaygroundSettings
 from ui.playground.picker import model_picker
 from ui.playground.warm_up import WarmUp
+from usage.alerts import Alerts, Webhook
 from usage.analytics import UsageAnalytics
 from usage.archive import RETENTION_MONTHS
 from usage.budgets import Budgets
@@ -49,6 +50,7 @@ class AppServices:
         adapters: Tuned models that can be selected.
         usage: Queries of the recorded usage events.
         budgets: Monthly budgets per branch.
+        alerts: Limits of the usage per branch.
         meter: Records the usage events of model calls.
         access: Determines who sends a request.
         comparisons: Limits the comparisons of each visitor.
@@ -63,6 +65,7 @@ class AppServices:
     adapters: AdapterRegistry
     usage: UsageAnalytics
     budgets: Budgets
+    alerts: Alerts
     meter: ComparisonMeter
     access: AccessControl = field(default_factory=AccessControl)
     comparisons: ComparisonLimiter = field(default_factory=ComparisonLimiter)
@@ -84,6 +87,7 @@ class AppServices:
     def close(self) -> None:
         """Write the usage events in memory to disk, and the state to its bucket. Call before the process ends."""
         self.meter.recorder.close()
+        self.alerts.stop()
         self.usage.cache.close()
         if self.state_bucket:
             self.state_bucket.stop()
@@ -102,6 +106,7 @@ class AppServices:
         upload_quota: int = TOTAL_QUOTA_BYTES,
         retention_months: int = RETENTION_MONTHS,
         telemetry_enabled: bool = False,
+        webhook: Webhook | None = None,
     ) -> AppServices:
         """Build the services: register the enabled adapters and resume unfinished runs.
 
@@ -117,6 +122,7 @@ class AppServices:
             upload_quota: Bytes of photos that all visitors together may upload for training runs.
             retention_months: Months after which usage events are archived.
             telemetry_enabled: Whether usage events are also sent to a collector of OpenTelemetry.
+            webhook: Receives alerts about the usage.
 
         Raises:
             StoreError: The database cannot be opened.
@@ -130,6 +136,8 @@ class AppServices:
         recorder.start()
         usage = UsageAnalytics(database, data_dir)
         usage.cache.start()
+        alerts = Alerts(usage, webhook)
+        alerts.start()
         budgets = Budgets(database)
         machine = MachinePrice(
             database, prices or Prices(), hardware, recorder.deployment.space or socket.gethostname()
@@ -158,6 +166,7 @@ class AppServices:
             adapters,
             usage,
             budgets,
+            alerts,
             meter,
             access or AccessControl(),
             upload_quota=upload_quota,

@@ -16,6 +16,7 @@ from zoneinfo import ZoneInfo
 
 import gradio as gr
 
+from usage.alerts import PERIODS, Alert
 from usage.analytics import BranchSummary, Dashboard, Metric, Metrics, ModelCost, ScatterPoint, Series, SeriesLine
 from usage.budgets import BudgetStatus
 from usage.events import UsageEvent
@@ -62,7 +63,8 @@ class ModelLabel:
 def dashboard_view() -> gr.HTML:
     """Create the component.
 
-    It fires `budget` with {action, branch, limit, stop}, `machine` with {action, dollars, past}, and `generate`.
+    It fires `budget` with {action, branch, limit, stop}, `alert` with {action, branch, measure, limit},
+    `machine` with {action, dollars, past}, and `generate`.
     """
     return gr.HTML(
         value=None,
@@ -122,6 +124,36 @@ def dashboard_snapshot(
         "recent_runs": [model_of(event.adapter).run if event.adapter else "" for event in recent],
         "budgets": [_budget(status) for status in budgets],
     }
+
+
+def alerts_snapshot(alerts: Sequence[Alert], has_webhook: bool, zone: str) -> dict[str, Any]:
+    """Return what the section of alerts shows, as JSON."""
+    receiver = "" if has_webhook else " Set ALERT_WEBHOOK_URL to have them sent."
+    return {
+        "text": f"An alert appears here when a limit is exceeded, and is sent as one webhook.{receiver}",
+        "alerts": [
+            {
+                "branch": alert.branch,
+                "measure": alert.measure,
+                "name": _shorten(alert.branch) or "All branches",
+                "text": _alert_text(alert, has_webhook, zone),
+                "exceeded": alert.since is not None,
+            }
+            for alert in alerts
+        ],
+    }
+
+
+def _alert_text(alert: Alert, has_webhook: bool, zone: str) -> str:
+    """Describe a limit and its state."""
+    title = {"error_rate": "error rate", "p95": "latency p95", "cost": "spend"}[alert.measure]
+    limit, value = (format_value(alert.measure, number) for number in (alert.limit, alert.value))
+    text = f"{title} of the last {PERIODS[alert.measure]}: limit {limit}, last {value}"
+    if alert.since is None:
+        return text
+    since = alert.since.astimezone(ZoneInfo(zone)).strftime("%d %b %H:%M")
+    sent = ("; the webhook was accepted" if alert.sent else "; the webhook is being sent") if has_webhook else ""
+    return f"{text} · exceeded since {since}{sent}"
 
 
 def machine_snapshot(machine: MachinePrice | None) -> dict[str, Any] | None:
