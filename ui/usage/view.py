@@ -47,6 +47,7 @@ BRANCH_COLUMNS = {
 }
 HIGHER_IS_BETTER = ("reward", "reward_per_cent")
 LOWER_IS_BETTER = ("error_rate", "p50", "p95", "p99", "first_token", "cost_per_request")
+MIN_BRANCH_CHANGE = 0.01  # difference between branches that is coloured
 MIN_CHANGE = 0.0005  # relative change below which a metric is neither better nor worse
 BIN_FORMATS = {"minute": "%H:%M", "hour": "%d %b %H:%M", "6 hours": "%d %b %H:%M", "day": "%d %b", "month": "%b %Y"}
 UNKNOWN = "–"
@@ -223,7 +224,7 @@ def _metric(name: str, metric: Metric) -> dict[str, Any]:
     return {
         "name": METRICS[name],
         "value": format_value(name, metric.value),
-        "change": "" if change is None else f"{100 * change:+,.1f} %",
+        "change": "" if change is None else _format_change(change),
         "previous": format_value(name, metric.previous),
         "trend": _trend(name, change),
     }
@@ -253,9 +254,14 @@ def _branch_cell(name: str, value: float | None, reference: float | None) -> dic
     change = None if value is None or not reference else value / reference - 1
     return {
         "value": format_value(name, value),
-        "change": f"{100 * change:+,.1f} %" if change is not None and abs(change) >= MIN_CHANGE else "",
-        "trend": _trend(name, change),
+        "change": _format_change(change) if change is not None and abs(change) >= MIN_CHANGE else "",
+        "trend": _trend(name, change) if change is not None and abs(change) >= MIN_BRANCH_CHANGE else "",
     }
+
+
+def _format_change(change: float) -> str:
+    """Format a relative change in per cent; growth to more than tenfold as a factor."""
+    return f"{100 * change:+,.1f} %" if change < 9 else f"× {_three_digits(change + 1)}"
 
 
 def _branch_verdict(branch: BranchSummary, reference: BranchSummary) -> str:
