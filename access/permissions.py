@@ -67,9 +67,15 @@ HANDLERS: dict[str, HandlerRule] = {
     "ui.playground.reward_functions.delete_clicked": GUEST,
     "ui.playground.reward_functions.import_file": GUEST,
     "ui.playground.reward_functions.export_file": GUEST,
+    "ui.playground.preference_panel.panel_opened": GUEST,
+    "ui.playground.preference_panel.acted": SESSION,  # the visitor's own choices
+    "ui.playground.preference_panel.card_preferred": SESSION,
+    "ui.playground.preference_panel.retrain_clicked": SESSION,
+    "ui.playground.preference_panel.download_choices": SESSION,
     # Fine-tune
     "ui.finetune.tab.refreshed": GUEST,
     "ui.finetune.tab.pick": GUEST,
+    "ui.finetune.tab.rollouts_chosen": GUEST,  # others' own photos are not shown
     "ui.finetune.form.photo_source_changed": GUEST,
     "ui.finetune.form.length_changed": GUEST,
     "ui.finetune.form.backend_changed": GUEST,

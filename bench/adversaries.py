@@ -19,6 +19,7 @@ import numpy as np
 
 from recipes import OPERATIONS, Recipe, load_photo, random_recipe, render, shrink
 from rewards import EQUAL_WEIGHTS, REWARDS, RewardFunction, score_pictures
+from rewards.subject import find_subject
 from training.contact_sheet import SheetColumn, draw_sheets, write_sheets
 
 PHOTOS = Path(__file__).resolve().parents[1] / "assets" / "photos"
@@ -62,6 +63,12 @@ def _border(photo: np.ndarray) -> np.ndarray:
     return cv2.copyMakeBorder(small, edge, edge, edge, edge, cv2.BORDER_CONSTANT, value=(250, 250, 250))
 
 
+def _head_cut(photo: np.ndarray) -> np.ndarray:
+    """Cut off the upper half of the largest head."""
+    _, top, _, bottom = find_subject(photo).heads[0]
+    return photo[round((top + bottom) / 2 * len(photo)) :]
+
+
 # Name -> edit of a photo (uint8 RGB).
 HACKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "corner, top left": _recipe(crop=(0, 0, 60, 60)),
@@ -69,12 +76,14 @@ HACKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "vertical strip": _recipe(crop=(40, 0, 60, 100)),
     "horizontal strip": _recipe(crop=(0, 40, 100, 60)),
     "middle": _recipe(crop=(40, 40, 60, 60)),
+    "head cut": _head_cut,
     "flat": _recipe(contrast=-60),
     "veil": _matrix((0.6, 0, 0, 70), (0, 0.6, 0, 70), (0, 0, 0.6, 70)),
     "fade": _recipe(look="fade"),
     "mono": _recipe(look="mono"),
     "noir": _recipe(look="noir"),
     "sepia": _recipe(look="sepia"),
+    "pale": _recipe(saturation=-40),
     "orange": _recipe(warmth=100, saturation=40),
     "blue": _recipe(warmth=-100, saturation=40),
     "green": _matrix((0.85, 0, 0, 0), (0, 1.1, 0, 15), (0, 0, 0.85, 0)),
@@ -86,7 +95,14 @@ HACKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "blur": lambda photo: cv2.GaussianBlur(photo, (0, 0), 0.006 * max(photo.shape[:2])),
     "border": _border,
 }
-COLOUR_HACKS = ("mono", "noir", "sepia", "neon")  # those that change nothing, or little, in a photo without colours
+COLOUR_HACKS = ("pale", "mono", "noir", "sepia", "neon")  # they change little in a photo without colours
+HEAD_HACKS = ("head cut",)
+
+
+def applicable_hacks(photo: np.ndarray) -> list[str]:
+    """Return the names of the hacks that change a photo (uint8 RGB): some need colours, some a head."""
+    left_out = (() if is_coloured(photo) else COLOUR_HACKS) + (() if find_subject(photo).heads else HEAD_HACKS)
+    return [name for name in HACKS if name not in left_out]
 
 
 def total(photo: np.ndarray, picture: np.ndarray, function: RewardFunction) -> float:
@@ -149,7 +165,7 @@ def examine(file: Path, function: RewardFunction, evaluations: int) -> dict[str,
     """Score the hacks of a photo and climb to its optimum: totals by hack, and "recipe", "best", "untouched"."""
     cv2.setNumThreads(1)
     photo = shrink(load_photo(file))
-    hacks = {name: total(photo, hack(photo), function) for name, hack in HACKS.items()}
+    hacks = {name: total(photo, HACKS[name](photo), function) for name in applicable_hacks(photo)}
     recipe, best = climb(photo, function, evaluations) if evaluations else (Recipe(), 0.0)
     return {"file": file, "untouched": total(photo, photo, function), "hacks": hacks, "recipe": recipe, "best": best}
 
@@ -175,14 +191,10 @@ def main() -> None:
     work = partial(examine, function=function, evaluations=options.evaluations)
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         rows = list(pool.map(work, files))
-    coloured = [is_coloured(load_photo(row["file"])) for row in rows]
     for name in HACKS:
-        wins = [
-            row["hacks"][name] < row["untouched"]
-            for row, colour in zip(rows, coloured, strict=True)
-            if colour or name not in COLOUR_HACKS
-        ]
-        print(f"{name:22} below the untouched photo for {np.mean(wins):6.1%} of {len(wins)} photos")
+        wins = [row["hacks"][name] < row["untouched"] for row in rows if name in row["hacks"]]
+        if wins:
+            print(f"{name:22} below the untouched photo for {np.mean(wins):6.1%} of {len(wins)} photos")
     if options.evaluations:
         gains = [row["best"] - row["untouched"] for row in rows]
         print(f"hill climbing gains {np.mean(gains):.3f} on {', '.join(REWARDS)} as {function.to_json()}")

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +27,7 @@ def unavailable(spec: ModelSpec) -> str | None:
             return "it needs a Moondream API key. Enter one under “Moondream API key”, or set MOONDREAM_API_KEY."
         return None
     if spec.backend == "photon":
-        return photon_unavailable()
+        return photon_unavailable() or _photon_problem(spec.source)
     if spec.backend != "local":
         return None
     if not _has_torch():
@@ -40,6 +41,12 @@ def unavailable(spec: ModelSpec) -> str | None:
     if free is not None and free < spec.memory_bytes:
         return f"it needs {spec.memory_bytes / 2**30:.0f} GB of memory, but only {free / 2**30:.1f} GB are free."
     return None
+
+
+def _photon_problem(source: str) -> str | None:
+    """Return why the engine of a model refuses requests. Imports no engine."""
+    photon = sys.modules.get("inference.photon")
+    return photon.engine_of(source).problem() if photon else None
 
 
 @cache

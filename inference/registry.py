@@ -88,6 +88,8 @@ MODELS: dict[str, ModelSpec] = {
         top_p=0.9,
         grammar_constrained=False,
         grammar_in_prompt=True,
+        reasons=True,
+        spatial_refs=True,
     ),
     "moondream3.1-9B-A2B": _cloud_spec("moondream3.1-9B-A2B", "Moondream 3.1", "The newest model"),
     "moondream3-preview": _cloud_spec("moondream3-preview", "Moondream 3 preview", "The base of hosted fine-tunes"),
@@ -143,6 +145,12 @@ def loaded_models() -> list[str]:
     engine = sys.modules.get(BACKENDS["local"])
     sources = engine.loaded_sources() if engine else ()
     return [name for name, spec in MODELS.items() if spec.backend == "local" and spec.source in sources]
+
+
+def engine_states() -> dict[str, str]:
+    """Return the state of every Photon engine that was needed, by name of the model in Photon. Imports no backend."""
+    photon = sys.modules.get(BACKENDS["photon"])
+    return photon.engine_states() if photon else {}
 
 
 def register_hosted_models(

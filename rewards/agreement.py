@@ -124,16 +124,23 @@ def table(pairs: Sequence[Pair], right: dict[str, np.ndarray]) -> dict[str, dict
     return rows
 
 
+def markdown_table(pairs: Sequence[Pair], rows: dict[str, dict[str, tuple[float, float, float]]]) -> str:
+    """Format the rows of `table` as a Markdown table."""
+    counts = [sum(map(belongs, pairs)) for belongs in SUBSETS.values()]
+    lines = ["| | " + " | ".join(f"{name} ({count})" for name, count in zip(SUBSETS, counts, strict=True)) + " |"]
+    lines.append("|---" * (len(SUBSETS) + 1) + "|")
+    for name, row in rows.items():
+        cells = " | ".join("{:.2f} ({:.2f} to {:.2f})".format(*cell) for cell in row.values())
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print the table as Markdown."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     cv2.setNumThreads(1)
     pairs = load_pairs()
-    counts = [sum(map(belongs, pairs)) for belongs in SUBSETS.values()]
-    print("| | " + " | ".join(f"{name} ({count})" for name, count in zip(SUBSETS, counts, strict=True)) + " |")
-    print("|---" * (len(SUBSETS) + 1) + "|")
-    for name, row in table(pairs, agreements(pairs)).items():
-        print(f"| {name} | " + " | ".join("{:.2f} ({:.2f} to {:.2f})".format(*cell) for cell in row.values()) + " |")
+    print(markdown_table(pairs, table(pairs, agreements(pairs))))
 
 
 if __name__ == "__main__":

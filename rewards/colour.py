@@ -9,8 +9,6 @@ less, one with a cast from the opposite warmth, and a vivid clean one from nothi
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from rewards.comparison import Comparison, compare
@@ -20,9 +18,10 @@ from rewards.naturalness import colour_fault, restraint_fault
 
 def colour(source: np.ndarray, candidates: list[np.ndarray]) -> list[float | None]:
     """Score candidates (uint8 RGB) from 0 to 1, independent of the group; the module's docstring has the formula."""
-    return [_score(comparison) for comparison in compare(source, candidates)]
+    return [float(score_comparison(comparison)) for comparison in compare(source, candidates)]
 
 
-def _score(comparison: Comparison) -> float:
+def score_comparison(comparison: Comparison) -> float:
+    """Score one candidate, 0..1."""
     fault = colour_fault(comparison.measures, comparison.photo) + restraint_fault(comparison)
-    return guard(comparison) * math.exp(-fault)
+    return guard(comparison) * np.exp(-fault)

@@ -16,7 +16,7 @@ The distance of styles is CIEDE2000 (Sharma, Wu and Dalal, 2005).
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from rewards.sharpness import sharpening_fault
 
 PLAIN = 0.35
 NOVELTY = 14.0
-RESTRAINT, QUALITY = 1.2, 0.6
+RESTRAINT, QUALITY = 0.98, 0.5
 DISTINCT = 6.0
 REFRAMING = 15.0
 
@@ -37,28 +37,33 @@ def creativity(source: np.ndarray, candidates: list[np.ndarray]) -> list[float |
     """Score candidates (uint8 RGB) from 0 to 1 as one group; see the module's docstring for the formula."""
     group = compare(source, candidates)
     return [
-        _quality(comparison)
-        * (PLAIN + (1 - PLAIN) * novelty(comparison) * _distinctness(comparison, group[:index] + group[index + 1 :]))
+        float(score_comparison(comparison, group[:index] + group[index + 1 :]))
         for index, comparison in enumerate(group)
     ]
+
+
+def score_comparison(comparison: Comparison, others: Sequence[Comparison] = ()) -> float:
+    """Score one candidate beside the others of its group, 0..1."""
+    style = novelty(comparison) * _distinctness(comparison, others)
+    return _quality(comparison) * (PLAIN + (1 - PLAIN) * style)
 
 
 def _quality(comparison: Comparison) -> float:
     fault = colour_fault(comparison.measures, comparison.photo) + focus_fault(comparison.measures)
     fault = QUALITY * (fault + sharpening_fault(comparison)) + RESTRAINT * restraint_fault(comparison)
-    return guard(comparison) * math.exp(-fault)
+    return guard(comparison) * np.exp(-fault)
 
 
 def novelty(comparison: Comparison) -> float:
     """Return how different the style is from the photo's, 0..1."""
-    return 1 - math.exp(-((comparison.change / NOVELTY) ** 2))
+    return 1 - np.exp(-((comparison.change / NOVELTY) ** 2))
 
 
-def _distinctness(candidate: Comparison, others: list[Comparison]) -> float:
+def _distinctness(candidate: Comparison, others: Sequence[Comparison]) -> float:
     if not others:
         return 1.0
     nearest = min(_distance(candidate, other) for other in others)
-    return 1 - math.exp(-((nearest / DISTINCT) ** 2))
+    return 1 - np.exp(-((nearest / DISTINCT) ** 2))
 
 
 def _distance(first: Comparison, second: Comparison) -> float:

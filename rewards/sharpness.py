@@ -15,8 +15,6 @@ A soft photo gains from sharpening, a crisp one from none.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from rewards.comparison import Comparison, compare
@@ -25,21 +23,22 @@ from rewards.naturalness import focus_fault, restraint_fault
 
 NATURAL = 0.043  # detail of a crisp photo
 HALO = 0.012  # share of the range: 0.004 for first ringing at edges, 0.01 for visible ringing
-EXCESS = 0.12
+EXCESS = 0.08
 
 
 def sharpness(source: np.ndarray, candidates: list[np.ndarray]) -> list[float | None]:
     """Score candidates (uint8 RGB) from 0 to 1, independent of the group; the module's docstring has the formula."""
-    return [_score(comparison) for comparison in compare(source, candidates)]
+    return [float(score_comparison(comparison)) for comparison in compare(source, candidates)]
 
 
-def _score(comparison: Comparison) -> float:
+def score_comparison(comparison: Comparison) -> float:
+    """Score one candidate, 0..1."""
     fault = focus_fault(comparison.measures) + restraint_fault(comparison) + sharpening_fault(comparison)
-    return guard(comparison) * math.exp(-fault)
+    return guard(comparison) * np.exp(-fault)
 
 
 def sharpening_fault(comparison: Comparison) -> float:
     """Return the fault of too much sharpening: halos, and more detail than photos have."""
-    natural = max(comparison.photo.measures.detail, NATURAL)
-    excess = max(0.0, math.log(max(comparison.measures.detail, 1e-4) / natural)) / 0.3
+    natural = np.maximum(comparison.photo.measures.detail, NATURAL)
+    excess = np.maximum(0, np.log(np.maximum(comparison.measures.detail, 1e-4) / natural)) / 0.3
     return (comparison.halo / HALO) ** 2 + EXCESS * excess

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel
 from sqlalchemy import text
 
-from inference.registry import loaded_models
+from inference.registry import engine_states, loaded_models
 from storage.database import Database, StoreError
 from usage.events import Deployment
 
 
 class Health(BaseModel):
-    """State of this process. `status` is "ok" whenever the process serves requests; models are loaded on first use."""
+    """State of this process. Models are loaded on first use.
 
-    status: str = "ok"
+    Attributes:
+        status: "ok", or "degraded" if an engine has failed; other models are still served.
+        engines: State of every Photon engine that was needed, by model.
+    """
+
+    status: Literal["ok", "degraded"]
     version: str
     branch: str
     revision: str | None
     space: str | None
     models_loaded: list[str]
+    engines: dict[str, str]
     store: str
 
 
@@ -37,8 +44,10 @@ def router(version: str, get_deployment: Callable[[], Deployment], database: Dat
 
     @routes.get("/healthz")
     def healthz() -> Health:
-        deployment = get_deployment()
+        deployment, engines = get_deployment(), engine_states()
         return Health(
+            status="degraded" if any(state.startswith("failed") for state in engines.values()) else "ok",
+            engines=engines,
             version=version,
             branch=deployment.branch,
             revision=deployment.commit or None,

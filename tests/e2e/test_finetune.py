@@ -235,6 +235,22 @@ def test_log_scrolls_to_its_end_and_curves_are_drawn(open_page: Open) -> None:
     assert "reward from 0.30" in page.locator(".curve-reward").get_attribute("aria-label")
     assert page.locator(".curve-reward polyline").count() == 4
     assert page.locator(".probe-thumbnails li").count() == 8
+    page.locator(".rollouts-latest").click()
+    page.locator(".group .rollout").nth(7).wait_for()
+    assert page.locator(".rollouts-number").inner_text() == f"step {DEFAULT_STEPS}"
+    assert page.locator(".group-signal:visible").count() == 1
+    assert page.locator(".rollout-advantage").first.inner_text().startswith("advantage +")
+    slider = page.locator(".rollouts-step")
+    slider.focus()
+    page.keyboard.press("Home")
+    page.locator(".rollouts-number").get_by_text("step 1", exact=True).wait_for()
+    before = page.locator(".rollout-text").all_inner_texts()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(
+        "before => [...document.querySelectorAll('.rollout-text')].some((n, index) => n.textContent !== before[index])",
+        arg=before,
+    )
+    assert violations(page) == []
     page.get_by_role("button", name="Revert").click()
     page.get_by_role("button", name="Use in the Playground").wait_for()
 

@@ -553,5 +553,5 @@ def test_schema_documents_every_skill_and_error(schema: Any) -> None:
 def test_health_reports_version_branch_models_and_database(server: str, tmp_path: Path) -> None:
     post(server, "query", settings={"max_tokens": 2})
     body = httpx.get(f"{server.removesuffix('/v1')}/healthz").json()
-    assert body.keys() == {"status", "version", "branch", "revision", "space", "models_loaded", "store"}
+    assert body.keys() == {"status", "version", "branch", "revision", "space", "models_loaded", "engines", "store"}
     assert "moondream-tiny" in body["models_loaded"] and body["store"] == "ok"

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -21,9 +22,12 @@ from filelock import FileLock
 from safetensors.numpy import save_file
 
 from recipes import Recipe, random_recipe, save_picture
+from rewards import EQUAL_WEIGHTS
 from training.data.bundled import bundled_photos
 from training.data.sources import PhotoSet
 from training.grpo.alarms import Alarm, store_alarms
+from training.grpo.reward import RecipeReward, RolloutGroup
+from training.grpo.rollouts import record_rollouts
 from training.runs.run import Run
 
 HOSTILE = "<img src=x onerror=window.hacked=1>${window.hacked=2}{{constructor}}"
@@ -65,6 +69,7 @@ def write_step(run: Run, step: int, steps: int, photo: str, hostile: str) -> Non
     scores = {name: round(reward + float(rng.normal(0, 0.03)), 4) for name in ("sharpness", "colour", "creativity")}
     row = {"step": step, "seconds": 0.5, "reward": reward, **scores, "kl": 0.01 * step, "entropy": 2 - step / steps}
     run.append_metrics({**row, "distinct": 0.9, "valid": 1.0, "learning_rate": 0.002})
+    write_rollouts(run, step, hostile)
     if step == 1 or step % 3 == 0:
         recipe = hostile or str(random_recipe(rng))
         run.append_probe({"step": step, "photo": photo, "recipe": recipe, "scores": scores, "total": reward})
@@ -74,6 +79,25 @@ def write_step(run: Run, step: int, steps: int, photo: str, hostile: str) -> Non
         (run.folder / f"checkpoint-{step}").mkdir(exist_ok=True)
         (run.folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
         write_adapter(run)
+
+
+def write_rollouts(run: Run, step: int, hostile: str) -> None:
+    """Record two groups of three rollouts; those of the second group have equal rewards."""
+    rng = np.random.default_rng(step)
+    scores = [{name: float(rng.uniform()) for name in ("sharpness", "colour", "creativity")} for _ in range(3)]
+    totals = [EQUAL_WEIGHTS.total(part) for part in scores]
+    texts = [hostile or str(random_recipe(rng)) for _ in range(3)]
+    reward = RecipeReward(training_photos(), EQUAL_WEIGHTS, 3)
+    reward.groups = [
+        RolloutGroup(0, texts, list(scores), totals),
+        RolloutGroup(1, texts, [scores[0]] * 3, totals[:1] * 3),
+    ]
+    record_rollouts(run, step, reward)
+
+
+@cache
+def training_photos() -> list[np.ndarray]:
+    return [small_photo(info.path) for info in bundled_photos("train")[:2]]
 
 
 def last_checkpoint(run: Run) -> int:

@@ -14,6 +14,7 @@ from training.evaluate import ScoredAnswer, reward_totals
 from training.grpo.alarms import AlarmMonitor
 from training.grpo.result import format_log_line
 from training.grpo.reward import RecipeReward
+from training.grpo.rollouts import record_rollouts
 from training.runs.run import PROBE_PHOTOS, Run, RunConfig
 
 
@@ -52,6 +53,7 @@ class RunCallback(TrainerCallback):
         if self.held_out_mean is not None:
             row["held_out"], self.held_out_mean = self.held_out_mean, None
         self.run.append_metrics(row)
+        record_rollouts(self.run, state.global_step, self.reward)
         print(format_log_line(row, state.max_steps), flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

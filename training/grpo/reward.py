@@ -16,6 +16,37 @@ from training.runs.run import RunAborted
 UNWEIGHTED_EVERY = 5  # calls between two computations of rewards with weight 0, which are only logged
 
 
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The rollouts for one photo in one step.
+
+    Attributes:
+        photo: Index of the photo.
+        texts: The completions.
+        scores: Score of each weighted reward; None for a text that is not a recipe.
+        totals: The weighted totals, 0..1; None without a score.
+    """
+
+    photo: int
+    texts: list[str]
+    scores: list[dict[str, float | None] | None]
+    totals: list[float | None]
+
+    def advantages(self) -> list[float | None]:
+        """Return (total - mean) / (standard deviation + 0.0001) in the group, as TRL's GRPOTrainer computes them."""
+        known = [total for total in self.totals if total is not None]
+        if len(known) < 2:
+            return [None if total is None else 0.0 for total in self.totals]
+        mean, deviation = float(np.mean(known)), float(np.std(known, ddof=1))
+        return [None if total is None else (total - mean) / (deviation + 1e-4) for total in self.totals]
+
+    @property
+    def no_signal(self) -> bool:
+        """Whether all totals are equal, so that the group has no advantage to learn from."""
+        known = [total for total in self.totals if total is not None]
+        return len(known) < 2 or float(np.std(known, ddof=1)) < 1e-8
+
+
 @dataclass
 class RecipeReward:
     """A reward function for TRL that renders and scores recipes.
@@ -27,6 +58,7 @@ class RecipeReward:
         calls: Number of calls so far.
         component_means: For the log: mean of each reward in the last call (None: not computed or not applicable), the
             share of valid recipes ("valid") and the share of distinct completions per group ("distinct").
+        groups: The rollouts of the last call, one group per photo.
     """
 
     photos: Sequence[np.ndarray]
@@ -34,6 +66,7 @@ class RecipeReward:
     group_size: int
     calls: int = 0
     component_means: dict[str, float | None] = field(default_factory=dict)
+    groups: list[RolloutGroup] = field(default_factory=list)
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
     __name__: str = "reward"
 
@@ -71,7 +104,9 @@ class RecipeReward:
         self.component_means["valid"] = len(valid) / max(1, len(texts))
         groups = [texts[block] for block in blocks]
         self.component_means["distinct"] = float(np.mean([len(set(group)) / len(group) for group in groups]))
-        return [None if row is None else self._total(row) for row in rows]
+        totals = [None if row is None else self._total(row) for row in rows]
+        self.groups = [RolloutGroup(photo[b.start], texts[b], rows[b], totals[b]) for b in blocks]
+        return totals
 
     def _total(self, scores: dict[str, float | None]) -> float | None:
         total = self.function.total(scores)

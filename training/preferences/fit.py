@@ -28,7 +28,8 @@ SCALE = 30.0  # prior sum of the weights: a total that is .05 higher is preferre
 SCALE_SPREAD = 1.0  # prior standard deviation of the log of that sum
 MIN_SHARE = 0.05  # of a reward whose slider is at zero, so that choices can raise it
 MIN_DECIDED = 3  # choices of one side, below which the weights are not changed
-MIN_EVIDENCE = 0.0  # nats per choice, by which weights fitted to the others must predict a choice better than a coin
+EARLY = 8  # choices of one side, below which disagreement may be chance
+MIN_DEVIATIONS = 1.0  # standard deviations by which the fit must agree with more choices than a coin does
 POSTERIOR_SAMPLES = 2_000
 INTERVAL = (5, 95)  # percentiles
 
@@ -100,8 +101,7 @@ def fit_reward(choices: Sequence[Choice], start: RewardFunction) -> FittedReward
     decided = [choice for choice in choices if choice.outcome != "equal"]
     posterior = _posterior(choices, start)
     fitted = _to_function(posterior.mean, start)
-    evidence = _evidence(posterior, decided)
-    message = _refusal(len(choices), len(decided), evidence, agreement(decided, fitted))
+    message = _refusal(len(choices), len(decided), agreement(decided, fitted))
     function = start if message else fitted
     low, high = _intervals(posterior, start)
     return FittedReward(
@@ -216,23 +216,7 @@ def _intervals(posterior: _Posterior, start: RewardFunction) -> tuple[dict[str, 
     return dict(zip(REWARDS, low.tolist(), strict=True)), dict(zip(REWARDS, high.tolist(), strict=True))
 
 
-def _evidence(posterior: _Posterior, decided: Sequence[Choice]) -> float:
-    """Return by how many nats per choice weights fitted to the other choices predict it better than a coin.
-
-    Leaving out a choice is approximated by one Newton step (Rad and Maleki 2020, doi:10.1111/rssb.12374).
-    """
-    if not decided:
-        return 0.0
-    gradients = np.array([_difference(choice.left, choice.right) for choice in decided]) * np.exp(posterior.mean)
-    chosen_left = np.array([choice.outcome == "left" for choice in decided])
-    logits = gradients.sum(axis=1)
-    probability = expit(logits)
-    variance = np.einsum("ci,ij,cj->c", gradients, posterior.covariance, gradients)
-    logits = logits + variance * (probability - chosen_left) / (1 - variance * probability * (1 - probability))
-    return float(np.log(2) - np.logaddexp(0, np.where(chosen_left, -logits, logits)).mean())
-
-
-def _refusal(choices: int, decided: int, evidence: float, agrees: int) -> str:
+def _refusal(choices: int, decided: int, agrees: int) -> str:
     """Return why the choices determine no weights; "" if they do."""
     if not choices:
         return "No choices yet."
@@ -242,7 +226,13 @@ def _refusal(choices: int, decided: int, evidence: float, agrees: int) -> str:
     if decided < MIN_DECIDED:
         missing = MIN_DECIDED - decided
         return f"Choose a side in {missing} more pair{'' if missing == 1 else 's'} to fit the weights."
-    if evidence <= MIN_EVIDENCE:
+    by_chance = decided / 2 + MIN_DEVIATIONS * decided**0.5 / 2  # a coin agrees with n/2 ± sqrt(n)/2
+    if agrees < by_chance and decided < EARLY:
+        return (
+            f"The best weights agree with {agrees} of your {decided} choices, which may be chance. Choose in more "
+            "pairs; the weights stay as they are."
+        )
+    if agrees < by_chance:
         return (
             f"Your choices contradict each other, or depend on something that no reward measures: the best weights "
             f"agree with {agrees} of {decided}. The weights stay as they are."

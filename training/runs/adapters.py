@@ -25,6 +25,8 @@ from training.runs.run import GUEST_PREFIX, Run, RunError, RunStore, is_run_id
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+# Why Photon does not offer the tuned models of Moondream 2, which has an entry for Photon as well.
+PHOTON_REASON = "Photon cannot run it: its adapters change the text model's MLP layers only, this one also attention."
 PEFT_PREFIX = "base_model.model."
 _log = logging.getLogger(__name__)
 
@@ -225,6 +227,8 @@ class AdapterRegistry:
                 raise RunError("This run saved no checkpoint that can be used.")
             return replace(base, name=name, title=title, note=note, remote_id=result["model"])
         check_adapter(run.adapter, base)
+        if base.source == MODELS["moondream2"].source:
+            note += f" {PHOTON_REASON}"
         return replace(base, name=name, title=title, note=note, adapter=str(run.adapter))
 
     def _register(self, run: Run, spec: ModelSpec) -> None:

@@ -7,6 +7,7 @@ Imports no torch. A run's folder holds:
     owner.json      Ownership: who started the run; part of no export and no upload
     metrics.jsonl   one row per logged step
     probes.jsonl    the model's answers to a fixed set of held-out photos, every few steps
+    rollouts.jsonl  the rollouts of each logged step, with rollout-photo-N.jpg of the photos they answer
     alarms.json     signs that the reward rises although the pictures do not get better, with alarm-*.jpg
     log.txt         output of the training process
     checkpoint-N/   checkpoints to resume from
@@ -53,6 +54,7 @@ PROBE_PHOTOS = 8  # held-out photos that the model answers during training
 MAX_LOG_BYTES = 64 * 1024  # read from the end of a log
 ALARM_KINDS = ("not_generalizing", "traded_part", "cut_subject", "at_limits", "repeated_answers", "no_signal")
 TRASH_SUFFIX = ".gone"  # of the folder of a run that is being deleted
+_ROLLOUT_STEP = re.compile(r'\{"step": ([0-9]+),')
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 
 
@@ -329,6 +331,32 @@ class Run:
         """Read the probe answers, oldest first; each has step, photo, recipe, scores and total."""
         return list(_read_jsonl(self.folder / "probes.jsonl"))
 
+    def rollouts(self, step: int) -> dict[str, Any] | None:
+        """Read the rollouts of the last recorded step up to `step`; see `training.grpo.callbacks.RunCallback`."""
+        found = None
+        with contextlib.suppress(OSError), open(self.folder / "rollouts.jsonl", encoding="utf-8") as file:
+            for line in file:
+                match = _ROLLOUT_STEP.match(line)
+                if match and int(match[1]) <= step:
+                    found = line
+        try:
+            return json.loads(found) if found else None
+        except ValueError:
+            return None
+
+    @property
+    def has_rollouts(self) -> bool:
+        """Whether the run has recorded rollouts. Runs on other machines and those of earlier versions have none."""
+        return (self.folder / "rollouts.jsonl").is_file()
+
+    def rollout_photo(self, index: int) -> Path:
+        """Return the file of the small copy of a training photo; it may not exist."""
+        return self.folder / f"rollout-photo-{index}.jpg"
+
+    def append_rollouts(self, row: dict[str, Any]) -> None:
+        """Append the rollouts of a step; the row starts with the step. Raises OSError."""
+        self._append("rollouts.jsonl", row)
+
     def alarms(self) -> list[dict[str, Any]]:
         """Read the alarms so far, one per kind; see `training.grpo.alarms.Alarm`. Runs of earlier versions have none.
 
@@ -375,8 +403,8 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def truncate_after(self, step: int) -> None:
-        """Remove metrics, probes and alarms of steps after `step`; a resumed run writes them again."""
-        for name in ("metrics.jsonl", "probes.jsonl"):
+        """Remove metrics, probes, rollouts and alarms of steps after `step`; a resumed run writes them again."""
+        for name in ("metrics.jsonl", "probes.jsonl", *(["rollouts.jsonl"] if self.has_rollouts else [])):
             rows = [row for row in _read_jsonl(self.folder / name) if row.get("step", 0) <= step]
             write_atomically(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
         if alarms := self.alarms():

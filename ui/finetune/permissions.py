@@ -108,6 +108,11 @@ def shows_photos(visitor: Visitor, run: Run, config: RunConfig) -> bool:
     return config.held_out == "bundled" or visitor.may_change(run.owner)
 
 
+def shows_training_photos(visitor: Visitor, run: Run, config: RunConfig) -> bool:
+    """Whether a visitor sees the photos that a run trains on: the bundled ones, and those of the visitor's own runs."""
+    return config.photos == "bundled" or visitor.may_change(run.owner)
+
+
 def owner_title(run: Run) -> str:
     """Return the owner of a run for display in a sentence."""
     ownership = run.ownership

@@ -44,6 +44,7 @@ from ui.finetune.permissions import (
     is_usable_base,
     training_refusal,
 )
+from ui.finetune.rollouts import rollout_range, rollout_snapshot, rollouts_view
 from ui.finetune.run_view import (
     history_fingerprint,
     history_snapshot,
@@ -109,7 +110,7 @@ def refresh(
 
     Returns:
         Updates of the run view, the history, the model picker, the base models, the buttons and notes of `PushForm`,
-        the render state and the timer.
+        the rollouts, the render state and the timer.
     """
     state = state or RenderState()
     unfinished = services.worker.unfinished()
@@ -129,6 +130,7 @@ def refresh(
         _picker_update(services, visitor, models, state, new),
         gr.update(choices=base_models(services, visitor)) if history_changed else gr.skip(),
         *(_push_updates(services, visitor, run) if run_changed else (gr.skip(), gr.skip())),
+        _rollout_range(visitor, run) if run_changed else gr.skip(),
         new,
         gr.Timer(active=new.polling) if new.polling != state.polling else gr.skip(),
     ]
@@ -162,6 +164,22 @@ def _snapshot_or_error(services: AppServices, visitor: Visitor, run: Run | None)
         return run_snapshot(services, visitor, run) if run else None
     except RunError as error:
         return {"run": run.id if run else "", "error": str(error)}
+
+
+def _rollout_range(visitor: Visitor, run: Run | None) -> dict[str, Any] | None:
+    try:
+        return rollout_range(visitor, run)
+    except RunError:  # the run view says why
+        return None
+
+
+def choose_rollouts(services: AppServices, visitor: Visitor, event: gr.EventData) -> dict[str, Any] | None:
+    """Return the rollouts of the step that the user chose; None if the visitor may not see them."""
+    data = _event_data(event)
+    step = data.get("step")
+    with as_gradio_error(RunError, title=TITLE):
+        run = services.runs.get(data.get("run"))  # type: ignore[arg-type]
+        return rollout_snapshot(visitor, run, step if isinstance(step, int) else 0)
 
 
 def _push_updates(services: AppServices, visitor: Visitor, run: Run | None) -> tuple[Any, Any]:
@@ -534,6 +552,7 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
             form = draw_form(services, base_models(services, Visitor()))
         with gr.Column(elem_id="tune-results", min_width=320, scale=3):
             view = run_view()
+            rollouts = rollouts_view()
             push_form = draw_push_form()
             history = history_view()
     fields, sliders = form.fields, shared_components.sliders
@@ -542,7 +561,7 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     # Display
     refresh_inputs = [selected, state, shared_components.picker, tab_open]
     refresh_outputs = [view, history, shared_components.picker, fields["base"]]
-    refresh_outputs += [push_form.submit, push_form.note, state, timer]
+    refresh_outputs += [push_form.submit, push_form.note, rollouts, state, timer]
 
     def visitor(request: gr.Request) -> Visitor:
         return visitor_of(services.access, request)
@@ -610,6 +629,9 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     def action_clicked(hub_token: str, moondream_key: str, request: gr.Request, event: gr.EventData) -> str | None:
         return act(services, visitor(request), hub_token, moondream_key, event)
 
+    def rollouts_chosen(request: gr.Request, event: gr.EventData) -> dict[str, Any] | None:
+        return choose_rollouts(services, visitor(request), event)
+
     def run_submitted(run_id: str | None, request: gr.Request) -> None:
         run_inline(services, visitor(request), run_id)
 
@@ -629,6 +651,7 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     if services.worker.inline:
         for event in (submitted, acted):
             event.success(run_submitted, selected, **ONE_AT_A_TIME)
+    rollouts.choose(rollouts_chosen, None, rollouts, **UNQUEUED)
     download_on(view.download, download_clicked, [], delivery)
     push_form.submit.click(
         push_clicked,

@@ -92,10 +92,11 @@ function drawCard(data, column, candidate, columnNode) {
   const count = column.candidates.length;
   setTextOrHide(find(card, 'card-agree'), candidate.agree > 1 ? candidate.agree + ' of ' + count + ' agree' : '');
   find(card, 'card-copy').hidden = candidate.status !== 'ready';
-  find(card, 'card-download').hidden = !candidate.recipe;
+  find(card, 'card-download').hidden = find(card, 'card-prefer').hidden = !candidate.recipe;
   const label = column.title + ', candidate ' + (candidate.index + 1);
   const copied = {recipe: 'recipe', text: 'text', regions: 'coordinates'}[data.output];
   find(card, 'card-copy').setAttribute('aria-label', 'Copy ' + copied + ' of ' + label);
+  find(card, 'card-prefer').setAttribute('aria-label', 'Prefer ' + label);
   find(card, 'card-download').setAttribute('aria-label', 'Download picture of ' + label + ' in full size');
   find(card, 'card-enlarge').setAttribute('aria-label', 'Full-screen view of ' + label);
   find(card, 'card-enlarge').hidden = !candidate.done;
@@ -255,11 +256,20 @@ async function copyText(card, button) {
   setTimeout(() => { button.textContent = 'Copy'; }, 1500);
 }
 
+/** Sends that a card should rank first; the panel of choices shows what follows. */
+function preferCard(model, index, button) {
+  const keep = document.querySelector('#preferences .keep-photo');
+  trigger('prefer', {model, index, keep: Boolean(keep && keep.checked)});
+  button.textContent = 'Preferred';
+  setTimeout(() => { button.textContent = 'Prefer'; }, 1500);
+}
+
 element.addEventListener('click', event => {
   const card = event.target.closest('.card');
   if (!card) return;
   const model = card.closest('.model-column').dataset.model, index = Number(card.dataset.key.split('/').pop());
   if (event.target.closest('.card-download')) trigger('download', {model: model, index: index});
+  else if (event.target.closest('.card-prefer')) preferCard(model, index, event.target.closest('.card-prefer'));
   else if (event.target.closest('.card-copy')) copyText(card, event.target.closest('.card-copy'));
   else if (event.target.closest('.card-enlarge')) openViewer(card);
 });

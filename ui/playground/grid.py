@@ -26,7 +26,7 @@ MAX_PROBLEMS = 3  # shown per candidate
 
 
 def candidate_grid(value: dict[str, Any] | None = None) -> gr.HTML:
-    """Create the component. It triggers `download` with {model, index}.
+    """Create the component. It triggers `download` with {model, index} and `prefer` with {model, index, keep}.
 
     Args:
         value: The snapshot that is shown first; see `grid_snapshot`.

@@ -31,7 +31,7 @@ from ui.events import PRIVATE, UNQUEUED
 from ui.files import download_on, new_file, writing
 from ui.messages import as_gradio_error, show_warning, user_error
 from ui.permissions import visitor_of
-from ui.playground import reward_functions
+from ui.playground import preference_panel, reward_functions
 from ui.playground.compare import PICTURE_QUALITY, Candidate, Comparison, ComparisonMeter, compare
 from ui.playground.example import EXAMPLE_SETTINGS, load_example
 from ui.playground.grid import candidate_grid, grid_snapshot
@@ -336,6 +336,7 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
                 for slider in sliders:
                     slider.render()
             saved = reward_functions.build(services, sliders, download)
+            preferences = preference_panel.preference_panel()
             grid = candidate_grid(example_snapshot())
             with gr.Row(elem_id="result-actions"):
                 fine_tune = gr.Button(
@@ -402,6 +403,7 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     download_on(grid.download, render_full_size, [session], download)
     download_on(report_button.click, write_report, [session, *sliders], download)
     fine_tune.click(None, None, None, js=OPEN_FINE_TUNE_JS, **PRIVATE)
+    preference_panel.build(services, preferences, grid, session, sliders, download, OPEN_FINE_TUNE_JS)
 
     # Link
     link_values = [*(inputs[name] for name in LINK_FIELDS), *sliders]

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 
-from inference import photon
 from inference.availability import photon_unavailable, unavailable
 from inference.hosted.backend import model_ids
 from inference.hosted.client import MoondreamClient
@@ -218,25 +217,3 @@ def test_photon_is_unavailable_with_a_reason(monkeypatch: pytest.MonkeyPatch) ->
         assert reason in (unavailable(MODELS["moondream2-photon"]) or "")
     photon_unavailable.cache_clear()
     assert "telemetry" in MODELS["moondream2-photon"].note
-
-
-def test_photon_answers_queries_and_detects(photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs with a fake client in place of the engine."""
-
-    class Client:
-        def query(self, image: Any, question: str, reasoning: bool, settings: dict[str, Any]) -> dict[str, Any]:
-            return {"answer": f"{question[:3]} {settings['temperature']:g}", "reasoning": None}
-
-        def detect(self, image: Any, words: str, settings: dict[str, Any]) -> dict[str, Any]:
-            return {"objects": [{"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}]}
-
-    monkeypatch.setattr(photon, "_client", lambda model: Client())
-    spec, cancel = MODELS["moondream2-photon"], threading.Event()
-    texts = [
-        candidate
-        for candidate in photon.answer(spec, Request(photo, "query", "Who?", n=2), cancel)
-        if isinstance(candidate, Answer)
-    ]
-    assert [candidate.text for candidate in texts] == ["Who 0.5"] * 2
-    boxes = answers(list(photon.answer(spec, Request(photo, "detect", "x", n=2), cancel)))
-    assert [candidate.boxes for candidate in boxes] == [(Box(0, 0, 1, 1),)] * 2

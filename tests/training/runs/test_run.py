@@ -103,7 +103,10 @@ def test_truncate_after_removes_later_steps(run: Run) -> None:
     for step in (1, 2, 3):
         run.append_metrics({"step": step})
         run.append_probe({"step": step})
+        run.append_rollouts({"step": step, "groups": []})
     run.truncate_after(2)
+    assert run.rollouts(3) == run.rollouts(2) == {"step": 2, "groups": []}
+    assert run.rollouts(1) == {"step": 1, "groups": []} and run.rollouts(0) is None
     assert [row["step"] for row in run.metrics()] == [row["step"] for row in run.probes()] == [1, 2]
 
 

@@ -20,7 +20,7 @@ from inference.registry import MODELS
 from settings import Settings
 from tests.support.app_server import app_server
 from tests.support.event_client import EventClient, EventError
-from tests.support.fake_run import write_adapter, write_alarms, write_result
+from tests.support.fake_run import write_adapter, write_alarms, write_result, write_rollouts
 from tests.support.finetune_page import FORM, HOSTED, JOBS, event
 from tests.support.hub_server import TOKEN
 from tests.support.runs import FAKE, make_config, until
@@ -29,7 +29,7 @@ from training.runs import queue
 from training.runs.adapters import model_name
 from training.runs.run import Run, RunStore
 from ui.api import runs as api_runs
-from ui.finetune import run_view
+from ui.finetune import rollouts, run_view
 from ui.finetune import tab as finetune
 from ui.finetune.form import visitor_updates
 from ui.finetune.permissions import MAX_GUEST_RUNS, MAX_GUEST_STEPS, action_refusal
@@ -387,6 +387,8 @@ def test_runs_on_own_photos_show_others_no_photos_file_names_or_datasets(service
     mine.append_probe({"step": 1, "photo": "secret-holiday.jpg", "recipe": "", "scores": {}, "total": 0.5})
     write_alarms(mine, step=2)
     mine.set_alarms([row | {"photo": "secret-holiday.jpg"} for row in mine.alarms()])
+    mine.append_metrics({"step": 1, "reward": 0.5})
+    write_rollouts(mine, 1, "")
     dataset = finished_run(services, ADA, photos="hub:ada/secret-set")
     for visitor in (BOB, GUEST, NO_SECRET):
         sent = json.dumps(
@@ -399,12 +401,14 @@ def test_runs_on_own_photos_show_others_no_photos_file_names_or_datasets(service
         assert [alarm["kind"] for alarm in alarms] == ["cut_subject", "at_limits"]
         seen = snapshot(services, visitor, mine)
         assert len(seen["alarms"]) == 2 and all(alarm["photo"] is None for alarm in seen["alarms"])
+        assert rollouts.rollout_snapshot(visitor, mine, 1) is None
         assert seen["log"] is None and seen["probe"] is None and seen["result"]["pairs"] == []
         assert seen["state"] == "failed" and seen["result"]["rows"] and "uploaded photos" in seen["summary"]
     for visitor in (ADA, ADMIN):
         seen = snapshot(services, visitor, mine)
         assert [alarm["photo"]["name"] for alarm in seen["alarms"]] == ["secret-holiday.jpg"] * 2
         assert api_runs.run_status(services, visitor, mine.id)["alarms"][0]["recipe"].startswith("crop 40 40 100 100")
+        assert len((rollouts.rollout_snapshot(visitor, mine, 1) or {})["groups"]) == 2
         assert "secret-holiday" in seen["log"] and seen["probe"] and seen["result"]["pairs"]
         assert "ada/secret-set" in snapshot(services, visitor, dataset)["summary"]
 

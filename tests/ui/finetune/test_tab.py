@@ -15,7 +15,7 @@ import pytest
 from access.roles import LOCAL_ADMIN
 from inference.registry import MODELS
 from rewards import REWARDS
-from tests.support.fake_run import HOSTILE, write_adapter, write_alarms, write_result
+from tests.support.fake_run import HOSTILE, write_adapter, write_alarms, write_result, write_rollouts
 from tests.support.finetune_page import FORM, HOSTED, JOBS, event
 from tests.support.hub_server import TOKEN, HubServer
 from tests.support.runs import FAKE, until
@@ -84,7 +84,11 @@ def refresh(
     """Refresh the tab and return the updates by name."""
     updates = finetune.refresh(services, LOCAL_ADMIN, selected, state, models, tab_open)
     return dict(
-        zip(("view", "history", "picker", "bases", "push", "push_note", "state", "timer"), updates, strict=True)
+        zip(
+            ("view", "history", "picker", "bases", "push", "push_note", "rollouts", "state", "timer"),
+            updates,
+            strict=True,
+        )
     )
 
 
@@ -92,7 +96,7 @@ def is_skip(value: Any) -> bool:
     return isinstance(value, dict) and value.get("__type__") == "update" and len(value) == 1
 
 
-@pytest.mark.parametrize("template", ["run.html", "history.html"])
+@pytest.mark.parametrize("template", ["run.html", "history.html", "rollouts.html"])
 def test_templates_contain_no_placeholders(template: str) -> None:
     """Gradio runs `${...}` as JavaScript and Handlebars compiles `{{...}}`."""
     text = (HERE / template).read_text()
@@ -300,6 +304,33 @@ def test_snapshots_are_plain_json_without_paths(idle: AppServices) -> None:
     assert snapshot["chart"]["kl"] == [None] and snapshot["chart"]["series"][0]["values"] == [0.5]
     assert snapshot["probe"]["before"].startswith("data:image/jpeg") and HOSTILE in snapshot["probe"]["description"]
     assert snapshot["result"]["pairs"][0]["sides"][1]["src"].startswith("data:image/jpeg")
+
+
+def test_rollouts_of_a_step_are_shown_best_first_with_their_advantages(idle: AppServices) -> None:
+    run = finished_run(idle)
+    assert refresh(idle, selected=run.id)["rollouts"] is None, "runs of earlier versions have none"
+    for step in (1, 2):
+        run.append_metrics({"step": step, "reward": 0.5})
+        write_rollouts(run, step, HOSTILE if step == 2 else "")
+    assert refresh(idle, selected=run.id)["rollouts"] == {"run": run.id, "last": 2}
+
+    def choose(**data: Any) -> Any:
+        event = gr.EventData(None, data)
+        return finetune.choose_rollouts(idle, LOCAL_ADMIN, event)
+
+    first, equal = choose(run=run.id, step=1)["groups"]
+    totals = [rollout["total"] for rollout in first["rollouts"]]
+    assert totals == sorted(totals, reverse=True) and not first["no_signal"] and equal["no_signal"]
+    assert sum(rollout["advantage"] for rollout in first["rollouts"]) == pytest.approx(0, abs=1e-9)
+    assert all(rollout["src"].startswith("data:image/jpeg") for rollout in first["rollouts"])
+    assert [score["name"] for score in first["rollouts"][0]["scores"]] == list(REWARDS)
+    hostile = choose(run=run.id, step=99)
+    assert hostile["step"] == 2 and HOSTILE in hostile["groups"][0]["rollouts"][0]["text"]
+    assert hostile["groups"][0]["rollouts"][0]["src"] == ""
+    assert "groups" not in choose(run=run.id, step=0) and "groups" not in choose(run=run.id, step="x")
+    with pytest.raises(gr.Error):
+        choose(run="../other", step=1)
+    assert str(idle.runs.folder) not in json.dumps(hostile, allow_nan=False)
 
 
 def test_alarms_are_shown_while_a_run_trains_and_in_its_result(idle: AppServices) -> None:
