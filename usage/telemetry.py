@@ -66,7 +66,9 @@ class TelemetryExporter:
         self._stop.set()
         self._files.set()
         self._spans.shutdown()
-        for metrics in self._meters.values():
+        if self._thread.is_alive():
+            self._thread.join(2)
+        for metrics in list(self._meters.values()):
             metrics.provider.shutdown(5_000)
 
     def _loop(self) -> None:
