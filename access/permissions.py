@@ -71,6 +71,7 @@ HANDLERS: dict[str, HandlerRule] = {
     "ui.playground.preference_panel.acted": SESSION,  # the visitor's own choices
     "ui.playground.preference_panel.card_preferred": SESSION,
     "ui.playground.preference_panel.retrain_clicked": SESSION,
+    "ui.playground.preference_panel.dpo_clicked": SESSION,  # guests need GUEST_RUNS
     "ui.playground.preference_panel.download_choices": SESSION,
     # Fine-tune
     "ui.finetune.tab.refreshed": GUEST,
