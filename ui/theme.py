@@ -9,9 +9,15 @@ from gradio import themes
 # Added to the head and not passed as `css`, whose selectors Gradio rewrites: media queries would not apply outside the
 # tabs, `:is(a, b)` would be split at its comma, and container queries would be dropped.
 _HERE = Path(__file__).resolve().parent
-HEAD = (
-    f"<style>{(_HERE / 'style.css').read_text(encoding='utf-8')}</style>"
-    f"<script>{(_HERE / 'session.js').read_text(encoding='utf-8')}</script>"
+# uPlot draws the charts. It is part of the page, because pages request nothing from other hosts.
+HEAD = "".join(
+    f"<{tag}>{(_HERE / file).read_text(encoding='utf-8')}</{tag}>"
+    for tag, file in (
+        ("style", "vendor/uPlot-1.6.32.min.css"),
+        ("style", "style.css"),
+        ("script", "session.js"),
+        ("script", "vendor/uPlot-1.6.32.iife.min.js"),
+    )
 )
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Ubuntu", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")

@@ -233,7 +233,25 @@ def test_log_scrolls_to_its_end_and_curves_are_drawn(open_page: Open) -> None:
         " return log.scrollHeight > log.clientHeight && log.scrollTop + log.clientHeight >= log.scrollHeight - 8; }"
     )
     assert "reward from 0.30" in page.locator(".curve-reward").get_attribute("aria-label")
-    assert page.locator(".curve-reward polyline").count() == 4
+    assert page.locator(".curve-plot canvas").count() == 2
+    legend = page.locator(".curve-legend li")
+    assert legend.count() == 4 and page.locator(".curve-at").inner_text() == "latest"
+    plot = page.locator(".curve-reward .u-over")
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 0.5, box["y"] + 50)
+    page.wait_for_function("() => document.querySelector('.curve-at').textContent === 'step 1'")
+    assert legend.first.inner_text() == "reward 0.30" and page.locator(".kl-latest").inner_text() == "0.010"
+    page.mouse.move(box["x"] + box["width"] / 4, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 50, steps=5)
+    page.mouse.up()
+    page.get_by_role("button", name="Whole run").click()
+    assert page.locator(".curve-reset").is_hidden()
+    smoothing = page.locator(".curve-smoothing")
+    smoothing.focus()
+    page.keyboard.press("Home")
     assert page.locator(".probe-thumbnails li").count() == 8
     page.locator(".rollouts-latest").click()
     page.locator(".group .rollout").nth(7).wait_for()

@@ -48,7 +48,7 @@ def test_real_run_trains_and_its_model_answers_in_the_playground(open_page: Open
     wait_for_state(page)
     run = RunStore(folder / "runs").list()[0]
     assert [row["step"] for row in run.metrics()] == [1, 2, 3] and run.status().step == STEPS
-    assert page.locator(".curve-reward polyline.line-reward").count() == 1
+    assert page.locator(".curve-legend .line-reward").count() == 1
     assert page.locator(".probe-thumbnails li").count() == len(run.probes())
     assert page.locator(".run-table tbody tr").count() == 5
     result = run.result() or {}

@@ -53,6 +53,7 @@ function draw() {
 /** Resets rename form, log and Delete when another run is displayed. */
 function resetControls(data) {
   runId = data.run;
+  zoom = null;
   showRenameForm(false);
   logDetails.open = Boolean(data.progress) || data.state === 'failed';
   resetDelete();
@@ -179,58 +180,114 @@ function drawProbe(probe) {
   }));
 }
 
-/** Draws the reward curves with their legend, and the KL divergence. */
-function drawCurves(chart) {
-  byClass('run-curves').hidden = !chart.steps.length;
-  if (!chart.steps.length) return;
-  const knownValues = series => series.values.filter(value => value !== null);
-  const allSeries = chart.series.filter(series => knownValues(series).length);
-  const values = allSeries.flatMap(knownValues);
-  const min = Math.min(...values), max = Math.max(...values), padding = Math.max(0.01, (max - min) * 0.06);
-  drawLines(byClass('curve-reward'), chart.steps, allSeries, min - padding, max + padding);
-  setText(byClass('curve-first'), 'step ' + chart.steps[0]);
-  setText(byClass('curve-last'), 'step ' + chart.steps[chart.steps.length - 1]);
-  setText(byClass('curve-max'), formatScore(max + padding));
-  setText(byClass('curve-min'), formatScore(min - padding));
-  byClass('curve-reward').setAttribute('aria-label', allSeries.map(series => {
-    const known = knownValues(series);
-    return series.label + ' from ' + formatScore(known[0]) + ' to ' + formatScore(known[known.length - 1]);
-  }).join(', '));
-  byClass('curve-legend').replaceChildren(...allSeries.map(series => {
-    const known = knownValues(series), item = createNode('li', lineClass(series));
-    item.append(createNode('i'), document.createTextNode(series.label + ' ' + formatScore(known[known.length - 1])));
-    if (series.weight === 0) item.append(createNode('small', '', ' weight 0'));
-    return item;
-  }));
-  setText(byClass('curve-diversity'), chart.diversity);
-  const kl = chart.kl.filter(value => value !== null), latest = kl.length ? kl[kl.length - 1].toFixed(3) : '';
-  drawLines(byClass('curve-kl'), chart.steps, [{name: 'kl', weight: 1, values: chart.kl}], 0, Math.max(1e-6, ...kl) * 1.06);
-  setText(byClass('kl-latest'), latest);
-  byClass('curve-kl').setAttribute('aria-label', kl.length ? 'Latest ' + latest + ', maximum ' + Math.max(...kl).toFixed(3) : 'No values yet');
-}
+// ── Curves ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Returns the CSS classes of a series. */
-const lineClass = series => 'line line-' + series.name + (series.weight === 0 ? ' unweighted' : '');
+const PLOT_HEIGHTS = {'curve-reward': 230, 'curve-kl': 120};
+const CURSOR = {sync: {key: 'run'}, points: {size: 6}, drag: {x: true, y: false, uni: 12}};
+const plots = new Map();   // class of the container -> {plot, names}
+let chart = null;          // the drawn chart
+let zoom = null;           // the visible steps [first, last], or null for all
 
-/** Draws series as polylines over the steps, with y from min to max. */
-function drawLines(svg, steps, allSeries, min, max) {
-  const [, , width, height] = svg.getAttribute('viewBox').split(' ').map(Number);
-  const first = steps[0], range = Math.max(1, steps[steps.length - 1] - first);
-  const x = index => steps.length === 1 ? 0 : (steps[index] - first) / range * width;
-  const y = value => height - (value - min) / Math.max(1e-9, max - min) * height;
-  const createShape = (tag, attributes) => {
-    const shape = document.createElementNS('http://www.w3.org/2000/svg', tag);
-    for (const [name, value] of Object.entries(attributes)) shape.setAttribute(name, value);
-    return shape;
-  };
-  const grid = [0.25, 0.5, 0.75].map(fraction => createShape('line', {class: 'grid', x1: 0, x2: width, y1: fraction * height, y2: fraction * height}));
-  const lines = [...allSeries].reverse().map(series => {
-    const points = series.values.map((value, index) => value === null ? null : x(index).toFixed(1) + ',' + y(value).toFixed(1)).filter(Boolean);
-    if (points.length === 1) points.push(width + ',' + points[0].split(',')[1]);
-    return createShape('polyline', {class: lineClass(series), points: points.join(' ')});
+const cssColour = name => getComputedStyle(byClass('run-curves')).getPropertyValue(name).trim();
+const knownValues = series => series.values.filter(value => value !== null);
+const visibleSeries = () => chart.series.filter(series => knownValues(series).length);
+/** Whether every step has a value: series of rare values are drawn as points and are not smoothed. */
+const isDense = series => knownValues(series).length > series.values.length / 2;
+
+/** Exponential moving average without the bias of its start; null where a value is missing. */
+function smooth(values, factor) {
+  let sum = 0, weight = 0;
+  return values.map(value => {
+    if (value === null) return null;
+    sum = factor * sum + (1 - factor) * value;
+    weight = factor * weight + 1 - factor;
+    return sum / weight;
   });
-  svg.replaceChildren(...grid, ...lines);
 }
+
+/** Draws the reward curves, raw and smoothed, with their legend, and the KL divergence. */
+function drawCurves(data) {
+  byClass('run-curves').hidden = !data.steps.length;
+  chart = data;
+  if (!data.steps.length) return;
+  const factor = Number(byClass('curve-smoothing').value), series = visibleSeries();
+  const lines = series.flatMap(item => {
+    const colour = cssColour('--line-' + item.name) || cssColour('--body-text-color'), dense = isDense(item);
+    const style = {stroke: colour, spanGaps: true, dash: item.weight === 0 ? [5, 4] : undefined};
+    const smoothed = {...style, name: item.name, values: dense ? smooth(item.values, factor) : item.values, width: item.name === 'reward' ? 2.6 : 1.6, points: {show: !dense, size: 6, fill: colour}};
+    const raw = {...style, name: item.name + '-raw', values: item.values, width: 1, alpha: 0.3, points: {show: false}};
+    return dense && factor > 0 ? [raw, smoothed] : [smoothed];
+  });
+  drawPlot('curve-reward', lines, 'score, 0 to 1', (low, high) => { const pad = Math.max(0.01, (high - low) * 0.06); return [low - pad, high + pad]; });
+  byClass('curve-reward').setAttribute('aria-label', series.map(item => {
+    const known = knownValues(item);
+    return item.label + ' from ' + formatScore(known[0]) + ' to ' + formatScore(known[known.length - 1]);
+  }).join(', '));
+  setText(byClass('curve-diversity'), data.diversity);
+  const kl = data.kl.filter(value => value !== null), latest = kl.length ? kl[kl.length - 1].toFixed(3) : '';
+  drawPlot('curve-kl', [{name: 'kl', values: data.kl, stroke: cssColour('--body-text-color-subdued'), width: 1.6, spanGaps: true, points: {show: false}}], 'nats per token', (low, high) => [0, Math.max(1e-6, high) * 1.06]);
+  byClass('curve-kl').setAttribute('aria-label', kl.length ? 'Latest ' + latest + ', maximum ' + Math.max(...kl).toFixed(3) : 'No values yet');
+  drawLegend(null);
+}
+
+/** Draws lines over the steps into a container; the plot is created again only if its lines are others. */
+function drawPlot(name, lines, unit, range) {
+  const container = byClass(name), width = container.clientWidth;
+  if (!width) return;   // not visible yet: the observer below draws it
+  const data = [chart.steps, ...lines.map(line => line.values)], names = [runId, width, ...lines.map(line => line.name)].join(' ');
+  const old = plots.get(name);
+  if (old && old.names === names) { old.plot.setData(data, false); setZoom(old.plot); return; }
+  if (old) old.plot.destroy();
+  const text = cssColour('--body-text-color-subdued'), grid = {stroke: cssColour('--border-color-primary'), width: 1};
+  const axis = {stroke: text, grid: grid, ticks: grid, font: '11px system-ui, sans-serif', labelFont: '11px system-ui, sans-serif', labelSize: 18};
+  const plot = new uPlot({
+    width: width, height: PLOT_HEIGHTS[name], legend: {show: false}, cursor: CURSOR, padding: [8, 8, 0, 0],
+    scales: {x: {time: false}, y: {range: (_, low, high) => low === null ? [0, 1] : range(low, high)}},
+    axes: [{...axis, label: 'step', incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000], size: 32}, {...axis, label: unit, size: 46}],
+    series: [{}, ...lines.map(line => ({...line, values: undefined}))],
+    hooks: {setCursor: [plot => drawLegend(plot.cursor.idx)], setSelect: [plot => {
+      if (plot.select.width < 5) return;
+      zoom = [plot.posToVal(plot.select.left, 'x'), plot.posToVal(plot.select.left + plot.select.width, 'x')];
+      for (const other of plots.values()) setZoom(other.plot);
+    }]},
+  }, data, container);
+  plot.over.addEventListener('dblclick', resetZoom);
+  plots.set(name, {plot: plot, names: names});
+  setZoom(plot);
+}
+
+/** Shows the chosen steps of a plot, or all of them. */
+function setZoom(plot) {
+  byClass('curve-reset').hidden = !zoom;
+  const first = chart.steps[0], last = chart.steps[chart.steps.length - 1];
+  plot.setScale('x', zoom ? {min: zoom[0], max: zoom[1]} : {min: first, max: Math.max(last, first + 1)});
+}
+
+/** Shows all steps again. */
+function resetZoom() {
+  zoom = null;
+  for (const {plot} of plots.values()) setZoom(plot);
+}
+
+/** Writes the values of all lines at one step; the latest ones without a step. */
+function drawLegend(index) {
+  const hovered = index !== null && index !== undefined, list = byClass('curve-legend'), series = visibleSeries();
+  setText(byClass('curve-at'), hovered ? 'step ' + chart.steps[index] : 'latest');
+  if (list.children.length !== series.length)
+    list.replaceChildren(...series.map(() => { const item = createNode('li'); item.append(createNode('i'), createNode('span'), createNode('small')); return item; }));
+  series.forEach((item, position) => {
+    const [, text, note] = list.children[position].children, known = knownValues(item);
+    list.children[position].className = 'line line-' + item.name;
+    setText(text, item.label + ' ' + formatScore(hovered ? item.values[index] : known[known.length - 1]));
+    setText(note, item.weight === 0 ? ' weight 0' : '');
+  });
+  const kl = chart.kl.filter(value => value !== null), value = hovered ? chart.kl[index] : kl[kl.length - 1];
+  setText(byClass('kl-latest'), value === null || value === undefined ? '' : value.toFixed(3));
+}
+
+byClass('curve-smoothing').addEventListener('input', () => drawCurves(chart));
+byClass('curve-reset').addEventListener('click', resetZoom);
+new ResizeObserver(() => { if (chart) drawCurves(chart); }).observe(byClass('curve-reward'));
 
 /** Shows the log; it follows new lines while it is scrolled to its end. */
 function drawLog(text) {
