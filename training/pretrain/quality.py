@@ -1,7 +1,7 @@
 """Quality figures of moondream-tiny on held-out photos: restoration, stated facts, detect and point.
 
-`python -m training.pretrain.quality [MODEL] [--photos FOLDER]` measures a model on the bundled held-out photos or on any
-folder of photos. Pre-training writes the figures into the model card.
+`python -m training.pretrain.quality [MODEL] [--photos FOLDER]` measures a model on the bundled held-out photos or
+on any folder of photos. Pre-training writes the figures into the model card.
 """
 
 from __future__ import annotations
