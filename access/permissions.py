@@ -71,6 +71,7 @@ HANDLERS: dict[str, HandlerRule] = {
     "ui.playground.preference_panel.acted": SESSION,  # the visitor's own choices
     "ui.playground.preference_panel.card_preferred": SESSION,
     "ui.playground.preference_panel.retrain_clicked": SESSION,
+    "ui.playground.preference_panel.dpo_clicked": SESSION,  # guests need GUEST_RUNS
     "ui.playground.preference_panel.download_choices": SESSION,
     # Fine-tune
     "ui.finetune.tab.refreshed": GUEST,
@@ -93,6 +94,7 @@ HANDLERS: dict[str, HandlerRule] = {
     "ui.usage.tab.refreshed_if_open": GUEST,
     "ui.usage.tab.period_changed": GUEST,
     "ui.usage.tab.budget_submitted": HandlerRule(Role.ADMIN, session=True),
+    "ui.usage.tab.alert_submitted": HandlerRule(Role.ADMIN, session=True),
     "ui.usage.tab.machine_price_submitted": HandlerRule(Role.ADMIN, session=True),
     "ui.usage.tab.generate_sample_traffic": HandlerRule(Role.ADMIN, session=True),
     # API endpoints

@@ -11,7 +11,7 @@ Each function returns a fault, 0 or more; a reward contains the factor exp(-faul
            + CAST (min(cast of the greys, 14) / 10)^2 + LIGHT_CAST (min(cast of the lights, 28) / 20)^2
            + NEW_CAST up((cast of the greys - that of the photo) / 10)^2
            + BOOST up(ln(chroma / (1.6 chroma of the photo)) / 0.3)^2
-           + PALE up(ln(min(spread of the photo, 30) / (1.2 spread)) / 0.3)^2
+    fading = PALE up(ln(min(spread of the photo, 30) / (1.2 spread)) / 0.3)^2                lost colours
     focus = ln(1 + (HALF / detail)^POWER)
     restraint = KEEP (CHANGE change / 8 + HUE hue shift / 20)
     KEEP = exp(-HEAL (tone + colour + focus of the photo) - CLEAN removed (spread / spread of the photo, at most 1)^4)
@@ -47,7 +47,7 @@ COLOURLESS, COLOURED = 1.5, 3.0  # spread of a photo's colours between which DUL
 CAST, LIGHT_CAST, NEW_CAST = 0.05, 0.12, 0.5
 MAX_CAST = 14.0  # of the greys, twice that of the lights: a stronger cast is the light of the scene
 BOOST, MAX_BOOST, BOOST_UNIT = 0.2, 1.6, 0.3
-PALE, MAX_LOSS, VIVID = 0.13, 1.2, 30.0  # colours may be lost down to VIVID, but no further
+PALE, MAX_LOSS, VIVID = 0.08, 1.2, 30.0  # colours may be lost down to VIVID, but no further
 HALF, POWER = 0.02, 3.0
 CHANGE, HUE, HEAL, CLEAN = 0.35, 0.27, 0.3, 1.5
 
@@ -78,7 +78,6 @@ def colour_fault(measures: Measures, photo: PhotoProfile) -> float:
     """Return the fault of a picture's colours: neon, dull where the photo has colours, or with a cast."""
     coloured = np.clip((photo.measures.colour_spread - COLOURLESS) / (COLOURED - COLOURLESS), 0, 1)
     boost = np.log((measures.chroma + 1) / (photo.measures.chroma + 1))
-    loss = np.log((np.minimum(photo.measures.colour_spread, VIVID) + 1) / (measures.colour_spread + 1))
     return (
         NEON * _above(measures.chroma, NEON_ABOVE, 10) ** 2
         + DULL * coloured * _above(DULL_BELOW, measures.colour_spread, 8) ** 2
@@ -86,8 +85,14 @@ def colour_fault(measures: Measures, photo: PhotoProfile) -> float:
         + LIGHT_CAST * (np.minimum(measures.light_cast, 2 * MAX_CAST) / 20) ** 2
         + NEW_CAST * _above(measures.neutral_cast, photo.measures.neutral_cast, 10) ** 2
         + BOOST * _above(boost, np.log(MAX_BOOST), BOOST_UNIT) ** 2
-        + PALE * _above(loss, np.log(MAX_LOSS), BOOST_UNIT) ** 2
     )
+
+
+def fading_fault(comparison: Comparison) -> float:
+    """Return the fault of colours that an edit took away."""
+    after, before = comparison.measures.colour_spread, comparison.photo.measures.colour_spread
+    loss = np.log((np.minimum(before, VIVID) + 1) / (after + 1))
+    return PALE * _above(loss, np.log(MAX_LOSS), BOOST_UNIT) ** 2
 
 
 def focus_fault(measures: Measures) -> float:

@@ -14,7 +14,7 @@ from fastapi.responses import Response
 
 from inference.metering import UsageMeter
 from inference.types import RECIPE_QUESTION, Answer, ModelSpec
-from serving import chat, tuning
+from serving import batch, chat, tuning
 from serving.auth import ApiKeyAuth
 from serving.errors import ApiError, ErrorResponse, add_exception_handlers, error_body
 from serving.json_body import JsonRoute
@@ -62,7 +62,7 @@ def create_api(meter: UsageMeter, auth: ApiKeyAuth, folder: Path, max_requests: 
     Args:
         meter: Records every model call.
         auth: Authenticates requests.
-        folder: Folder of the finetunes.
+        folder: Folder of the finetunes. Batches are in the folder `batches` beside it.
         max_requests: Maximum number of running and waiting requests.
     """
     api = FastAPI(title=TITLE, description=DESCRIPTION, docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
@@ -73,6 +73,7 @@ def create_api(meter: UsageMeter, auth: ApiKeyAuth, folder: Path, max_requests: 
     api.include_router(tuning.router(tuning_service))
     dispatcher = Dispatcher(meter, max_requests, tuning_service)
     api.include_router(chat.router(dispatcher))
+    api.include_router(batch.router(batch.BatchService(folder.parent / "batches", meter, dispatcher.model_of)))
     started = int(time.time())
 
     def card(name: str, spec: ModelSpec) -> ModelCard:

@@ -14,6 +14,8 @@ from serving.auth import ApiKeyAuth
 from serving.errors import ApiError, error_response
 
 MAX_BODY = 16 * 2**20  # bytes
+MAX_PART_BODY = 100 * 2**20  # bytes of a part of a batch
+PART_SECONDS = 600.0
 MAX_TRAIN_STEP_BODY = 128 * 2**20  # bytes; each group of a training step contains its photo
 BODY_SECONDS = 60.0
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")  # any other X-Request-Id of a client is replaced by a new one
@@ -30,8 +32,8 @@ class RequestGuard:
         Args:
             app: The ASGI application.
             auth: Authenticates requests.
-            max_body: Maximum size of a body in bytes, except for training steps.
-            body_seconds: Maximum time to receive a body.
+            max_body: Maximum size of a body in bytes, except for training steps and parts of batches.
+            body_seconds: Maximum time to receive a body, except for parts of batches.
         """
         self.app, self.auth, self.max_body, self.body_seconds = app, auth, max_body, body_seconds
 
@@ -45,14 +47,22 @@ class RequestGuard:
         connection.state.request_id = sent_id if REQUEST_ID.fullmatch(sent_id) else uuid4().hex
         try:
             connection.state.tenant = self.auth.authenticate(connection)
-            max_body = MAX_TRAIN_STEP_BODY if scope["path"].endswith("/tuning/train_step") else self.max_body
+            max_body, seconds = self._limits(scope)
             length = connection.headers.get("content-length", "0")
             if not length.isascii() or not length.isdigit() or int(length[:20]) > max_body:
                 raise body_too_large(max_body)
         except ApiError as error:
             await error_response(error, connection.state.request_id, scope["path"])(scope, receive, send)
             return
-        await self.app(scope, BodyLimiter(receive, max_body, self.body_seconds), send)
+        await self.app(scope, BodyLimiter(receive, max_body, seconds), send)
+
+    def _limits(self, scope: Scope) -> tuple[int, float]:
+        """Return the maximum size of a body in bytes, and the maximum time to receive it in seconds."""
+        if scope["path"].endswith("/tuning/train_step"):
+            return MAX_TRAIN_STEP_BODY, self.body_seconds
+        if scope["method"] == "PUT" and "/batch/" in scope["path"]:
+            return MAX_PART_BODY, PART_SECONDS
+        return self.max_body, self.body_seconds
 
 
 def body_too_large(max_body: int) -> ApiError:

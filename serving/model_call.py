@@ -88,11 +88,17 @@ class Dispatcher:
 
     async def find_model(self, name: str | None, http_request: HttpRequest) -> ModelSpec:
         """Return the requested model, which may be a checkpoint of the tenant. Raises ApiError (404, 503)."""
+        find = partial(self.model_of, http_request.state.tenant, name)
+        if name and name.removeprefix(MODEL_PREFIX) not in MODELS and CHECKPOINT_NAME.fullmatch(name):
+            return await self.slots.run(find)  # in a thread, since the first checkpoint imports torch
+        return find()
+
+    def model_of(self, tenant: str, name: str | None) -> ModelSpec:
+        """Return the model of a tenant and a name. Raises ApiError (404, 503)."""
         name = (name or DEFAULT_MODEL).removeprefix(MODEL_PREFIX)
         spec = MODELS.get(name)
         if spec is None and CHECKPOINT_NAME.fullmatch(name):
-            find = partial(self.tuning_service.checkpoint_spec, http_request.state.tenant, name)
-            return await self.slots.run(find)  # in a thread, since the first checkpoint imports torch
+            return self.tuning_service.checkpoint_spec(tenant, name)
         if spec is None or spec.backend == "hosted":
             raise ApiError(404, UNKNOWN_MODEL.format(name[:100]), param="model")
         return spec

@@ -49,6 +49,7 @@ class Preference:
         start: The weights on the sliders when the choice was made.
         sample: File name of a bundled photo; "" for another photo.
         photo: The photo as a small JPEG file, if its owner agreed to keep it.
+        has_photo: Whether a photo is kept with a saved choice, also if `photo` was not loaded.
         id: Its id; 0 before it is saved. Later choices have larger ids.
         created: Time of the choice, in UTC; None before it is saved.
     """
@@ -61,6 +62,7 @@ class Preference:
     photo: bytes | None = None
     id: int = 0
     created: datetime | None = None
+    has_photo: bool = False
 
 
 class PreferenceStore:
@@ -196,4 +198,4 @@ def _to_preference(row: Row[Any], photo: bytes | None) -> Preference:
     )
     start = RewardFunction.from_json(row.start)
     created = row.created.replace(tzinfo=timezone.utc) if row.created.tzinfo is None else row.created
-    return Preference(left, right, row.outcome, start, row.sample, photo, row.id, created)
+    return Preference(left, right, row.outcome, start, row.sample, photo, row.id, created, values["photo"] is not None)

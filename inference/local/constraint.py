@@ -33,7 +33,8 @@ class RecipeConstraint:
 
     def __init__(self, tokenizer: Any, grammar: Sequence[Sequence[str]], end_id: int | None = None) -> None:
         self.end_id = int(tokenizer.eos_token_id if end_id is None else end_id)
-        segments = [[_encode(tokenizer, text) for text in alternatives] for alternatives in grammar]
+        self._grammar = [{text: _encode(tokenizer, text) for text in alternatives} for alternatives in grammar]
+        segments = [list(alternatives.values()) for alternatives in self._grammar]
         self.max_tokens = sum(max(map(len, segment)) for segment in segments) + 1
         transitions, final_states = _build_automaton(segments)
         tokens = sorted({token for edges in transitions for token in edges} | {self.end_id})
@@ -47,6 +48,24 @@ class RecipeConstraint:
                 self._next[state, column[token]] = target
         self._allowed = self._next[:, :-1] != ended  # [states, tokens]
         self._allowed[[*final_states, ended], column[self.end_id]] = True
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text of the language, with the end token.
+
+        Raises:
+            ValueError: If the text is not in the language.
+        """
+        tokens: list[int] = []
+        rest = text
+        for alternatives in self._grammar:
+            match = max((choice for choice in alternatives if rest.startswith(choice)), key=len, default=None)
+            if match is None:
+                raise ValueError(f"The grammar does not contain {text!r}.")
+            tokens += alternatives[match]
+            rest = rest.removeprefix(match)
+        if rest:
+            raise ValueError(f"The grammar does not contain {text!r}.")
+        return [*tokens, self.end_id]
 
     def mask(self, completion_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """Return the tokens allowed at each position of completions, given the tokens before it.

@@ -489,6 +489,7 @@ def test_hundred_concurrent_requests_are_answered_or_rejected(server: str) -> No
 
 @pytest.fixture(scope="module")
 def schema(server: str) -> Any:
+    post(server, "query", settings={"max_tokens": 2})  # loads the model
     return schemathesis.openapi.from_url(f"{server}/openapi.json")
 
 
@@ -504,7 +505,7 @@ def test_skills_conform_to_the_schema(schema: Any, path: str, method: str, mode:
     @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))
     def fuzz(case: Any) -> None:
-        case.call_and_validate(checks=CHECKS)
+        case.call_and_validate(checks=CHECKS, timeout=60)
 
     if path != "/models" or mode is GenerationMode.POSITIVE:  # a request without input cannot be invalid
         fuzz()
@@ -524,21 +525,32 @@ TUNING_ROUTES = [
 ]
 
 
-@pytest.mark.parametrize(("path", "method"), TUNING_ROUTES)
-def test_tuning_routes_conform_to_the_schema(schema: Any, path: str, method: str) -> None:
+BATCH_ROUTES = [
+    ("/batch", "get"),
+    ("/batch", "post"),
+    ("/batch/{file_id}", "get"),
+    ("/batch/{file_id}", "put"),
+    ("/batch/{file_id}", "post"),
+    ("/batch/{file_id}", "delete"),
+    ("/batch/{file_id}/outputs/0", "get"),
+]
+
+
+@pytest.mark.parametrize(("path", "method"), TUNING_ROUTES + BATCH_ROUTES)
+def test_tuning_and_batch_routes_conform_to_the_schema(schema: Any, path: str, method: str) -> None:
     operation = schema[path][method]
 
     @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=GenerationMode.POSITIVE))
     def fuzz(case: Any) -> None:
-        case.call_and_validate(checks=CHECKS)
+        case.call_and_validate(checks=CHECKS, timeout=60)
 
     fuzz()
 
 
 def test_schema_documents_every_skill_and_error(schema: Any) -> None:
     document = schema.raw_schema
-    skill_paths = {path for path in document["paths"] if not path.startswith("/tuning/")}
+    skill_paths = {path for path in document["paths"] if not path.startswith(("/tuning/", "/batch"))}
     assert (
         skill_paths == {"/models", "/models/{model}", *(f"/{skill}" for skill in POSTS)} and len(document["paths"]) > 10
     )

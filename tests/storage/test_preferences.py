@@ -51,7 +51,7 @@ def test_photos_are_kept_once_and_deleted_with_their_last_choice(store: Preferen
     store.add(replace(CHOICE, photo=b"second"), USER)
     assert store.count_photos(USER) == 2 and store.count_photos(GUEST) == 1
     assert [item.photo for item in store.list(USER, photos=True)] == [b"first", b"first", b"second"]
-    assert [item.photo for item in store.list(USER)] == [None] * 3
+    assert [(item.photo, item.has_photo) for item in store.list(USER)] == [(None, True)] * 3
     store.undo(USER)
     store.undo(USER)
     assert store.count_photos(USER) == 1

@@ -102,6 +102,37 @@ def save_photos(
         raise RunError(f"The photos could not be saved ({error.strerror}). Try again later.") from None
 
 
+def save_folder(runs: RunStore, source: Path, owner: str = "", total_bytes: int = TOTAL_QUOTA_BYTES) -> SavedPhotos:
+    """Copy a folder of files, such as exported choices with their photos, as an upload.
+
+    Args:
+        runs: The runs that the upload belongs to.
+        source: The folder, without folders inside.
+        owner: Identifies the visitor, as for `save_photos`.
+        total_bytes: Quota of all uploads of the deployment, in bytes.
+
+    Raises:
+        RunError: The files exceed a quota or could not be copied.
+    """
+    try:
+        folder = uploads_folder(runs)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder):
+            _remove_leftovers(folder)
+            size = sum(file.stat().st_size for file in source.iterdir())
+            message = _make_room(runs, size, owner, total_bytes)
+            name = secrets.token_hex(12)
+            part, target = folder / f".{name}", folder / name
+            shutil.copytree(source, part)
+            write_atomically(_owner_file(target), json.dumps({"owner": owner, "saved": time.time()}))
+            os.replace(part, target)
+            return SavedPhotos(str(target), message)
+    except Timeout:
+        raise RunError("Another upload is being saved. Try again in a minute.") from None
+    except OSError as error:
+        raise RunError(f"The files could not be saved ({error.strerror}). Try again later.") from None
+
+
 def _lock(folder: Path) -> FileLock:
     return FileLock(folder.with_name(f".{folder.name}.lock"), timeout=LOCK_TIMEOUT)
 

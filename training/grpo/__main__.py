@@ -99,6 +99,10 @@ def execute_locked(run: Run, config: RunConfig, started: float) -> None:
         from training.hosted.trainer import train_hosted
 
         train = train_hosted
+    elif config.method == "dpo":
+        from training.dpo.train import run_dpo
+
+        train = run_dpo
     lock = FileLock(run.folder / "lock", timeout=LOCK_TIMEOUT)
     try:
         if _is_main_process():

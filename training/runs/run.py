@@ -78,6 +78,8 @@ class RunConfig(BaseModel):
         reward: Weight of each reward by name, 0 to 1.
         seed: Seed of the random number generators.
         name: Display name.
+        method: "grpo" trains on the reward, "dpo" on the choices in the folder `photos`; see training/preferences. The
+            reward only judges the result of a DPO run.
         photos: Training photos: "bundled", a folder, a zip file, or "hub:owner/dataset".
         held_out: Held-out photos, given like `photos`.
         max_photos: Maximum number of training photos.
@@ -104,6 +106,7 @@ class RunConfig(BaseModel):
     reward: dict[str, float]
     seed: int = Field(ge=0, le=2**31 - 1)
     name: str = Field("", max_length=MAX_NAME)
+    method: Literal["grpo", "dpo"] = "grpo"
     photos: str = Field("bundled", min_length=1, max_length=500)
     held_out: str = Field("bundled", min_length=1, max_length=500)
     max_photos: int = Field(200, ge=1, le=MAX_PHOTOS)
@@ -130,6 +133,12 @@ class RunConfig(BaseModel):
             values = dict(values)
             values.setdefault("backend", values.pop("where"))
         return values
+
+    @model_validator(mode="after")
+    def _check_method(self) -> RunConfig:
+        if self.method == "dpo" and self.backend != "here":
+            raise ValueError("DPO runs train on this machine only")
+        return self
 
     @field_validator("reward")
     @classmethod

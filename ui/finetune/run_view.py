@@ -106,7 +106,7 @@ def _summary(services: AppServices, visitor: Visitor, run: Run, config: RunConfi
     else:
         base = config.base if config.base in services.adapters.models else "an earlier run"
     owner = owner_label(services.access, visitor, run)
-    photos = uploads.describe_source(services.runs, config.photos)
+    photos = "DPO on choices" if config.method == "dpo" else uploads.describe_source(services.runs, config.photos)
     if config.photos.startswith(HUB_PREFIX) and not visitor.may_change(run.owner):
         photos = "a Hub dataset"  # which may be private
     return " · ".join(
@@ -186,13 +186,14 @@ def _actions(
 def _chart(run: Run, config: RunConfig) -> dict[str, Any]:
     metrics = run.metrics()
     rows = downsample(metrics, MAX_CHART_POINTS)
+    labels = SERIES_LABELS | ({"reward": "agreement with the choices"} if config.method == "dpo" else {})
     weights = {"reward": 1.0, "held_out": 1.0} | {name: config.reward.get(name, 0.0) for name in REWARDS}
     return {
         "steps": [_number(row.get("step")) or 0 for row in rows],
         "series": [
             {
                 "name": name,
-                "label": SERIES_LABELS.get(name, name),
+                "label": labels.get(name, name),
                 "weight": weight,
                 "values": _column(rows, name),
             }

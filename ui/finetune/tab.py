@@ -236,7 +236,7 @@ def retrain(services: AppServices, visitor: Visitor, form: dict[str, Any], weigh
     with as_gradio_error(RunError, AccessDenied, title=TITLE):
         backend = BACKENDS.get(form["backend"], "here")
         steps = step_count_of(form["length"], form["steps"])
-        _check_may_train(services, visitor, backend, steps, form["rollouts"] or 0)
+        check_may_train(services, visitor, backend, steps, form["rollouts"] or 0)
         names = ["learning_rate", "beta", "rollouts", "rank", "seed"]
         names += ["budget", "sft_steps"] if backend == "hosted" else []
         missing = [name.replace("_", " ") for name in names if form[name] is None]
@@ -278,7 +278,7 @@ def submit(
     """
     backend = settings.get("backend", "here")
     steps, rollouts = settings.get("steps", 0), settings.get("rollouts", DEFAULT_ROLLOUTS)
-    _check_may_train(services, visitor, backend, steps, rollouts)
+    check_may_train(services, visitor, backend, steps, rollouts)
     _check_credentials_and_budget(services, visitor, backend, token)
     if backend == "hosted":
         base = BASE
@@ -319,7 +319,7 @@ def run_inline(services: AppServices, visitor: Visitor, run_id: str | None) -> N
             services.worker.run_inline(run)
 
 
-def _check_may_train(services: AppServices, visitor: Visitor, backend: str, steps: float, rollouts: float) -> None:
+def check_may_train(services: AppServices, visitor: Visitor, backend: str, steps: float, rollouts: float) -> None:
     """Raise AccessDenied if a visitor may not start or resume such a run; see `training_refusal`."""
     refusal = training_refusal(services.access, visitor, backend, steps, rollouts)
     if refusal:

@@ -32,6 +32,7 @@ function draw() {
   setText(find('panel-note'), data.note);
   for (const button of element.querySelectorAll('.needs-choices')) button.disabled = !data.choices;
   for (const button of element.querySelectorAll('.needs-fit')) button.disabled = !data.usable;
+  find('dpo').hidden = !data.dpo;
   resetDelete();
   drawWeights(data);
   drawPair(data);
@@ -85,6 +86,7 @@ find('pair-undo').addEventListener('click', () => act('undo'));
 find('pair-close').addEventListener('click', () => dialog.close());
 find('download').addEventListener('click', () => trigger('download', {}));
 find('retrain').addEventListener('click', () => trigger('retrain', {}));
+find('dpo').addEventListener('click', () => trigger('dpo', {}));
 dialog.addEventListener('close', () => { wanted = false; find('open-pairs').focus(); });
 dialog.addEventListener('keydown', event => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,19 +11,23 @@ from typing import Any
 
 import gradio as gr
 
+from access.permissions import AccessDenied
 from access.roles import Visitor
 from rewards import EQUAL_WEIGHTS, REWARDS, RewardFunction
 from storage.database import StoreError
 from storage.preferences import OUTCOMES, JudgedCandidate, Preference
-from training.preferences.export import to_choices, to_zip
+from training.data import uploads
+from training.preferences.export import MIN_FOR_DPO, to_choices, to_zip, write_folder
 from training.preferences.fit import FittedReward, Scores, next_pair
-from ui.events import UNQUEUED
+from training.runs.run import Run, RunError
+from ui.events import PRIVATE, UNQUEUED
 from ui.files import download_on, new_file, writing
+from ui.finetune import tab as finetune
 from ui.messages import as_gradio_error, user_error
 from ui.permissions import visitor_of
 from ui.playground.compare import Candidate, Comparison
 from ui.playground.photo import read_photo
-from ui.playground.preferences import SAMPLE_FILES, fit_choices, save_choice
+from ui.playground.preferences import SAMPLE_FILES, count_for_dpo, fit_choices, save_choice
 from ui.playground.reward_functions import to_sliders
 from ui.services import AppServices
 
@@ -31,9 +36,11 @@ STEP = 0.05  # of the sliders
 NO_PAIR = "There are no two different edits of a photo to choose between. Run the skill “Edit recipe” first."
 NO_MORE_PAIRS = "All pairs of this comparison were shown. Run again for new candidates."
 LEAD = "Choose the pictures that you prefer: the reward weights are fitted to your choices."
+DPO_SETTINGS = {"steps": 60, "rollouts": 2, "learning_rate": 1e-3, "beta": 0.1, "seed": 1, "name": "DPO on my choices"}
 NOTE = (
     "Stored with each choice: both recipes, their scores and models, and the sliders. Photos are stored only if you "
-    "agree; sample photos by name. Only you see your choices."
+    "agree; sample photos by name. Only you see your choices. DPO, which trains a model on the choices themselves, is "
+    "offered from {minimum} choices on sample photos or kept photos on; you have {count}."
 )
 _HERE = Path(__file__).resolve().parent
 
@@ -145,6 +152,37 @@ def prefer(
         _save(services, visitor, compared, pair, "left" if is_left else "right", weights, bool(event.get("keep")))
 
 
+def start_dpo(services: AppServices, visitor: Visitor, weights: RewardFunction) -> Run:
+    """Queue a DPO run on a visitor's choices, judged by the fitted reward on photos without choices.
+
+    Args:
+        services: The application's services.
+        visitor: The visitor, who owns the choices and the run.
+        weights: The weights on the sliders.
+
+    Raises:
+        gr.Error: There are too few choices with a photo, or the visitor may not start the run.
+    """
+    with as_gradio_error(StoreError, RunError, AccessDenied, title=TITLE):
+        preferences = services.preferences.list(visitor.id, photos=True)
+        count = count_for_dpo(preferences)
+        if count < MIN_FOR_DPO:
+            raise RunError(f"DPO needs {MIN_FOR_DPO} choices on sample photos or kept photos; you have {count}.")
+        reward = dict(fit_choices(preferences, weights).function.weights)
+        bases = [name for _, name in finetune.base_models(services, visitor)]
+        finetune.check_may_train(services, visitor, "here", DPO_SETTINGS["steps"], DPO_SETTINGS["rollouts"])
+        with tempfile.TemporaryDirectory() as folder:
+            with writing():
+                write_folder(preferences, SAMPLE_FILES, Path(folder))
+            source = uploads.save_folder(services.runs, Path(folder), visitor.id, services.upload_quota).source
+        try:
+            base = bases[0] if bases else ""
+            return finetune.submit(services, visitor, base, reward, photos=source, method="dpo", **DPO_SETTINGS)
+        except (RunError, AccessDenied):
+            uploads.delete_unused(services.runs, source)
+            raise
+
+
 def snapshot(
     preferences: Sequence[Preference], fitted: FittedReward, state: PairState, error: str = ""
 ) -> dict[str, Any]:
@@ -164,7 +202,8 @@ def snapshot(
         "usable": fitted.usable,
         "lead": lead(fitted),
         "error": error,
-        "note": NOTE,
+        "note": NOTE.format(minimum=MIN_FOR_DPO, count=count_for_dpo(preferences)),
+        "dpo": count_for_dpo(preferences) >= MIN_FOR_DPO,
         "pair": {"left": state.pair[0], "right": state.pair[1]} if state.pair else None,
         "weights": [
             {
@@ -278,7 +317,7 @@ def to_function(weights: Sequence[float]) -> RewardFunction:
 
 
 def preference_panel() -> gr.HTML:
-    """Create the panel. It triggers `act` with {action}, `retrain` and `download`."""
+    """Create the panel. It triggers `act` with {action}, `retrain`, `dpo` and `download`."""
     return gr.HTML(
         value=None,
         html_template=(_HERE / "preference_panel.html").read_text(encoding="utf-8"),
@@ -341,6 +380,10 @@ def build(
             raise user_error(fitted.message, TITLE)
         return slider_values(fitted.function)
 
+    def dpo_clicked(request: gr.Request, *weights: float) -> None:
+        run = start_dpo(services, visitor_of(services.access, request), to_function(weights))
+        services.worker.run_inline(run)
+
     def download_choices(request: gr.Request) -> str:
         with as_gradio_error(StoreError, title=TITLE):
             preferences = services.preferences.list(visitor_of(services.access, request).id, photos=True)
@@ -354,6 +397,7 @@ def build(
     panel.retrain(retrain_clicked, sliders, sliders, **UNQUEUED).success(
         None, None, None, js=open_fine_tune, **UNQUEUED
     )
+    panel.dpo(dpo_clicked, sliders, None, **PRIVATE).success(None, None, None, js=open_fine_tune, **UNQUEUED)
     download_on(panel.download, download_choices, None, download)
     gr.on(None, panel_opened, sliders, panel, **UNQUEUED)
 

@@ -58,6 +58,11 @@ def fit_choices(preferences: Sequence[Preference], weights: RewardFunction) -> F
     return fit_reward(to_choices(preferences), preferences[0].start if preferences else weights)
 
 
+def count_for_dpo(preferences: Sequence[Preference]) -> int:
+    """Return how many choices of one side have a photo that is kept, or is a sample."""
+    return sum(item.outcome != "equal" and (item.has_photo or item.sample in SAMPLE_FILES) for item in preferences)
+
+
 def fit_json(fitted: FittedReward) -> dict[str, Any]:
     """Return a fit as a JSON object."""
     return {

@@ -14,10 +14,22 @@ from access.roles import LOCAL_ADMIN, Role, Visitor
 from recipes import Recipe
 from rewards import EQUAL_WEIGHTS, RewardFunction
 from storage.database import Database
-from storage.preferences import PreferenceStore
+from storage.preferences import JudgedCandidate, Preference, PreferenceStore
+from tests.support.runs import FAKE
+from training.preferences.export import MIN_FOR_DPO, read_folder
 from ui.playground.compare import Candidate, Column, Comparison
-from ui.playground.preference_panel import NO_MORE_PAIRS, NO_PAIR, ComparedPhoto, PairState, act, prefer, slider_values
+from ui.playground.preference_panel import (
+    NO_MORE_PAIRS,
+    NO_PAIR,
+    ComparedPhoto,
+    PairState,
+    act,
+    prefer,
+    slider_values,
+    start_dpo,
+)
 from ui.playground.samples import SAMPLES
+from ui.services import AppServices
 
 SAMPLE = next(iter(SAMPLES))
 GUEST = Visitor(Role.GUEST, "guest:abc")
@@ -91,3 +103,24 @@ def test_apply_and_reset_return_slider_values(services: Any) -> None:
 def test_unusable_database_is_an_error_in_the_panel(services: Any) -> None:
     value = click(services, "choose", PairState("run"), Visitor(), left="one/0", right="one/1", outcome="left")[0]
     assert "blocks cookies" in value["error"] and value["choices"] == 0
+
+
+def test_dpo_is_offered_from_fifty_choices_on(tmp_path: Path) -> None:
+    built = AppServices.build(tmp_path, f"sqlite:///{tmp_path / 'x.sqlite3'}", command=FAKE)
+    left, right = (JudgedCandidate("one", str(Recipe(exposure=level)), {"sharpness": 0.5}) for level in (10, 20))
+    own = Preference(left, right, "left", EQUAL_WEIGHTS)  # its photo is not kept
+    for choice in [own] + [replace(own, sample=SAMPLE)] * (MIN_FOR_DPO - 1):
+        built.preferences.add(choice, "")
+    state = PairState("run")
+    assert not act(built, LOCAL_ADMIN, {"action": "open"}, COMPARED, state, EQUAL_WEIGHTS)[0]["dpo"]
+    with pytest.raises(gr.Error, match="you have 49"):
+        start_dpo(built, LOCAL_ADMIN, EQUAL_WEIGHTS)
+    built.preferences.add(replace(own, sample=SAMPLE), "")
+    assert act(built, LOCAL_ADMIN, {"action": "open"}, COMPARED, state, EQUAL_WEIGHTS)[0]["dpo"]
+    with pytest.raises(gr.Error):
+        start_dpo(built, GUEST, EQUAL_WEIGHTS)  # has no choices
+    config = start_dpo(built, LOCAL_ADMIN, EQUAL_WEIGHTS).config()
+    assert (config.method, config.base, config.reward) == ("dpo", "moondream-tiny", dict(EQUAL_WEIGHTS.weights))
+    assert len(read_folder(Path(config.photos))[0]) == MIN_FOR_DPO
+    assert Path(config.photos).parent == tmp_path / "uploads"
+    built.close()

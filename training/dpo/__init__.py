@@ -1,0 +1,1 @@
+"""DPO: train a model on choices between its recipes, with TRL."""
