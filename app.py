@@ -43,6 +43,7 @@ from ui.services import AppServices, SharedComponents
 from ui.state_notice import build_state_notice
 from ui.theme import HEAD, theme
 from ui.upload_quota import UploadQuota
+from usage.alerts import Webhook
 from usage.deployment import resolve_deployment
 from usage.events import Deployment
 from usage.prices import PriceError, Prices
@@ -124,6 +125,8 @@ def build_services(settings: Settings, command: tuple[str, ...] = COMMAND) -> Ap
         access,
         settings.upload_quota,
         settings.retention_months,
+        settings.telemetry,
+        Webhook(settings.alert_webhook, settings.alert_secret) if settings.alert_webhook else None,
     )
     return replace(services, state_bucket=state_bucket)
 

@@ -46,6 +46,9 @@ class Settings:
             this machine is not necessarily its user's.
         upload_quota: Bytes of photos that visitors upload for training runs, of all visitors together.
         retention_months: Months after which usage events are archived.
+        alert_webhook: Address that alerts are sent to. Not part of the repr, because it may contain a secret.
+        alert_secret: Key of their signatures. Not part of the repr.
+        telemetry: Whether usage events are sent to OTEL_EXPORTER_OTLP_ENDPOINT.
         metrics_token: SHA-256 digest of the token that may only read /v1/usage and /metrics. Not part of the repr.
         state_bucket: Hugging Face Storage Bucket that keeps the state of `data_dir`, as owner/name.
         state_bucket_token: Token with write access to it; by default HF_TOKEN. Not part of the repr.
@@ -75,6 +78,9 @@ class Settings:
     behind_proxy: bool = False
     upload_quota: int = 2_000_000_000
     retention_months: int = 13
+    telemetry: bool = False
+    alert_webhook: str | None = field(default=None, repr=False)
+    alert_secret: str = field(default="", repr=False)
     metrics_token: str = field(default="", repr=False)
     state_bucket: str | None = None
     state_bucket_token: str | None = field(default=None, repr=False)
@@ -95,7 +101,9 @@ class Settings:
         - Access: PLAYGROUND_ADMINS (user names on Hugging Face, separated by commas), GUEST_RUNS and PLAYGROUND_PROXIED
           (1 or 0). A Space with `hf_oauth` sets OAUTH_CLIENT_ID.
         - Usage: PREVIEW_BRANCH, PREVIEW_COMMIT, SPACE_ID, PRICES_FILE, HARDWARE, METRICS_TOKEN (a token or "sha256:"
-          and its digest, with which a program may only read usage and metrics), USAGE_RETENTION_MONTHS (2 to 120).
+          and its digest, with which a program may only read usage and metrics), USAGE_RETENTION_MONTHS (2 to 120),
+          OTEL_EXPORTER_OTLP_ENDPOINT (address of an OpenTelemetry collector), ALERT_WEBHOOK_URL and
+          ALERT_WEBHOOK_SECRET (receiver of alerts, and the key of their signatures).
         - State: STATE_BUCKET (owner/name), STATE_BUCKET_TOKEN, STATE_BUCKET_SECONDS (1 to 3600).
 
         Args:
@@ -133,6 +141,9 @@ class Settings:
             if "UPLOAD_QUOTA_MB" in env
             else cls.upload_quota,
             retention_months=_parse_months(env.get("USAGE_RETENTION_MONTHS", str(cls.retention_months))),
+            alert_webhook=_parse_webhook(env["ALERT_WEBHOOK_URL"]) if "ALERT_WEBHOOK_URL" in env else None,
+            alert_secret=env.get("ALERT_WEBHOOK_SECRET", ""),
+            telemetry="OTEL_EXPORTER_OTLP_ENDPOINT" in env,
             metrics_token=_parse_secret("METRICS_TOKEN", env["METRICS_TOKEN"]) if "METRICS_TOKEN" in env else "",
             state_bucket=_parse_bucket(env["STATE_BUCKET"]) if "STATE_BUCKET" in env else None,
             state_bucket_token=env.get("STATE_BUCKET_TOKEN"),
@@ -166,6 +177,13 @@ def _parse_save_interval(text: str) -> float:
     if not 1 <= seconds <= 3600:
         raise SettingsError("STATE_BUCKET_SECONDS must be a number of seconds from 1 to 3600.")
     return seconds
+
+
+def _parse_webhook(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SettingsError("ALERT_WEBHOOK_URL must be an address like https://example.org/hook.")
+    return text
 
 
 def _parse_months(text: str) -> int:

@@ -5,6 +5,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     DateTime,
+    Float,
     Integer,
     LargeBinary,
     MetaData,
@@ -88,6 +89,18 @@ ARCHIVE = Table(
     Column("month", String(7)),
     Column("events", BigInteger),
     Column("content", LargeBinary),
+)
+# Limits of the usage. `since`: time from which the limit is exceeded, else NULL. `attempt`: time of the last attempt to
+# send the webhook, 0 before the first. `sent`: the receiver accepted it.
+ALERTS = Table(
+    "usage_alerts",
+    METADATA,
+    Column("digest", String(64), primary_key=True),
+    Column("branch", Text),
+    Column("measure", String(20)),
+    *(Column(name, Float) for name in ("limit", "value")),
+    *(Column(name, BigInteger) for name in ("since", "attempt")),
+    Column("sent", Boolean),
 )
 # `price` per hour, in billionths of a US dollar.
 MACHINE_PRICES = Table(

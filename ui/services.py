@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
@@ -25,6 +26,7 @@ from ui.playground.limits import ComparisonLimiter
 from ui.playground.link import PlaygroundSettings
 from ui.playground.picker import model_picker
 from ui.playground.warm_up import WarmUp
+from usage.alerts import Alerts, Webhook
 from usage.analytics import UsageAnalytics
 from usage.archive import RETENTION_MONTHS
 from usage.budgets import Budgets
@@ -32,6 +34,9 @@ from usage.events import Deployment
 from usage.machine import MachinePrice
 from usage.prices import Prices
 from usage.recorder import Recorder
+
+if TYPE_CHECKING:
+    from usage.telemetry import TelemetryExporter
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class AppServices:
         adapters: Tuned models that can be selected.
         usage: Queries of the recorded usage events.
         budgets: Monthly budgets per branch.
+        alerts: Limits of the usage per branch.
         meter: Records the usage events of model calls.
         access: Determines who sends a request.
         comparisons: Limits the comparisons of each visitor.
@@ -59,6 +65,7 @@ class AppServices:
     adapters: AdapterRegistry
     usage: UsageAnalytics
     budgets: Budgets
+    alerts: Alerts
     meter: ComparisonMeter
     access: AccessControl = field(default_factory=AccessControl)
     comparisons: ComparisonLimiter = field(default_factory=ComparisonLimiter)
@@ -80,6 +87,7 @@ class AppServices:
     def close(self) -> None:
         """Write the usage events in memory to disk, and the state to its bucket. Call before the process ends."""
         self.meter.recorder.close()
+        self.alerts.stop()
         self.usage.cache.close()
         if self.state_bucket:
             self.state_bucket.stop()
@@ -97,6 +105,8 @@ class AppServices:
         access: AccessControl | None = None,
         upload_quota: int = TOTAL_QUOTA_BYTES,
         retention_months: int = RETENTION_MONTHS,
+        telemetry_enabled: bool = False,
+        webhook: Webhook | None = None,
     ) -> AppServices:
         """Build the services: register the enabled adapters and resume unfinished runs.
 
@@ -111,6 +121,8 @@ class AppServices:
             access: Determines who sends a request. By default requests from this machine are the administrator's.
             upload_quota: Bytes of photos that all visitors together may upload for training runs.
             retention_months: Months after which usage events are archived.
+            telemetry_enabled: Whether usage events are also sent to a collector of OpenTelemetry.
+            webhook: Receives alerts about the usage.
 
         Raises:
             StoreError: The database cannot be opened.
@@ -119,10 +131,13 @@ class AppServices:
         runs = RunStore(data_dir / "runs")
         adapters = AdapterRegistry(runs)
         adapters.load()
-        recorder = Recorder(database, data_dir / "usage-spool", deployment or Deployment(), retention_months)
+        spool, telemetry = data_dir / "usage-spool", open_telemetry(data_dir) if telemetry_enabled else None
+        recorder = Recorder(database, spool, deployment or Deployment(), retention_months, telemetry)
         recorder.start()
         usage = UsageAnalytics(database, data_dir)
         usage.cache.start()
+        alerts = Alerts(usage, webhook)
+        alerts.start()
         budgets = Budgets(database)
         machine = MachinePrice(
             database, prices or Prices(), hardware, recorder.deployment.space or socket.gethostname()
@@ -151,10 +166,18 @@ class AppServices:
             adapters,
             usage,
             budgets,
+            alerts,
             meter,
             access or AccessControl(),
             upload_quota=upload_quota,
         )
+
+
+def open_telemetry(data_dir: Path) -> TelemetryExporter:
+    """Create the export to a collector. The SDK is imported only where it is used."""
+    from usage.telemetry import TelemetryExporter
+
+    return TelemetryExporter(data_dir / "telemetry-spool")
 
 
 @dataclass(frozen=True)

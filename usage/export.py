@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prometheus_client import Metric as PrometheusMetric
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from usage.analytics import KINDS, UNITS, Metrics, Series, conditions
 from usage.budgets import Budgets
@@ -109,6 +110,7 @@ def series_report(series: Series) -> dict[str, Any]:
 # ── Prometheus ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LABELS = ("branch", "model", "skill", "outcome")
+LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # upper limits in seconds
 COUNTERS = {  # name -> description, and value in SQL
     "calls": ("Model calls.", "count(*)"),
     "latency_seconds": ("Computing time of model calls.", "sum(latency) / 1e6"),
@@ -138,6 +140,7 @@ class UsageCollector(Collector):
             for row in rows:
                 counter.add_metric([_label(text) for text in row[: len(LABELS)]], row[column])
             yield counter
+        yield self._latency()
         budgets = self.budgets.list()
         gauges = {"limit": "Monthly budget in US dollars.", "spent": "Spent this month in US dollars."}
         for name, description in gauges.items():
@@ -147,6 +150,20 @@ class UsageCollector(Collector):
                 gauge.add_metric([_label(status.budget.branch)], value)
             yield gauge
         yield CounterMetricFamily("moondream_usage_events_lost", "Events that could not be stored.", self.recorder.lost)
+
+    def _latency(self) -> HistogramMetricFamily:
+        """Return the histogram of the latency by branch, model and skill."""
+        labels = LABELS[:3]
+        counts = ", ".join(f"count_if(latency <= {limit} * 1e6)" for limit in LATENCY_BUCKETS)
+        query = f"SELECT {', '.join(labels)}, sum(latency) / 1e6, {counts}, count(*) FROM events {KINDS} GROUP BY ALL"
+        with self.cache.read() as cursor:
+            rows = cursor.execute(f"{query} ORDER BY ALL").fetchall()
+        limits = [*map(floatToGoString, LATENCY_BUCKETS), "+Inf"]
+        description = "Computing time of model calls, as a histogram."
+        family = HistogramMetricFamily("moondream_call_duration_seconds", description, labels=labels)
+        for *names, total, in_buckets in ((*row[:4], row[4:]) for row in rows):
+            family.add_metric([_label(name) for name in names], list(zip(limits, in_buckets, strict=True)), total)
+        return family
 
 
 def _label(text: str) -> str:

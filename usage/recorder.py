@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, select
 
@@ -36,6 +36,9 @@ MAX_SPOOL = 1 * 2**30  # bytes of spool files
 RETRY_DELAYS = (1.0, 60.0)  # first and longest delay, in seconds, between attempts to reach the database
 MAINTENANCE_INTERVAL = 60.0  # seconds between two searches for old events
 DIGESTS_PER_QUERY = 500
+if TYPE_CHECKING:
+    from usage.telemetry import TelemetryExporter
+
 KIND_COLUMNS = (*NAME_COLUMNS, *BASIS_COLUMNS, "payer")
 _log = logging.getLogger(__name__)
 
@@ -49,7 +52,12 @@ class Recorder:
     """
 
     def __init__(
-        self, database: Database, folder: Path, deployment: Deployment, retention_months: int = RETENTION_MONTHS
+        self,
+        database: Database,
+        folder: Path,
+        deployment: Deployment,
+        retention_months: int = RETENTION_MONTHS,
+        telemetry: TelemetryExporter | None = None,
     ) -> None:
         """Create a recorder without starting its threads.
 
@@ -58,10 +66,12 @@ class Recorder:
             folder: Folder of the spool files.
             deployment: The running deployment.
             retention_months: Months after which events are archived; see `usage.archive`.
+            telemetry: Also receives the spool files.
         """
         self.deployment = deployment
         self.lost = 0
         self._database, self._folder, self._retention_months = database, folder, retention_months
+        self._telemetry = telemetry
         self._buffer: deque[UsageEvent] = deque()
         self._lock = threading.Lock()
         self._spool_lock = threading.Lock()
@@ -78,6 +88,8 @@ class Recorder:
             for thread in self._threads:
                 thread.start()
             self._spooled.set()
+            if self._telemetry:
+                self._telemetry.start()
             atexit.register(self.close)
 
     def record(self, event: UsageEvent) -> None:
@@ -110,6 +122,8 @@ class Recorder:
         atexit.unregister(self.close)
         with suppress(OSError):
             self._spool()
+        if self._telemetry:
+            self._telemetry.close()
 
     # ── Memory to disk ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -141,20 +155,17 @@ class Recorder:
 
     def _write(self, events: deque[UsageEvent]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        if self._spool_size() > MAX_SPOOL:
+        if _size(self._folder) > MAX_SPOOL:
             self.lost += len(events)
             return
         name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.jsonl"
-        lines = (json.dumps(_to_json(event), separators=(",", ":")) + "\n" for event in events)
-        write_atomically(self._folder / name, "".join(lines))
-
-    def _spool_size(self) -> int:
-        """Return the size of the spool files in bytes. The delivery may delete them meanwhile."""
-        size = 0
-        for file in self._files():
-            with suppress(FileNotFoundError):
-                size += file.stat().st_size
-        return size
+        lines = "".join(json.dumps(_to_json(event), separators=(",", ":")) + "\n" for event in events)
+        if self._telemetry:
+            self._telemetry.folder.mkdir(parents=True, exist_ok=True)
+            if _size(self._telemetry.folder) <= MAX_SPOOL:
+                write_atomically(self._telemetry.folder / name, lines)
+                self._telemetry.notify()
+        write_atomically(self._folder / name, lines)
 
     # ── Disk to database ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -192,6 +203,15 @@ class Recorder:
             return
         insert_events(self._database, events)
         file.unlink(missing_ok=True)
+
+
+def _size(folder: Path) -> int:
+    """Return the size of the spool files in a folder in bytes. They may be deleted meanwhile."""
+    size = 0
+    for file in folder.glob("[0-9]*.jsonl"):
+        with suppress(FileNotFoundError):
+            size += file.stat().st_size
+    return size
 
 
 # ── Spool files ─────────────────────────────────────────────────────────────────────────────────────────────────────

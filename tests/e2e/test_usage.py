@@ -115,7 +115,7 @@ def test_selected_branches_are_compared(open_page: Open) -> None:
     page = wait_for_dashboard(open_page("usage.period=day&usage.branches=main&usage.branches=nobody"))
     rows = page.locator(".dash-branches tbody tr")
     rows.nth(1).wait_for()
-    assert [text.split("\t")[:2] for text in rows.all_inner_texts()] == [["main", "100"], ["nobody", "0"]]
+    assert [text.split("\t")[:2] for text in rows.all_inner_texts()] == [["main", "100"], ["nobody", "0 -100.0 %"]]
 
 
 def test_filtered_events_are_downloaded_as_csv(open_page: Open, tmp_path: Path) -> None:

@@ -124,7 +124,11 @@ def test_prometheus_metrics_can_be_parsed(client: TestClient) -> None:
         *(f"moondream_{name}_total" for name in ("calls", "latency_seconds", "tokens", "cost_dollars")),
         *(f"moondream_{name}_total" for name in ("unpriced_calls", "usage_events_lost")),
         *(f"moondream_budget_{name}_dollars" for name in ("limit", "spent")),
+        *(f"moondream_call_duration_seconds_{name}" for name in ("bucket", "count", "sum")),
     }
+    duration = ("moondream_call_duration_seconds_bucket", ("branch", "main"))
+    assert samples[(*duration, ("le", "0.5"), labels[0], labels[2])] == 6
+    assert samples[(*duration, ("le", "+Inf"), labels[0], labels[2])] == 10
     types = {name: family.type for name, family in families.items()}
     assert types["moondream_calls"] == "counter" and types["moondream_budget_limit_dollars"] == "gauge"
     assert all(line.startswith(("# HELP ", "# TYPE ", "moondream_")) for line in response.text.splitlines())

@@ -49,6 +49,8 @@ class RunCallback(TrainerCallback):
             return
         row = {"step": state.global_step, "seconds": round(time.monotonic() - self.started, 2)}
         row |= {name: logs[name] for name in ("reward", "kl", "entropy", "learning_rate") if name in logs}
+        # Tokens of all prompts and answers so far, and the mean length of this step's answers.
+        row |= {"tokens": logs.get("num_tokens"), "answer_tokens": logs.get("completions/mean_length")}
         row |= {"no_signal": logs.get("frac_reward_zero_std"), **self.reward.component_means}
         if self.held_out_mean is not None:
             row["held_out"], self.held_out_mean = self.held_out_mean, None

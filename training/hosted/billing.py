@@ -85,7 +85,7 @@ class PaidCalls:
         self.database = Database(account.database_url) if account else None
         calls = run.calls()
         costs.dollars = max(costs.dollars, sum(call.get("cost") or 0.0 for call in calls))
-        self._recorded_dollars = costs.dollars
+        self._recorded_dollars, self._recorded_tokens = costs.dollars, (costs.tokens_in, costs.tokens_out)
         self._pending = [event for row in calls if (event := call_event(run, row))]  # of a killed process
 
     @contextmanager
@@ -127,12 +127,15 @@ class PaidCalls:
             ) from None
 
     def _record(self, call: PaidCall, seconds: float, outcome: str, error: str) -> None:
-        dollars = self.costs.dollars
+        dollars, tokens_in, tokens_out = self.costs.dollars, self.costs.tokens_in, self.costs.tokens_out
         row = {"id": uuid.uuid4().hex, "time": time.time(), "seconds": seconds, "skill": call.skill}
         row |= {"candidates": call.candidates, "reward": call.reward, "payer": self.payer}
         row |= {"cost": dollars - self._recorded_dollars if self.costs.priced else None}
         row |= {"outcome": outcome, "error": error}
-        self._recorded_dollars = dollars
+        before_in, before_out = self._recorded_tokens
+        if tokens_in > before_in:  # an update reports none
+            row |= {"tokens_in": tokens_in - before_in, "tokens_out": tokens_out - before_out}
+        self._recorded_dollars, self._recorded_tokens = dollars, (tokens_in, tokens_out)
         if event := call_event(self.run, row):
             self._pending.append(event)
         try:

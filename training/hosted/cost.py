@@ -32,12 +32,15 @@ class CostTracker:
         question: The prompt that is sent with each photo.
         prices: The price table.
         dollars: Amount spent so far.
+        tokens_in: Input tokens of the answers so far, estimated; likewise `tokens_out`.
     """
 
     base: str
     question: str = field(default_factory=recipe_prompt)
     prices: Prices = field(default_factory=Prices)
     dollars: float = 0.0
+    tokens_in: int = 0
+    tokens_out: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     @property
@@ -79,6 +82,13 @@ class CostTracker:
             return None
         probes = math.ceil(config.steps / config.probe_every) + 1
         return config.steps * step + config.sft_steps * sft_step + probes * probe + evaluation
+
+    def add_inference(self, count: int, tokens_out: int) -> None:
+        """Add the cost and the tokens of `count` answers with `tokens_out` tokens in total. Safe in several threads."""
+        self.add(self.inference_cost(count, tokens_out))
+        with self._lock:
+            self.tokens_in += count * (PHOTO_TOKENS + estimate_tokens(self.question))
+            self.tokens_out += tokens_out
 
     def add(self, dollars: float | None) -> None:
         """Add an amount that was spent; None adds nothing. Safe in several threads."""

@@ -256,7 +256,7 @@ class HostedTrainer:
     def _sample_rollouts(self, index: int) -> Rollouts:
         url = photo_data_url(self.photos.photos[index])
         rollouts = self.tuning.rollouts(url, self.question, self.config.rollouts, self.config.temperature, MAX_TOKENS)
-        self.costs.add(self.costs.inference_cost(len(rollouts.texts), _tokens_out(rollouts)))
+        self.costs.add_inference(len(rollouts.texts), _tokens_out(rollouts))
         return rollouts
 
     def _update(self, groups: Sequence[dict[str, Any]], answers: int, cost: float, done: int) -> float | None:
@@ -347,7 +347,7 @@ class HostedTrainer:
 
     def _greedy_answer(self, photo: np.ndarray) -> ScoredAnswer:
         rollouts = self.tuning.rollouts(photo_data_url(photo), self.question, 1, 0.0, MAX_TOKENS)
-        self.costs.add(self.costs.inference_cost(1, _tokens_out(rollouts)))
+        self.costs.add_inference(1, _tokens_out(rollouts))
         return score_answer(photo, rollouts.texts[0])
 
     def evaluate_base(self) -> list[ScoredAnswer]:
@@ -383,7 +383,7 @@ class HostedTrainer:
         }
         answer = self.server.post("query", payload).data.get("answer")
         text = answer if isinstance(answer, str) else ""
-        self.costs.add(self.costs.inference_cost(1, estimate_tokens(text)))
+        self.costs.add_inference(1, estimate_tokens(text))
         return text
 
     def _map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

@@ -4,9 +4,9 @@ const SVG = 'http://www.w3.org/2000/svg';
 const COLOURS = 8;  // CSS classes colour-0 to colour-7
 const byClass = (name, parent = element) => parent.querySelector('.' + name);
 const fromTemplate = name => byClass(name).content.firstElementChild.cloneNode(true);
-const generateButton = byClass('dash-generate'), budgetForm = byClass('dash-budget-form'), machineForm = byClass('machine-form');
+const generateButton = byClass('dash-generate'), budgetForm = byClass('dash-budget-form'), machineForm = byClass('machine-form'), alertForm = byClass('alert-form');
 const openTables = new Set();  // titles of the charts whose tables are open
-let drawnBudgets = '';  // JSON of the budgets that are drawn
+let drawnBudgets = '', drawnAlerts = '';  // JSON of the budgets and alerts that are drawn
 
 /** Sets an element's text if it differs, so that screen readers announce only changes. */
 const setText = (node, text) => { if (node.textContent !== text) node.textContent = text; };
@@ -61,6 +61,7 @@ function draw() {
   generateButton.disabled = false;
   if (!data.empty) drawContent(data);
   drawBudgets(data.budgets);
+  drawAlerts(data.alerts);
   drawMachine(data.machine);
   byClass('dash-recent').hidden = !data.recent.length;
   const recent = byClass('dash-recent').querySelector('table');
@@ -257,6 +258,30 @@ function drawBudgets(budgets) {
     return item;
   }));
 }
+
+/** Draws the limits, if they have changed. */
+function drawAlerts(data) {
+  const list = byClass('alert-list'), json = JSON.stringify(data);
+  if (json === drawnAlerts) return;
+  drawnAlerts = json;
+  setText(byClass('alerts-text'), data.text);
+  list.replaceChildren(...data.alerts.map(alert => {
+    const item = createNode('li', 'dash-budget'), text = createNode('p'), remove = createNode('button', '', 'Remove');
+    item.dataset.state = alert.exceeded ? 'spent' : 'ok';
+    remove.type = 'button';
+    remove.setAttribute('aria-label', 'Remove the alert of ' + alert.name);
+    remove.addEventListener('click', () => trigger('alert', {action: 'remove', branch: alert.branch, measure: alert.measure}));
+    text.append(createNode('bdi', 'budget-name', alert.name), ' ' + alert.text);
+    item.append(text, remove);
+    return item;
+  }));
+}
+
+alertForm.addEventListener('submit', event => {
+  event.preventDefault();
+  trigger('alert', {action: 'set', branch: alertForm.branch.value, measure: alertForm.measure.value, limit: alertForm.limit.value});
+  alertForm.reset();
+});
 
 /** Draws what this machine costs, and the suggestions. */
 function drawMachine(machine) {

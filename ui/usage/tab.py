@@ -26,7 +26,8 @@ from ui.events import PRIVATE, UNQUEUED, tab_selected
 from ui.messages import user_error
 from ui.permissions import visitor_of
 from ui.services import AppServices, SharedComponents
-from ui.usage.view import ModelLabel, dashboard_snapshot, dashboard_view, machine_snapshot
+from ui.usage.view import ModelLabel, alerts_snapshot, dashboard_snapshot, dashboard_view, machine_snapshot
+from usage.alerts import Alert, AlertError
 from usage.analytics import FilterOptions
 from usage.budgets import Budget, BudgetError
 from usage.machine import MachinePriceError
@@ -143,7 +144,9 @@ def refresh(
             filters.zone,
             filters.by,
             partial(model_label, services),
-        ) | {"machine": machine_snapshot(services.meter.machine)}
+        )
+        snapshot["machine"] = machine_snapshot(services.meter.machine)
+        snapshot["alerts"] = alerts_snapshot(services.alerts.list(), services.alerts.webhook is not None, filters.zone)
     except (StoreError, FilterError) as error:
         return {"error": str(error)}, *unchanged, options
     if new_options == options:
@@ -218,6 +221,23 @@ def update_budget(services: AppServices, event: gr.EventData) -> None:
         raise user_error(str(error), "Budget") from None
     except (TypeError, ValueError, OverflowError):
         raise user_error("Enter the budget as a number of US dollars.", "Budget") from None
+
+
+def update_alert(services: AppServices, event: gr.EventData) -> None:
+    """Set or remove a limit. Raises gr.Error if the form is invalid."""
+    data = event._data if isinstance(event._data, dict) else {}
+    branch, measure = str(data.get("branch") or "").strip(), str(data.get("measure") or "")
+    try:
+        if data.get("action") == "remove":
+            services.alerts.remove(branch, measure)
+        else:
+            scale = 100 if measure == "error_rate" else 1
+            services.alerts.set(Alert(branch, measure, float(data.get("limit") or 0) / scale))  # type: ignore[arg-type]
+            services.alerts.check()
+    except (AlertError, StoreError) as error:
+        raise user_error(str(error), "Alert") from None
+    except (TypeError, ValueError, OverflowError):
+        raise user_error("Enter the limit as a number.", "Alert") from None
 
 
 def update_machine_price(services: AppServices, event: gr.EventData) -> str:
@@ -382,6 +402,12 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
 
     budget_updated = dashboard.budget(budget_submitted, None, None, **PRIVATE)
     budget_updated.then(refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
+
+    def alert_submitted(event: gr.EventData) -> None:
+        update_alert(services, event)
+
+    alert_updated = dashboard.alert(alert_submitted, None, None, **PRIVATE)
+    alert_updated.then(refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
 
     def machine_price_submitted(event: gr.EventData) -> None:
         gr.Info(update_machine_price(services, event), title="Machine")

@@ -16,6 +16,7 @@ from zoneinfo import ZoneInfo
 
 import gradio as gr
 
+from usage.alerts import PERIODS, Alert
 from usage.analytics import BranchSummary, Dashboard, Metric, Metrics, ModelCost, ScatterPoint, Series, SeriesLine
 from usage.budgets import BudgetStatus
 from usage.events import UsageEvent
@@ -46,6 +47,7 @@ BRANCH_COLUMNS = {
 }
 HIGHER_IS_BETTER = ("reward", "reward_per_cent")
 LOWER_IS_BETTER = ("error_rate", "p50", "p95", "p99", "first_token", "cost_per_request")
+MIN_BRANCH_CHANGE = 0.01  # difference between branches that is coloured
 MIN_CHANGE = 0.0005  # relative change below which a metric is neither better nor worse
 BIN_FORMATS = {"minute": "%H:%M", "hour": "%d %b %H:%M", "6 hours": "%d %b %H:%M", "day": "%d %b", "month": "%b %Y"}
 UNKNOWN = "–"
@@ -62,7 +64,8 @@ class ModelLabel:
 def dashboard_view() -> gr.HTML:
     """Create the component.
 
-    It fires `budget` with {action, branch, limit, stop}, `machine` with {action, dollars, past}, and `generate`.
+    It fires `budget` with {action, branch, limit, stop}, `alert` with {action, branch, measure, limit},
+    `machine` with {action, dollars, past}, and `generate`.
     """
     return gr.HTML(
         value=None,
@@ -122,6 +125,36 @@ def dashboard_snapshot(
         "recent_runs": [model_of(event.adapter).run if event.adapter else "" for event in recent],
         "budgets": [_budget(status) for status in budgets],
     }
+
+
+def alerts_snapshot(alerts: Sequence[Alert], has_webhook: bool, zone: str) -> dict[str, Any]:
+    """Return what the section of alerts shows, as JSON."""
+    receiver = "" if has_webhook else " Set ALERT_WEBHOOK_URL to have them sent."
+    return {
+        "text": f"An alert appears here when a limit is exceeded, and is sent as one webhook.{receiver}",
+        "alerts": [
+            {
+                "branch": alert.branch,
+                "measure": alert.measure,
+                "name": _shorten(alert.branch) or "All branches",
+                "text": _alert_text(alert, has_webhook, zone),
+                "exceeded": alert.since is not None,
+            }
+            for alert in alerts
+        ],
+    }
+
+
+def _alert_text(alert: Alert, has_webhook: bool, zone: str) -> str:
+    """Describe a limit and its state."""
+    title = {"error_rate": "error rate", "p95": "latency p95", "cost": "spend"}[alert.measure]
+    limit, value = (format_value(alert.measure, number) for number in (alert.limit, alert.value))
+    text = f"{title} of the last {PERIODS[alert.measure]}: limit {limit}, last {value}"
+    if alert.since is None:
+        return text
+    since = alert.since.astimezone(ZoneInfo(zone)).strftime("%d %b %H:%M")
+    sent = ("; the webhook was accepted" if alert.sent else "; the webhook is being sent") if has_webhook else ""
+    return f"{text} · exceeded since {since}{sent}"
 
 
 def machine_snapshot(machine: MachinePrice | None) -> dict[str, Any] | None:
@@ -191,7 +224,7 @@ def _metric(name: str, metric: Metric) -> dict[str, Any]:
     return {
         "name": METRICS[name],
         "value": format_value(name, metric.value),
-        "change": "" if change is None else f"{100 * change:+,.1f} %",
+        "change": "" if change is None else _format_change(change),
         "previous": format_value(name, metric.previous),
         "trend": _trend(name, change),
     }
@@ -221,9 +254,14 @@ def _branch_cell(name: str, value: float | None, reference: float | None) -> dic
     change = None if value is None or not reference else value / reference - 1
     return {
         "value": format_value(name, value),
-        "change": f"{100 * change:+,.1f} %" if change is not None and abs(change) >= MIN_CHANGE else "",
-        "trend": _trend(name, change),
+        "change": _format_change(change) if change is not None and abs(change) >= MIN_CHANGE else "",
+        "trend": _trend(name, change) if change is not None and abs(change) >= MIN_BRANCH_CHANGE else "",
     }
+
+
+def _format_change(change: float) -> str:
+    """Format a relative change in per cent; growth to more than tenfold as a factor."""
+    return f"{100 * change:+,.1f} %" if change < 9 else f"× {_three_digits(change + 1)}"
 
 
 def _branch_verdict(branch: BranchSummary, reference: BranchSummary) -> str:

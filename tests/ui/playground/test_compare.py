@@ -213,11 +213,16 @@ def test_steps_of_a_run_are_recorded_once(meter: ComparisonMeter, tmp_path: Path
     run: Run = RunStore(tmp_path / "runs").create(RunConfig(base="tiny", reward={"sharpness": 1.0}, seed=1))
     run.set_status(state="done", ended=time.time())
     for step in (1, 2, 3):
-        run.append_metrics({"step": step, "seconds": 2.0 * step, "reward": 0.5})
+        tokens = {"tokens": 9_000 * step, "answer_tokens": 25.5}
+        run.append_metrics({"step": step, "seconds": 2.0 * step, "reward": 0.5, **tokens})
+    answers = run.config().photos_per_step * run.config().rollouts
     meter.record_run(run)
     meter.record_run(run)
     meter.recorder.flush()
     assert UsageAnalytics(meter.recorder._database).metrics(UsageFilter("day")).calls.value == 3
+    events = UsageAnalytics(meter.recorder._database).recent(UsageFilter("day"))
+    tokens_out = round(25.5 * answers)
+    assert {(event.tokens_in, event.tokens_out) for event in events} == {(9_000 - tokens_out, tokens_out)}
 
 
 def test_hosted_calls_are_priced_by_tokens_and_stop_at_the_budget(meter: ComparisonMeter, photo: np.ndarray) -> None:

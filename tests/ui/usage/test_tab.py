@@ -189,6 +189,26 @@ def test_machine_price_counts_from_now_on_and_back(services: AppServices) -> Non
     assert services.meter.machine_cost(3600) is None
 
 
+def test_exceeded_limit_is_shown_and_removed(services: AppServices) -> None:
+    record(services, 12, cost=1.0, cost_basis="reported", branch=HOSTILE)
+
+    def submit(**data: Any) -> None:
+        tab.update_alert(services, gr.EventData(None, data))
+
+    submit(action="set", branch=f" {HOSTILE} ", measure="cost", limit="5")
+    submit(action="set", branch="", measure="error_rate", limit="50")
+    value = snapshot(services)["alerts"]
+    every, hostile = value["alerts"]
+    assert every["text"] == "error rate of the last hour: limit 50.00 %, last 0 %" and not every["exceeded"]
+    assert hostile["text"].startswith("spend of the last day: limit $5.00, last $12.00 · exceeded since ")
+    assert hostile["name"] == HOSTILE and hostile["exceeded"] and "ALERT_WEBHOOK_URL" in value["text"]
+    for data, message in (({"measure": "cost", "limit": "x"}, "number"), ({"measure": "calls"}, "measure must be")):
+        with pytest.raises(gr.Error, match=message):
+            submit(action="set", **data)
+    submit(action="remove", branch=HOSTILE, measure="cost")
+    assert [alert["measure"] for alert in snapshot(services)["alerts"]["alerts"]] == ["error_rate"]
+
+
 def test_smallest_lines_are_added_up_and_charts_share_their_order(services: AppServices) -> None:
     for index in range(12):
         record(services, 12 - index, branch=f"b{index}", cost=0.001, cost_basis="reported")
