@@ -1,13 +1,15 @@
 """Quality figures of moondream-tiny on held-out photos: restoration, stated facts, detect and point.
 
-`python -m training.pretrain.quality [folder]` prints the figures as JSON. Pre-training writes them into the model card.
+`python -m training.pretrain.quality [MODEL] [--photos FOLDER]` measures a model on the bundled held-out photos or
+on any folder of photos. Pre-training writes the figures into the model card.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,10 @@ from inference.local.constraint import RecipeConstraint
 from inference.moondream import MoondreamForConditionalGeneration, MoondreamImageProcessor
 from inference.types import LENGTHS, RECIPE_QUESTION
 from recipes import Recipe, grammar_segments, load_photo, parse, render, shrink
+from rewards.comparison import compare
 from rewards.image_metrics import box_iou
 from training.data.bundled import bundled_photos
+from training.data.sources import PhotoSourceError, load_photos
 from training.pretrain import image_facts
 from training.pretrain.degradation import (
     ERROR_SIDE,
@@ -30,6 +34,10 @@ from training.pretrain.degradation import (
 )
 
 SIDE = 400  # px: long side of the evaluated photos
+BATCH = 64  # photos that are answered at once
+MAX_PHOTOS = 10_000
+SUBJECT_SPARED = 0.1  # share of the subject that a crop may remove
+HEAD_SPARED = 0.05  # share of a head's box
 QUESTIONS = (
     *(attribute.questions[0] for attribute in image_facts.ATTRIBUTES.values()),
     image_facts.COLOUR_QUESTIONS[0],
@@ -81,6 +89,12 @@ class ModelEvaluator:
         self, photos: Sequence[np.ndarray], prompts: Sequence[list[int]], grammar_constrained: bool = False
     ) -> list[str]:
         """Generate the greedy answer to each photo's prompt."""
+        batches = _batches(photos, prompts)
+        return [text for batch in batches for text in self._generate(*batch, grammar_constrained)]
+
+    def _generate(
+        self, photos: Sequence[np.ndarray], prompts: Sequence[list[int]], grammar_constrained: bool
+    ) -> list[str]:
         inputs = self.inputs(photos, prompts)
         length = inputs["input_ids"].shape[1]
         processors = [self.constraint.processor(length)] if grammar_constrained else None
@@ -106,7 +120,16 @@ class ModelEvaluator:
         """Run `detect` or `point` for an object name on each photo."""
         template = self.templates[skill]
         prompt = template["prefix"] + self.encode(" " + name) + template["suffix"]
-        return getattr(self.model, skill)(**self.inputs(photos, [prompt] * len(photos)), max_objects=4)
+        batches = _batches(photos, [prompt] * len(photos))
+        return [row for batch in batches for row in getattr(self.model, skill)(**self.inputs(*batch), max_objects=4)]
+
+
+def _batches(
+    photos: Sequence[np.ndarray], prompts: Sequence[list[int]]
+) -> Iterator[tuple[Sequence[np.ndarray], Sequence[list[int]]]]:
+    """Yield photos and prompts, at most `BATCH` at once, so that memory does not grow with their number."""
+    for start in range(0, len(photos), BATCH):
+        yield photos[start : start + BATCH], prompts[start : start + BATCH]
 
 
 def evaluate_restoration(
@@ -132,6 +155,27 @@ def evaluate_restoration(
         "error_lowered_by": float(1 - after.mean() / before.mean()),
         "share_lowered": float((after < before).mean()),
         "share_lowered_by_30_percent": float((after <= 0.7 * before).mean()),
+    }
+
+
+def evaluate_undamaged(evaluator: ModelEvaluator, photos: Sequence[np.ndarray]) -> dict[str, float]:
+    """Measure what the greedy recipe does to photos that need nothing: mean CIELAB change, and what its crop cuts."""
+    changes, cut_subjects, cut_heads, untouched = [], 0, 0, 0
+    small = [shrink(photo, SIDE) for photo in photos]
+    for photo, recipe in zip(small, evaluator.recipes(small), strict=True):
+        picture = render(photo, recipe)
+        framing = compare(photo, [picture])[0].framing
+        toned = render(photo, recipe.replace(crop=Recipe().crop))  # the change where photo and picture overlap
+        changes.append(lab_error(toned, photo))
+        cut_subjects += framing.subject_lost > SUBJECT_SPARED
+        cut_heads += framing.head_lost > HEAD_SPARED
+        untouched += recipe == Recipe()
+    return {
+        "photos": len(photos),
+        "change": float(np.mean(changes)),
+        "share_untouched": untouched / len(photos),
+        "share_cut_subject": cut_subjects / len(photos),
+        "share_cut_head": cut_heads / len(photos),
     }
 
 
@@ -227,16 +271,44 @@ def evaluate(
         "levels": evaluate_levels(evaluator, degraded),
         "facts": evaluate_statements(evaluator, mixed),
         "regions": evaluate_regions(evaluator, mixed),
+        "undamaged": evaluate_undamaged(evaluator, photos),
     }
 
 
+def summary(figures: dict[str, dict]) -> str:
+    """Format the main figures as text, one line each."""
+    recipe, facts, regions, undamaged = (figures[name] for name in ("recipe", "facts", "regions", "undamaged"))
+    levels = ", ".join(f"{name} {value:.2f}" for name, value in figures["levels"].items() if name != "crop_within_5")
+    return "\n".join(
+        [
+            f"degraded photos  {recipe['cases']}",
+            f"CIELAB error     {recipe['error_lowered_by']:.1%} lower; lower in {recipe['share_lowered']:.0%} of cases",
+            f"correlations     {levels}",
+            f"stated facts     {facts['true']:.1%} true of {facts['facts']}",
+            f"point, detect    {regions['hit']:.0%} inside, mean IoU {regions['iou']:.3f}",
+            f"undamaged photos change {undamaged['change']:.1f} CIELAB; {undamaged['share_untouched']:.0%} left alone; "
+            f"subject cut in {undamaged['share_cut_subject']:.0%}, a head in {undamaged['share_cut_head']:.0%}",
+        ]
+    )
+
+
 def main() -> None:
-    """Print the figures of a model folder as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", nargs="?", default="assets/moondream-tiny")
+    """Print the figures of a model folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default="assets/moondream-tiny", help="the model's folder")
+    parser.add_argument("--photos", metavar="FOLDER", help="folder or zip file of photos (default: bundled held-out)")
     parser.add_argument("--copies", type=int, default=4, help="degraded copies of each photo")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     args = parser.parse_args()
-    print(json.dumps(evaluate(ModelEvaluator.from_folder(args.folder), held_out_photos(), args.copies), indent=1))
+    if args.copies < 1:
+        parser.error("--copies must be 1 or more")
+    try:
+        photos = load_photos(args.photos, limit=MAX_PHOTOS).photos if args.photos else held_out_photos()
+        evaluator = ModelEvaluator.from_folder(args.folder)
+    except (OSError, PhotoSourceError) as error:
+        sys.exit(str(error))
+    figures = evaluate(evaluator, photos, args.copies)
+    print(json.dumps(figures, indent=1) if args.json else summary(figures))
 
 
 if __name__ == "__main__":

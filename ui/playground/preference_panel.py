@@ -362,8 +362,8 @@ def build(
         prefer(services, visitor, details, compared(session), function)
         return opened(visitor, function)
 
-    def panel_opened(request: gr.Request, *weights: float) -> dict[str, Any]:
-        return opened(visitor_of(services.access, request), to_function(weights))
+    def panel_opened(request: gr.Request) -> dict[str, Any]:
+        return opened(visitor_of(services.access, request), EQUAL_WEIGHTS)
 
     def opened(visitor: Visitor, function: RewardFunction) -> dict[str, Any]:
         try:
@@ -399,7 +399,7 @@ def build(
     )
     panel.dpo(dpo_clicked, sliders, None, **PRIVATE).success(None, None, None, js=open_fine_tune, **UNQUEUED)
     download_on(panel.download, download_choices, None, download)
-    gr.on(None, panel_opened, sliders, panel, **UNQUEUED)
+    gr.on(None, panel_opened, None, panel, **UNQUEUED)  # with inputs, their changes would trigger it as well
 
 
 def compared(session: Any) -> ComparedPhoto | None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from ui.playground.example import compute_example
 
 DELAY = 1.0  # seconds after the page has opened, in which its files are served
-NICENESS = 10  # of the thread and of those that it starts
+NICENESS = 3  # of the thread and of those that it starts; a first Run that comes early waits for it, so not more
 _log = logging.getLogger(__name__)
 
 

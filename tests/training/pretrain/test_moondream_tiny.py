@@ -1,6 +1,7 @@
 """Quality of the published moondream-tiny on held-out photos."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 
 from inference.registry import TINY, answer
 from inference.types import Answer, Request
-from recipes import load_photo, parse, render
+from recipes import Recipe, load_photo, parse, render, save_picture, shrink
 from training.data.bundled import bundled_photos
+from training.pretrain import quality
 from training.pretrain.degradation import lab_error
 from training.pretrain.quality import (
     ModelEvaluator,
@@ -39,8 +41,8 @@ def test_the_folder_is_small_and_has_a_model_card() -> None:
     assert sum(file.stat().st_size for file in folder.iterdir()) < 10_000_000
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "demonstration model" in card
-    quality = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
-    assert f"{quality['facts']['true']:.1%}" in card
+    figures = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
+    assert f"{figures['facts']['true']:.1%}" in card
 
 
 def test_recipes_lower_the_error_of_degraded_photos(evaluator: ModelEvaluator, photos: list[np.ndarray]) -> None:
@@ -94,3 +96,29 @@ def test_eight_samples_at_temperature_1_are_distinct_and_valid(index: int) -> No
         parsed = parse(text)
         assert str(parsed.recipe) == text
         assert not parsed.problems
+
+
+def test_command_measures_a_folder_of_photos(
+    tmp_path: Path, photos: list[np.ndarray], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index, photo in enumerate(photos[:2]):
+        save_picture(shrink(photo, 200), Recipe(), tmp_path / f"{index}.png")
+    arguments = ["quality", str(TINY), "--photos", str(tmp_path), "--copies", "1"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--json"])
+    quality.main()
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["recipe"]["cases"] == 2 and figures["undamaged"]["photos"] == 2
+    assert figures["undamaged"]["change"] > 0 or figures["undamaged"]["share_untouched"] == 1
+    monkeypatch.setattr(sys, "argv", arguments)
+    quality.main()
+    assert f"{figures['facts']['true']:.1%} true of {figures['facts']['facts']}" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["quality", str(TINY), "--photos", str(tmp_path / "missing")])
+    with pytest.raises(SystemExit, match="missing"):
+        quality.main()
+
+
+def test_batches_do_not_change_the_recipes(evaluator: ModelEvaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = [example.degraded for example in degraded_photos(held_out_photos()[:3], copies=1, seed=5)]
+    together = evaluator.recipes(small)
+    monkeypatch.setattr(quality, "BATCH", 2)
+    assert evaluator.recipes(small) == together
