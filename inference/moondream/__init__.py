@@ -12,13 +12,11 @@ Example:
 """
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
 from .checkpoint import CheckpointError
 from .configuration_moondream import MoondreamConfig, MoondreamRegionConfig, MoondreamTextConfig, MoondreamVisionConfig
 from .image_processing_moondream import MoondreamImageProcessor
-from .modeling_moondream import MoondreamForConditionalGeneration, MoondreamModel
+from .modeling_moondream import MoondreamForConditionalGeneration, MoondreamModel, register_key_mapping
 from .processing_moondream import MoondreamProcessor, check_tokenizer, encode_plain_text, load_tokenizer
 
 AutoConfig.register(MoondreamConfig.model_type, MoondreamConfig, exist_ok=True)
@@ -26,18 +24,6 @@ AutoModelForImageTextToText.register(MoondreamConfig, MoondreamForConditionalGen
 AutoImageProcessor.register(MoondreamConfig, slow_image_processor_class=MoondreamImageProcessor, exist_ok=True)
 AutoProcessor.register(MoondreamConfig, MoondreamProcessor, exist_ok=True)
 
-
-def register_key_mapping(model: type[MoondreamForConditionalGeneration]) -> None:
-    """Make a class load and save weights under their original names. Required for each subclass.
-
-    The original files keep the output head inside `text` and the embedding as a bare parameter. The mapping is
-    registered by class name: transformers silently ignores a mapping by model type here.
-    """
-    names = [WeightRenaming("model.text.lm_head", "lm_head"), WeightRenaming("text.wte", "text.wte.weight")]
-    register_checkpoint_conversion_mapping(model.__name__, names, overwrite=True)
-
-
-register_key_mapping(MoondreamForConditionalGeneration)
 
 __all__ = [
     "CheckpointError",

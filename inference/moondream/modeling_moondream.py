@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
-from . import checkpoint
+from .checkpoint import HUB_ARGUMENTS, check_loading_info, load_compiled_state_dict
 from .configuration_moondream import (
     MoondreamConfig,
     MoondreamRegionConfig,
@@ -610,16 +612,16 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         """
         return_info = kwargs.pop("output_loading_info", False)
         any_shape = kwargs.pop("ignore_mismatched_sizes", False)
-        state_dict = checkpoint.load_compiled_state_dict(pretrained_model_name_or_path, kwargs)
+        state_dict = load_compiled_state_dict(pretrained_model_name_or_path, kwargs)
         if state_dict is not None:
-            hub = {name: kwargs[name] for name in checkpoint.HUB_ARGUMENTS if name in kwargs}
+            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
             if not isinstance(kwargs.get("config"), MoondreamConfig):
                 kwargs["config"] = MoondreamConfig.from_pretrained(pretrained_model_name_or_path, **hub)
             kwargs["state_dict"], pretrained_model_name_or_path = state_dict, None
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        checkpoint.check_loading_info(info, any_shape)
+        check_loading_info(info, any_shape)
         model._set_special_tokens()
         return (model, info) if return_info else model
 
@@ -705,3 +707,16 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         if count is None:
             return F.cross_entropy(scores, targets, ignore_index=-100)
         return F.cross_entropy(scores, targets, ignore_index=-100, reduction="sum") / count
+
+
+def register_key_mapping(model: type[MoondreamForConditionalGeneration]) -> None:
+    """Make a class load and save weights under their original names. Required for each subclass.
+
+    The original files keep the output head inside `text` and the embedding as a bare parameter. The mapping is
+    registered by class name: transformers silently ignores a mapping by model type here.
+    """
+    names = [WeightRenaming("model.text.lm_head", "lm_head"), WeightRenaming("text.wte", "text.wte.weight")]
+    register_checkpoint_conversion_mapping(model.__name__, names, overwrite=True)
+
+
+register_key_mapping(MoondreamForConditionalGeneration)
