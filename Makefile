@@ -30,6 +30,7 @@ help:
 	@echo "make test    all tests"
 	@echo "make format  fix formatting and imports"
 	@echo "make bench   measure against the targets"
+	@echo "make specialists  train the tuned versions of moondream-tiny in assets/specialists"
 	@echo "make clients install the clients of other people that the tests try, in .venv-clients"
 	@echo "make lock    compile requirements*.txt from requirements*.in (ARGS=--upgrade for newer versions)"
 
@@ -56,6 +57,9 @@ types: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+specialists: $(VENV)/.installed-dev
+	$(BIN)/python -m training.specialists $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench $(ARGS)

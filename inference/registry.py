@@ -17,6 +17,25 @@ from inference.types import CLOUD_URL, DEFAULT_RATE, AnswerEvent, InferenceError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 TINY = str(ASSETS / "moondream-tiny")
+# Adapters of moondream-tiny in `assets/specialists`, made by `python -m training.specialists`: the reward weights that
+# each was tuned for.
+SPECIALISTS: dict[str, dict[str, float]] = {
+    "balanced": {"sharpness": 1.0, "colour": 1.0, "creativity": 1.0},
+    "bold": {"creativity": 1.0},
+}
+
+
+def _specialist_spec(name: str, weights: Mapping[str, float]) -> ModelSpec:
+    """Return the entry of a specialist of moondream-tiny."""
+    rewards = "all rewards" if len(weights) > 1 else f"the reward {next(iter(weights))}"
+    return ModelSpec(
+        name=f"moondream-tiny-{name}",
+        title=f"moondream-tiny, {name}",
+        note=f"moondream-tiny, tuned with GRPO for {rewards} on the bundled photos.",
+        backend="local",
+        source=TINY,
+        adapter=str(ASSETS / "specialists" / name),
+    )
 
 
 def _hosted_spec(name: str, title: str, note: str, source: str, **settings: Any) -> ModelSpec:
@@ -60,6 +79,7 @@ MODELS: dict[str, ModelSpec] = {
         source=TINY,
         temperature=0.4,
     ),
+    **{f"moondream-tiny-{name}": _specialist_spec(name, weights) for name, weights in SPECIALISTS.items()},
     "moondream2": ModelSpec(
         name="moondream2",
         title="Moondream 2",
