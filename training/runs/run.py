@@ -389,7 +389,9 @@ class Run:
     @property
     def has_alarm(self) -> bool:
         """Whether an alarm was raised, during training or by the result. Such a run is not taken over by itself."""
-        return bool(self.alarms() or (self.result() or {}).get("alarm"))  # earlier versions have the second one only
+        result = self.result() or {}
+        earlier = "alarms" not in result and result.get("alarm")  # results of earlier versions have no list
+        return bool(self.alarms() or earlier)
 
     def calls(self) -> list[dict[str, Any]]:
         """Read the paid calls of a hosted run, oldest first."""
