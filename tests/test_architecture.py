@@ -72,7 +72,7 @@ LIBRARY_LOCATIONS: dict[str, re.Pattern[str]] = {
     "torch": re.compile(r"(inference|training|bench)/.*"),
     "transformers": re.compile(r"(inference|training|bench)/.*"),
 }
-HEAVY_LIBRARIES = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
+HEAVY_LIBRARIES = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "scipy"}
 LIGHT_MODULES = ("app", "inference.types", "inference.registry", "rewards", "settings", "storage.reward_functions")
 VAGUE_NAMES = ("utils", "util", "helpers", "common", "misc")
 

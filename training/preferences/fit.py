@@ -14,8 +14,6 @@ from itertools import combinations
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import expit
 
 from rewards import REWARDS, RewardFunction
 
@@ -155,7 +153,7 @@ def next_pair(
     posterior = _posterior(choices, start)
     differences = np.array([_difference(candidates[left], candidates[right]) for left, right in pairs])
     gradients = differences * np.exp(posterior.mean)
-    probability = expit(gradients.sum(axis=1))
+    probability = _sigmoid(gradients.sum(axis=1))
     variance = np.einsum("pi,ij,pj->p", gradients, posterior.covariance, gradients)
     information = np.log1p(probability * (1 - probability) * variance)
     best = int(np.argmax(information))
@@ -168,6 +166,10 @@ def _difference(left: Scores, right: Scores) -> list[float]:
     return [0.0 if a is None or b is None else a - b for a, b in values]
 
 
+def _sigmoid(values: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.clip(values, -500, 500)))
+
+
 def _shares(start: RewardFunction) -> np.ndarray:
     """Return the start weights [R] as shares, at least MIN_SHARE each before they are normalized again."""
     weights = np.array([start.weights.get(name, 0.0) for name in REWARDS])
@@ -177,6 +179,8 @@ def _shares(start: RewardFunction) -> np.ndarray:
 
 def _posterior(choices: Sequence[Choice], start: RewardFunction) -> _Posterior:
     """Return the most probable theta and its covariance."""
+    from scipy.optimize import minimize  # takes a third of a second to import
+
     prior = np.log(_shares(start)) + np.log(SCALE)
     count = len(prior)
     common = np.full((count, count), 1 / count)
@@ -189,12 +193,12 @@ def _posterior(choices: Sequence[Choice], start: RewardFunction) -> _Posterior:
         logits = weighted.sum(axis=1)
         change = theta - prior
         loss = np.sum(np.logaddexp(0, logits) - targets * logits) + change @ precision @ change / 2
-        return float(loss), weighted.T @ (expit(logits) - targets) + precision @ change
+        return float(loss), weighted.T @ (_sigmoid(logits) - targets) + precision @ change
 
     bounds = list(zip(prior - 6, prior + 6, strict=True))  # only keeps exp() finite: the prior is 6 spreads away
     mean = minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=bounds).x
     weighted = rows * np.exp(mean)
-    probability = expit(weighted.sum(axis=1))
+    probability = _sigmoid(weighted.sum(axis=1))
     information = (weighted * (probability * (1 - probability))[:, None]).T @ weighted  # Fisher: positive definite
     return _Posterior(mean, np.linalg.inv(information + precision))
 
