@@ -77,7 +77,7 @@ def rows() -> list[dict[str, Any]]:
     MODELS.update({name: ModelSpec(name, name, "", "bench", "") for name in names})
     with _serve(_create_app()) as address, _open_page() as page:
         page.goto(f"{address}/?photo=chelsea.jpg&n={CANDIDATES}&models={','.join(names)}")
-        page.wait_for_selector("#photo img[src]")
+        page.wait_for_selector("body[data-opened]")  # the settings of the link are applied
         first, complete = _measure_run(page)
         client_times = page.evaluate(MEASURE_MOVES, {"slider": "#weight-sharpness input[type=range]", "moves": MOVES})
     with _serve(_create_baseline()) as address, _open_page() as page:
