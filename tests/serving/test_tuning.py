@@ -19,7 +19,7 @@ import torch
 import training.server
 from inference.metering import UsageMeter
 from inference.types import RECIPE_QUESTION
-from recipes import Recipe, load_photo, parse, save_picture, shrink
+from recipes import Recipe, load_photo, parse, render, save_picture, shrink
 from serving import json_body
 from serving.json_body import parse_json
 from serving.middleware import MAX_BODY, MAX_TRAIN_STEP_BODY
@@ -491,7 +491,7 @@ def test_hosted_run_trains_moondream_tiny_over_http(
     (tmp_path / "photos").mkdir()
     faded = Recipe(saturation=-60, contrast=-30)  # so that there is colour to win back
     for index, photo in enumerate(bundled_photos("held-out")[:3]):
-        save_picture(shrink(load_photo(photo.path), 240), faded, tmp_path / "photos" / f"{index}.png")
+        save_picture(render(shrink(load_photo(photo.path), 240), faded), Recipe(), tmp_path / "photos" / f"{index}.png")
     photos = str(tmp_path / "photos")
     settings: dict[str, Any] = {"base": "moondream-tiny", "reward": {"colour": 1.0}, "seed": 3, "steps": 16, "rank": 16}
     settings |= {"where": "hosted", "rollouts": 8, "probe_every": 8, "learning_rate": 1e-3, "photos_per_step": 2}
