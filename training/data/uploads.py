@@ -86,20 +86,7 @@ def save_photos(
             raise RunError(f"None of these files is a photo. Choose {FORMATS} files, or a zip file of them.")
         if len(paths) > MAX_PHOTOS:
             raise RunError(f"Choose at most {MAX_PHOTOS:,} photos; these are {len(paths):,}.")
-    try:
-        size = sum(path.stat().st_size for path in paths)
-        if size > MAX_UPLOAD_BYTES:
-            raise RunError(f"These files are over {MAX_UPLOAD_BYTES // 10**9} GB. Choose fewer or smaller photos.")
-        folder = uploads_folder(runs)
-        folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
-            _remove_leftovers(folder)
-            message = _make_room(runs, size, owner, total_bytes)
-            return SavedPhotos(str(_copy(paths, folder, owner)), message)
-    except Timeout:
-        raise RunError("Another upload is being saved. Try again in a minute.") from None
-    except OSError as error:
-        raise RunError(f"The photos could not be saved ({error.strerror}). Try again later.") from None
+    return _save(runs, paths, owner, total_bytes, "photos")
 
 
 def save_folder(runs: RunStore, source: Path, owner: str = "", total_bytes: int = TOTAL_QUOTA_BYTES) -> SavedPhotos:
@@ -114,31 +101,35 @@ def save_folder(runs: RunStore, source: Path, owner: str = "", total_bytes: int 
     Raises:
         RunError: The files exceed a quota or could not be copied.
     """
+    return _save(runs, sorted(source.iterdir()), owner, total_bytes, "files", keep_names=True)
+
+
+def _save(
+    runs: RunStore, paths: Sequence[Path], owner: str, total_bytes: int, title: str, keep_names: bool = False
+) -> SavedPhotos:
+    """Copy files to a new upload. Raises RunError, whose message calls them by `title`."""
     try:
+        size = sum(path.stat().st_size for path in paths)
+        if size > MAX_UPLOAD_BYTES:
+            raise RunError(f"These files are over {MAX_UPLOAD_BYTES // 10**9} GB. Choose fewer or smaller photos.")
         folder = uploads_folder(runs)
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
             _remove_leftovers(folder)
-            size = sum(file.stat().st_size for file in source.iterdir())
             message = _make_room(runs, size, owner, total_bytes)
-            name = secrets.token_hex(12)
-            part, target = folder / f".{name}", folder / name
-            shutil.copytree(source, part)
-            write_atomically(_owner_file(target), json.dumps({"owner": owner, "saved": time.time()}))
-            os.replace(part, target)
-            return SavedPhotos(str(target), message)
+            return SavedPhotos(str(_copy(paths, folder, owner, keep_names)), message)
     except Timeout:
         raise RunError("Another upload is being saved. Try again in a minute.") from None
     except OSError as error:
-        raise RunError(f"The files could not be saved ({error.strerror}). Try again later.") from None
+        raise RunError(f"The {title} could not be saved ({error.strerror}). Try again later.") from None
 
 
 def _lock(folder: Path) -> FileLock:
     return FileLock(folder.with_name(f".{folder.name}.lock"), timeout=LOCK_TIMEOUT)
 
 
-def _copy(paths: Sequence[Path], folder: Path, owner: str) -> Path:
-    """Copy a zip file or photos to a new upload, which appears when it is complete. Raises OSError."""
+def _copy(paths: Sequence[Path], folder: Path, owner: str, keep_names: bool) -> Path:
+    """Copy a zip file or files to a new upload, which appears when it is complete. Raises OSError."""
     name, is_zip = secrets.token_hex(12), paths[0].suffix.lower() == ".zip"
     part, target = folder / f".{name}", folder / (f"{name}.zip" if is_zip else name)
     try:
@@ -148,7 +139,8 @@ def _copy(paths: Sequence[Path], folder: Path, owner: str) -> Path:
             part.mkdir()
             for number, path in enumerate(paths):
                 stem = re.sub(r"[^\w-]+", "-", path.stem)[:40]
-                shutil.copyfile(path, part / f"{number:04d}-{stem}{path.suffix.lower()}")
+                copied = path.name if keep_names else f"{number:04d}-{stem}{path.suffix.lower()}"
+                shutil.copyfile(path, part / copied)
         write_atomically(_owner_file(target), json.dumps({"owner": owner, "saved": time.time()}))
         os.replace(part, target)
     except OSError:
