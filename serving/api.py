@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,9 @@ from serving.schemas import (
     RegionRequest,
     SegmentRequest,
     SegmentResponse,
+    caption_fields,
+    detect_fields,
+    point_fields,
     query_fields,
     response_fields,
     segment_fields,
@@ -106,7 +108,7 @@ def create_api(meter: UsageMeter, auth: ApiKeyAuth, folder: Path, max_requests: 
         call = dispatcher.call(http_request, spec, "caption", body.photo, body.settings, **fields)
         if body.stream:
             return await call.stream(TextEvents(call))
-        return await _respond(call, lambda answer: {"caption": answer.text})
+        return await _respond(call, caption_fields)
 
     async def find_regions(skill: str, body: RegionRequest, http_request: HttpRequest) -> ModelCall:
         spec = await dispatcher.find_model(body.model, http_request)
@@ -116,12 +118,12 @@ def create_api(meter: UsageMeter, auth: ApiKeyAuth, folder: Path, max_requests: 
     @api.post("/detect", response_model=DetectResponse)
     async def detect(body: RegionRequest, http_request: HttpRequest) -> Response:
         call = await find_regions("detect", body, http_request)
-        return await _respond(call, lambda answer: {"objects": [asdict(box) for box in answer.boxes]})
+        return await _respond(call, detect_fields)
 
     @api.post("/point", response_model=PointResponse)
     async def point(body: RegionRequest, http_request: HttpRequest) -> Response:
         call = await find_regions("point", body, http_request)
-        return await _respond(call, lambda answer: {"points": [asdict(point) for point in answer.points]})
+        return await _respond(call, point_fields)
 
     @api.post("/segment", response_model=SegmentResponse, responses=STREAM_RESPONSES)
     async def segment(body: SegmentRequest, http_request: HttpRequest) -> Response:

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,17 @@ from inference.types import (
 )
 from serving.errors import ApiError, describe_problems
 from serving.json_body import JsonRoute
-from serving.schemas import ApiRequest, CaptionRequest, QueryRequest, RegionRequest, SamplingSettings
+from serving.model_call import sampled_request, sampled_spec
+from serving.schemas import (
+    ApiRequest,
+    CaptionRequest,
+    QueryRequest,
+    RegionRequest,
+    SamplingSettings,
+    caption_fields,
+    detect_fields,
+    point_fields,
+)
 from storage.files import write_atomically
 
 MAX_FILE = 512 * 2**20  # bytes
@@ -61,9 +70,9 @@ DISK_ERROR = "The batch could not be stored. Try again later; the administrator 
 NO_BATCH = "There is no such batch. Results are kept for 7 days."
 SKILLS: dict[str, tuple[type[QueryRequest | CaptionRequest | RegionRequest], Callable[[Answer], dict[str, Any]]]] = {
     "query": (QueryRequest, lambda answer: {"answer": answer.text}),
-    "caption": (CaptionRequest, lambda answer: {"caption": answer.text}),
-    "detect": (RegionRequest, lambda answer: {"objects": [asdict(box) for box in answer.boxes]}),
-    "point": (RegionRequest, lambda answer: {"points": [asdict(point) for point in answer.points]}),
+    "caption": (CaptionRequest, caption_fields),
+    "detect": (RegionRequest, detect_fields),
+    "point": (RegionRequest, point_fields),
 }
 FileId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 UploadId = Annotated[str, Query(alias="uploadId", max_length=64)]
@@ -85,20 +94,20 @@ class CompleteRequest(BaseModel):
     model: Annotated[str, Field(max_length=200)] | None = None
 
 
-class LineError(Exception):
-    """Raised when a line cannot be answered. `code` is for programs."""
+class _CodedError(Exception):
+    """An error with a code for programs."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
 
 
-class BatchError(Exception):
-    """Raised when a whole batch fails. `code` is for programs."""
+class LineError(_CodedError):
+    """Raised when a line cannot be answered."""
 
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+
+class BatchError(_CodedError):
+    """Raised when a whole batch fails."""
 
 
 class BatchService:
@@ -279,7 +288,7 @@ class BatchService:
 
     def _answer(self, spec: ModelSpec, request: Request, sampling: SamplingSettings, request_id: str) -> Answer:
         """Run the model. Raises LineError."""
-        spec = replace(spec, temperature=1.0, top_p=sampling.top_p)
+        spec = sampled_spec(spec, sampling)
         message = "The model returned no answer."
         try:
             cancel = threading.Event()
@@ -416,16 +425,7 @@ def parse_line(content: Any, spec: ModelSpec) -> tuple[Request, Callable[[Answer
     if spec.grammar_constrained and content.get("question") == RECIPE_QUESTION:
         skill = "recipe"
     try:
-        request = Request(
-            photo,
-            skill,
-            **_prompt_fields(body),
-            temperature=sampling.temperature,
-            seed=secrets.randbelow(2**31 - 1) if sampling.seed is None else sampling.seed,
-            max_tokens=sampling.max_tokens,
-            max_objects=sampling.max_objects,
-            spatial_refs=body.refs,
-        )
+        request = sampled_request(photo, skill, sampling, **_prompt_fields(body), spatial_refs=body.refs)
     except RequestError as error:
         raise LineError("invalid_request", str(error)) from None
     return request, result_fields, sampling

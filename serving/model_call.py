@@ -123,24 +123,32 @@ class Dispatcher:
             **fields: Further fields of the inference request.
         """
         sampling = settings or SamplingSettings()
-        seed = secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed
 
         def create_request() -> Request:
             try:
-                return Request(
-                    photo(),
-                    skill,
-                    **fields,
-                    temperature=sampling.temperature,
-                    seed=seed,
-                    max_tokens=sampling.max_tokens,
-                    max_objects=sampling.max_objects,
-                )
+                return sampled_request(photo(), skill, sampling, **fields)
             except RequestError as error:
                 raise ApiError(400, str(error)) from None
 
-        spec = replace(spec, temperature=1.0, top_p=sampling.top_p)
-        return ModelCall(self, http_request, spec, skill, create_request)
+        return ModelCall(self, http_request, sampled_spec(spec, sampling), skill, create_request)
+
+
+def sampled_request(photo: np.ndarray, skill: str, sampling: SamplingSettings, **fields: Any) -> Request:
+    """Return the inference request with an API request's sampling settings. Raises RequestError."""
+    return Request(
+        photo,
+        skill,
+        **fields,
+        temperature=sampling.temperature,
+        seed=secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed,
+        max_tokens=sampling.max_tokens,
+        max_objects=sampling.max_objects,
+    )
+
+
+def sampled_spec(spec: ModelSpec, sampling: SamplingSettings) -> ModelSpec:
+    """Return a model that is sampled exactly as an API request says, without the model's own defaults."""
+    return replace(spec, temperature=1.0, top_p=sampling.top_p)
 
 
 class ModelCall:

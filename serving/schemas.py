@@ -234,6 +234,21 @@ def query_fields(answer: Answer) -> dict[str, Any]:
     return {"answer": answer.text, **reasoning}
 
 
+def caption_fields(answer: Answer) -> dict[str, Any]:
+    """Return the fields of `CaptionResponse` beside those of `SkillResponse`."""
+    return {"caption": answer.text}
+
+
+def detect_fields(answer: Answer) -> dict[str, Any]:
+    """Return the fields of `DetectResponse` beside those of `SkillResponse`."""
+    return {"objects": [asdict(box) for box in answer.boxes]}
+
+
+def point_fields(answer: Answer) -> dict[str, Any]:
+    """Return the fields of `PointResponse` beside those of `SkillResponse`."""
+    return {"points": [asdict(point) for point in answer.points]}
+
+
 def segment_fields(answer: Answer) -> dict[str, Any]:
     """Return the fields of `SegmentResponse` beside those of `SkillResponse`."""
     return {"path": answer.path, "bbox": asdict(answer.boxes[0]) if answer.boxes else None}
