@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -12,12 +11,11 @@ from recipes import Recipe, parse
 from rewards import EQUAL_WEIGHTS, RewardFunction, RewardFunctionError, score_recipes
 from storage.database import StoreError
 from storage.preferences import OUTCOMES, JudgedCandidate
-from training.preferences.export import to_rows, to_zip
-from ui.files import new_file, writing
+from training.preferences.export import to_rows
 from ui.messages import as_gradio_error, user_error
 from ui.permissions import visitor_of
 from ui.playground.photo import photo_input, read_photo
-from ui.playground.preferences import SAMPLE_FILES, fit_choices, fit_json, save_choice
+from ui.playground.preferences import SAMPLE_FILES, fit_choices, fit_json, save_choice, write_zip
 from ui.services import AppServices
 
 TITLE = "Choices"
@@ -81,15 +79,7 @@ def export_choices(services: AppServices, visitor: Visitor) -> tuple[list[dict[s
     """Return the caller's choices as rows of TRL's preference format, and the path of a zip file with the photos."""
     with as_gradio_error(StoreError, title=TITLE):
         preferences = services.preferences.list(visitor.id, photos=True)
-    return to_rows(preferences, SAMPLE_FILES)[0], write_zip(to_zip(preferences, SAMPLE_FILES))
-
-
-def write_zip(content: bytes) -> str:
-    """Write an export to a file for download and return its path. Raises gr.Error if the disk is full."""
-    with writing():
-        path: Path = new_file("preferences.zip")
-        path.write_bytes(content)
-    return str(path)
+    return to_rows(preferences, SAMPLE_FILES)[0], write_zip(preferences)
 
 
 def _weights(weights: Any) -> RewardFunction:

@@ -14,6 +14,7 @@ from access.roles import Visitor
 from recipes import PhotoError, describe, jpeg_data_url, load_photo, parse, render_all
 from rewards import REWARDS
 from training.runs.run import Run
+from ui.components import template_component
 from ui.finetune.permissions import shows_training_photos
 from ui.playground.compare import PICTURE_QUALITY
 
@@ -22,13 +23,7 @@ HERE = Path(__file__).resolve().parent
 
 def rollouts_view() -> gr.HTML:
     """Create the component. It fires `choose` with {run, step} when the user moves the step slider."""
-    return gr.HTML(
-        value=None,
-        html_template=(HERE / "rollouts.html").read_text(encoding="utf-8"),
-        js_on_load=(HERE / "rollouts.js").read_text(encoding="utf-8"),
-        apply_default_css=False,
-        elem_id="rollouts",
-    )
+    return template_component(HERE, "rollouts", "rollouts")
 
 
 def rollout_range(visitor: Visitor, run: Run | None) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from training.data import uploads
 from training.data.sources import HUB_PREFIX
 from training.runs.adapters import format_weights, run_title
 from training.runs.run import ALARM_KINDS, Run, RunConfig, RunError, Status
+from ui.components import template_component
 from ui.finetune.permissions import action_refusal, is_mine, owner_label, shows_log, shows_photos
 from ui.playground.compare import PICTURE_QUALITY
 from ui.services import AppServices
@@ -48,22 +49,12 @@ _log = logging.getLogger(__name__)
 
 def run_view() -> gr.HTML:
     """Create the component for one run. It fires `act` with {run, action, name?} and `download` with {run}."""
-    return _html("run", "run-view")
+    return template_component(HERE, "run", "run-view")
 
 
 def history_view() -> gr.HTML:
     """Create the component for the list of runs. It fires `pick` with {run}."""
-    return _html("history", "history")
-
-
-def _html(name: str, elem_id: str) -> gr.HTML:
-    return gr.HTML(
-        value=None,
-        html_template=(HERE / f"{name}.html").read_text(encoding="utf-8"),
-        js_on_load=(HERE / f"{name}.js").read_text(encoding="utf-8"),
-        apply_default_css=False,
-        elem_id=elem_id,
-    )
+    return template_component(HERE, "history", "history")
 
 
 # ── One run ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from inference.types import SKILLS
+from ui.components import template_component
 from ui.messages import user_error
 from ui.playground.models import VisitorModels, public_models
 
@@ -24,14 +25,13 @@ def model_picker(value: list[str], **settings: Any) -> gr.HTML:
 
     All visitors receive its first choices, so they are the public ones; opening the page replaces them.
     """
-    return gr.HTML(
+    return template_component(
+        _HERE,
+        "picker",
         value=value,
         choices=choices(public_models()),
         max_models=MAX_MODELS,
         skills={name: skill.title for name, skill in SKILLS.items()},
-        html_template=(_HERE / "picker.html").read_text(encoding="utf-8"),
-        js_on_load=(_HERE / "picker.js").read_text(encoding="utf-8"),
-        apply_default_css=False,
         **settings,
     )
 

@@ -17,17 +17,18 @@ from rewards import EQUAL_WEIGHTS, REWARDS, RewardFunction
 from storage.database import StoreError
 from storage.preferences import OUTCOMES, JudgedCandidate, Preference
 from training.data import uploads
-from training.preferences.export import MIN_FOR_DPO, to_choices, to_zip, write_folder
+from training.preferences.export import MIN_FOR_DPO, to_choices, write_folder
 from training.preferences.fit import FittedReward, Scores, next_pair
 from training.runs.run import Run, RunError
+from ui.components import template_component
 from ui.events import PRIVATE, UNQUEUED
-from ui.files import download_on, new_file, writing
+from ui.files import download_on, writing
 from ui.finetune import tab as finetune
 from ui.messages import as_gradio_error, user_error
 from ui.permissions import visitor_of
 from ui.playground.compare import Candidate, Comparison
 from ui.playground.photo import read_photo
-from ui.playground.preferences import SAMPLE_FILES, count_for_dpo, fit_choices, save_choice
+from ui.playground.preferences import SAMPLE_FILES, count_for_dpo, fit_choices, save_choice, write_zip
 from ui.playground.reward_functions import to_sliders
 from ui.services import AppServices
 
@@ -111,7 +112,7 @@ def act(
             store.delete_all(visitor.id)
         preferences = store.list(visitor.id)
     except StoreError as problem:
-        error, preferences = str(problem), _list_or_none(services, visitor)
+        error, preferences = str(problem), _list_or_empty(services, visitor)
     fitted = fit_choices(preferences, weights)
     if action == "apply" and fitted.usable:
         sliders = fitted.function
@@ -301,7 +302,7 @@ def _next_pair(
     return (left, right) if secrets.randbelow(2) else (right, left)
 
 
-def _list_or_none(services: AppServices, visitor: Visitor) -> list[Preference]:
+def _list_or_empty(services: AppServices, visitor: Visitor) -> list[Preference]:
     try:
         return services.preferences.list(visitor.id)
     except StoreError:
@@ -318,13 +319,7 @@ def to_function(weights: Sequence[float]) -> RewardFunction:
 
 def preference_panel() -> gr.HTML:
     """Create the panel. It triggers `act` with {action}, `retrain`, `dpo` and `download`."""
-    return gr.HTML(
-        value=None,
-        html_template=(_HERE / "preference_panel.html").read_text(encoding="utf-8"),
-        js_on_load=(_HERE / "preference_panel.js").read_text(encoding="utf-8"),
-        apply_default_css=False,
-        elem_id="preferences",
-    )
+    return template_component(_HERE, "preference_panel", "preferences")
 
 
 def build(
@@ -387,10 +382,7 @@ def build(
     def download_choices(request: gr.Request) -> str:
         with as_gradio_error(StoreError, title=TITLE):
             preferences = services.preferences.list(visitor_of(services.access, request).id, photos=True)
-        with writing():
-            path = new_file("preferences.zip")
-            path.write_bytes(to_zip(preferences, SAMPLE_FILES))
-        return str(path)
+        return write_zip(preferences)
 
     panel.act(acted, [session, state, *sliders], [panel, state, *sliders], **UNQUEUED)
     grid.prefer(card_preferred, [session, *sliders], panel, **UNQUEUED)

@@ -11,8 +11,9 @@ from access.roles import Visitor
 from recipes import encode_jpeg, shrink
 from rewards import RewardFunction
 from storage.preferences import JudgedCandidate, Preference, PreferenceStore
-from training.preferences.export import to_choices
+from training.preferences.export import to_choices, to_zip
 from training.preferences.fit import FittedReward, fit_reward
+from ui.files import new_file, writing
 from ui.playground.samples import SAMPLES
 
 SAMPLE_FILES = {name: sample.path for name, sample in SAMPLES.items()}
@@ -61,6 +62,14 @@ def fit_choices(preferences: Sequence[Preference], weights: RewardFunction) -> F
 def count_for_dpo(preferences: Sequence[Preference]) -> int:
     """Return how many choices of one side have a photo that is kept, or is a sample."""
     return sum(item.outcome != "equal" and (item.has_photo or item.sample in SAMPLE_FILES) for item in preferences)
+
+
+def write_zip(preferences: Sequence[Preference]) -> str:
+    """Write an export to a file for download and return its path. Raises gr.Error if the disk is full."""
+    with writing():
+        path = new_file("preferences.zip")
+        path.write_bytes(to_zip(preferences, SAMPLE_FILES))
+    return str(path)
 
 
 def fit_json(fitted: FittedReward) -> dict[str, Any]:

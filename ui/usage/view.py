@@ -16,6 +16,7 @@ from zoneinfo import ZoneInfo
 
 import gradio as gr
 
+from ui.components import template_component
 from usage.alerts import PERIODS, Alert
 from usage.analytics import BranchSummary, Dashboard, Metric, Metrics, ModelCost, ScatterPoint, Series, SeriesLine
 from usage.budgets import BudgetStatus
@@ -67,13 +68,7 @@ def dashboard_view() -> gr.HTML:
     It fires `budget` with {action, branch, limit, stop}, `alert` with {action, branch, measure, limit},
     `machine` with {action, dollars, past}, and `generate`.
     """
-    return gr.HTML(
-        value=None,
-        html_template=(HERE / "dashboard.html").read_text(encoding="utf-8"),
-        js_on_load=(HERE / "dashboard.js").read_text(encoding="utf-8"),
-        apply_default_css=False,
-        elem_id="dashboard",
-    )
+    return template_component(HERE, "dashboard", "dashboard")
 
 
 def dashboard_snapshot(
