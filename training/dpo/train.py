@@ -26,7 +26,7 @@ from training.grpo.plot import draw_curve
 from training.grpo.policy import Policy
 from training.grpo.result import build_result
 from training.grpo.reward import RecipeReward
-from training.grpo.train import PolicyBundle, last_checkpoint, load_policy, save_adapter, total_steps
+from training.grpo.train import PolicyBundle, last_checkpoint, load_policy, save_adapter, total_steps, trainer_arguments
 from training.preferences.export import read_folder
 from training.runs.run import Run, RunAborted, RunConfig
 
@@ -195,28 +195,10 @@ def build_trainer(
         steps: Number of updates.
     """
     assert bundle.policy.constraint is not None
-    large = torch.cuda.is_available() and bundle.spec.needs_gpu
     args = DPOConfig(
-        output_dir=str(run.folder),
         per_device_train_batch_size=min(config.photos_per_step, len(rows)),
-        max_steps=steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(5, steps),
-        beta=config.beta,
         max_length=None,
-        max_grad_norm=1.0,
-        seed=config.seed,
-        save_steps=config.save_every,
-        save_total_limit=2,
-        logging_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=large,
-        gradient_checkpointing=large,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
+        **trainer_arguments(run, config, bundle, steps),
     )
     trainer = DPOTrainer(
         model=bundle.model,

@@ -164,6 +164,31 @@ def total_steps(config: RunConfig, photos: int) -> int:
     return max(1, round(config.epochs * photos / config.photos_per_step))
 
 
+def trainer_arguments(run: Run, config: RunConfig, bundle: PolicyBundle, steps: int) -> dict[str, Any]:
+    """Return the arguments that the trainers of all methods share; see `build_trainer`."""
+    large = torch.cuda.is_available() and bundle.spec.needs_gpu
+    return {
+        "output_dir": str(run.folder),
+        "max_steps": steps,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": min(5, steps),
+        "beta": config.beta,
+        "max_grad_norm": 1.0,
+        "seed": config.seed,
+        "save_steps": config.save_every,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": large,
+        "gradient_checkpointing": large,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+    }
+
+
 def build_trainer(run: Run, config: RunConfig, bundle: PolicyBundle, reward: RecipeReward, steps: int) -> GRPOTrainer:
     """Build TRL's GRPO trainer.
 
@@ -183,31 +208,13 @@ def build_trainer(run: Run, config: RunConfig, bundle: PolicyBundle, reward: Rec
             f"{config.photos_per_step} photos per step cannot be divided among {world_size} processes. "
             "Change one of the numbers."
         )
-    large = torch.cuda.is_available() and bundle.spec.needs_gpu
     args = GRPOConfig(
-        output_dir=str(run.folder),
         per_device_train_batch_size=config.photos_per_step * config.rollouts // world_size,
         num_generations=config.rollouts,
         max_completion_length=bundle.policy.constraint.max_tokens if bundle.policy.constraint else 64,
-        max_steps=steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(5, steps),
-        beta=config.beta,
         temperature=config.temperature,
-        max_grad_norm=1.0,
-        seed=config.seed,
-        save_steps=config.save_every,
-        save_total_limit=2,
-        logging_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=large,
-        gradient_checkpointing=large,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
         ddp_find_unused_parameters=False,
+        **trainer_arguments(run, config, bundle, steps),
     )
     trainer = GRPOTrainer(
         model=bundle.model,
