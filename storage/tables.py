@@ -52,6 +52,7 @@ USER_REWARD_FUNCTIONS = Table(
 # versions without this column write the same digests for the other events, and get its default, "deployment".
 NAME_COLUMNS = ("branch", "commit", "space", "source", "model", "adapter", "skill", "outcome", "error")
 BASIS_COLUMNS = ("tokens_basis", "cost_basis")
+KIND_COLUMNS = (*NAME_COLUMNS, *BASIS_COLUMNS, "payer")  # the names that a kind of event has
 KINDS = Table(
     "usage_kinds",
     METADATA,

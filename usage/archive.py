@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from sqlalchemy import bindparam, delete, insert, literal_column, select
 
 from storage.database import Database
-from storage.tables import ARCHIVE, BASIS_COLUMNS, EVENT_NUMBER, EVENTS, KINDS, NAME_COLUMNS
+from storage.tables import ARCHIVE, EVENT_NUMBER, EVENTS, KIND_COLUMNS, KINDS
 from usage.time_window import from_micros, to_micros
 
 RETENTION_MONTHS = 13
@@ -45,7 +45,7 @@ def _archive_file(database: Database, before: int) -> int:
         if connection.execute(select(EVENTS.c.id).where(is_old).limit(1)).first() is None:
             return 0
     number = literal_column(EVENT_NUMBER[database.dialect]).label("number")
-    names = [KINDS.c[name] for name in (*NAME_COLUMNS, *BASIS_COLUMNS, "payer")]  # for other readers of the file
+    names = [KINDS.c[name] for name in KIND_COLUMNS]  # for other readers of the file
     query = select(number, *EVENTS.c, *names).join(KINDS, KINDS.c.id == EVENTS.c.kind).where(is_old)
     query = query.order_by(EVENTS.c.time, EVENTS.c.id).limit(MAX_EVENTS)
     with database.transaction(write=True) as connection:

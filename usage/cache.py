@@ -28,7 +28,7 @@ from sqlalchemy import Connection, Select, func, literal, literal_column, select
 
 from storage.database import Database, StoreError
 from storage.files import write_atomically
-from storage.tables import ARCHIVE, BASIS_COLUMNS, EVENT_NUMBER, EVENTS, HOUR, HOURS, KINDS, NAME_COLUMNS
+from storage.tables import ARCHIVE, EVENT_NUMBER, EVENTS, HOUR, HOURS, KIND_COLUMNS, KINDS
 from usage.events import hide_session
 
 VERSION = 1  # of the cache's tables
@@ -39,7 +39,6 @@ MAX_HOURS_PER_QUERY = 50  # more hours are compared, and copied, in a single que
 ALWAYS = (-(2**62), 2**62)  # a time span
 VERIFY_DELAY = 30.0  # seconds after the start until all of an existing cache is compared
 MEMORY_LIMIT = "2GB"
-KIND_COLUMNS = (*NAME_COLUMNS, *BASIS_COLUMNS, "payer")
 TEXTS = ("id", "request", "session", *KIND_COLUMNS, "source_url")
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from sqlalchemy import BigInteger, Float, cast, delete, func, select, update
 
 from storage.database import Database, StoreError
-from storage.tables import DOLLAR, EVENTS, HOUR, HOURS, KINDS, MACHINE_PRICES, SECOND
+from storage.tables import DOLLAR, EVENTS, HOUR, HOURS, KIND_COLUMNS, KINDS, MACHINE_PRICES, SECOND
 from usage.events import MAX_NAME_LENGTH, name_digest, sanitize
 from usage.prices import Prices
-from usage.recorder import KIND_COLUMNS, kind_ids
+from usage.recorder import kind_ids
 
 MAX_PRICE = 10_000.0  # US dollars per hour
 REFRESH_SECONDS = 60.0  # between two reads of the price, which another process may have changed

@@ -25,7 +25,7 @@ from sqlalchemy import Connection, select
 
 from storage.database import Database
 from storage.files import write_atomically
-from storage.tables import BASIS_COLUMNS, DOLLAR, EVENTS, HOUR, HOURS, KINDS, NAME_COLUMNS, REWARD, SECOND
+from storage.tables import DOLLAR, EVENTS, HOUR, HOURS, KIND_COLUMNS, KINDS, REWARD, SECOND
 from usage.archive import RETENTION_MONTHS, archive_old_events
 from usage.events import Deployment, UsageEvent, name_digest
 from usage.time_window import from_micros, to_micros
@@ -39,7 +39,6 @@ DIGESTS_PER_QUERY = 500
 if TYPE_CHECKING:
     from usage.telemetry import TelemetryExporter
 
-KIND_COLUMNS = (*NAME_COLUMNS, *BASIS_COLUMNS, "payer")
 _log = logging.getLogger(__name__)
 
 

@@ -19,7 +19,6 @@ from rewards import REWARDS, RewardFunction
 
 Scores = Mapping[str, float | None]
 Outcome = Literal["left", "right", "equal"]
-OUTCOMES: tuple[Outcome, ...] = ("left", "right", "equal")
 
 RATIO_SPREAD = 1.5  # prior standard deviation of the log-ratios: a weight may well be 4 times the start weight
 SCALE = 30.0  # prior sum of the weights: a total that is .05 higher is preferred in 82 % of the choices

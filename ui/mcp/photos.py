@@ -28,7 +28,7 @@ WHAT_A_PHOTO_IS = (
 
 
 class PhotoStore:
-    """A folder of JPEG files whose names are random ids. Whoever knows an id may read the photo."""
+    """A folder of JPEG files whose names are random ids. The id of a photo is enough to read it."""
 
     def __init__(self, folder: Path, max_photos: int = MAX_PHOTOS, keep_seconds: float = KEEP_SECONDS) -> None:
         """Create the store.
