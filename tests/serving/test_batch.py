@@ -26,12 +26,12 @@ pytestmark = pytest.mark.slow
 
 KEYS = ("a-key-of-20-letters-", "another-key-20-chars")
 IMAGE = PHOTO_URL.partition(",")[2]
-ASKED: list[str] = []
+PROMPTS: list[str] = []
 
 
 def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
     """Answer with the prompt, once it may. This module is the backend "batch-echo"."""
-    ASKED.append(request.prompt)
+    PROMPTS.append(request.prompt)
     if request.prompt == "fail":
         raise InferenceError("failed", "It failed.")
     yield Answer(0, request.prompt, tokens_in=740, tokens_out=2)
@@ -192,6 +192,7 @@ def test_uploads_are_checked(server: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_batches_belong_to_their_key(server: str) -> None:
     with client(server) as http, client(server, KEYS[1]) as other:
+        finished(http, upload(http, lines({"skill": "query", "question": "earlier"})))  # for the second page
         batch_id = upload(http, lines({"skill": "query", "question": "mine"}))
         state = finished(http, batch_id)
         error_message(other.get(f"/batch/{batch_id}"), 404, "not_found")
@@ -219,12 +220,12 @@ def test_batch_goes_on_after_a_restart(tmp_path: Path) -> None:
     kept = (folder / "results.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "results.jsonl").write_bytes(b"".join(kept[:3]) + kept[3][:10])
     done = {json.loads(line)["line_index"] for line in kept[:3]}
-    ASKED.clear()
+    PROMPTS.clear()
     with echo_server(tmp_path) as address, client(address) as http:
         resumed = finished(http, batch_id)
         assert resumed["progress"] == {"total": 6, "completed": 6, "failed": 0}
         assert [line["result"]["answer"] for line in results(http, resumed)] == [f"restart {n}" for n in range(6)]
-        assert sorted(ASKED) == [f"restart {n}" for n in range(6) if n not in done]
+        assert sorted(PROMPTS) == [f"restart {n}" for n in range(6) if n not in done]
         expired = {**resumed, "tenant": folder.parent.name, "expires": time.time() - 1}
         (folder / "state.json").write_text(json.dumps(expired))
         error_message(http.get(f"/batch/{batch_id}"), 404, "not_found")
