@@ -1,4 +1,4 @@
-"""`python -m training.pretrain`: train moondream-tiny from scratch on the bundled photos, evaluate and export it.
+"""`python -m training.pretrain`: train moondream-tiny from scratch on photos, evaluate and export it.
 
 Training is reproducible from a seed, takes about an hour on one CPU core, and can be resumed with --resume.
 """
@@ -7,13 +7,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 from training.pretrain.min_risk import train_min_risk
 from training.pretrain.model_card import export, model_card
+from training.pretrain.photos import PretrainPhotosError, load_training_photos
 from training.pretrain.quality import ModelEvaluator, evaluate, held_out_photos
-from training.pretrain.train import OUT, PretrainConfig, train, training_photos
+from training.pretrain.train import OUT, PretrainConfig, train
+
+
+def folder_and_weight(text: str) -> tuple[Path, float]:
+    """Parse FOLDER or FOLDER=WEIGHT. Raises ArgumentTypeError."""
+    folder, separator, weight = text.rpartition("=")
+    if not separator:
+        folder, weight = text, "1"
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not (0 < value < math.inf and Path(folder).is_dir()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder, or not a folder and a positive weight.")
+    return Path(folder), value
 
 
 def main() -> None:
@@ -24,16 +40,28 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=PretrainConfig.seed)
     parser.add_argument("--steps", type=int, default=PretrainConfig.steps)
     parser.add_argument("--threads", type=int, default=PretrainConfig.threads)
+    parser.add_argument(
+        "--photos",
+        metavar="FOLDER[=WEIGHT]",
+        type=folder_and_weight,
+        nargs="+",
+        default=[],
+        help="folders of photos beside the bundled ones, and how often they are drawn relative to these (default: 1)",
+    )
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in --work")
     args = parser.parse_args()
-    config = PretrainConfig(seed=args.seed, steps=args.steps, threads=args.threads)
-    photos = training_photos()
+    try:
+        photos = load_training_photos(args.photos)
+    except (OSError, PretrainPhotosError) as error:
+        raise SystemExit(str(error)) from None
+    config = PretrainConfig(seed=args.seed, steps=args.steps, threads=args.threads, photos=photos.digest())
     (model, image_processor, tokenizer), seconds = train(config, args.work, photos, args.resume)
     seconds += train_min_risk(model, image_processor, tokenizer, photos, config.seed)
     print(f"Trained in {seconds / 60:.1f} minutes. Evaluating on the held-out photos ...")
     model = model.half().float()  # evaluated at the precision of the exported weights
     figures = evaluate(ModelEvaluator(model, image_processor, tokenizer), held_out_photos())
-    export(model, image_processor, tokenizer, args.out, model_card(asdict(config), model, figures, seconds), figures)
+    card = model_card(asdict(config), model, figures, seconds, photos)
+    export(model, image_processor, tokenizer, args.out, card, figures, photos.describe())
     print(json.dumps(figures, indent=1))
     print(f"Saved to {args.out}.")
 

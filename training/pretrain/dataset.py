@@ -17,10 +17,13 @@ from inference.types import LENGTHS, RECIPE_QUESTION
 from recipes import LOOKS, Recipe, render, shrink
 from training.pretrain import image_facts
 from training.pretrain.auxiliary_heads import image_targets, token_targets
-from training.pretrain.degradation import ERROR_SIDE, random_degradation
+from training.pretrain.degradation import ERROR_SIDE, random_degradation, slight_degradation
+from training.pretrain.photos import PretrainPhotos
 
 IGNORE = -100
 ASPECTS = (2.0, 1.5, 1.33, 1.0, 0.75, 0.67)
+GOOD_SHARE = 0.2  # of the lessons: photos in their own tones, undamaged or slightly damaged
+VARIED_SHARE = 0.6  # of the other lessons: photos in random tones and hues
 
 
 @dataclass
@@ -47,7 +50,7 @@ class PretrainDataset(Dataset):
     (of the auxiliary heads).
 
     Args:
-        photos: uint8 [H, W, 3] RGB each.
+        photos: The training photos.
         tokenizer: The model's tokenizer.
         templates: The model's prompt templates.
         batch_size: Images per step.
@@ -58,7 +61,7 @@ class PretrainDataset(Dataset):
 
     def __init__(
         self,
-        photos: Sequence[np.ndarray],
+        photos: PretrainPhotos,
         tokenizer: PreTrainedTokenizerFast,
         templates: dict,
         batch_size: int,
@@ -79,8 +82,11 @@ class PretrainDataset(Dataset):
         batch: dict[str, list] = {name: [] for name in names}
         for row in range(self.batch_size):
             rng = np.random.default_rng([self.seed, step, row])
-            photo, other = (random_view(self.photos[int(rng.integers(len(self.photos)))], rng) for _ in range(2))
-            item = random_degradation(augment(photo, other, rng), rng)
+            photo, other = (random_view(self.photos.draw(rng), rng) for _ in range(2))
+            if rng.random() < GOOD_SHARE:
+                item = slight_degradation(photo, rng)
+            else:
+                item = random_degradation(augment(photo, other, rng), rng)
             recipe = item.inverse_recipe
             if rng.random() < 0.15:  # a look is no degradation; included so that the model samples looks at all
                 recipe = recipe.replace(look=str(rng.choice(LOOKS[1:])))
@@ -149,7 +155,8 @@ def augment(photo: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> n
     """Create a new undegraded photo out of two (uint8 RGB), in the shape of the first.
 
     A hundred photos can be memorised. Random hues, tones, black and white, and composites of two photos make the model
-    depend on the pixels instead.
+    depend on the pixels instead. What is a cast or a pale colour, on the other hand, can only be learned from photos in
+    their own tones: `VARIED_SHARE`.
     """
     if rng.random() < 0.4:
         other = cv2.resize(other, photo.shape[1::-1], interpolation=cv2.INTER_AREA)
@@ -158,6 +165,8 @@ def augment(photo: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> n
         part[axis] = slice(int(photo.shape[axis] * rng.uniform(0.25, 0.75)), None)
         photo = photo.copy()
         photo[tuple(part)] = other[tuple(part)]
+    if rng.random() >= VARIED_SHARE:
+        return photo
     kind = rng.random()
     if kind < 0.06:
         return render(photo, Recipe(look="mono"))

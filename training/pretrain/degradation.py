@@ -13,6 +13,7 @@ from training.pretrain.image_facts import to_lab
 
 ERROR_SIDE = 160  # px: long side at which pictures are compared
 LEVEL_STD = 65  # standard deviation of the levels; values beyond -100..100 are drawn again
+SLIGHT_STD = 15  # standard deviation of the levels of a slight degradation
 BLUR_SIGMA = 0.0045  # Gaussian sigma at level 100, as a share of the long side
 
 
@@ -95,6 +96,16 @@ def add_border(photo: np.ndarray, crop: tuple[int, int, int, int], rng: np.rando
 def random_degradation(photo: np.ndarray, rng: np.random.Generator, probability: float = 0.93) -> DegradedPhoto:
     """Degrade a photo at random with a probability, else return it unchanged with the identity recipe."""
     inverse_recipe = random_inverse_recipe(rng) if rng.random() < probability else Recipe()
+    return DegradedPhoto(photo, degrade(photo, inverse_recipe, rng), inverse_recipe)
+
+
+def slight_degradation(photo: np.ndarray, rng: np.random.Generator) -> DegradedPhoto:
+    """Degrade a photo slightly, or with probability 0.5 not at all: what a good photo needs."""
+    if rng.random() < 0.5:
+        return DegradedPhoto(photo, photo, Recipe())
+    names = ("exposure", "contrast", "saturation", "warmth")
+    levels: dict[str, Any] = {name: round(rng.normal(0, SLIGHT_STD / 10)) * 10 for name in names}
+    inverse_recipe = Recipe(**levels, sharpening=int(rng.integers(4)) * 10)
     return DegradedPhoto(photo, degrade(photo, inverse_recipe, rng), inverse_recipe)
 
 

@@ -2,8 +2,9 @@
 
 Until this stage every token of a recipe counts alike. But a wrong crop damages a picture more than three wrong levels,
 and where exposure and contrast are ambiguous, a moderate pair of levels beats the most likely value of each. This stage
-minimises the expected error itself (Shen et al. 2016), with the photo's other samples as the baseline. The vision tower
-is frozen, and the other losses continue, so that nothing is forgotten.
+minimises the expected cost itself (Shen et al. 2016), with the photo's other samples as the baseline: the CIELAB error,
+and what the guard of the rewards takes off, so that a crop through the subject or a grey veil costs what it costs a
+person. The vision tower is frozen, and the other losses continue, so that nothing is forgotten.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ from inference.local.constraint import RecipeConstraint
 from inference.moondream import MoondreamForConditionalGeneration, MoondreamImageProcessor
 from inference.types import RECIPE_QUESTION
 from recipes import grammar_segments, parse, render, shrink
+from rewards.comparison import compare
+from rewards.guard import guard
 from training.pretrain.dataset import Example, PretrainDataset
 from training.pretrain.degradation import ERROR_SIDE, lab_error
 from training.pretrain.losses import Segments, packed_forward, recipe_loss, recipe_segments
+from training.pretrain.photos import PretrainPhotos
 
 LOSS_WEIGHTS = {"risk": 1.0, "recipe": 0.02, "text": 2.0, "end": 0.3, "region": 0.3}
 ERROR_SCALE = 5.0  # CIELAB units of error per unit of advantage
+GUARD_COST = 6.0  # CIELAB units: cost of a picture whose guard is 0, see `rewards.guard`
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def train_min_risk(
     model: MoondreamForConditionalGeneration,
     image_processor: MoondreamImageProcessor,
     tokenizer: PreTrainedTokenizerFast,
-    photos: list[np.ndarray],
+    photos: PretrainPhotos,
     seed: int,
     config: MinRiskConfig = MinRiskConfig(),
 ) -> float:
@@ -156,21 +161,26 @@ def sample_recipes(
 def compute_advantages(
     texts: list[str], pairs: list[tuple[np.ndarray, np.ndarray]], count: int
 ) -> tuple[torch.Tensor, float]:
-    """Compare the error of each recipe with that of the photo's other samples.
+    """Compare the cost of each recipe with that of the photo's other samples; see `recipe_costs`.
 
     Returns:
         Advantages [N * count] in units of ERROR_SCALE, and the mean share of the error that the recipes remove.
     """
     before = np.array([lab_error(degraded, original) for degraded, original in pairs])
     groups = [texts[start : start + count] for start in range(0, len(texts), count)]
-    after = np.array(
-        [
-            [lab_error(render(degraded, parse(text).recipe), original) for text in group]
-            for (degraded, original), group in zip(pairs, groups, strict=True)
-        ]
-    )
-    advantages = (after.mean(1, keepdims=True) - after) / ERROR_SCALE
-    return torch.from_numpy(advantages.ravel()).float().clamp(-3, 3), float(1 - after.mean() / before.mean())
+    errors, costs = np.array(
+        [recipe_costs(degraded, original, group) for (degraded, original), group in zip(pairs, groups, strict=True)]
+    ).swapaxes(0, 1)
+    advantages = (costs.mean(1, keepdims=True) - costs) / ERROR_SCALE
+    return torch.from_numpy(advantages.ravel()).float().clamp(-3, 3), float(1 - errors.mean() / before.mean())
+
+
+def recipe_costs(degraded: np.ndarray, original: np.ndarray, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the CIELAB error of each recipe, and its cost: the error plus what its picture loses by the guard."""
+    pictures = [render(degraded, parse(text).recipe) for text in texts]
+    errors = np.array([lab_error(picture, original) for picture in pictures])
+    kept = np.array([guard(comparison) for comparison in compare(degraded, pictures)])
+    return errors, errors + GUARD_COST * (1 - kept)
 
 
 def min_risk_losses(

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from inference.moondream import MoondreamForConditionalGeneration, MoondreamImageProcessor, MoondreamProcessor
 from training.data.bundled import bundled_photos
+from training.pretrain.photos import PretrainPhotos
+from training.pretrain.quality import describe_kind
 
 CARD = """---
 license: apache-2.0
@@ -19,13 +21,13 @@ pipeline_tag: image-text-to-text
 # moondream-tiny
 
 A demonstration model: the architecture of Moondream 2 with {millions:.1f} million parameters, trained from scratch by
-`python -m training.pretrain` on the train split of the bundled photos. It runs the playground without API key, GPU or
+`python -m training.pretrain` on openly licensed photos (`sources.json`). It runs the playground without API key, GPU or
 download. It answers what can be measured in pixels and has no knowledge of the world: it recognises no objects, and
 declines questions about them.
 
 | | |
 |---|---|
-| data | {train} photos (`assets/photos`, split "train"), randomly cropped and degraded |
+| data | {data} |
 | supervision | computed from pixels (`training/pretrain/`); no labels, no other model |
 | training | seed {seed}, {steps} steps of {batch_size} photos with three examples each; then `min_risk.py` |
 | time | {minutes:.0f} minutes, {threads} CPU thread(s) |
@@ -44,6 +46,10 @@ Evaluated on {held_out} held-out photos of other sources and {cases} degraded co
 | point: inside the area | {hit:.0%} |
 | detect: mean IoU | {iou:.2f} |
 | detect: no box for unknown objects | {nothing:.0%} |
+| undamaged photos: mean CIELAB change / left alone | {change:.1f} / {alone:.0%} |
+{kinds}
+
+Portraits and people are rare in all sources, and there is no scene at night: expect less there.
 """
 
 
@@ -54,6 +60,7 @@ def export(
     folder: Path,
     card: str,
     figures: dict,
+    sources: list[dict],
 ) -> None:
     """Save the model in the Hub's layout: float16 weights, tokenizer, processor, README.md and quality.json.
 
@@ -66,6 +73,7 @@ def export(
         folder: Destination.
         card: Content of README.md.
         figures: Content of quality.json.
+        sources: Content of sources.json.
     """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -73,13 +81,21 @@ def export(
     model.half().save_pretrained(part)
     (part / "README.md").write_text(card, encoding="utf-8")
     (part / "quality.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (part / "sources.json").write_text(json.dumps(sources) + "\n", encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(part.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         os.replace(file, folder / file.name)
     part.rmdir()
 
 
-def model_card(config: dict, model: MoondreamForConditionalGeneration, figures: dict, seconds: float) -> str:
+def describe_source(source: dict) -> str:
+    """Return a line such as "clothing: 1,200 photos with weight 0.35"."""
+    return f"{source['name']}: {source['photos']:,} photos with weight {source['weight']:g}"
+
+
+def model_card(
+    config: dict, model: MoondreamForConditionalGeneration, figures: dict, seconds: float, photos: PretrainPhotos
+) -> str:
     """Fill in the model card.
 
     Args:
@@ -87,13 +103,14 @@ def model_card(config: dict, model: MoondreamForConditionalGeneration, figures: 
         model: The trained model.
         figures: From `training.pretrain.quality.evaluate`.
         seconds: Duration of training.
+        photos: The training photos.
     """
     recipe, facts, regions = (figures[name] for name in ("recipe", "facts", "regions"))
-    vision = model.config.vision_config
+    vision, kinds = model.config.vision_config, figures["kinds"]
     return CARD.format(
         **config,
         millions=model.num_parameters() / 1e6,
-        train=len(bundled_photos("train")),
+        data="; ".join(describe_source(source) for source in photos.describe()),
         held_out=len(bundled_photos("held-out")),
         minutes=seconds / 60,
         crop=vision.crop_size,
@@ -113,4 +130,7 @@ def model_card(config: dict, model: MoondreamForConditionalGeneration, figures: 
         hit=regions["hit"],
         iou=regions["iou"],
         nothing=regions["nothing_found_for_unknown"],
+        change=figures["undamaged"]["change"],
+        alone=figures["undamaged"]["share_untouched"],
+        kinds="\n".join(f"| by kind of photo: {kind} | {describe_kind(row)} |" for kind, row in kinds.items()),
     )

@@ -22,6 +22,7 @@ from inference.types import LENGTHS, RECIPE_QUESTION
 from recipes import Recipe, grammar_segments, load_photo, parse, render, shrink
 from rewards.comparison import compare
 from rewards.image_metrics import box_iou
+from rewards.subject import find_subject
 from training.data.bundled import bundled_photos
 from training.data.sources import PhotoSourceError, load_photos
 from training.pretrain import image_facts
@@ -38,6 +39,7 @@ BATCH = 64  # photos that are answered at once
 MAX_PHOTOS = 10_000
 SUBJECT_SPARED = 0.1  # share of the subject that a crop may remove
 HEAD_SPARED = 0.05  # share of a head's box
+GREY_CHROMA = 5.0  # mean chroma of a photo without colours
 QUESTIONS = (
     *(attribute.questions[0] for attribute in image_facts.ATTRIBUTES.values()),
     image_facts.COLOUR_QUESTIONS[0],
@@ -179,6 +181,31 @@ def evaluate_undamaged(evaluator: ModelEvaluator, photos: Sequence[np.ndarray]) 
     }
 
 
+def photo_kind(photo: np.ndarray) -> str:
+    """Return "people" for a photo (uint8 RGB) with a face, "grey" for one without colours, else "other"."""
+    if find_subject(shrink(photo, SIDE)).heads:
+        return "people"
+    return "grey" if image_facts.measure(photo).values["colours"] < GREY_CHROMA else "other"
+
+
+def evaluate_kinds(
+    evaluator: ModelEvaluator, photos: Sequence[np.ndarray], degraded: Sequence[DegradedPhoto]
+) -> dict[str, dict[str, float]]:
+    """Compute the main figures by kind of photo; `degraded` has the same number of copies of each photo, in order."""
+    kinds, copies = [photo_kind(photo) for photo in photos], len(degraded) // len(photos)
+    result: dict[str, dict[str, float]] = {}
+    for kind in sorted(set(kinds)):
+        members = [index for index, value in enumerate(kinds) if value == kind]
+        examples = [degraded[index * copies + copy] for index in members for copy in range(copies)]
+        recipes = evaluator.recipes([e.degraded for e in examples])
+        before = sum(lab_error(e.degraded, e.original) for e in examples)
+        after = sum(lab_error(render(e.degraded, r), e.original) for e, r in zip(examples, recipes, strict=True))
+        undamaged = evaluate_undamaged(evaluator, [photos[index] for index in members])
+        lowered = float(1 - after / before)
+        result[kind] = {"photos": len(members), "error_lowered_by": lowered, "undamaged_change": undamaged["change"]}
+    return result
+
+
 def evaluate_levels(evaluator: ModelEvaluator, examples: Sequence[DegradedPhoto]) -> dict[str, float]:
     """Correlate the predicted with the true level of each operation, and count crops within 5 percent."""
     recipes = evaluator.recipes([e.degraded for e in examples])
@@ -272,6 +299,7 @@ def evaluate(
         "facts": evaluate_statements(evaluator, mixed),
         "regions": evaluate_regions(evaluator, mixed),
         "undamaged": evaluate_undamaged(evaluator, photos),
+        "kinds": evaluate_kinds(evaluator, photos, degraded),
     }
 
 
@@ -288,8 +316,15 @@ def summary(figures: dict[str, dict]) -> str:
             f"point, detect    {regions['hit']:.0%} inside, mean IoU {regions['iou']:.3f}",
             f"undamaged photos change {undamaged['change']:.1f} CIELAB; {undamaged['share_untouched']:.0%} left alone; "
             f"subject cut in {undamaged['share_cut_subject']:.0%}, a head in {undamaged['share_cut_head']:.0%}",
+            *(f"{kind:16} {describe_kind(kinds)}" for kind, kinds in figures["kinds"].items()),
         ]
     )
+
+
+def describe_kind(figures: dict[str, float]) -> str:
+    """Format the figures of a kind of photo."""
+    lowered, change = figures["error_lowered_by"], figures["undamaged_change"]
+    return f"{figures['photos']} photos: CIELAB error {lowered:.1%} lower; undamaged photos change {change:.1f}"
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,11 +28,10 @@ from inference.moondream import (
     MoondreamForConditionalGeneration,
     MoondreamImageProcessor,
 )
-from recipes import load_photo
-from training.data.bundled import bundled_photos
 from training.pretrain.auxiliary_heads import AuxiliaryHeads
 from training.pretrain.dataset import PretrainDataset, tokenizer_texts
 from training.pretrain.losses import LOSS_WEIGHTS, recipe_segments, step_loss
+from training.pretrain.photos import PretrainPhotos
 from training.pretrain.tokenizer import build_tokenizer, templates
 
 OUT = Path(__file__).resolve().parents[2] / "assets" / "moondream-tiny"
@@ -64,15 +63,17 @@ class PretrainConfig:
         warmup_steps: Steps of linear warm-up.
         ema_decay: Decay of the exponential moving average of the weights.
         threads: CPU threads of PyTorch.
+        photos: `PretrainPhotos.digest` of the photos.
     """
 
     seed: int = 7
-    steps: int = 3400
+    steps: int = 4800
     batch_size: int = 12
     learning_rate: float = 1.5e-3
     warmup_steps: int = 100
     ema_decay: float = 0.998
     threads: int = 1
+    photos: str = ""
 
 
 def learning_rate_factor(step: int, config: PretrainConfig) -> float:
@@ -99,14 +100,6 @@ def build_ema(model: nn.Module, decay: float) -> AveragedModel:
     return ema
 
 
-def training_photos() -> list[np.ndarray]:
-    """Load the train split, with photos of the smaller sources three times to balance the sources."""
-    infos = bundled_photos("train")
-    largest = Counter(info.source for info in infos).most_common(1)[0][0]
-    photos = [(load_photo(info.path), 1 if info.source == largest else 3) for info in infos]
-    return [photo for photo, repeats in photos for _ in range(repeats)]
-
-
 class PreprocessedDataset(torch.utils.data.Dataset):
     """`PretrainDataset` with the photos cut into crops, so that a worker process does it while the model computes."""
 
@@ -122,7 +115,7 @@ class PreprocessedDataset(torch.utils.data.Dataset):
         return dict(self.image_processor(batch.pop("images"), return_tensors="pt")), batch
 
 
-def build_model(config: PretrainConfig, photos: list[np.ndarray]) -> ModelParts:
+def build_model(config: PretrainConfig, photos: Sequence[np.ndarray]) -> ModelParts:
     """Create a model with initial weights, its image processor, and a tokenizer trained for the photos."""
     tokenizer = build_tokenizer(tokenizer_texts(photos), VOCABULARY)
     torch.manual_seed(config.seed)
@@ -163,7 +156,7 @@ def init_weights(model: MoondreamForConditionalGeneration) -> None:
 
 @torch.no_grad()
 def init_patch_embedding(
-    model: MoondreamForConditionalGeneration, image_processor: MoondreamImageProcessor, photos: list[np.ndarray]
+    model: MoondreamForConditionalGeneration, image_processor: MoondreamImageProcessor, photos: Sequence[np.ndarray]
 ) -> None:
     """Initialise the patch embedding with a discrete cosine transform, whitened over the photos.
 
@@ -238,14 +231,14 @@ def load_checkpoint(path: Path, config: PretrainConfig) -> dict:
 
 
 def train(
-    config: PretrainConfig, work: Path, photos: list[np.ndarray], resume: bool, save_every: int = 100, workers: int = 1
+    config: PretrainConfig, work: Path, photos: PretrainPhotos, resume: bool, save_every: int = 100, workers: int = 1
 ) -> tuple[ModelParts, float]:
     """Train a model from scratch, or resume.
 
     Args:
         config: Settings.
         work: Folder of `checkpoint.pt`, and of `metrics.jsonl` with one line per 20 steps.
-        photos: Training photos, uint8 [H, W, 3] RGB each.
+        photos: Training photos.
         resume: Whether to continue from the checkpoint, if there is one.
         save_every: Steps between checkpoints.
         workers: Worker processes that prepare batches; with 0, this process does.
@@ -259,7 +252,7 @@ def train(
     """
     torch.set_num_threads(config.threads)
     work.mkdir(parents=True, exist_ok=True)
-    model, image_processor, tokenizer = build_model(config, photos)
+    model, image_processor, tokenizer = build_model(config, photos.bundled)
     heads = AuxiliaryHeads(model.config.text_config.dim)
     optimizer = build_optimizer(model, heads, config)
     first, elapsed = 0, 0.0

@@ -5,7 +5,14 @@ import pytest
 
 from recipes import Recipe, load_photo, render, shrink
 from training.data.bundled import bundled_photos
-from training.pretrain.degradation import add_border, degrade, lab_error, random_degradation, random_inverse_recipe
+from training.pretrain.degradation import (
+    add_border,
+    degrade,
+    lab_error,
+    random_degradation,
+    random_inverse_recipe,
+    slight_degradation,
+)
 
 
 def held_out_photos(count: int = 8) -> list[np.ndarray]:
@@ -55,3 +62,12 @@ def test_lab_error_is_zero_for_the_same_picture() -> None:
     photo = held_out_photos(1)[0]
     assert lab_error(photo, photo) == 0
     assert lab_error(render(photo, Recipe(exposure=50)), photo) > 5
+
+
+def test_a_slight_degradation_keeps_the_frame_and_half_of_the_photos() -> None:
+    photo = held_out_photos(1)[0]
+    examples = [slight_degradation(photo, np.random.default_rng(seed)) for seed in range(40)]
+    errors = [lab_error(e.degraded, photo) for e in examples]
+    assert 10 <= sum(e.inverse_recipe == Recipe() for e in examples) <= 30
+    assert all(e.inverse_recipe.crop == Recipe().crop for e in examples)
+    assert 0 < np.mean(errors) < 6

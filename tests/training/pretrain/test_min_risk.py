@@ -14,34 +14,37 @@ from training.pretrain.dataset import PretrainDataset
 from training.pretrain.degradation import ERROR_SIDE, degrade
 from training.pretrain.losses import recipe_segments
 from training.pretrain.min_risk import (
+    GUARD_COST,
     MinRiskConfig,
     cache_batch,
     compute_advantages,
     min_risk_losses,
+    recipe_costs,
     sample_recipes,
     train_min_risk,
 )
+from training.pretrain.photos import PretrainPhotos
 from training.pretrain.train import ModelParts, PretrainConfig, build_model
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def photos() -> list[np.ndarray]:
-    return [load_photo(info.path) for info in bundled_photos("train")[:3]]
+def photos() -> PretrainPhotos:
+    return PretrainPhotos([load_photo(info.path) for info in bundled_photos("train")[:3]])
 
 
-def untrained_model(photos: list[np.ndarray]) -> ModelParts:
-    return build_model(PretrainConfig(seed=3), photos)
+def untrained_model(photos: PretrainPhotos) -> ModelParts:
+    return build_model(PretrainConfig(seed=3), photos.bundled)
 
 
-def test_better_recipes_have_higher_advantages(photos: list[np.ndarray]) -> None:
+def test_better_recipes_have_higher_advantages(photos: PretrainPhotos) -> None:
     inverse_recipe = Recipe(exposure=60, warmth=-40)
     pairs = []
-    for photo in photos[:2]:
+    for photo in photos.bundled[:2]:
         original = shrink(photo, ERROR_SIDE)
         pairs.append((degrade(original, inverse_recipe, np.random.default_rng(0)), original))
-    texts = [str(recipe) for _ in pairs for recipe in (inverse_recipe, Recipe(), Recipe(exposure=-60))]
+    texts = [str(recipe) for _ in pairs for recipe in (inverse_recipe, Recipe(), Recipe(exposure=-20))]
     advantages, reduction = compute_advantages(texts, pairs, 3)
     for correct, identity, wrong in advantages.unflatten(0, (2, 3)).tolist():
         assert correct > identity > wrong
@@ -50,7 +53,16 @@ def test_better_recipes_have_higher_advantages(photos: list[np.ndarray]) -> None
     assert compute_advantages([str(inverse_recipe)] * 2, pairs, 1)[1] > 0.5
 
 
-def test_a_gradient_step_lowers_the_risk(photos: list[np.ndarray]) -> None:
+def test_a_crop_through_the_subject_costs_more_than_its_error(photos: PretrainPhotos) -> None:
+    photo = shrink(photos.bundled[0], ERROR_SIDE)
+    texts = [str(Recipe()), str(Recipe(crop=(25, 25, 75, 75)))]
+    errors, costs = recipe_costs(photo, photo, texts)
+    added = costs - errors
+    assert errors[0] == 0
+    assert 0 <= added[0] < added[1] <= GUARD_COST
+
+
+def test_a_gradient_step_lowers_the_risk(photos: PretrainPhotos) -> None:
     model, image_processor, tokenizer = untrained_model(photos)
     dataset = PretrainDataset(photos, tokenizer, model.config.templates, 2, 1, 1, grid=8)
     batch = cache_batch(model, image_processor, dataset[0])
@@ -71,7 +83,7 @@ def test_a_gradient_step_lowers_the_risk(photos: list[np.ndarray]) -> None:
     assert set(after) == {"risk", "recipe", "text", "end", "region"}
 
 
-def test_training_is_reproducible_and_freezes_the_vision_tower(photos: list[np.ndarray]) -> None:
+def test_training_is_reproducible_and_freezes_the_vision_tower(photos: PretrainPhotos) -> None:
     config = MinRiskConfig(steps=2, batch_size=2, cached_batches=2, samples=2)
     first, second = untrained_model(photos), untrained_model(photos)
     before = {name: value.clone() for name, value in first[0].state_dict().items()}

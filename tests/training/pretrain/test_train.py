@@ -17,6 +17,7 @@ from training.pretrain.dataset import IGNORE, PretrainDataset, augment, rotate_h
 from training.pretrain.image_facts import to_lab
 from training.pretrain.losses import PackedBatch, pack, recipe_loss, recipe_segments
 from training.pretrain.model_card import export
+from training.pretrain.photos import PretrainPhotos
 from training.pretrain.quality import ModelEvaluator
 from training.pretrain.train import ModelParts, PretrainConfig, build_ema, build_model, train
 
@@ -26,17 +27,17 @@ CONFIG = PretrainConfig(seed=3, steps=4, batch_size=2, warmup_steps=2)
 
 
 @pytest.fixture(scope="module")
-def photos() -> list[np.ndarray]:
-    return [load_photo(info.path) for info in bundled_photos("train")[:3]]
+def photos() -> PretrainPhotos:
+    return PretrainPhotos([load_photo(info.path) for info in bundled_photos("train")[:3]])
 
 
 @pytest.fixture(scope="module")
-def parts(photos: list[np.ndarray]) -> ModelParts:
-    return build_model(CONFIG, photos)
+def parts(photos: PretrainPhotos) -> ModelParts:
+    return build_model(CONFIG, photos.bundled)
 
 
 @pytest.fixture(scope="module")
-def dataset(parts: ModelParts, photos: list[np.ndarray]) -> PretrainDataset:
+def dataset(parts: ModelParts, photos: PretrainPhotos) -> PretrainDataset:
     model, _, tokenizer = parts
     return PretrainDataset(photos, tokenizer, model.config.templates, batch_size=4, seed=1, steps=5, grid=8)
 
@@ -48,12 +49,13 @@ def test_a_batch_depends_on_seed_and_step_only(dataset: PretrainDataset) -> None
     assert first["recipe"] != other["recipe"]
 
 
-def test_augment_keeps_the_shape_and_changes_the_photo(photos: list[np.ndarray]) -> None:
-    photo, other = photos[:2]
+def test_augment_keeps_the_shape_and_changes_the_photo(photos: PretrainPhotos) -> None:
+    photo, other = photos.bundled[:2]
     augmented = [augment(photo, other, np.random.default_rng(seed)) for seed in range(30)]
     assert all(v.shape == photo.shape and v.dtype == np.uint8 for v in augmented)
     assert np.array_equal(augmented[3], augment(photo, other, np.random.default_rng(3)))
     assert sum(bool((v[..., 0] == v[..., 2]).all()) for v in augmented) < 10
+    assert 0 < sum(np.array_equal(v, photo) for v in augmented) < 15, "some lessons keep the photo's own tones"
     assert np.ptp([v.mean() for v in augmented]) > 20
 
 
@@ -138,7 +140,7 @@ def test_near_levels_have_a_lower_loss_than_far_ones(parts: ModelParts) -> None:
     assert loss("+20") == pytest.approx(loss("0"), rel=1e-4)
 
 
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, photos: list[np.ndarray]) -> None:
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, photos: PretrainPhotos) -> None:
     class InterruptedRunError(Exception):
         pass
 
@@ -155,8 +157,9 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, photos: list[n
                 raise InterruptedRunError
             return super().__getitem__(index)
 
+    failing = PretrainPhotos(FailingPhotos(photos.bundled))
     with pytest.raises(InterruptedRunError):
-        train(CONFIG, tmp_path / "interrupted", FailingPhotos(photos), resume=False, save_every=2, workers=0)
+        train(CONFIG, tmp_path / "interrupted", failing, resume=False, save_every=2, workers=0)
     saved = torch.load(tmp_path / "interrupted" / "checkpoint.pt", weights_only=True)
     assert saved["step"] == 2
     resumed, _ = train(CONFIG, tmp_path / "interrupted", photos, resume=True, save_every=2, workers=0)
@@ -166,13 +169,13 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, photos: list[n
     assert [line["step"] for line in lines] == [0, 3]
 
 
-def test_a_checkpoint_with_other_settings_is_rejected(tmp_path: Path, photos: list[np.ndarray]) -> None:
+def test_a_checkpoint_with_other_settings_is_rejected(tmp_path: Path, photos: PretrainPhotos) -> None:
     torch.save({"config": asdict(PretrainConfig(seed=99))}, tmp_path / "checkpoint.pt")
     with pytest.raises(SystemExit, match="other settings"):
         train(CONFIG, tmp_path, photos, resume=True, workers=0)
 
 
-def test_a_checkpoint_of_an_older_version_is_rejected(tmp_path: Path, photos: list[np.ndarray]) -> None:
+def test_a_checkpoint_of_an_older_version_is_rejected(tmp_path: Path, photos: PretrainPhotos) -> None:
     torch.save({"settings": {"seed": 3}, "step": 2}, tmp_path / "checkpoint.pt")
     with pytest.raises(SystemExit, match="older version"):
         train(CONFIG, tmp_path, photos, resume=True, workers=0)
@@ -191,12 +194,13 @@ def test_the_moving_average_starts_with_the_initial_weights() -> None:
 def test_the_exported_folder_loads_with_the_auto_classes(tmp_path: Path, parts: ModelParts) -> None:
     model, image_processor, tokenizer = parts
     weights = {name: value.half().float() for name, value in model.state_dict().items()}
-    export(model, image_processor, tokenizer, tmp_path / "tiny", "# card\n", {"a": 1})
+    export(model, image_processor, tokenizer, tmp_path / "tiny", "# card\n", {"a": 1}, [{"name": "bundled"}])
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny", dtype=torch.float32)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in weights.items())
     processor = AutoProcessor.from_pretrained(tmp_path / "tiny")
     assert processor.tokenizer.encode("; exposure +10") == tokenizer.encode("; exposure +10")
     assert not (tmp_path / "tiny.part").exists()
+    assert json.loads((tmp_path / "tiny" / "sources.json").read_text()) == [{"name": "bundled"}]
     assert sum(file.stat().st_size for file in (tmp_path / "tiny").iterdir()) < 10_000_000
     assert ModelEvaluator.from_folder(tmp_path / "tiny").templates == model.config.templates
     model.float()
