@@ -50,13 +50,15 @@ class Source:
     skipped: Counter[str] = field(default_factory=Counter)
 
     def describe(self) -> dict[str, Any]:
-        """Return what `sources.json` says about the folder."""
+        """Return what `sources.json` says about the folder; files with the first digits of their SHA-256."""
         return {
             "name": self.folder.name,
             "weight": self.weight,
             "photos": len(self.files),
             "skipped": dict(sorted(self.skipped.items())),
-            "sha256": self.sha256,
+            "files": {
+                str(file.relative_to(self.folder)): digest for file, digest in zip(self.files, self.sha256, strict=True)
+            },
         }
 
 
@@ -96,9 +98,10 @@ class PretrainPhotos(Sequence[np.ndarray]):
         return hashlib.sha256(repr([(s.weight, s.sha256) for s in self.sources]).encode()).hexdigest()[:HASH_DIGITS]
 
     def describe(self) -> list[dict[str, Any]]:
-        """Return the content of `sources.json`: names, weights, counts and hashes of the bundled photos and folders."""
+        """Return the content of `sources.json`: name, weight, count and files of the bundled photos and each folder."""
         files = [info.path for info in bundled_photos("train")]
-        bundled = {"name": "bundled", "weight": 1.0, "photos": len(files), "sha256": [_sha256(file) for file in files]}
+        hashes = {file.name: _sha256(file) for file in files}
+        bundled = {"name": "bundled", "weight": 1.0, "photos": len(files), "files": hashes}
         return [bundled, *(source.describe() for source in self.sources)]
 
 

@@ -43,8 +43,10 @@ def test_folders_are_listed_without_held_out_copies_and_unusable_photos(folder: 
     photos = load_training_photos([(folder, 0.5)])
     assert [file.name for file in photos.sources[0].files] == ["0.jpg", "1.jpg"]
     bundled, source = json.loads(json.dumps(photos.describe()))
-    assert bundled["name"] == "bundled" and len(bundled["sha256"]) == bundled["photos"] == len(bundled_photos("train"))
+    assert bundled["name"] == "bundled" and len(bundled["files"]) == bundled["photos"] == len(bundled_photos("train"))
     assert source["name"] == "scenes" and source["weight"] == 0.5 and source["photos"] == 2
+    assert list(source["files"]) == ["below/0.jpg", "below/1.jpg"]
+    assert source["files"]["below/0.jpg"] == bundled["files"][bundled_photos("train")[0].path.name]
     assert source["skipped"] == {"a second copy": 1, "held out": 2, "not readable": 1, "soft": 1}
     assert str(folder.parent) not in json.dumps(photos.describe())
 
