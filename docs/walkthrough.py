@@ -1,4 +1,4 @@
-"""The click path of the walkthrough: `python -m docs.walkthrough` takes its screenshots and its film from the running app.
+"""The click path of the walkthrough: `python -m docs.walkthrough` takes its screenshots and its film from the app.
 
 `walk` clicks through the steps of `docs/walkthrough.md`. The tests run the same function.
 """

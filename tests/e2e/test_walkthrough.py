@@ -1,4 +1,4 @@
-"""The click path of docs/walkthrough.md with the real app, the real trainer and a second branch: nothing is simulated."""
+"""The click path of docs/walkthrough.md with the real app, the real trainer and a second branch."""
 
 from __future__ import annotations
 

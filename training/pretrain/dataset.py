@@ -57,6 +57,8 @@ class PretrainDataset(Dataset):
         seed: Seed of all random choices.
         steps: Length of the dataset.
         grid: Image tokens per side.
+        varied: Share of the lessons, other than those of good photos, whose photos have random tones and hues.
+        good: Share of the lessons with good photos.
     """
 
     def __init__(
@@ -68,10 +70,13 @@ class PretrainDataset(Dataset):
         seed: int,
         steps: int,
         grid: int,
+        varied: float = VARIED_SHARE,
+        good: float = GOOD_SHARE,
     ) -> None:
         self.photos, self.templates = photos, templates
         self.tokenizer: Any = tokenizer
         self.batch_size, self.seed, self.steps, self.grid = batch_size, seed, steps, grid
+        self.varied, self.good = varied, good
 
     def __len__(self) -> int:
         return self.steps
@@ -83,10 +88,10 @@ class PretrainDataset(Dataset):
         for row in range(self.batch_size):
             rng = np.random.default_rng([self.seed, step, row])
             photo, other = (random_view(self.photos.draw(rng), rng) for _ in range(2))
-            if rng.random() < GOOD_SHARE:
+            if rng.random() < self.good:
                 item = slight_degradation(photo, rng)
             else:
-                item = random_degradation(augment(photo, other, rng), rng)
+                item = random_degradation(augment(photo, other, rng, self.varied), rng)
             recipe = item.inverse_recipe
             if rng.random() < 0.15:  # a look is no degradation; included so that the model samples looks at all
                 recipe = recipe.replace(look=str(rng.choice(LOOKS[1:])))
@@ -151,12 +156,12 @@ def random_view(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.ascontiguousarray(shrink(view, int(rng.integers(300, 421))))
 
 
-def augment(photo: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def augment(photo: np.ndarray, other: np.ndarray, rng: np.random.Generator, varied: float = VARIED_SHARE) -> np.ndarray:
     """Create a new undegraded photo out of two (uint8 RGB), in the shape of the first.
 
     A hundred photos can be memorised. Random hues, tones, black and white, and composites of two photos make the model
     depend on the pixels instead. What is a cast or a pale colour, on the other hand, can only be learned from photos in
-    their own tones: `VARIED_SHARE`.
+    their own tones: only a share `varied` gets random ones.
     """
     if rng.random() < 0.4:
         other = cv2.resize(other, photo.shape[1::-1], interpolation=cv2.INTER_AREA)
@@ -165,7 +170,7 @@ def augment(photo: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> n
         part[axis] = slice(int(photo.shape[axis] * rng.uniform(0.25, 0.75)), None)
         photo = photo.copy()
         photo[tuple(part)] = other[tuple(part)]
-    if rng.random() >= VARIED_SHARE:
+    if rng.random() >= varied:
         return photo
     kind = rng.random()
     if kind < 0.06:

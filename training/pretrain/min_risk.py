@@ -3,8 +3,8 @@
 Until this stage every token of a recipe counts alike. But a wrong crop damages a picture more than three wrong levels,
 and where exposure and contrast are ambiguous, a moderate pair of levels beats the most likely value of each. This stage
 minimises the expected cost itself (Shen et al. 2016), with the photo's other samples as the baseline: the CIELAB error,
-and what the guard of the rewards takes off, so that a crop through the subject or a grey veil costs what it costs a
-person. The vision tower is frozen, and the other losses continue, so that nothing is forgotten.
+and the faults of framing and tone of the rewards, so that a crop through the subject or a grey veil costs what it costs
+a person. The vision tower is frozen, and the other losses continue, so that nothing is forgotten.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ from inference.moondream import MoondreamForConditionalGeneration, MoondreamImag
 from inference.types import RECIPE_QUESTION
 from recipes import grammar_segments, parse, render, shrink
 from rewards.comparison import compare
-from rewards.guard import guard
+from rewards.guard import framing_fault
+from rewards.measures import measure
+from rewards.naturalness import tone_fault
 from training.pretrain.dataset import Example, PretrainDataset
 from training.pretrain.degradation import ERROR_SIDE, lab_error
 from training.pretrain.losses import Segments, packed_forward, recipe_loss, recipe_segments
 from training.pretrain.photos import PretrainPhotos
 
-LOSS_WEIGHTS = {"risk": 1.0, "recipe": 0.02, "text": 2.0, "end": 0.3, "region": 0.3}
+LOSS_WEIGHTS = {"risk": 1.0, "recipe": 0.1, "text": 4.0, "end": 0.3, "region": 0.3}
 ERROR_SCALE = 5.0  # CIELAB units of error per unit of advantage
-GUARD_COST = 6.0  # CIELAB units: cost of a picture whose guard is 0, see `rewards.guard`
+GOOD_SHARE = 0.2  # of the lessons
+FAULT_COST = 1.0  # CIELAB units per unit of the faults of framing and tone
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class MinRiskConfig:
 
     steps: int = 300
     batch_size: int = 12
-    cached_batches: int = 100
+    cached_batches: int = 300
     samples: int = 6
     learning_rate: float = 4e-4
 
@@ -87,7 +90,15 @@ def train_min_risk(
     grid = model.config.vision_config.grid
     # seed + 1, so that the photos are degraded in other ways than before
     dataset = PretrainDataset(
-        photos, tokenizer, model.config.templates, config.batch_size, seed + 1, config.cached_batches, grid
+        photos,
+        tokenizer,
+        model.config.templates,
+        config.batch_size,
+        seed + 1,
+        config.cached_batches,
+        grid,
+        varied=0,
+        good=GOOD_SHARE,
     )
     indices = tqdm(range(config.cached_batches), "encoding images", file=sys.stdout)
     batches = [cache_batch(model, image_processor, dataset[index]) for index in indices]
@@ -176,11 +187,19 @@ def compute_advantages(
 
 
 def recipe_costs(degraded: np.ndarray, original: np.ndarray, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the CIELAB error of each recipe, and its cost: the error plus what its picture loses by the guard."""
+    """Return the CIELAB error of each recipe, and its cost: the error plus the faults of framing and tone.
+
+    The fault of the tones is what exceeds that of the original. The guard as a whole would compare the picture with the
+    degraded photo, and charge for whites and colours that the restoration brings back.
+    """
     pictures = [render(degraded, parse(text).recipe) for text in texts]
     errors = np.array([lab_error(picture, original) for picture in pictures])
-    kept = np.array([guard(comparison) for comparison in compare(degraded, pictures)])
-    return errors, errors + GUARD_COST * (1 - kept)
+    accepted = tone_fault(measure(original))
+    faults = [
+        framing_fault(comparison.framing) + max(0.0, tone_fault(comparison.measures) - accepted)
+        for comparison in compare(degraded, pictures)
+    ]
+    return errors, errors + FAULT_COST * np.array(faults)
 
 
 def min_risk_losses(
