@@ -307,15 +307,12 @@ def test_leaderboard_follows_the_weights_without_rendering(
     monkeypatch.setattr(runner, "score_each", None)
     results = evaluation.results()
     table = leaderboard(results, function)
-    best = np.array(
-        [
-            [
-                max(function.total(dict(zip(REWARDS, scores))) or 0.0 for scores in results.rows[photo, model]["scores"])
-                for model in range(2)
-            ]
-            for photo in range(3)
-        ]
-    )
+
+    def best_total(photo: int, model: int) -> float:
+        scores = results.rows[photo, model]["scores"]
+        return max(function.total(dict(zip(REWARDS, values))) or 0.0 for values in scores)
+
+    best = np.array([[best_total(photo, model) for model in range(2)] for photo in range(3)])
     untouched = np.array([function.total(dict(zip(REWARDS, photo["untouched"]))) for photo in results.photos], float)
     assert [row["reward"]["mean"] for row in table["rows"][:2]] == pytest.approx(best.mean(0))
     assert table["rows"][2]["label"] == "untouched photo" and table["rows"][2]["wins"] is None
@@ -390,4 +387,3 @@ def test_a_spreadsheet_computes_no_text_as_a_formula(evaluation: Evaluation) -> 
     results.rows[0, 0]["texts"][0] = "@SUM(A1)"
     text = to_csv(results, SHARP)
     assert "'=1+1" in text and "'@SUM" in text and "\n=1" not in text
-
