@@ -153,6 +153,11 @@ class CallTracker:
         if event:
             self.meter.recorder.record(replace(event, reward=reward))
 
+    def usage(self, name: str) -> UsageEvent | None:
+        """Return the held-back event of a model, None before its call has ended."""
+        with self._lock:
+            return self._pending.get(name)
+
     def close(self) -> None:
         """Record all held-back events; later events are recorded at once."""
         with self._lock:

@@ -35,9 +35,15 @@ def random_recipes(count: int = 256, seed: int = 0) -> list[Recipe]:
 
 def score_photo(photo: np.ndarray, recipes: list[Recipe]) -> np.ndarray:
     """Score the untouched photo and each recipe as groups of one: float64 [1 + recipes, rewards], None as NaN."""
+    return score_each(photo, [Recipe(), *recipes])
+
+
+def score_each(photo: np.ndarray, recipes: list[Recipe]) -> np.ndarray:
+    """Score each recipe as a group of one: float64 [recipes, rewards], None as NaN. A repeated one is scored once."""
     source = shrink(photo, PREVIEW_SIDE)
-    rows = [score_pictures(source, [render(source, recipe)])[0] for recipe in [Recipe(), *recipes]]
-    return np.array([[np.nan if row[name] is None else row[name] for name in REWARDS] for row in rows], np.float64)
+    scored = {recipe: score_pictures(source, [render(source, recipe)])[0] for recipe in dict.fromkeys(recipes)}
+    rows = [[scored[recipe][name] for name in REWARDS] for recipe in recipes]
+    return np.array(rows, np.float64).reshape(len(recipes), len(REWARDS))  # numpy reads None as NaN
 
 
 def score_file(file: Path, recipes: list[Recipe]) -> np.ndarray:
@@ -49,14 +55,14 @@ def score_file(file: Path, recipes: list[Recipe]) -> np.ndarray:
 def summarise(scores: np.ndarray, recipes: list[Recipe]) -> dict[str, dict[str, Any]]:
     """Summarise scores [photos, 1 + recipes, rewards]: COLUMNS and the best single recipe per reward function."""
     functions = {name: RewardFunction({name: 1.0}) for name in REWARDS} | {"equal weights": EQUAL_WEIGHTS}
-    return {name: _row(_totals(scores, function), recipes) for name, function in functions.items()}
+    return {name: _row(total_scores(scores, function), recipes) for name, function in functions.items()}
 
 
-def _totals(scores: np.ndarray, function: RewardFunction) -> np.ndarray:
-    """Compute `RewardFunction.total` for an array of scores: [photos, 1 + recipes]."""
+def total_scores(scores: np.ndarray, function: RewardFunction) -> np.ndarray:
+    """Compute `RewardFunction.total` for scores [..., rewards]; NaN where no weighted reward has a score."""
     weights = np.array([function.weights.get(name, 0.0) for name in REWARDS])
-    available = ~np.isnan(scores) & (weights > 0)
-    return np.nansum(scores * weights, axis=-1) / np.maximum((available * weights).sum(axis=-1), 1e-9)
+    available = (~np.isnan(scores)) @ weights
+    return np.where(available > 0, np.nan_to_num(scores) @ weights / np.maximum(available, 1e-9), np.nan)
 
 
 def _row(totals: np.ndarray, recipes: list[Recipe]) -> dict[str, Any]:

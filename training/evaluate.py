@@ -4,6 +4,9 @@ Prints the mean of every reward with a 95 % bootstrap interval for each model, a
 photo, the single recipe that is best for all photos, and the best of 256 random recipes per photo. Models decode
 greedily, and each recipe is scored as a group of one.
 
+`--out FOLDER` makes an evaluation of several candidates per photo instead, a folder that can be resumed, like those of
+the tab Evaluate: it prints the leaderboard and writes evaluation.csv, .parquet, .json and .html (docs/evaluate.md).
+
 `--sheet sheet.png` writes contact sheets of the first 24 photos, untouched and as edited by each model, to look at:
 sheet-1.png, sheet-2.png and so on. `--degraded SEED` degrades each photo at random first.
 """
@@ -12,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +26,28 @@ from typing import Any
 
 import numpy as np
 
-from inference.registry import MODELS, answer
-from inference.types import Answer, ModelSpec, Request
+from inference.metering import UsageMeter
+from inference.registry import MODELS, answer, register_hosted_models
+from inference.types import SKILLS, Answer, ModelSpec, Request
 from recipes import PhotoError, Recipe, parse, random_recipe
 from rewards import EQUAL_WEIGHTS, REWARDS, RewardFunction, RewardFunctionError, score_recipes
 from training.contact_sheet import SHEET_PHOTOS, SheetColumn, draw_sheets, write_sheets
 from training.data.sources import PhotoSourceError, degrade, load_photos
+from training.evaluations.evaluation import (
+    DEFAULT_CANDIDATES,
+    EvaluatedModel,
+    Evaluation,
+    EvaluationConfig,
+    create_folder,
+)
+from training.evaluations.export import markdown_table, write_exports
+from training.evaluations.leaderboard import leaderboard
+from training.evaluations.runner import ModelAccess, run_evaluation
 from training.runs.adapters import base_chain
 from training.runs.run import Run, RunError
+from usage.events import Deployment, UsageEvent
+from usage.prices import Prices
+from usage.recorder import Recorder
 
 BOOTSTRAP_SAMPLES = 4_000
 POOL_SIZE = 256  # random recipes per photo
@@ -200,17 +219,82 @@ def evaluate(
 
 def model_answers(names: Sequence[str], photos: Sequence[np.ndarray]) -> dict[str, list[ScoredAnswer]]:
     """Return the scored greedy answers of models to photos, by name; arguments and exceptions are as for `evaluate`."""
+    answers = {}
+    for name, spec in resolve_models(names).items():  # fails on a wrong name before anything is computed
+        texts = greedy_answers(spec, photos)
+        answers[name] = [score_answer(photo, text) for photo, text in zip(photos, texts, strict=True)]
+    return answers
+
+
+def resolve_models(names: Sequence[str]) -> dict[str, ModelSpec]:
+    """Return the models by name; see `resolve_model`. "base" is the model that the runs among them started from."""
     runs = [name for name in names if name != "base" and name not in MODELS]
     bases = {_base_of_run(name) for name in runs} or {DEFAULT_BASE}
     if len(bases) > 1:
         raise EvaluateError('The runs started from different models, so "base" is ambiguous. Name the models instead.')
     (base,) = bases
-    specs = {name: resolve_model(name, base) for name in names}  # fail on a wrong name before computing anything
-    answers = {}
-    for name, spec in specs.items():
-        texts = greedy_answers(spec, photos)
-        answers[name] = [score_answer(photo, text) for photo, text in zip(photos, texts, strict=True)]
-    return answers
+    return {name: resolve_model(name, base) for name in names}
+
+
+class _Unrecorded(Recorder):
+    """Discards usage events: a shell command has no database."""
+
+    def __init__(self) -> None:
+        self.deployment = Deployment()
+
+    def record(self, event: UsageEvent) -> None:
+        """Discard an event."""
+
+
+def evaluate_to_folder(
+    folder: Path, names: Sequence[str], temperatures: Sequence[float], function: RewardFunction, **settings: Any
+) -> dict[str, Any]:
+    """Make or resume an evaluation in a folder, and write its exports.
+
+    Args:
+        folder: A new folder, or one of an evaluation with the same settings.
+        names: Models, as `resolve_model` takes them. Each one is evaluated at each temperature.
+        temperatures: Sampling temperatures.
+        function: The reward weights.
+        **settings: Further settings of `EvaluationConfig`.
+
+    Returns:
+        The leaderboard.
+
+    Raises:
+        EvaluateError: A model cannot be evaluated, or the evaluation failed.
+        RunError: The settings or the folder cannot be used.
+    """
+    register_hosted_models(None, os.environ.get("MOONDREAM_API_KEY"), None, {})
+    specs = resolve_models(names)
+    models = [
+        EvaluatedModel(name=name, temperature=temperature, title=spec.title)
+        for name, spec in specs.items()
+        for temperature in temperatures
+    ]
+    config = EvaluationConfig.create(models=models, reward=dict(function.weights), **settings)
+    evaluation = create_folder(folder, config)
+    ended = threading.Event()
+    threading.Thread(target=_print_progress, args=(evaluation, ended), daemon=True).start()
+    try:
+        access = ModelAccess.of_specs(specs, UsageMeter(_Unrecorded(), Prices()))
+        run_evaluation(evaluation, access, workers=os.cpu_count() or 1)
+    finally:
+        ended.set()
+    status = evaluation.status()
+    if status.state != "done":
+        raise EvaluateError(status.message)
+    write_exports(evaluation, function, folder)
+    return leaderboard(evaluation.results(), function)
+
+
+def _print_progress(evaluation: Evaluation, ended: threading.Event) -> None:
+    """Print the progress every few seconds."""
+    while not ended.wait(5):
+        status = evaluation.status()
+        left = status.seconds_left()
+        remaining = "" if left is None else f", about {left:.0f} s left"
+        print(f"{status.phase}: {status.step} of {status.steps or '?'}{remaining}", file=sys.stderr)
 
 
 def summarize_models(
@@ -275,6 +359,30 @@ def format_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def print_evaluation(args: argparse.Namespace, function: RewardFunction) -> None:
+    """Make the evaluation that the arguments describe and print its leaderboard. Exits with a message on an error."""
+    try:
+        table = evaluate_to_folder(
+            args.out,
+            [name.strip() for name in args.models.split(",") if name.strip()],
+            [float(text) for text in args.temperature.split(",")],
+            function,
+            photos=args.photos if args.photos == "bundled" or ":" in args.photos else str(Path(args.photos).resolve()),
+            skill=args.skill,
+            prompt=args.prompt or SKILLS[args.skill].default_prompt,
+            candidates=args.candidates,
+            max_photos=args.max_photos,
+            seed=args.seed,
+            degraded=args.degraded,
+            pool=args.pool,
+        )
+    except RunError as error:
+        raise EvaluateError(str(error)) from None
+    except ValueError as error:
+        raise EvaluateError(f"--temperature: {error}") from None
+    print(json.dumps(table) if args.json else markdown_table(table))
+
+
 def main() -> None:
     """Parse the arguments and print the result as a table or as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -293,6 +401,13 @@ def main() -> None:
         "--sheet-photos", type=int, default=SHEET_PHOTOS, help="photos on the contact sheets (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    group = parser.add_argument_group("with --out")
+    group.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the evaluation, created or resumed")
+    group.add_argument("--candidates", type=int, default=DEFAULT_CANDIDATES, help="per photo (default: %(default)s)")
+    group.add_argument("--temperature", default="1", help="one or several, separated by commas (default: %(default)s)")
+    group.add_argument("--skill", choices=SKILLS, default="recipe", help="only recipes are scored")
+    group.add_argument("--prompt", default="", help="the prompt of the skill")
+    group.add_argument("--seed", type=int, default=1, help="seed of the answers (default: %(default)s)")
     args = parser.parse_args()
     if args.sheet and args.sheet.suffix.lower() != ".png":
         parser.error("argument --sheet: the file name must end in .png")
@@ -300,6 +415,9 @@ def main() -> None:
         parser.error("--pool and --degraded must be 0 or more, --sheet-photos 1 or more")
     try:
         function = RewardFunction.from_json(args.reward)
+        if args.out:
+            print_evaluation(args, function)
+            return
         photo_set = load_photos(args.photos, "held-out", args.max_photos)
         names = [name.strip() for name in args.models.split(",") if name.strip()]
         photos = photo_set.photos if args.degraded is None else degrade_photos(photo_set.photos, args.degraded)

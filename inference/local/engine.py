@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 
 import torch
@@ -16,7 +16,7 @@ from inference.local import generation
 from inference.local.device_queue import Cancelled, DeviceQueue
 from inference.local.generation import Job
 from inference.local.model_cache import LoadedModel, ModelCache, pick_device, wrap_errors
-from inference.types import AnswerEvent, InferenceError, ModelSpec, Queued, Request
+from inference.types import Answer, AnswerEvent, InferenceError, ModelSpec, Queued, Request
 
 # Small models do not benefit from a second thread. Beside a training run, two threads that synchronise at every
 # operation are many times slower than one.
@@ -66,6 +66,39 @@ class Engine:
                 yield event
         finally:
             closed.set()
+
+    def answer_batch(self, spec: ModelSpec, requests: Sequence[Request], cancel: threading.Event) -> list[list[Answer]]:
+        """Run a model on several requests as one batch, in the caller's thread.
+
+        Args:
+            spec: The model.
+            requests: Requests that differ in photo, prompt and seed only.
+            cancel: Set by the caller to cancel.
+
+        Returns:
+            The answers of each request, by candidate.
+
+        Raises:
+            InferenceError: If generation fails or is cancelled.
+        """
+        answers: list[list[Answer]] = [[] for _ in requests]
+
+        def collect(index: int) -> Callable[[AnswerEvent | Exception | None], None]:
+            return lambda event: answers[index].append(event) if isinstance(event, Answer) else None
+
+        queued_at = time.perf_counter()
+        jobs = [
+            Job(spec, request, cancel.is_set, collect(index), queued_at, claimed=True)
+            for index, request in enumerate(requests)
+        ]
+        try:
+            with self.device_queue.acquire(cancel.is_set, lambda position: None):
+                self._generate(jobs)
+            if not all(job.finished for job in jobs):
+                raise Cancelled
+        except Exception as error:
+            raise as_inference_error(error, spec) from error
+        return [sorted(batch, key=lambda answer: answer.index) for batch in answers]
 
     def _run(self, job: Job) -> None:
         """Wait for the device, then run the job and the waiting jobs that can share its batch."""
@@ -163,3 +196,8 @@ def loaded_sources() -> tuple[str, ...]:
 def answer(spec: ModelSpec, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
     """Run a model on the engine of this process. See `Engine.answer`."""
     return _ENGINE.answer(spec, request, cancel)
+
+
+def answer_batch(spec: ModelSpec, requests: Sequence[Request], cancel: threading.Event) -> list[list[Answer]]:
+    """Run a model on several requests as one batch on the engine of this process. See `Engine.answer_batch`."""
+    return _ENGINE.answer_batch(spec, requests, cancel)

@@ -78,28 +78,49 @@ def load_photos(source: str, split: str = "train", limit: int = 200, seed: int =
         PhotoSourceError: The source has no readable photo.
     """
     photo_set = PhotoSet()
+    for name, photo in stream_photos(source, split, limit, seed, photo_set):
+        photo_set.photos.append(photo)
+        photo_set.names.append(name)
+    return photo_set
+
+
+def stream_photos(source: str, split: str, limit: int, seed: int, report: PhotoSet) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the name and the photo (uint8 RGB) of each readable photo of a source, one at a time.
+
+    Args:
+        source: As for `load_photos`, like the other arguments.
+        split: "train" or "held-out".
+        limit: Maximum number of photos.
+        seed: Seed of the random sample.
+        report: Receives `unreadable` and `available`.
+
+    Raises:
+        PhotoSourceError: The source has no readable photo.
+    """
     if source.startswith(HUB_PREFIX):
         files = itertools.islice(_stream_hub_dataset(source.removeprefix(HUB_PREFIX)), limit)
     else:
         files = _list_files(source, split)
-        photo_set.available = len(files)
+        report.available = len(files)
         if len(files) > limit:
             files = [files[index] for index in np.random.default_rng(seed).permutation(len(files))]
+    count = 0
     for name, load in files:
-        if len(photo_set.photos) == limit:
+        if count == limit:
             break
         try:
-            photo_set.photos.append(shrink(load(), PREVIEW_SIDE))
-            photo_set.names.append(name)
+            photo = shrink(load(), PREVIEW_SIDE)
         except PhotoError as error:
-            photo_set.unreadable.append(f"{name}: {error}")
-    photo_set.available = max(photo_set.available, len(photo_set.photos) + len(photo_set.unreadable))
-    if not photo_set.photos:
-        first = f" The first: {photo_set.unreadable[0]}" if photo_set.unreadable else ""
+            report.unreadable.append(f"{name}: {error}")
+            continue
+        count += 1
+        yield name, photo
+    report.available = max(report.available, count + len(report.unreadable))
+    if not count:
+        first = f" The first: {report.unreadable[0]}" if report.unreadable else ""
         raise PhotoSourceError(
             f"No photo could be read from {_public_name(source)}.{first} Choose photos such as JPEG or PNG."
         )
-    return photo_set
 
 
 def train_eval_split(photos: str, held_out: str, limit: int, seed: int) -> tuple[PhotoSet, PhotoSet]:

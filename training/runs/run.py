@@ -159,7 +159,7 @@ class RunConfig(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise RunError(f"The run's config cannot be used: {_format_errors(error)}.") from None
+            raise RunError(f"The run's config cannot be used: {format_errors(error)}.") from None
 
     @classmethod
     def create(cls, **values: Any) -> RunConfig:
@@ -167,7 +167,7 @@ class RunConfig(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise RunError(f"The run cannot be started: {_format_errors(error)}.") from None
+            raise RunError(f"The run cannot be started: {format_errors(error)}.") from None
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,7 @@ class Status:
         started: Unix time at which the training process started, 0 before.
         ended: Unix time at which the run ended, 0 before.
         message: Reason for a failure, or a note for the user.
+        eta: Unix time at which the work is expected to end, 0 if the process does not estimate it.
     """
 
     state: RunState = "queued"
@@ -193,6 +194,7 @@ class Status:
     started: float = 0.0
     ended: float = 0.0
     message: str = ""
+    eta: float = 0.0
 
     @property
     def finished(self) -> bool:
@@ -200,11 +202,13 @@ class Status:
         return self.state in FINISHED_STATES
 
     def seconds_left(self, now: float | None = None) -> float | None:
-        """Estimate the remaining time from the steps so far; None without a completed step."""
-        if self.state != "running" or not self.step:
+        """Estimate the remaining time from `eta`, or from the steps so far; None without a completed step."""
+        if self.state != "running" or not self.step or not self.steps:
             return None
-        elapsed = (time.time() if now is None else now) - self.started
-        return max(0.0, elapsed / self.step * (self.steps - self.step))
+        now = time.time() if now is None else now
+        if self.eta:
+            return max(0.0, self.eta - now)
+        return max(0.0, (now - self.started) / self.step * (self.steps - self.step))
 
 
 @dataclass(frozen=True)
@@ -334,11 +338,11 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read the logged steps, oldest first."""
-        return list(_read_jsonl(self.folder / "metrics.jsonl"))
+        return list(read_jsonl(self.folder / "metrics.jsonl"))
 
     def probes(self) -> list[dict[str, Any]]:
         """Read the probe answers, oldest first; each has step, photo, recipe, scores and total."""
-        return list(_read_jsonl(self.folder / "probes.jsonl"))
+        return list(read_jsonl(self.folder / "probes.jsonl"))
 
     def rollouts(self, step: int) -> dict[str, Any] | None:
         """Read the rollouts of the last recorded step up to `step`; see `training.grpo.callbacks.RunCallback`."""
@@ -395,7 +399,7 @@ class Run:
 
     def calls(self) -> list[dict[str, Any]]:
         """Read the paid calls of a hosted run, oldest first."""
-        return list(_read_jsonl(self.folder / "calls.jsonl"))
+        return list(read_jsonl(self.folder / "calls.jsonl"))
 
     def append_call(self, row: dict[str, Any]) -> None:
         """Append a paid call, before anything else is done with its answer. Raises OSError."""
@@ -416,7 +420,7 @@ class Run:
     def truncate_after(self, step: int) -> None:
         """Remove metrics, probes, rollouts and alarms of steps after `step`; a resumed run writes them again."""
         for name in ("metrics.jsonl", "probes.jsonl", *(["rollouts.jsonl"] if self.has_rollouts else [])):
-            rows = [row for row in _read_jsonl(self.folder / name) if row.get("step", 0) <= step]
+            rows = [row for row in read_jsonl(self.folder / name) if row.get("step", 0) <= step]
             write_atomically(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
         if alarms := self.alarms():
             self.set_alarms([row for row in alarms if row.get("step", 0) <= step])
@@ -446,6 +450,8 @@ class Run:
 
 class RunStore:
     """The runs in a folder."""
+
+    noun = "run"  # in messages
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -481,20 +487,26 @@ class RunStore:
         Raises:
             RunError: If the limit is reached or the folder cannot be written.
         """
+        return Run(self._create(config, config.steps, Ownership(owner, owner_name, own_key), run_id))
+
+    def _create(self, config: BaseModel, steps: int, ownership: Ownership, run_id: str | None = None) -> Path:
+        """Create the folder of a queued run. Raises RunError."""
         if self.is_full:
-            raise RunError(f"The limit of {MAX_RUNS} runs is reached. Delete one first, or try again later.")
-        run = Run(self.folder / (run_id or self.new_id()))
-        part = run.folder.with_name(f".{run.id}")
+            raise RunError(f"The limit of {MAX_RUNS} {self.noun}s is reached. Delete one first, or try again later.")
+        folder = self.folder / (run_id or self.new_id())
+        part = folder.with_name(f".{folder.name}")
         try:
             part.mkdir(parents=True)
             write_atomically(part / "config.json", config.model_dump_json(indent=1))
-            Run(part).set_ownership(Ownership(owner, owner_name, own_key))
-            Run(part).set_status(steps=config.steps, created=time.time())
-            os.replace(part, run.folder)
+            Run(part).set_ownership(ownership)
+            Run(part).set_status(steps=steps, created=time.time())
+            os.replace(part, folder)
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
-            raise RunError(f"Could not write the run's folder ({error.strerror}). Free some disk space.") from None
-        return run
+            raise RunError(
+                f"Could not write the {self.noun}'s folder ({error.strerror}). Free some disk space."
+            ) from None
+        return folder
 
     def list(self) -> list[Run]:
         """List the runs, oldest first. A folder without a config is not a run."""
@@ -507,19 +519,19 @@ class RunStore:
     def get(self, name: str) -> Run:
         """Return the run with this id. Raises RunError."""
         if not is_run_id(name) or not (self.folder / name / "config.json").is_file():
-            raise RunError(f"There is no run {str(name)[:40]!r}. It may have been deleted.")
+            raise RunError(f"There is no {self.noun} {str(name)[:40]!r}. It may have been deleted.")
         return Run(self.folder / name)
 
     def delete(self, name: str) -> None:
         """Delete a run with everything it learned. Raises RunError if its process is alive, or on a disk error."""
         run = self.get(name)
         if run.alive():
-            raise RunError("This run is still working. Cancel it first.")
+            raise RunError(f"This {self.noun} is still working. Cancel it first.")
         trash = run.folder.with_name(f".{run.id}{TRASH_SUFFIX}")  # a killed process leaves a whole run or none
         try:
             os.replace(run.folder, trash)
         except OSError as error:
-            raise RunError(f"The run could not be deleted ({error.strerror}). Try again.") from None
+            raise RunError(f"The {self.noun} could not be deleted ({error.strerror}). Try again.") from None
         shutil.rmtree(trash, ignore_errors=True)
 
     def remove_leftovers(self) -> None:
@@ -535,7 +547,7 @@ def is_run_id(name: object) -> bool:
     return isinstance(name, str) and bool(_ID.fullmatch(name))
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects in a file; skips invalid lines, such as the last one of a killed process."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -550,7 +562,7 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _format_errors(error: ValidationError) -> str:
+def format_errors(error: ValidationError) -> str:
     """Format validation errors in one line, without the invalid values, which may be long or not text."""
     messages = []
     for problem in error.errors(include_url=False, include_input=False)[:6]:
