@@ -27,8 +27,8 @@ def folder_and_weight(text: str) -> tuple[Path, float]:
         value = float(weight)
     except ValueError:
         value = math.nan
-    if not (0 < value < math.inf and Path(folder).is_dir()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a folder, or not a folder and a positive weight.")
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} has no positive weight after the last =.")
     return Path(folder), value
 
 

@@ -32,7 +32,7 @@ class PlaygroundSettings:
     """
 
     photo: str = ""
-    models: tuple[str, ...] = ("moondream-tiny",)
+    models: tuple[str, ...] = ("moondream-tiny", "moondream-tiny-balanced", "moondream-tiny-bold")
     skill: str = "recipe"
     prompt: str = ""
     length: str = "normal"

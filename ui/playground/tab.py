@@ -134,8 +134,8 @@ def example_snapshot() -> dict[str, Any] | None:
     if session is None or example is None:
         return None
     snapshot = grid_snapshot(example, session.run_id, photo_preview(read_photo(session.photo)))
-    column = example.columns[0]
-    status = f"{len(column.candidates)} answers of {column.title}, computed beforehand."
+    columns = example.columns
+    status = f"{len(columns[0].candidates)} answers of each of {len(columns)} models, computed beforehand."
     return snapshot | {"label": "Example", "status": f"{status} Move a slider, or choose a photo and run."}
 
 

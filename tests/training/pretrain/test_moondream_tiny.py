@@ -1,5 +1,6 @@
 """Quality of the published moondream-tiny on held-out photos."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from training.pretrain.quality import (
     evaluate_regions,
     evaluate_restoration,
     evaluate_statements,
+    evaluate_undamaged,
     held_out_photos,
 )
 
@@ -50,15 +52,31 @@ def test_recipes_lower_the_error_of_degraded_photos(evaluator: ModelEvaluator, p
     result = evaluate_restoration(evaluator, degraded_photos(photos, copies=4, seed=1234), seed=1234)
     assert result["error_restored"] < 0.85 * result["error_degraded"], result
     assert result["error_restored"] < result["error_best_single_recipe"], result
-    assert result["share_lowered"] > 0.7, result
+    assert result["share_lowered"] > 0.6, result
+
+
+def test_good_photos_are_left_nearly_alone(evaluator: ModelEvaluator, photos: list[np.ndarray]) -> None:
+    result = evaluate_undamaged(evaluator, photos)
+    assert result["change"] <= 3, result
+    assert result["share_untouched"] >= 0.5, result
+    assert result["share_cut_subject"] == result["share_cut_head"] == 0, result
+
+
+def test_sources_of_the_photos_are_listed_without_held_out_ones() -> None:
+    sources = json.loads((Path(TINY) / "sources.json").read_text(encoding="utf-8"))
+    assert sources[0]["name"] == "bundled" and len(sources) > 1
+    used = {digest for source in sources for digest in source["files"].values()}
+    assert len(used) == sum(source["photos"] for source in sources)
+    for info in bundled_photos("held-out"):
+        assert hashlib.sha256(info.path.read_bytes()).hexdigest()[:16] not in used
 
 
 def test_predicted_levels_correlate_with_true_levels(evaluator: ModelEvaluator, photos: list[np.ndarray]) -> None:
     result = evaluate_levels(evaluator, degraded_photos(photos, copies=4, seed=99))
     assert result["exposure"] > 0.7, result
     assert result["contrast"] > 0.35, result
-    assert result["warmth"] > 0.45, result
-    assert result["sharpening"] > 0.65, result
+    assert result["warmth"] > 0.4, result
+    assert result["sharpening"] > 0.75, result
     assert result["crop_within_5"] > 0.5, result
 
 
@@ -81,8 +99,8 @@ def test_most_statements_are_true(evaluator: ModelEvaluator, photos: list[np.nda
 
 def test_detect_and_point_find_areas(evaluator: ModelEvaluator, photos: list[np.ndarray]) -> None:
     result = evaluate_regions(evaluator, [e.original for e in degraded_photos(photos, 1, 7)])
-    assert result["hit"] > 0.7, result
-    assert result["iou"] > 0.4, result
+    assert result["hit"] > 0.75, result
+    assert result["iou"] > 0.45, result
     assert result["nothing_found_for_unknown"] > 0.9, result
 
 

@@ -78,9 +78,11 @@ def test_example_uses_the_default_settings() -> None:
 def test_snapshot_is_small_and_labelled() -> None:
     snapshot = playground.example_snapshot()
     assert snapshot is not None and snapshot["label"] == "Example"
-    (column,) = snapshot["columns"]
-    assert len({candidate["picture"] for candidate in column["candidates"]}) == EXAMPLE_SETTINGS.n
-    assert len(json.dumps(snapshot)) < 400_000
+    assert [column["name"] for column in snapshot["columns"]] == list(EXAMPLE_SETTINGS.models)
+    assert all(len(column["candidates"]) == EXAMPLE_SETTINGS.n for column in snapshot["columns"])
+    pictures = {candidate["picture"] for column in snapshot["columns"] for candidate in column["candidates"]}
+    assert len(pictures) >= 8
+    assert len(json.dumps(snapshot)) < 700_000
 
 
 @pytest.mark.parametrize(
@@ -89,9 +91,10 @@ def test_snapshot_is_small_and_labelled() -> None:
         ({}, True),
         ({"reward": "colour:1"}, True),
         ({"__theme": "dark"}, True),
-        ({"photo": "coffee.jpg", "models": "moondream-tiny", "n": "4", "reward": "colour:1"}, True),
+        ({"photo": "coffee.jpg", "models": ",".join(EXAMPLE_SETTINGS.models), "n": "4", "reward": "colour:1"}, True),
         ({"photo": "china.jpg"}, False),
         ({"n": "4"}, False),
+        ({"photo": "coffee.jpg", "models": "moondream-tiny"}, False),
         ({"photo": "coffee.jpg", "seed": "2"}, False),
     ],
 )
