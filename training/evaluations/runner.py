@@ -172,7 +172,8 @@ class _Runner:
     def _copy_photos(self) -> list[dict[str, Any]]:
         """Copy the photos to the folder, one at a time, and score them as they are."""
         config, report, rows = self.config, PhotoSet(), []
-        stream = stream_photos(config.photos, "held-out", config.max_photos, config.seed, report)
+        hub_token = False if self.evaluation.owner else None  # a visitor cannot read what this deployment can
+        stream = stream_photos(config.photos, "held-out", config.max_photos, config.seed, report, hub_token)
         for index, (name, photo) in enumerate(stream):
             self._check_cancelled()
             if config.degraded is not None:
