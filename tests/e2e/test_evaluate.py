@@ -59,7 +59,7 @@ def test_an_evaluation_from_the_form_to_the_playground(open_page: OpenPage) -> N
     page.locator("#eval-weight-creativity input[type=range]").evaluate(SET_SLIDER, 0)
     page.wait_for_function("text => document.querySelector('.eval-table tbody').innerText !== text", arg=before)
     page.get_by_role("button", name="Model", exact=True).click()
-    assert page.locator(f"{ROWS} th").first.inner_text().startswith("Fake hostile")
+    assert page.locator(f"{ROWS} th").first.inner_text().startswith("best of 256")
     assert page.locator(".eval-table th[aria-sort=ascending]").inner_text().startswith("Model")
 
     # Where A loses against B
