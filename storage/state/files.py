@@ -1,8 +1,8 @@
 """Which files of DATA_DIR are state worth keeping, and consistent copies of them while the application writes.
 
-Kept are the SQLite database (through SQLite's online backup), runs with their adapters and results, evaluations, the list
-of enabled adapters, finetunes, usage events that wait for the database, and uploaded photos of runs that can still be resumed.
-Everything else in DATA_DIR stays on this machine: lock files, temporary files, secrets, and uploads of no run.
+Kept are the SQLite database (through SQLite's online backup), runs with their adapters and results, evaluations, the
+list of enabled adapters, finetunes, usage events that wait for the database, and uploaded photos of runs that can still
+be resumed. Everything else in DATA_DIR stays on this machine: lock files, temporary files, secrets, uploads of no run.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def state_files(data_dir: Path) -> Iterator[Path]:
 
 
 def _run_files(run: Path, uploads: Path) -> Iterator[Path]:
-    """Yield the files of a run or an evaluation; of checkpoints only the newest complete one, and none of a finished run."""
+    """Yield the files of a run or evaluation; of checkpoints only the newest complete one, none of a finished run."""
     status = run / "status.json"
     if status.is_file():
         yield status
