@@ -103,7 +103,7 @@ def _loop_seconds(files: list[Path]) -> float:
 
 def _evaluation_seconds(photos: Path, folder: Path, count: int) -> tuple[float, float]:
     """Return the seconds of an evaluation without references, and the growth of memory in its second half in MB."""
-    models = [EvaluatedModel(name=name, title=MODELS[name].title) for name in NAMES]
+    models = [EvaluatedModel(name=name, temperature=1.0, title=MODELS[name].title) for name in NAMES]
     weights = dict(EQUAL_WEIGHTS.weights)
     config = EvaluationConfig.create(
         models=models, reward=weights, photos=str(photos), candidates=CANDIDATES, max_photos=count, pool=0
@@ -141,7 +141,7 @@ def _rescoring_milliseconds() -> tuple[float, float]:
     photos, models, candidates = BOARD
     rng = np.random.default_rng(0)
     config = EvaluationConfig.create(
-        models=[EvaluatedModel(name=f"model-{index}") for index in range(models)],
+        models=[EvaluatedModel(name=f"model-{index}", temperature=1.0, title="") for index in range(models)],
         reward=dict(EQUAL_WEIGHTS.weights),
         candidates=candidates,
     )
