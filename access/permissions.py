@@ -94,6 +94,7 @@ HANDLERS: dict[str, HandlerRule] = {
     "ui.usage.tab.refreshed": GUEST,
     "ui.usage.tab.refreshed_if_open": GUEST,
     "ui.usage.tab.period_changed": GUEST,
+    "ui.usage.tab.period_selected": GUEST,
     "ui.usage.tab.budget_submitted": HandlerRule(Role.ADMIN, session=True),
     "ui.usage.tab.alert_submitted": HandlerRule(Role.ADMIN, session=True),
     "ui.usage.tab.machine_price_submitted": HandlerRule(Role.ADMIN, session=True),

@@ -17,6 +17,7 @@ HEAD = "".join(
         ("style", "style.css"),
         ("script", "session.js"),
         ("script", "vendor/uPlot-1.6.32.iife.min.js"),
+        ("script", "line_plot.js"),
     )
 )
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Ubuntu", "sans-serif")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo
 
 import pytest
 
@@ -95,20 +96,95 @@ def test_link_in_a_preview_comment_opens_the_usage_of_its_branch(open_page: Open
     assert page.get_by_role("tab", name="Usage").get_attribute("aria-selected") == "true"
 
 
-def test_charts_have_tooltips_and_tables_and_names_are_not_interpreted_as_html(open_page: Open) -> None:
-    page = wait_for_dashboard(open_page("usage.period=day"))
+def test_charts_show_all_values_hide_lines_and_zoom_into_a_period(open_page: Open) -> None:
+    page = wait_for_dashboard(open_page("usage.period=day&usage.zone=Europe/Berlin"))
     assert page.locator(".dash-chart").count() == 6
-    page.locator(".chart-frame").first.hover()
-    tooltip = page.locator(".chart-tooltip:not([hidden])")
-    assert HOSTILE + ": " in tooltip.inner_text() and "main: " in tooltip.inner_text()
-    table = page.locator(".dash-chart").first.locator("details")
+    assert page.locator(".chart-plot canvas").count() == 4
+    assert page.locator("#dashboard svg").count() == 0
+    chart = page.locator(".dash-chart").first
+    legend, at = chart.locator(".chart-legend button"), chart.locator(".chart-at")
+    assert at.inner_text().endswith(", latest")
+    # The values of all lines at the pointer, in every chart
+    plot = chart.locator(".u-over")
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 50)
+    page.wait_for_function("!document.querySelector('.chart-at').textContent.endsWith('latest')")
+    names = [text.split("\n") for text in legend.all_inner_texts()]
+    assert {name for name, _ in names} == {"main", "feature/warm, and more", HOSTILE}
+    assert all(int(value) == 5 for _, value in names), "a call every four minutes, of three branches in turn"
+    assert page.locator(".chart-at").nth(2).inner_text() == at.inner_text()
+    # A name hides its line, and the table stays open, across refreshes
+    legend.first.focus()
+    page.keyboard.press("Enter")
+    assert legend.first.get_attribute("aria-pressed") == "false"
+    table = chart.locator("details")
     table.locator("summary").click()
-    assert table.locator("tbody tr").count() >= 20 and table.locator("thead th").count() == 4
+    table.locator("tbody tr").nth(19).wait_for()
+    assert table.locator("thead th").count() == 4
     page.evaluate("document.querySelector('.dash-metric').dataset.stale = 'yes'")
     page.wait_for_selector(".dash-metric:not([data-stale])")  # the next refresh has been drawn
-    assert table.evaluate("details => details.open")
+    assert table.evaluate("details => details.open") and legend.first.get_attribute("aria-pressed") == "false"
+    # A dragged span becomes the period of the whole tab
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 0.71, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + 50, steps=4)
+    page.mouse.up()
+    page.wait_for_function("document.querySelector('.metric-value').textContent !== '300'")
+    page.wait_for_url("**usage.period=custom**")
+    assert re.search(r"usage\.start=\d{4}-\d\d-\d\dT\d\d%3A00%3A00", page.url), "bins are whole hours"
+    assert page.get_by_label("custom", exact=True).is_checked()
+    assert 15 <= int(calls(page)) <= 45 and int(calls(page)) % 15 == 0
+    assert "per minute" in chart.inner_text()
+    page.get_by_role("button", name="Zoom out").click()
+    page.wait_for_function("document.querySelector('.metric-value').textContent === '300'")
+    page.wait_for_url("**usage.period=day**")
+    assert page.locator(".zoom-out").is_hidden()
+    # The same by keyboard
+    start = datetime.now(timezone.utc) - timedelta(hours=2)
+    page.get_by_label("day", exact=True).focus()
+    for _ in range(3):
+        page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    for label, time in (("From", start), ("To", start + timedelta(hours=1))):
+        local = time.astimezone(ZoneInfo("Europe/Berlin"))
+        page.locator(".time-field", has_text=label).locator("input").focus()
+        for part in ("%m", "%d", "%Y", "\t%I", "%M", "%S", "%p"):  # of the browser's field in English
+            page.keyboard.type(local.strftime(part).replace("\t", ""))
+            if part == "%Y":
+                page.keyboard.press("Tab")
+    assert violations(page) == []
+    page.wait_for_function("document.querySelector('.metric-value').textContent === '15'")
     assert page.locator("#dashboard img").count() == 0
     assert page.evaluate("window.hacked") is None
+
+
+def test_lines_end_at_gaps_and_single_values_are_points(open_page: Open) -> None:
+    columns = open_page().evaluate(
+        """() => {
+          const box = document.createElement('div'), hidden = [{show: false}, {show: false}];
+          box.style.width = '400px';
+          document.body.append(box);
+          const chart = new LinePlot(box, {
+            height: 100, axes: hidden, scale: {time: false}, range: () => [0, 2], onCursor: () => {},
+          });
+          const line = {name: 'a', values: [1, 1, null, null, 1, null, 1], stroke: '#f00', width: 2};
+          chart.draw([0, 1, 2, 3, 4, 5, 6], [{...line, points: {show: false}}]);
+          chart.setRange(0, 6);
+          return new Promise(resolve => requestAnimationFrame(() => {
+            const {bbox: {left, width}, ctx} = chart.plot;
+            const isRed = x => ctx.getImageData(left + x * width / 6, 0, 1, ctx.canvas.height).data
+              .some((value, index, all) => index % 4 === 0 && value > 200 && all[index + 3] > 100);
+            resolve([0.5, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5].filter(isRed));
+            box.remove();
+          }));
+        }"""
+    )
+    assert columns == [0.5, 4]
 
 
 def test_selected_branches_are_compared(open_page: Open) -> None:

@@ -182,9 +182,7 @@ function drawProbe(probe) {
 
 // ── Curves ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-const PLOT_HEIGHTS = {'curve-reward': 230, 'curve-kl': 120};
 const CURSOR = {sync: {key: 'run'}, points: {size: 6}, drag: {x: true, y: false, uni: 12}};
-const plots = new Map();   // class of the container -> {plot, names}
 let chart = null;          // the drawn chart
 let zoom = null;           // the visible steps [first, last], or null for all
 
@@ -218,60 +216,42 @@ function drawCurves(data) {
     const raw = {...style, name: item.name + '-raw', values: item.values, width: 1, alpha: 0.3, points: {show: false}};
     return dense && factor > 0 ? [raw, smoothed] : [smoothed];
   });
-  drawPlot('curve-reward', lines, 'score, 0 to 1', (low, high) => { const pad = Math.max(0.01, (high - low) * 0.06); return [low - pad, high + pad]; });
+  rewardPlot.draw(chart.steps, lines, runId);
   byClass('curve-reward').setAttribute('aria-label', series.map(item => {
     const known = knownValues(item);
     return item.label + ' from ' + formatScore(known[0]) + ' to ' + formatScore(known[known.length - 1]);
   }).join(', '));
   setText(byClass('curve-diversity'), data.diversity);
   const kl = data.kl.filter(value => value !== null), latest = kl.length ? kl[kl.length - 1].toFixed(3) : '';
-  drawPlot('curve-kl', [{name: 'kl', values: data.kl, stroke: cssColour('--body-text-color-subdued'), width: 1.6, spanGaps: true, points: {show: false}}], 'nats per token', (low, high) => [0, Math.max(1e-6, high) * 1.06]);
+  klPlot.draw(chart.steps, [{name: 'kl', values: data.kl, stroke: cssColour('--body-text-color-subdued'), width: 1.6, spanGaps: true, points: {show: false}}], runId);
+  setZoom(zoom);
   byClass('curve-kl').setAttribute('aria-label', kl.length ? 'Latest ' + latest + ', maximum ' + Math.max(...kl).toFixed(3) : 'No values yet');
   drawLegend(null);
 }
 
-/** Draws lines over the steps into a container; the plot is created again only if its lines are others. */
-function drawPlot(name, lines, unit, range) {
-  const container = byClass(name), width = container.clientWidth;
-  if (!width) return;   // not visible yet: the observer below draws it
-  const data = [chart.steps, ...lines.map(line => line.values)], names = [runId, width, ...lines.map(line => line.name)].join(' ');
-  const old = plots.get(name);
-  if (old && old.names === names) { old.plot.setData(data, false); setZoom(old.plot); return; }
-  if (old) old.plot.destroy();
-  const text = cssColour('--body-text-color-subdued'), grid = {stroke: cssColour('--border-color-primary'), width: 1};
-  const axis = {stroke: text, grid: grid, ticks: grid, font: '11px system-ui, sans-serif', labelFont: '11px system-ui, sans-serif', labelSize: 18};
-  const plot = new uPlot({
-    width: width, height: PLOT_HEIGHTS[name], legend: {show: false}, cursor: CURSOR, padding: [8, 8, 0, 0],
-    scales: {x: {time: false}, y: {range: (_, low, high) => low === null ? [0, 1] : range(low, high)}},
-    axes: [{...axis, label: 'step', incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000], size: 32}, {...axis, label: unit, size: 46}],
-    series: [{}, ...lines.map(line => ({...line, values: undefined}))],
-    hooks: {setCursor: [plot => drawLegend(plot.cursor.idx)], setSelect: [plot => {
-      if (plot.select.width < 5) return;
-      zoom = [plot.posToVal(plot.select.left, 'x'), plot.posToVal(plot.select.left + plot.select.width, 'x')];
-      for (const other of plots.values()) setZoom(other.plot);
-    }]},
-  }, data, container);
-  plot.over.addEventListener('dblclick', resetZoom);
-  plots.set(name, {plot: plot, names: names});
-  setZoom(plot);
+/** Creates a plot over the steps. */
+function createPlot(name, height, unit, range) {
+  return new LinePlot(byClass(name), {
+    height, range, scale: {time: false}, cursor: CURSOR,
+    axes: [{label: 'step', incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000], size: 32}, {label: unit, size: 46}],
+    onCursor: drawLegend, onReset: () => setZoom(null), onSelect: (first, last) => setZoom([first, last]),
+  });
 }
 
-/** Shows the chosen steps of a plot, or all of them. */
-function setZoom(plot) {
+const rewardPlot = createPlot('curve-reward', 230, 'score, 0 to 1', (low, high) => { const pad = Math.max(0.01, (high - low) * 0.06); return [low - pad, high + pad]; });
+const klPlot = createPlot('curve-kl', 120, 'nats per token', (low, high) => [0, Math.max(1e-6, high) * 1.06]);
+
+/** Shows the steps [first, last], or all of them (null). */
+function setZoom(steps) {
+  zoom = steps;
   byClass('curve-reset').hidden = !zoom;
   const first = chart.steps[0], last = chart.steps[chart.steps.length - 1];
-  plot.setScale('x', zoom ? {min: zoom[0], max: zoom[1]} : {min: first, max: Math.max(last, first + 1)});
-}
-
-/** Shows all steps again. */
-function resetZoom() {
-  zoom = null;
-  for (const {plot} of plots.values()) setZoom(plot);
+  for (const plot of [rewardPlot, klPlot]) plot.setRange(...(zoom || [first, Math.max(last, first + 1)]));
 }
 
 /** Writes the values of all lines at one step; the latest ones without a step. */
 function drawLegend(index) {
-  const hovered = index !== null && index !== undefined, list = byClass('curve-legend'), series = visibleSeries();
+  const hovered = index !== null, list = byClass('curve-legend'), series = visibleSeries();
   setText(byClass('curve-at'), hovered ? 'step ' + chart.steps[index] : 'latest');
   if (list.children.length !== series.length)
     list.replaceChildren(...series.map(() => { const item = createNode('li'); item.append(createNode('i'), createNode('span'), createNode('small')); return item; }));
@@ -286,7 +266,7 @@ function drawLegend(index) {
 }
 
 byClass('curve-smoothing').addEventListener('input', () => drawCurves(chart));
-byClass('curve-reset').addEventListener('click', resetZoom);
+byClass('curve-reset').addEventListener('click', () => setZoom(null));
 new ResizeObserver(() => { if (chart) drawCurves(chart); }).observe(byClass('curve-reward'));
 
 /** Shows the log; it follows new lines while it is scrolled to its end. */

@@ -1,11 +1,12 @@
 // Draws the dashboard from props.value. Runs once, when the component loads. Text is inserted with textContent only.
 
-const SVG = 'http://www.w3.org/2000/svg';
 const COLOURS = 8;  // CSS classes colour-0 to colour-7
 const byClass = (name, parent = element) => parent.querySelector('.' + name);
 const fromTemplate = name => byClass(name).content.firstElementChild.cloneNode(true);
 const generateButton = byClass('dash-generate'), budgetForm = byClass('dash-budget-form'), machineForm = byClass('machine-form'), alertForm = byClass('alert-form');
-const openTables = new Set();  // titles of the charts whose tables are open
+const charts = new Map();  // the drawn charts by title
+const zooms = [];  // the periods before each zoom, latest last
+let zooming = false;  // whether a period was selected that is not drawn yet
 let drawnBudgets = '', drawnAlerts = '';  // JSON of the budgets and alerts that are drawn
 
 /** Sets an element's text if it differs, so that screen readers announce only changes. */
@@ -19,13 +20,6 @@ function createNode(tag, className, text) {
   if (className) node.className = className;
   if (text !== undefined) node.textContent = text;
   return node;
-}
-
-/** Creates an SVG element. */
-function createShape(tag, attributes) {
-  const shape = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) shape.setAttribute(name, value);
-  return shape;
 }
 
 /** Creates a table row whose first cell is its header; in the table's head every cell is one. */
@@ -54,7 +48,10 @@ function draw() {
   byClass('dash-error').classList.toggle('notice', Boolean(data && data.notice));
   byClass('dash').hidden = !data || Boolean(error);
   if (!data || error) return;
-  setText(byClass('dash-period'), data.period);
+  setText(byClass('period-text'), data.period);
+  zooming = false;
+  if (data.filter.period !== 'custom') zooms.length = 0;
+  byClass('zoom-out').hidden = !zooms.length;
   byClass('dash-empty').hidden = !data.empty;
   byClass('dash-content').hidden = data.empty;
   setText(byClass('dash-generate-status'), '');
@@ -100,13 +97,11 @@ function drawContent(data) {
   byClass('dash-notes').replaceChildren(...data.notes.map(note => createNode('li', '', note)));
   byClass('dash-branches').hidden = !data.branches.length;
   drawBranches(data);
-  const focused = document.activeElement && document.activeElement.closest('.dash-chart');
-  if (focused && element.contains(focused) && focused.querySelector('details[open]')) return;  // a table is being read
-  byClass('dash-charts').replaceChildren(
-    ...data.charts.map(createChart),
-    createScatter(data.scatter),
-    createBars('Cost per model', 'US dollars', data.cost_per_model, 'No call in this period has a known price.'),
-    createBars('Errors by class', 'calls', data.errors, 'No call failed in this period.'));
+  const times = [...data.bins, data.end];
+  data.charts.forEach(chart => drawTimeChart(chart, times, data));
+  drawScatter(data.scatter);
+  drawBars('Cost per model', 'US dollars', data.cost_per_model, 'No call in this period has a known price.');
+  drawBars('Errors by class', 'calls', data.errors, 'No call failed in this period.');
 }
 
 /** Draws the table of branches, with the change of each value to the first branch. */
@@ -123,106 +118,163 @@ function drawBranches(data) {
 
 // ── Charts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Creates an empty chart whose table stays open across refreshes. */
-function createFrame(title, subtitle) {
-  const chart = fromTemplate('chart-template');
-  setText(byClass('chart-title', chart), title);
-  setText(byClass('chart-subtitle', chart), subtitle);
-  byClass('table-scroll', chart).setAttribute('aria-label', title + ' as a table');
-  const details = chart.querySelector('details');
-  details.open = openTables.has(title);
-  details.addEventListener('toggle', () => { if (details.open) openTables.add(title); else openTables.delete(title); });
+const CURSOR = {sync: {key: 'usage'}, points: {size: 7}, drag: {x: true, y: false, uni: 12}};
+const WHOLE_NUMBERS = [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7].flatMap(power => [power, 2 * power, 5 * power]);
+const DAY = 86400, HOUR = 3600, MINUTE = 60;
+// For each distance of the ticks in seconds: a label, and what follows it where the year or the day changes.
+const TIME_LABELS = [
+  [365 * DAY, '{YYYY}', null, null, null, null, null, null, 1],
+  [28 * DAY, '{MMM}', '\n{YYYY}', null, null, null, null, null, 1],
+  [DAY, '{D} {MMM}', '\n{YYYY}', null, null, null, null, null, 1],
+  [MINUTE, '{HH}:{mm}', '\n{D} {MMM}', null, '\n{D} {MMM}', null, null, null, 1],
+];
+const compact = new Intl.NumberFormat('en', {notation: 'compact', maximumSignificantDigits: 4});
+/** Formats a number on an axis in a unit of the data. */
+const formatTick = {
+  'calls': value => compact.format(value),
+  'reward': value => value.toFixed(2),
+  'US dollars': value => '$' + value.toLocaleString('en', {maximumSignificantDigits: 4}),
+  's': (value, all) => all[all.length - 1] < 1 ? +(1000 * value).toPrecision(4) + ' ms' : +value.toPrecision(4) + ' s',
+};
+
+/** Returns the size of a y axis, in pixels, that its longest number needs. */
+function axisSize(plot, numbers, index, cycle) {
+  const axis = plot.axes[index];
+  if (cycle > 1) return axis._size;
+  plot.ctx.font = axis.font[0];
+  const widths = (numbers || []).map(number => plot.ctx.measureText(number).width / devicePixelRatio);
+  return Math.ceil(axis.ticks.size + axis.gap + 6 + Math.max(20, ...widths));
+}
+
+/** Returns the options of an axis of numbers in a unit. */
+const numberAxis = (unit, label, options) => ({label, values: (_, numbers) => numbers.map(number => formatTick[unit](number, numbers)), incrs: unit === 'calls' ? WHOLE_NUMBERS : undefined, ...options});
+/** Returns the limits of an axis from zero to a little more than the highest value. */
+const fromZero = (low, high) => [0, high > 0 ? 1.06 * high : 1];
+
+/** Returns the section of a title, which is created at first. `create` completes it. */
+function sectionOf(title, subtitle, template, create) {
+  let chart = charts.get(title);
+  if (!chart) {
+    const section = fromTemplate(template);
+    setText(byClass('chart-title', section), title);
+    byClass('table-scroll', section).setAttribute('aria-label', template === 'bars-template' ? title : title + ' as a table');
+    byClass('dash-charts').append(section);
+    chart = {section, hidden: new Set()};
+    charts.set(title, chart);
+    create(chart);
+  }
+  setText(byClass('chart-subtitle', chart.section), subtitle);
   return chart;
 }
 
-/** Creates a line chart over time. */
-function createChart(data) {
-  const chart = createFrame(data.title, data.subtitle), svg = chart.querySelector('svg');
-  const count = data.bins.length, max = data.max || 1;
-  const x = index => count < 2 ? 300 : index / (count - 1) * 600;
-  const y = value => 196 - value / max * 184;
-  const grid = [0, 0.5, 1].map(fraction => createShape('line', {class: 'grid', x1: 0, x2: 600, y1: y(fraction * max), y2: y(fraction * max)}));
-  const lines = data.lines.flatMap((line, index) => segments(line.values).map(segment => segment.length > 1
-    ? createShape('polyline', {class: 'line ' + colourClass(index), points: segment.map(bin => x(bin).toFixed(1) + ',' + y(line.values[bin]).toFixed(1)).join(' ')})
-    : createShape('line', {class: 'line single ' + colourClass(index), x1: x(segment[0]) - 0.01, x2: x(segment[0]) + 0.01, y1: y(line.values[segment[0]]), y2: y(line.values[segment[0]])})));
-  svg.replaceChildren(...grid, ...lines);
-  svg.setAttribute('aria-label', data.title + ' ' + data.subtitle + ', maximum ' + (data.max_text || 'unknown') + '. The table lists all values.');
-  setText(byClass('chart-max', chart), data.max_text || 'No data in this period');
-  setText(byClass('chart-first', chart), data.bins[0] || '');
-  setText(byClass('chart-last', chart), (data.bins[count - 1] || '') + ' ' + data.zone);
-  drawLegend(chart, data.lines.map(line => line.name));
-  fillTable(chart.querySelector('table'), ['From', ...data.lines.map(line => line.name)],
-    data.bins.map((bin, index) => [bin, ...data.lines.map(line => line.texts[index])]));
-  addTooltip(chart, count, index => [data.bins[index], ...data.lines.map(line => line.name + ': ' + line.texts[index])]);
-  return chart;
-}
-
-/** Returns the indices of each run of consecutive known values. */
-function segments(values) {
-  const result = [];
-  values.forEach((value, index) => {
-    if (value === null) return;
-    if (index && values[index - 1] !== null) result[result.length - 1].push(index); else result.push([index]);
+/** Completes a section: its plot, whose lines the legend shows and hides, and its table, filled while it is open. */
+function addPlot(chart, options) {
+  const container = byClass('chart-plot', chart.section), details = chart.section.querySelector('details');
+  chart.plot = new LinePlot(container, {height: 220, range: fromZero, onSelect: () => {}, onReset: zoomOut, ...options});
+  details.addEventListener('toggle', () => chart.fill());
+  new ResizeObserver(() => chart.redraw()).observe(container);
+  byClass('chart-legend', chart.section).addEventListener('click', event => {
+    const button = event.target.closest('button');
+    if (!button) return;
+    const index = [...button.closest('ul').children].indexOf(button.parentNode), visible = chart.hidden.delete(button.dataset.name);
+    if (!visible) chart.hidden.add(button.dataset.name);
+    button.setAttribute('aria-pressed', visible);
+    chart.plot.setVisible(index, visible);
   });
-  return result;
 }
 
-/** Draws a chart's legend. */
+/** Draws the names of a chart's lines as buttons; nodes stay as long as the names do. */
 function drawLegend(chart, names) {
-  byClass('chart-legend', chart).replaceChildren(...names.map((name, index) => {
-    const item = createNode('li', colourClass(index));
-    item.append(createNode('i'), createNode('bdi', '', name));
+  const list = byClass('chart-legend', chart.section);
+  if (list.dataset.names === JSON.stringify(names)) return;
+  list.dataset.names = JSON.stringify(names);
+  list.replaceChildren(...names.map((name, index) => {
+    const item = createNode('li', colourClass(index)), button = createNode('button');
+    button.type = 'button';
+    button.dataset.name = name;
+    button.setAttribute('aria-pressed', !chart.hidden.has(name));
+    button.append(createNode('i'), createNode('bdi', '', name), createNode('span', 'legend-value'));
+    item.append(button);
     return item;
   }));
 }
 
-/** Shows the texts of the bin under the pointer. */
-function addTooltip(chart, count, textsOf) {
-  const frame = byClass('chart-frame', chart), tooltip = byClass('chart-tooltip', chart), cursor = byClass('chart-cursor', chart);
-  frame.addEventListener('pointerleave', () => { tooltip.hidden = cursor.hidden = true; });
-  frame.addEventListener('pointermove', event => {
-    if (!count) return;
-    const box = frame.getBoundingClientRect(), fraction = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
-    const index = count < 2 ? 0 : Math.round(fraction * (count - 1)), position = count < 2 ? 0.5 : index / (count - 1);
-    tooltip.replaceChildren(...textsOf(index).map((text, row) => createNode(row ? 'span' : 'b', '', text)));
-    tooltip.hidden = cursor.hidden = false;
-    cursor.style.left = 100 * position + '%';
-    tooltip.style.left = Math.min(Math.max(0, position * box.width + 10), Math.max(0, box.width - tooltip.offsetWidth)) + 'px';
-  });
+/** Writes a text beside each name of a legend. */
+function writeLegend(chart, texts) {
+  chart.section.querySelectorAll('.legend-value').forEach((node, index) => setText(node, texts[index] ?? ''));
 }
 
-/** Creates a scatter plot of mean reward against median latency. */
-function createScatter(points) {
-  const chart = createFrame('Reward and latency', 'one dot per model, sized by its number of calls'), svg = chart.querySelector('svg');
-  const scored = points.filter(point => point.y !== null);
-  const maxLatency = Math.max(1e-9, ...scored.map(point => point.x)) * 1.1, maxCalls = Math.max(1, ...scored.map(point => point.calls));
-  svg.setAttribute('preserveAspectRatio', 'xMidYMid meet');
-  const grid = [0, 0.5, 1].map(fraction => createShape('line', {class: 'grid', x1: 0, x2: 600, y1: 190 - fraction * 180, y2: 190 - fraction * 180}));
-  svg.replaceChildren(...grid, ...scored.map((point, index) => {
-    const circle = createShape('circle', {class: 'dot ' + colourClass(index), cx: 8 + point.x / maxLatency * 580, cy: 190 - point.y * 180, r: 5 + 8 * Math.sqrt(point.calls / maxCalls)});
-    const [calls, latency, reward, cost] = point.cells, title = document.createElementNS(SVG, 'title');
-    title.textContent = point.name + ': reward ' + reward + ', median latency ' + latency + ', ' + cost + ' per request, ' + calls + ' calls';
-    circle.append(title);
-    return circle;
+/** Returns uPlot's options of the line at an index: its colour, and whether it is shown. */
+function lineStyle(chart, name, index) {
+  const item = byClass('chart-legend', chart.section).children[index];
+  return {name, show: !chart.hidden.has(name), stroke: () => getComputedStyle(item).getPropertyValue('--tone').trim()};
+}
+
+/** Draws values over time: lines that end at gaps, with the values of all lines at the pointer's time. */
+function drawTimeChart(data, times, {zone, bin_texts}) {
+  const chart = sectionOf(data.title, data.subtitle, 'chart-template', created => addPlot(created, {
+    cursor: CURSOR, scale: {time: true}, settings: {tzDate: seconds => uPlot.tzDate(new Date(1000 * seconds), created.zone)},
+    axes: [{values: TIME_LABELS, size: 42}, numberAxis(data.unit, data.label, {size: axisSize})],
+    onCursor: index => created.write(index), onSelect: (first, last) => zoomInto(first, last, created.times),
   }));
-  svg.setAttribute('aria-label', 'Reward against latency of ' + scored.length + ' models. The table lists all values.');
-  setText(byClass('chart-max', chart), scored.length ? 'reward 1' : 'No call in this period has a reward.');
-  setText(byClass('chart-first', chart), 'faster');
-  setText(byClass('chart-last', chart), 'slower (median latency)');
-  drawLegend(chart, scored.map(point => point.name));
-  fillTable(chart.querySelector('table'), ['Model', 'Calls', 'Median latency', 'Mean reward', 'Cost per request'], points.map(point => [point.name, ...point.cells]));
-  return chart;
+  const last = data.lines.length ? times.length - 2 : -1;
+  chart.write = index => {
+    const shown = Math.min(index ?? last, last);
+    setText(byClass('chart-at', chart.section), shown < 0 ? 'No data in this period' : bin_texts[shown] + (index === null ? ', latest' : ''));
+    writeLegend(chart, data.lines.map(line => line.texts[shown]));
+  };
+  chart.fill = () => {
+    if (!chart.section.querySelector('details').open) return;
+    fillTable(chart.section.querySelector('table'), ['From, ' + zone, ...data.lines.map(line => line.name)],
+      bin_texts.map((bin, index) => [bin, ...data.lines.map(line => line.texts[index])]));
+  };
+  chart.redraw = () => {
+    const lines = data.lines.map((line, index) => ({...lineStyle(chart, line.name, index), values: line.values, width: 2, points: {show: false, size: 6}}));
+    if (chart.plot.draw(times.slice(0, -1), lines, zone)) chart.plot.setRange(times[0], times.length > 2 ? times[times.length - 2] : times[1]);
+  };
+  Object.assign(chart, {times, zone});
+  drawLegend(chart, data.lines.map(line => line.name));
+  byClass('chart-plot', chart.section).setAttribute('aria-label', data.title + ' ' + data.subtitle + ', maximum ' + (data.max_text || 'unknown') + '. The table lists all values.');
+  chart.redraw();
+  chart.write(chart.plot.index);
+  chart.fill();
 }
 
-/** Creates a bar chart as a table with a bar in each row. */
-function createBars(title, subtitle, bars, emptyText) {
-  const chart = fromTemplate('bars-template');
-  setText(byClass('chart-title', chart), title);
-  setText(byClass('chart-subtitle', chart), subtitle);
-  byClass('table-scroll', chart).setAttribute('aria-label', title);
-  setText(byClass('bars-empty', chart), emptyText);
-  byClass('bars-empty', chart).hidden = bars.length > 0;
-  chart.querySelector('tbody').replaceChildren(...bars.map(bar => {
+/** Draws mean reward against median latency, one dot per model. */
+function drawScatter(points) {
+  const chart = sectionOf('Reward and latency', 'one dot per model, sized by its number of calls', 'chart-template', created => addPlot(created, {
+    cursor: {points: {show: false}, drag: {x: false, y: false}}, scale: {time: false, range: (_, low, high) => fromZero(low, high)}, range: () => [0, 1],
+    axes: [numberAxis('s', 'median latency', {size: 32}), numberAxis('reward', 'mean reward', {size: axisSize})],
+    onCursor: index => created.write(index),
+  }));
+  const scored = points.filter(point => point.y !== null).sort((a, b) => a.x - b.x), maxCalls = Math.max(1, ...scored.map(point => point.calls));
+  const describe = ({name, cells: [calls, latency, reward, cost]}) => name + ': reward ' + reward + ', median latency ' + latency + ', ' + cost + ' per request, ' + calls + ' calls';
+  chart.write = index => setText(byClass('chart-at', chart.section), index === null || !scored[index] ? (scored.length ? scored.length + ' scored models' : 'No call in this period has a reward.') : describe(scored[index]));
+  chart.fill = () => {
+    if (!chart.section.querySelector('details').open) return;
+    fillTable(chart.section.querySelector('table'), ['Model', 'Calls', 'Median latency', 'Mean reward', 'Cost per request'], points.map(point => [point.name, ...point.cells]));
+  };
+  chart.redraw = () => {
+    const dots = scored.map((point, index) => {
+      const style = lineStyle(chart, point.name, index);
+      return {...style, values: scored.map(other => other === point ? point.y : null), paths: () => null, alpha: 0.75, points: {show: true, fill: style.stroke, size: 8 + 14 * Math.sqrt(point.calls / maxCalls), filter: null}};
+    });
+    if (chart.plot.draw(scored.map(point => point.x), dots, JSON.stringify(scored.map(point => point.calls / maxCalls)))) chart.plot.setRange(...fromZero(0, Math.max(0, ...scored.map(point => point.x))));
+  };
+  drawLegend(chart, scored.map(point => point.name));
+  byClass('chart-plot', chart.section).setAttribute('aria-label', 'Reward against latency of ' + scored.length + ' models. The table lists all values.');
+  chart.redraw();
+  chart.write(chart.plot.index);
+  writeLegend(chart, scored.map(point => point.cells[2]));
+  chart.fill();
+}
+
+/** Draws a bar chart as a table with a bar in each row. */
+function drawBars(title, subtitle, bars, emptyText) {
+  const {section} = sectionOf(title, subtitle, 'bars-template', () => {});
+  setText(byClass('bars-empty', section), emptyText);
+  byClass('bars-empty', section).hidden = bars.length > 0;
+  section.querySelector('tbody').replaceChildren(...bars.map(bar => {
     const row = createRow([bar.name, bar.text]), mark = createNode('i');
     linkRun(row.firstElementChild, bar.run);
     mark.style.width = (100 * bar.fraction).toFixed(1) + '%';
@@ -230,8 +282,25 @@ function createBars(title, subtitle, bars, emptyText) {
     row.lastElementChild.prepend(mark);
     return row;
   }));
-  return chart;
 }
+
+// ── Period ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** Selects the bins that a dragged span touches as the tab's period. */
+function zoomInto(first, last, times) {
+  if (zooming) return;  // the other charts, whose cursors follow this one, report the same span
+  zooming = true;
+  const start = Math.max(0, times.findLastIndex(time => time <= first)), end = times.findIndex(time => time >= last);
+  zooms.push(props.value.filter);
+  trigger('zoom', {start: times[start], end: times[end < 0 ? times.length - 1 : Math.max(end, start + 1)]});
+}
+
+/** Selects the period before the latest zoom. */
+function zoomOut() {
+  if (zooms.length && !zooming) trigger('zoom', zooms.pop());
+}
+
+byClass('zoom-out').addEventListener('click', zoomOut);
 
 // ── Budgets and input ───────────────────────────────────────────────────────────────────────────────────────────────
 

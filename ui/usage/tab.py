@@ -11,6 +11,7 @@ from functools import partial
 from string import Template
 from threading import Event
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import gradio as gr
 
@@ -26,7 +27,7 @@ from ui.events import PRIVATE, UNQUEUED, tab_selected
 from ui.messages import user_error
 from ui.permissions import visitor_of
 from ui.services import AppServices, SharedComponents
-from ui.usage.view import ModelLabel, alerts_snapshot, dashboard_snapshot, dashboard_view, machine_snapshot
+from ui.usage.view import ModelLabel, alerts_snapshot, dashboard_snapshot, dashboard_view, machine_snapshot, time_field
 from usage.alerts import Alert, AlertError
 from usage.analytics import FilterOptions
 from usage.budgets import Budget, BudgetError
@@ -91,6 +92,7 @@ class DashboardFilter:
 
 FIELDS = tuple(DashboardFilter.__dataclass_fields__)
 NAME_FIELDS = ("branches", "models", "skills", "outcomes")
+PERIOD_FIELDS = ("period", "start", "end")
 OPTION_FIELDS = ("branches", "models", "skills")  # whose choices come from the database
 
 
@@ -147,6 +149,7 @@ def refresh(
         )
         snapshot["machine"] = machine_snapshot(services.meter.machine)
         snapshot["alerts"] = alerts_snapshot(services.alerts.list(), services.alerts.webhook is not None, filters.zone)
+        snapshot["filter"] = {name: getattr(filters, name) for name in PERIOD_FIELDS}
     except (StoreError, FilterError) as error:
         return {"error": str(error)}, *unchanged, options
     if new_options == options:
@@ -206,6 +209,36 @@ def filters_from_link(request: gr.Request, zone: str) -> dict[str, Any]:
 def period_changed(period: str) -> dict[str, Any]:
     """Show the inputs for a custom period."""
     return gr.update(visible=period == CUSTOM)
+
+
+def period_selected(event: gr.EventData, zone: str) -> tuple[str, Any, Any]:
+    """Return the values of the period's inputs for a time span selected in a chart, or for an earlier period.
+
+    Args:
+        event: {start, end} in seconds since 1970, or values of PERIOD_FIELDS.
+        zone: The time zone of the inputs.
+
+    Raises:
+        gr.Error: The data are invalid.
+    """
+    data = event._data if isinstance(event._data, dict) else {}
+    try:
+        if "period" not in data:
+            tz = ZoneInfo(_valid_zone(zone))
+            start, end = (
+                datetime.fromtimestamp(float(data[name]), tz).replace(tzinfo=None).isoformat(timespec="seconds")
+                for name in ("start", "end")
+            )
+            return CUSTOM, start, end
+        if data["period"] == CUSTOM:
+            start, end = (_parse_time(data[name]) for name in ("start", "end"))
+            if start and end:
+                return CUSTOM, start.isoformat(timespec="seconds"), end.isoformat(timespec="seconds")
+        elif data["period"] in PERIODS:
+            return data["period"], gr.skip(), gr.skip()  # the dates are hidden
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        pass
+    raise user_error("This period cannot be shown. Choose another one.", "Period")
 
 
 def update_budget(services: AppServices, event: gr.EventData) -> None:
@@ -348,8 +381,7 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
         filters["skills"] = gr.Dropdown([], value=[], label="Skills", **names)
         filters["outcomes"] = gr.Dropdown(list(FilterOptions.outcomes), value=[], label="Outcomes", **names)
     with gr.Row(visible=False, elem_id="usage-custom") as custom_period:
-        filters["start"] = gr.DateTime(label="From", type="string", min_width=160)
-        filters["end"] = gr.DateTime(label="To", type="string", min_width=160)
+        filters["start"], filters["end"] = time_field("From"), time_field("To")
         filters["zone"] = gr.Dropdown(sorted(time_zones()), value="UTC", label="Time zone", min_width=160)
     dashboard = dashboard_view()
     with gr.Row(elem_id="usage-downloads"):
@@ -391,10 +423,14 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     # Filters
     filters["period"].input(period_changed, filters["period"], custom_period, **UNQUEUED)
     filters["period"].change(period_changed, filters["period"], custom_period, **UNQUEUED)
-    changes = [filters[name].input for name in FIELDS if name not in ("start", "end")]
-    changes += [filters[name].change for name in ("start", "end")]  # gr.DateTime has no `input` event
+    changes = [filters[name].input for name in FIELDS]
     gr.on(changes, refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
     gr.on(changes, None, filter_list, None, js=link_js, **PRIVATE)
+
+    period_inputs = [filters[name] for name in PERIOD_FIELDS]
+    zoomed = dashboard.zoom(period_selected, filters["zone"], period_inputs, **UNQUEUED)
+    zoomed.then(refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
+    zoomed.then(None, filter_list, None, js=link_js, **PRIVATE)
 
     # Actions
     def budget_submitted(event: gr.EventData) -> None:

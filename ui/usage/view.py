@@ -65,10 +65,16 @@ class ModelLabel:
 def dashboard_view() -> gr.HTML:
     """Create the component.
 
-    It fires `budget` with {action, branch, limit, stop}, `alert` with {action, branch, measure, limit},
-    `machine` with {action, dollars, past}, and `generate`.
+    It fires `zoom` with {start, end} in seconds since 1970 or with an earlier `filter` of the snapshot, `budget` with
+    {action, branch, limit, stop}, `alert` with {action, branch, measure, limit}, `machine` with {action, dollars,
+    past}, and `generate`.
     """
     return template_component(HERE, "dashboard", "dashboard")
+
+
+def time_field(title: str) -> gr.HTML:
+    """Create a field for a local time, whose value is text in ISO 8601. It fires `input` when a time is entered."""
+    return template_component(HERE, "time_field", label=title, value="", min_width=160)
 
 
 def dashboard_snapshot(
@@ -91,18 +97,25 @@ def dashboard_snapshot(
     """
     metrics, order = dashboard.metrics, _largest_first(dashboard.volume)
     name_of = (lambda name: model_of(name).title) if by == "model" else str
+    size = dashboard.volume.bin
     return {
         "empty": not metrics.calls.value,
         "period": _format_period(metrics, zone),
         "metrics": [_metric(name, getattr(metrics, name)) for name in METRICS],
         "notes": _notes(metrics),
         **_branch_comparison(dashboard.branches),
+        "zone": zone,
+        "bins": [start.timestamp() for start in dashboard.volume.starts],
+        "bin_texts": [_format_bin(start, dashboard.volume.bin) for start in dashboard.volume.starts],
+        "end": metrics.window.end.timestamp(),
         "charts": [
             _chart(
-                "Calls", f"per {dashboard.volume.bin}, by {by}", _limit_lines(dashboard.volume, order), zone, name_of
+                "Calls", f"per {size}, by {by}", f"calls per {size}", _limit_lines(dashboard.volume, order), name_of
             ),
-            _chart("Latency", f"percentiles per {dashboard.latency.bin}", dashboard.latency, zone),
-            _chart("Cost", f"per {dashboard.cost.bin}, by {by}", _limit_lines(dashboard.cost, order), zone, name_of),
+            _chart("Latency", f"percentiles per {size}", "latency", dashboard.latency),
+            _chart(
+                "Cost", f"per {size}, by {by}", f"US dollars per {size}", _limit_lines(dashboard.cost, order), name_of
+            ),
         ],
         "scatter": [_scatter_point(dot, model_of(dot.model).title) for dot in dashboard.scatter],
         "cost_per_model": [
@@ -327,14 +340,24 @@ def _limit_lines(series: Series, order: list[str]) -> Series:
     return replace(series, lines=tuple(lines))
 
 
-def _chart(title: str, subtitle: str, series: Series, zone: str, name_of: Callable[[str], str] = str) -> dict[str, Any]:
-    """Return a chart over time, with each value as a number for its line and as text for tooltip and table."""
+def _chart(
+    title: str, subtitle: str, label: str, series: Series, name_of: Callable[[str], str] = str
+) -> dict[str, Any]:
+    """Return a chart over time, with each value as a number for its line and as text for legend and table.
+
+    Args:
+        title: Title of the chart.
+        subtitle: What it shows.
+        label: Label of its y axis.
+        series: The values; None is a gap in the line.
+        name_of: Returns the displayed name of a line.
+    """
     known = [value for line in series.lines for value in line.values if value is not None]
-    maximum = max(known, default=0.0)
     return {
         "title": title,
         "subtitle": subtitle,
-        "bins": [_format_bin(start, series.bin) for start in series.starts],
+        "label": label,
+        "unit": series.unit,
         "lines": [
             {
                 "name": _shorten(name_of(line.name)),
@@ -343,9 +366,7 @@ def _chart(title: str, subtitle: str, series: Series, zone: str, name_of: Callab
             }
             for line in series.lines
         ],
-        "max": maximum,
-        "max_text": format_value(series.measure, maximum) if known else "",
-        "zone": zone,
+        "max_text": format_value(series.measure, max(known)) if known else "",
     }
 
 

@@ -64,7 +64,7 @@ def metric(value: dict[str, Any], name: str) -> dict[str, Any]:
     return next(item for item in value["metrics"] if item["name"] == name)
 
 
-@pytest.mark.parametrize("file", ["dashboard.html", "dashboard.js"])
+@pytest.mark.parametrize("file", ["dashboard.html", "dashboard.js", "time_field.html", "time_field.js"])
 def test_template_has_no_placeholders_and_script_inserts_no_html(file: str) -> None:
     """Gradio runs `${...}` in a template as JavaScript."""
     text = (HERE / file).read_text(encoding="utf-8")
@@ -292,6 +292,37 @@ def test_invalid_filters_of_a_link_become_the_defaults() -> None:
     values = linked(f"usage.period={HOSTILE[:20]}&usage.by=drop&usage.zone=../etc/passwd&" + "usage.models=x&" * 500)
     assert (values["period"], values["by"], values["zone"]) == ("day", "branch", "UTC")
     assert len(values["models"]) == tab.MAX_NAMES
+
+
+def test_span_of_a_chart_becomes_the_period_and_can_be_undone(services: AppServices) -> None:
+    record(services)
+
+    def select(zone: str = "UTC", **data: Any) -> tuple[Any, ...]:
+        return tab.period_selected(gr.EventData(None, data), zone)
+
+    start = datetime(2026, 11, 23, 6, tzinfo=timezone.utc).timestamp()
+    period = select("Asia/Kathmandu", start=start, end=start + 3600)
+    assert period == ("custom", "2026-11-23T11:45:00", "2026-11-23T12:45:00")
+    query = DashboardFilter(zone="Asia/Kathmandu", **dict(zip(tab.PERIOD_FIELDS, period, strict=True))).to_query()
+    assert query.start is not None and query.start.timestamp() == start
+    assert select(**dict(zip(tab.PERIOD_FIELDS, period, strict=True))) == period
+    earlier = snapshot(services, period="week")["filter"]
+    assert earlier == {"period": "week", "start": None, "end": None} and select(**earlier)[0] == "week"
+    for data in ({}, {"start": "x", "end": 1}, {"start": 1e30, "end": 1}, {"period": HOSTILE}, {"period": "custom"}):
+        with pytest.raises(gr.Error, match="Choose another one"):
+            select(**data)
+
+
+def test_bins_of_charts_are_in_the_time_zone_and_gaps_are_null(services: AppServices) -> None:
+    record(services, seconds_ago=3600)
+    value = snapshot(services, period="day", zone="Asia/Kathmandu")
+    calls, latency, cost = value["charts"]
+    assert value["zone"] == "Asia/Kathmandu" and all(start % 3600 == 900 for start in value["bins"])
+    assert value["bins"] == sorted(value["bins"]) and value["bins"][-1] < value["end"]
+    assert [len(line["values"]) for line in latency["lines"]] == [len(value["bins"])] * 3
+    assert sum(calls["lines"][0]["values"]) == 1 and latency["lines"][0]["values"].count(None) == len(value["bins"]) - 1
+    assert (calls["label"], latency["unit"], cost["label"]) == ("calls per hour", "s", "US dollars per hour")
+    assert cost["max_text"] == "" and latency["max_text"] == "200 ms"
 
 
 def test_budget_is_set_shown_and_removed(services: AppServices) -> None:
