@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,24 +16,19 @@ from inference.registry import answer
 from inference.types import Answer, Request
 from recipes import load_photo
 from tests.support.clean_environment import create_environment
+from tests.support.doc_blocks import BLOCKS
 
 ROOT = Path(__file__).resolve().parents[3]
 PHOTO = ROOT / "assets" / "photos" / "coffee.jpg"
-# The example of docs/api.md, after a check that neither this project nor what else it requires can be imported.
-LOAD = """
-import importlib.util, sys
-from PIL import Image
+# Before the example of docs/api.md: neither this project nor what else it requires can be imported. After it: detect.
+BEFORE = """
+import importlib.util
 others = ("inference", "recipes", "cv2", "gradio", "peft", "trl", "pip")
 found = [name for name in others if importlib.util.find_spec(name)]
 assert found == [], found
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-folder, photo = sys.argv[1], Image.open(sys.argv[2]).convert("RGB")
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-inputs = processor.prepare(photo, "query", "Is the photo bright or dark?")
-ids = model.generate(**inputs, do_sample=False, max_new_tokens=24)
-print(processor.decode_answers(ids[:, inputs["input_ids"].shape[1]:])[0])
+"""
+AFTER = """
+photo = Image.open("photo.jpg").convert("RGB")
 assert len(model.detect(**processor.prepare(photo, "detect", "the main subject"))) == 1
 """
 
@@ -49,7 +45,9 @@ def test_exported_folder_loads_with_transformers_alone(tmp_path: Path, monkeypat
     export(monkeypatch, "moondream-tiny", str(folder))
     assert json.loads((folder / "config.json").read_text())["auto_map"]
     python = create_environment(tmp_path / "environment", "transformers", "torch", "pillow")
-    command = [str(python), "-I", "-c", LOAD, str(folder), str(PHOTO)]
+    (example,) = (block.text for block in BLOCKS if block.language == "python export")
+    shutil.copyfile(PHOTO, tmp_path / "photo.jpg")
+    command = [str(python), "-I", "-c", BEFORE + example + AFTER]
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     loaded = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert loaded.returncode == 0, loaded.stderr[-2000:]
