@@ -25,6 +25,7 @@ FUNCTION = "vivid"
 SIZE = {"width": 1280, "height": 800}
 FILM_WIDTH, FILM_SECONDS = 960, 2.5  # of a step
 STEPS = 60
+EVALUATED_PHOTOS = 6
 
 
 def walk(page: Page, address: str, preview: str, steps: int, visit: Callable[[str], None]) -> None:
@@ -66,6 +67,13 @@ def walk(page: Page, address: str, preview: str, steps: int, visit: Callable[[st
     page.locator(".picker-selection").get_by_text("tuned").wait_for()
     run(page)
     visit("tuned")
+    page.get_by_role("tab", name="Evaluate").click()
+    page.wait_for_function("document.querySelector('#eval-estimate').textContent.includes('photos')")
+    page.get_by_label("At most").fill(str(EVALUATED_PHOTOS))
+    page.locator("#eval-start").click()
+    page.wait_for_selector("#evaluation .eval[data-state=done]")
+    page.locator("#evaluation").scroll_into_view_if_needed()
+    visit("evaluate")
     page.goto(preview)
     page.wait_for_selector("body[data-opened]")
     page.locator("#deployment").get_by_text(BRANCH).wait_for()

@@ -126,20 +126,20 @@ def test_comparison_can_be_run_by_keyboard(open_page: OpenPage) -> None:
 def test_page_opens_with_a_comparison_that_the_sliders_rank(open_page: OpenPage, tmp_path: Path) -> None:
     """The example is painted before the page is interactive, and its pictures can be downloaded."""
     page = open_page()
-    assert page.locator(".card[data-status=ready] .card-after[src^='data:image/jpeg']").count() == 4
+    assert page.locator(".card[data-status=ready] .card-after[src^='data:image/jpeg']").count() == 12
     assert page.locator(".grid-label").inner_text() == "Example"
     assert violations(page) == []
-    first = page.locator(".card").first.get_attribute("data-key")
+    total = page.locator(".card-total").first.inner_text()
     for name in ("sharpness", "colour"):
         set_weight(page, name, 0)
-    page.wait_for_function("key => document.querySelector('.card').dataset.key !== key", arg=first)
+    page.wait_for_function("total => document.querySelector('.card-total').innerText !== total", arg=total)
     with page.expect_download() as download:
         page.locator(".card-download").first.click()
     assert download.value.suggested_filename.startswith("coffee")
     page.wait_for_url("**reward=creativity:1")
     page.reload()
     page.wait_for_selector("body[data-opened]")
-    assert page.locator(".grid-label").is_visible() and page.locator(".card").count() == 4
+    assert page.locator(".grid-label").is_visible() and page.locator(".card").count() == 12
 
 
 def test_empty_page_explains_the_steps(open_page: OpenPage) -> None:
