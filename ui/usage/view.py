@@ -34,6 +34,8 @@ METRICS = {
     "p95": "Latency p95",
     "p99": "Latency p99",
     "first_token": "Time to first token",
+    "queue": "Queue time p95",
+    "cold_starts": "Cold starts",
     "tokens": "Tokens",
     "cost": "Cost",
     "cost_per_request": "Cost per request",
@@ -47,7 +49,7 @@ BRANCH_COLUMNS = {
     "reward_per_cent": "Reward per cent",
 }
 HIGHER_IS_BETTER = ("reward", "reward_per_cent")
-LOWER_IS_BETTER = ("error_rate", "p50", "p95", "p99", "first_token", "cost_per_request")
+LOWER_IS_BETTER = ("error_rate", "p50", "p95", "p99", "first_token", "queue", "cost_per_request")
 MIN_BRANCH_CHANGE = 0.01  # difference between branches that is coloured
 MIN_CHANGE = 0.0005  # relative change below which a metric is neither better nor worse
 BIN_FORMATS = {"minute": "%H:%M", "hour": "%d %b %H:%M", "6 hours": "%d %b %H:%M", "day": "%d %b", "month": "%b %Y"}
@@ -211,8 +213,8 @@ def _three_digits(value: float) -> str:
 
 
 _FORMATTERS: dict[str, Callable[[float], str]] = {
-    **dict.fromkeys(("calls", "tokens"), lambda value: f"{value:,.0f}"),
-    **dict.fromkeys(("latency", "p50", "p95", "p99", "first_token"), format_seconds),
+    **dict.fromkeys(("calls", "cold_starts", "tokens"), lambda value: f"{value:,.0f}"),
+    **dict.fromkeys(("latency", "p50", "p95", "p99", "first_token", "queue"), format_seconds),
     **dict.fromkeys(("cost", "cost_per_request"), format_money),
     "error_rate": lambda value: f"{100 * value:.{0 if value in (0, 1) else 2}f} %",
     "reward": lambda value: f"{value:.3f}",
