@@ -61,6 +61,7 @@ HANDLERS: dict[str, HandlerRule] = {
     "ui.playground.tab.cancel": SESSION,
     "ui.playground.tab.render_full_size": SESSION,
     "ui.playground.tab.write_report": SESSION,
+    "ui.playground.code_panel.code_requested": GUEST,
     "ui.playground.reward_functions.selection_changed": GUEST,
     "ui.playground.reward_functions.save_clicked": GUEST,
     "ui.playground.reward_functions.rename_clicked": GUEST,

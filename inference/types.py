@@ -285,6 +285,16 @@ class InferenceError(Exception):
         self.message = message
 
 
+def skill_of_question(question: str) -> tuple[str, str]:
+    """Return the skill and the prompt of a question to the API.
+
+    `RECIPE_QUESTION` asks for a recipe, and words after it are instructions. Everything else is a query.
+    """
+    if not question.startswith(RECIPE_QUESTION):
+        return "query", question
+    return "recipe", question.removeprefix(RECIPE_QUESTION).strip() or RECIPE_QUESTION
+
+
 def recipe_prompt(instructions: str = "") -> str:
     """Build the prompt that explains the recipe grammar to a model that was not trained on recipes.
 

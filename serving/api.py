@@ -12,8 +12,8 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from inference.metering import UsageMeter
-from inference.types import RECIPE_QUESTION, Answer, ModelSpec
-from serving import batch, chat, tuning
+from inference.types import Answer, ModelSpec, skill_of_question
+from serving import batch, chat, score, tuning
 from serving.auth import ApiKeyAuth
 from serving.errors import ApiError, ErrorResponse, add_exception_handlers, error_body
 from serving.json_body import JsonRoute
@@ -75,6 +75,7 @@ def create_api(meter: UsageMeter, auth: ApiKeyAuth, folder: Path, max_requests: 
     api.include_router(tuning.router(tuning_service))
     dispatcher = Dispatcher(meter, max_requests, tuning_service)
     api.include_router(chat.router(dispatcher))
+    api.include_router(score.router(dispatcher.slots))
     api.include_router(batch.router(batch.BatchService(folder.parent / "batches", meter, dispatcher.model_of)))
     started = int(time.time())
 
@@ -96,8 +97,8 @@ def create_api(meter: UsageMeter, auth: ApiKeyAuth, folder: Path, max_requests: 
     @api.post("/query", response_model=QueryResponse, responses=STREAM_RESPONSES)
     async def query(body: QueryRequest, http_request: HttpRequest) -> Response:
         spec = await dispatcher.find_model(body.model, http_request)
-        skill = "recipe" if spec.grammar_constrained and body.question == RECIPE_QUESTION else "query"
-        fields = {"prompt": body.question, "spatial_refs": body.refs, "reasoning": bool(body.reasoning)}
+        skill, prompt = skill_of_question(body.question)
+        fields = {"prompt": prompt, "spatial_refs": body.refs, "reasoning": bool(body.reasoning)}
         call = dispatcher.call(http_request, spec, skill, body.photo, body.settings, **fields)
         return await (call.stream(TextEvents(call)) if body.stream else _respond(call, query_fields))
 

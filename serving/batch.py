@@ -31,7 +31,6 @@ from pydantic import BaseModel, Field, ValidationError
 from inference import registry
 from inference.metering import UsageMeter
 from inference.types import (
-    RECIPE_QUESTION,
     Answer,
     AnswerEvent,
     CandidateFailed,
@@ -39,6 +38,7 @@ from inference.types import (
     ModelSpec,
     Request,
     RequestError,
+    skill_of_question,
 )
 from serving.errors import ApiError, describe_problems
 from serving.json_body import JsonRoute
@@ -277,7 +277,7 @@ class BatchService:
                 content = json.loads(line)
             except ValueError:
                 raise LineError("invalid_request", "The line is not JSON.") from None
-            request, result_fields, sampling = parse_line(content, spec)
+            request, result_fields, sampling = parse_line(content)
             answer = self._answer(spec, request, sampling, f"{batch_id}:{index}"[:64])
         except LineError as error:
             failure = {"code": error.code, "message": str(error)}
@@ -397,7 +397,7 @@ def count_lines(file: Path) -> int:
     return total
 
 
-def parse_line(content: Any, spec: ModelSpec) -> tuple[Request, Callable[[Answer], dict[str, Any]], SamplingSettings]:
+def parse_line(content: Any) -> tuple[Request, Callable[[Answer], dict[str, Any]], SamplingSettings]:
     """Return the request of a line, the fields of its result, and its sampling settings. Raises LineError."""
     if not isinstance(content, dict):
         raise LineError("invalid_request", "The line is not a JSON object.")
@@ -422,10 +422,11 @@ def parse_line(content: Any, spec: ModelSpec) -> tuple[Request, Callable[[Answer
     except ApiError as error:
         raise LineError("image_decode_failed", str(error.detail)) from None
     sampling = body.settings or SamplingSettings()
-    if spec.grammar_constrained and content.get("question") == RECIPE_QUESTION:
-        skill = "recipe"
+    fields = _prompt_fields(body)
+    if isinstance(body, QueryRequest):
+        skill, fields["prompt"] = skill_of_question(body.question)
     try:
-        request = sampled_request(photo, skill, sampling, **_prompt_fields(body), spatial_refs=body.refs)
+        request = sampled_request(photo, skill, sampling, **fields, spatial_refs=body.refs)
     except RequestError as error:
         raise LineError("invalid_request", str(error)) from None
     return request, result_fields, sampling

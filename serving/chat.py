@@ -13,7 +13,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
-from inference.types import NO_PHOTO, RECIPE_QUESTION, Answer, ModelSpec
+from inference.types import NO_PHOTO, Answer, ModelSpec, skill_of_question
 from serving.chat_schemas import (
     ChatMessageResponse,
     ChatRequest,
@@ -81,8 +81,9 @@ def _task(body: ChatRequest, regions: RegionFormat | None, has_photo: bool) -> t
     question = body.question()
     if regions:
         return regions.skill, question  # the name of the object
-    if question == RECIPE_QUESTION:
-        return "recipe", question
+    skill, prompt = skill_of_question(question)
+    if skill == "recipe":
+        return skill, prompt
     if not question:
         if has_photo:
             return "caption", ""

@@ -38,7 +38,7 @@ def test_only_the_named_endpoints_are_public(client: Client) -> None:
     assert set(api["named_endpoints"]) == ENDPOINTS
     assert api["unnamed_endpoints"] == {}
     names = [parameter["parameter_name"] for parameter in api["named_endpoints"]["/compare"]["parameters"]]
-    assert names == ["photo", "models", "skill", "prompt", "n", "temperature", "seed"]
+    assert names == ["photo", "models", "skill", "prompt", "n", "temperature", "seed", "length"]
 
 
 def test_compare_returns_candidates_and_failures(client: Client) -> None:

@@ -70,6 +70,7 @@ def test_choices_change_the_sliders_and_are_undone_exported_and_deleted(open_pag
     page.get_by_role("button", name="Apply to sliders").click()
     page.wait_for_function("Number(document.querySelector('#weight-creativity input[type=range]').value) !== 0.5")
     assert weights(page)[0] == max(weights(page)) == 1.0
+    page.wait_for_function("location.search.includes('sharpness:1,')")  # the link has the new weights
     page.get_by_role("button", name="Reset sliders").click()
     page.wait_for_function("Number(document.querySelector('#weight-creativity input[type=range]').value) === 0.5")
 

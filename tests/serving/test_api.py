@@ -27,9 +27,21 @@ from schemathesis.specs.openapi.checks import (
 import app
 import recipes
 from inference.registry import BACKENDS, MODELS
-from inference.types import RECIPE_QUESTION, Answer, AnswerEvent, Box, InferenceError, ModelSpec, Request, TextUpdate
+from inference.types import (
+    RECIPE_QUESTION,
+    Answer,
+    AnswerEvent,
+    Box,
+    InferenceError,
+    ModelSpec,
+    Request,
+    TextUpdate,
+    skill_of_question,
+)
+from rewards import score_recipes
 from serving.api import create_api
 from serving.middleware import MAX_BODY
+from serving.schemas import decode_photo
 from settings import Settings
 from tests.support.api_client import PHOTO_URL, data_url, error_message, make_picture
 from tests.support.app_server import app_server
@@ -186,6 +198,29 @@ def test_recipe_question_is_answered_within_the_grammar(server: str) -> None:
         post(server, "query", question=RECIPE_QUESTION, settings={"temperature": 1}).json()["answer"] for _ in range(3)
     }
     assert len(answers) > 1 and all(recipes.parse(text).ok for text in answers)
+
+
+def test_words_after_the_recipe_question_are_instructions() -> None:
+    assert skill_of_question(RECIPE_QUESTION) == ("recipe", RECIPE_QUESTION)
+    assert skill_of_question(f"{RECIPE_QUESTION} Make it warm.") == ("recipe", "Make it warm.")
+    assert skill_of_question("Is it warm?") == ("query", "Is it warm?")
+
+
+def test_recipes_are_scored_as_on_the_page(server: str) -> None:
+    photo = decode_photo(PHOTO_URL)
+    texts = ["exposure +20", "no recipe", "saturation +40; look mono"]
+    body = post(server, "score", recipes=texts, reward={"colour": 1.0}).json()
+    scores = body["scores"]
+    assert scores[1] == {"recipe": None, "words": "", "scores": {}, "reward": None} and body["request_id"]
+    expected = score_recipes(photo, [recipes.parse(texts[index]).recipe for index in (0, 2)])
+    for score, known in zip((scores[0], scores[2]), expected, strict=True):
+        assert score["recipe"] == str(known.recipe) and score["words"]
+        assert score["scores"] == known.scores
+        assert score["reward"] == score["scores"]["colour"]
+    assert post(server, "score", recipes=["nothing"]).json()["scores"][0]["scores"] == {}
+    assert post(server, "score", recipes=[]).status_code == 400
+    wrong = post(server, "score", recipes=texts, reward={"beauty": 1})
+    assert wrong.status_code == 400 and "beauty" in wrong.json()["error"]["message"]
 
 
 def test_sampling_settings_are_passed_to_the_model(server: str) -> None:
@@ -493,7 +528,7 @@ def schema(server: str) -> Any:
     return schemathesis.openapi.from_url(f"{server}/openapi.json")
 
 
-POSTS = (*SKILLS, "segment", "chat/completions")
+POSTS = (*SKILLS, "segment", "score", "chat/completions")
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 

@@ -288,11 +288,11 @@ def test_calls_are_recorded(server: str) -> None:
 
 def test_key_is_a_bearer_token(server: str, tmp_path: Any) -> None:
     keys = Settings.from_env({"PLAYGROUND_API_KEYS": KEY}).api_keys
-    with app_server(tmp_path, api_keys=keys, api_rate=1.0) as address:
+    with app_server(tmp_path, api_keys=keys, api_rate=0.01) as address:
         url = f"{address}/v1"
         failure(chat(url, "Why?"), 401, "authentication_error", "unauthorized")
         headers = {"Authorization": f"Bearer {KEY}"}
-        responses = [chat(url, "Why?", headers=headers) for _ in range(8)]
+        responses = [chat(url, "Why?", headers=headers) for _ in range(2)]
         assert content(responses[0])
         failure(responses[-1], 429, "rate_limit_error", "rate_limited")
         assert int(responses[-1].headers["retry-after"]) >= 1

@@ -9,7 +9,7 @@ import gradio as gr
 import numpy as np
 
 from access.roles import Visitor
-from inference.types import MAX_CANDIDATES, MAX_SEED, MAX_TEMPERATURE, SKILLS, Request, RequestError
+from inference.types import LENGTHS, MAX_CANDIDATES, MAX_SEED, MAX_TEMPERATURE, SKILLS, Request, RequestError
 from recipes import Recipe, describe, parse
 from rewards import RewardFunction, RewardFunctionError, score_recipes
 from storage.reward_functions import StoreError
@@ -134,6 +134,7 @@ def build(services: AppServices) -> None:
         gr.Number(4, precision=0, minimum=1, maximum=MAX_CANDIDATES, label="n", **hidden),
         gr.Number(1.0, minimum=0, maximum=MAX_TEMPERATURE, label="temperature", **hidden),
         gr.Number(1, precision=0, minimum=0, maximum=MAX_SEED, label="seed", **hidden),
+        gr.Dropdown(list(LENGTHS), value="normal", label="length", **hidden),
     ]
     answer, recipes, weights = (gr.JSON(label=label, **hidden) for label in ("answer", "recipes", "weights"))
     name = gr.Textbox(label="name", **hidden)
@@ -146,6 +147,7 @@ def build(services: AppServices) -> None:
         n: int,
         temperature: float,
         seed: int,
+        length: str,
         request: gr.Request,
     ) -> dict[str, Any]:
         """Run models on a photo.
@@ -158,6 +160,7 @@ def build(services: AppServices) -> None:
             n: Number of candidates per model.
             temperature: Sampling temperature.
             seed: Seed of the first candidate.
+            length: Length of a caption.
             request: The HTTP request.
 
         Returns:
@@ -165,9 +168,8 @@ def build(services: AppServices) -> None:
         """
         visitor = visitor_of(services.access, request)
         with as_gradio_error(LimitError, title="Too many comparisons"), services.comparisons.admit(visitor):
-            return run_comparison(
-                services, visitor, read_photo(photo), models, skill, prompt, n=n, temperature=temperature, seed=seed
-            )
+            sampling = {"n": n, "temperature": temperature, "seed": seed, "length": length}
+            return run_comparison(services, visitor, read_photo(photo), models, skill, prompt, **sampling)
 
     def models(request: gr.Request) -> list[dict[str, Any]]:
         """List the models, with the reason why a model is unavailable or null."""

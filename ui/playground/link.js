@@ -8,6 +8,7 @@
   if (weights.length) query.set('reward', weights.map(([name, weight]) => name + ':' + weight).join(','));
   const search = query.toString().replaceAll('%3A', ':').replaceAll('%2C', ',');
   const write = () => history.replaceState(history.state, '', location.pathname + '?' + search);
+  document.dispatchEvent(new CustomEvent('playground-settings'));
   clearTimeout(window.playgroundLink);
   if (!copy) { window.playgroundLink = setTimeout(write, 250); return []; }   // browsers limit the rate of replaceState
   write();

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.events import Dependency
 
 from access.permissions import AccessDenied
 from access.roles import Visitor
@@ -330,7 +331,7 @@ def build(
     sliders: list[gr.Slider],
     download: gr.File,
     open_fine_tune: str,
-) -> None:
+) -> tuple[Dependency, ...]:
     """Connect the panel and the grid's Prefer buttons.
 
     Args:
@@ -341,6 +342,9 @@ def build(
         sliders: One slider per reward.
         download: Invisible component for downloads.
         open_fine_tune: JavaScript that opens the Fine-tune tab.
+
+    Returns:
+        The events after which the sliders may have other weights.
     """
     state = gr.State(PairState())
 
@@ -384,14 +388,14 @@ def build(
             preferences = services.preferences.list(visitor_of(services.access, request).id, photos=True)
         return write_zip(preferences)
 
-    panel.act(acted, [session, state, *sliders], [panel, state, *sliders], **UNQUEUED)
+    action = panel.act(acted, [session, state, *sliders], [panel, state, *sliders], **UNQUEUED)
     grid.prefer(card_preferred, [session, *sliders], panel, **UNQUEUED)
-    panel.retrain(retrain_clicked, sliders, sliders, **UNQUEUED).success(
-        None, None, None, js=open_fine_tune, **UNQUEUED
-    )
+    retrain = panel.retrain(retrain_clicked, sliders, sliders, **UNQUEUED)
+    retrain.success(None, None, None, js=open_fine_tune, **UNQUEUED)
     panel.dpo(dpo_clicked, sliders, None, **PRIVATE).success(None, None, None, js=open_fine_tune, **UNQUEUED)
     download_on(panel.download, download_choices, None, download)
     gr.on(None, panel_opened, None, panel, **UNQUEUED)  # with inputs, their changes would trigger it as well
+    return action, retrain
 
 
 def compared(session: Any) -> ComparedPhoto | None:

@@ -74,7 +74,9 @@ def candidate_json(candidate: Candidate, skill: str) -> dict[str, Any]:
             "scores": candidate.scores,
             "fidelity": candidate.fidelity,
         }
-    result |= {key: value for key in ("error", "reasoning", "path") if (value := getattr(candidate, key))}
+    result |= {key: value for key in ("error", "reasoning") if (value := getattr(candidate, key))}
+    if candidate.path:
+        result["outline"] = candidate.path  # Gradio's client would download what is called "path"
     if SKILLS[skill].output == "regions":
         result |= {
             "boxes": [[box.x_min, box.y_min, box.x_max, box.y_max] for box in candidate.boxes],

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.events import Dependency
 
 from access.permissions import AccessDenied
 from access.roles import Role, Visitor
@@ -126,11 +127,13 @@ class SavedComponents:
         selected: The drop-down of saved reward functions.
         browser: What a guest's browser keeps.
         note: Where the reward functions are kept.
+        loaded: The events after which the sliders have the weights of a saved or imported reward function.
     """
 
     selected: gr.Dropdown
     browser: gr.BrowserState
     note: gr.HTML
+    loaded: tuple[Dependency, ...]
 
 
 def build(services: AppServices, sliders: list[gr.Slider], download: gr.File) -> SavedComponents:
@@ -174,13 +177,13 @@ def build(services: AppServices, sliders: list[gr.Slider], download: gr.File) ->
         saved = saved_of(request, content)
         return *delete(saved, selected), browser_update(saved)
 
-    selected.input(selection_changed, [browser, selected], [*sliders, name], **PRIVATE)
+    loaded = selected.input(selection_changed, [browser, selected], [*sliders, name], **PRIVATE)
     save_button.click(save_clicked, [browser, selected, name, *sliders], [selected, browser], **PRIVATE)
     rename_button.click(rename_clicked, [browser, selected, name], [selected, browser], **PRIVATE)
     delete_button.click(delete_clicked, [browser, selected], [selected, name, browser], **PRIVATE)
-    import_button.upload(import_file, import_button, [*sliders, name], **PRIVATE)
+    imported = import_button.upload(import_file, import_button, [*sliders, name], **PRIVATE)
     download_on(export_button.click, export_file, [name, *sliders], download)
-    return SavedComponents(selected, browser, note)
+    return SavedComponents(selected, browser, note, (loaded, imported))
 
 
 def browser_update(saved: SavedFunctions) -> Any:

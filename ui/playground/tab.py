@@ -31,7 +31,7 @@ from ui.events import PRIVATE, UNQUEUED
 from ui.files import download_on, new_file, writing
 from ui.messages import as_gradio_error, show_warning, user_error
 from ui.permissions import visitor_of
-from ui.playground import preference_panel, reward_functions
+from ui.playground import code_panel, preference_panel, reward_functions
 from ui.playground.compare import PICTURE_QUALITY, Candidate, Comparison, ComparisonMeter, compare
 from ui.playground.example import EXAMPLE_SETTINGS, load_example
 from ui.playground.grid import candidate_grid, grid_snapshot
@@ -344,6 +344,7 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
                 )
                 copy_link = gr.Button("Copy link", size="sm", elem_id="copy-link", min_width=120)
                 report_button = gr.Button("Download report", size="sm", elem_id="report", min_width=120)
+            code = code_panel.code_panel()
     api.build(services)
 
     # Opening the page. Queued, because only queued events can show a warning.
@@ -366,7 +367,7 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     # Inputs
     upload, photo, skill, key = inputs["upload"], inputs["photo"], inputs["skill"], inputs["key"]
     photo.choose(sample_selected, None, upload, **UNQUEUED)
-    upload.input(photo_changed, upload, [upload, photo], **PRIVATE)
+    photo_updated = upload.input(photo_changed, upload, [upload, photo], **PRIVATE)
     skill.input(
         skill_changed,
         [skill, inputs["prompt"]],
@@ -403,13 +404,16 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     download_on(grid.download, render_full_size, [session], download)
     download_on(report_button.click, write_report, [session, *sliders], download)
     fine_tune.click(None, None, None, js=OPEN_FINE_TUNE_JS, **PRIVATE)
-    preference_panel.build(services, preferences, grid, session, sliders, download, OPEN_FINE_TUNE_JS)
 
-    # Link
+    # Link and code. Changes that the server makes are written to the link when they have arrived.
     link_values = [*(inputs[name] for name in LINK_FIELDS), *sliders]
+    code_panel.build(services, code, link_values)
+    fitted = preference_panel.build(services, preferences, grid, session, sliders, download, OPEN_FINE_TUNE_JS)
     changes = [photo.choose, inputs["models"].choose, inputs["seed"].change, run_button.click]
-    changes += [inputs[name].input for name in ("skill", "prompt", "length", "n", "temperature")]
+    changes += [inputs["prompt"].change]  # emptying it triggers no `input`
+    changes += [inputs[name].input for name in ("skill", "length", "n", "temperature")]
     changes += [slider.input for slider in sliders]
+    changes += [update.then for update in (photo_updated, *fitted, *saved.loaded)]
     for change in changes:  # gr.on does not accept the events of gr.HTML
         change(None, link_values, None, js=link_js(copy=False), **PRIVATE)
     copied = copy_link.click(None, link_values, copy_link, js=link_js(copy=True), **PRIVATE)
