@@ -36,7 +36,7 @@ def test_database_of_version_1_keeps_its_reward_functions(tmp_path: Path) -> Non
     connection.close()
     assert [saved.name for saved in RewardFunctionStore(f"sqlite:///{file}").list()] == ["crisp"]
     with sqlite3.connect(file) as connection:
-        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0007",)]
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0008",)]
         assert connection.execute("SELECT count(*) FROM usage_events").fetchone() == (0,)
     connection.close()
 
