@@ -103,7 +103,7 @@ def dashboard_snapshot(
     return {
         "empty": not metrics.calls.value,
         "period": _format_period(metrics, zone),
-        "metrics": [_metric(name, getattr(metrics, name)) for name in METRICS],
+        "metrics": [_metric(name, getattr(metrics, name), bool(metrics.calls.previous)) for name in METRICS],
         "notes": _notes(metrics),
         **_branch_comparison(dashboard.branches),
         "zone": zone,
@@ -229,13 +229,14 @@ def _shorten(name: str) -> str:
 # ── Parts of the snapshot ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _metric(name: str, metric: Metric) -> dict[str, Any]:
+def _metric(name: str, metric: Metric, has_previous: bool) -> dict[str, Any]:
+    """Return a metric with its change; `previous` is "" if the previous period has no calls, or none with a value."""
     change = metric.change
     return {
         "name": METRICS[name],
         "value": format_value(name, metric.value),
         "change": "" if change is None else _format_change(change),
-        "previous": format_value(name, metric.previous),
+        "previous": format_value(name, metric.previous) if has_previous and metric.previous is not None else "",
         "trend": _trend(name, change),
     }
 
