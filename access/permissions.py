@@ -89,6 +89,20 @@ HANDLERS: dict[str, HandlerRule] = {
     "ui.finetune.tab.action_clicked": SESSION,  # owners only
     "ui.finetune.tab.download_clicked": SESSION,  # owners only
     "ui.finetune.tab.push_clicked": HandlerRule(Role.USER, session=True),  # owners only
+    # Evaluate
+    "ui.evaluate.tab.refreshed": GUEST,  # own evaluations only
+    "ui.evaluate.tab.tab_opened": GUEST,
+    "ui.evaluate.tab.options_changed": GUEST,
+    "ui.evaluate.tab.pick": GUEST,
+    "ui.evaluate.tab.photos_shown": GUEST,  # owners only
+    "ui.evaluate.tab.reward_chosen": GUEST,
+    "ui.evaluate.tab.skill_prompt": GUEST,
+    "ui.evaluate.tab.updated_estimate": GUEST,
+    "ui.evaluate.tab.start_clicked": SESSION,  # guests need GUEST_RUNS
+    "ui.evaluate.tab.clear_key": GUEST,
+    "ui.evaluate.tab.action_clicked": SESSION,  # owners only
+    "ui.evaluate.tab.download_clicked": SESSION,  # owners only
+    "ui.evaluate.tab.cell_opened": SESSION,  # owners only
     # Usage
     "ui.usage.tab.link_opened": GUEST,
     "ui.usage.tab.refreshed": GUEST,
@@ -115,6 +129,8 @@ HANDLERS: dict[str, HandlerRule] = {
     "ui.api.runs.cancel_run_requested": GUEST,  # owners only
     "ui.api.runs.use_run_requested": GUEST,  # owners only
     "ui.api.runs.revert_requested": GUEST,  # owners only
+    "ui.api.evaluations.evaluate_requested": GUEST,  # guests need GUEST_RUNS
+    "ui.api.evaluations.evaluation_requested": GUEST,  # owners only
     "ui.api.usage.metrics": ADMIN,
     "ui.api.usage.series": ADMIN,
 }
@@ -127,6 +143,8 @@ TOOLS: dict[str, HandlerRule] = {
     "finish_photo": GUEST,
     "retrain": GUEST,  # guests need GUEST_RUNS
     "run_status": GUEST,
+    "evaluate": GUEST,  # guests need GUEST_RUNS
+    "evaluation": GUEST,  # owners only
 }
 
 

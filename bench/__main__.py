@@ -39,6 +39,7 @@ BENCHMARKS = {
     "grpo": "bench.grpo",
     "latency": "bench.latency",
     "learning": "bench.learning",
+    "evaluate": "bench.evaluate",
     "usage": "bench.usage",
     "endpoint": "bench.endpoint",
     "guests": "bench.guests",

@@ -236,7 +236,7 @@ def resolve_models(names: Sequence[str]) -> dict[str, ModelSpec]:
     return {name: resolve_model(name, base) for name in names}
 
 
-class _Unrecorded(Recorder):
+class UnrecordedCalls(Recorder):
     """Discards usage events: a shell command has no database."""
 
     def __init__(self) -> None:
@@ -277,7 +277,7 @@ def evaluate_to_folder(
     ended = threading.Event()
     threading.Thread(target=_print_progress, args=(evaluation, ended), daemon=True).start()
     try:
-        access = ModelAccess.of_specs(specs, UsageMeter(_Unrecorded(), Prices()))
+        access = ModelAccess.of_specs(specs, UsageMeter(UnrecordedCalls(), Prices()))
         run_evaluation(evaluation, access, workers=os.cpu_count() or 1)
     finally:
         ended.set()

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
@@ -16,7 +16,10 @@ from storage.database import Database
 from storage.preferences import PreferenceStore
 from storage.reward_functions import RewardFunctionStore
 from storage.state.bucket import StateBucket
+from training.data import uploads
 from training.data.uploads import TOTAL_QUOTA_BYTES
+from training.evaluations.evaluation import EvaluationStore
+from training.evaluations.queue import EvaluationQueue
 from training.hosted.billing import BillingAccount
 from training.runs.adapters import AdapterRegistry
 from training.runs.queue import COMMAND, RunQueue
@@ -47,6 +50,8 @@ class AppServices:
         store: Saved reward functions.
         runs: Training runs.
         worker: Queue that does the runs.
+        evaluations: Evaluations of models on sets of photos.
+        evaluation_queue: Queue that does the evaluations.
         adapters: Tuned models that can be selected.
         usage: Queries of the recorded usage events.
         budgets: Monthly budgets per branch.
@@ -62,6 +67,8 @@ class AppServices:
     store: RewardFunctionStore
     runs: RunStore
     worker: RunQueue
+    evaluations: EvaluationStore
+    evaluation_queue: EvaluationQueue
     adapters: AdapterRegistry
     usage: UsageAnalytics
     budgets: Budgets
@@ -159,10 +166,15 @@ class AppServices:
         )
         worker.mark_orphans()
         worker.wake()
+        evaluations = EvaluationStore(data_dir / "evaluations")
+        evaluation_queue = EvaluationQueue(evaluations, lambda photos: uploads.delete_unused(runs, photos))
+        evaluation_queue.mark_orphans()
         return cls(
             RewardFunctionStore(database),
             runs,
             worker,
+            evaluations,
+            evaluation_queue,
             adapters,
             usage,
             budgets,
@@ -188,11 +200,13 @@ class SharedComponents:
         tabs: The tabs of the page.
         sliders: One slider per reward, in the order of REWARDS.
         picker: The model picker.
+        playground: Inputs of the Playground by name, which its tab adds; other tabs fill them in.
     """
 
     tabs: gr.Tabs
     sliders: list[gr.Slider]
     picker: gr.HTML
+    playground: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def create(cls, tabs: gr.Tabs) -> SharedComponents:

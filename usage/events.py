@@ -49,7 +49,8 @@ class UsageEvent:
         skill: Name of the skill, or of the training step.
         outcome: "ok", "error" or "cancelled".
         latency: Seconds from the start of the computation to the last token.
-        source: Caller: "playground", "api", "v1", "v1-tuning", "fine-tune", "hosted-rl" or "demonstration".
+        source: Caller: "playground", "api", "v1", "v1-tuning", "evaluate", "fine-tune",
+            "hosted-rl" or "demonstration".
         branch: Git branch of the deployment; `commit` and `space` likewise, see `Deployment`.
         adapter: Name of the tuned run, or "".
         error: Class of the error, or "".

@@ -1,8 +1,8 @@
 """Which files of DATA_DIR are state worth keeping, and consistent copies of them while the application writes.
 
-Kept are the SQLite database (through SQLite's online backup), runs with their adapters and results, the list of enabled
-adapters, finetunes, usage events that wait for the database, and uploaded photos of runs that can still be resumed.
-Everything else in DATA_DIR stays on this machine: lock files, temporary files, secrets, and uploads of no run.
+Kept are the SQLite database (through SQLite's online backup), runs with their adapters and results, evaluations, the
+list of enabled adapters, finetunes, usage events that wait for the database, and uploaded photos of runs that can still
+be resumed. Everything else in DATA_DIR stays on this machine: lock files, temporary files, secrets, uploads of no run.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 DATABASE = "playground.sqlite3"
-RUNS, FINETUNES, SPOOL, UPLOADS = "runs", "tuning", "usage-spool", "uploads"
-ROOTS = (DATABASE, RUNS, FINETUNES, SPOOL, UPLOADS)
+RUNS, EVALUATIONS, FINETUNES, SPOOL, UPLOADS = "runs", "evaluations", "tuning", "usage-spool", "uploads"
+ROOTS = (DATABASE, RUNS, EVALUATIONS, FINETUNES, SPOOL, UPLOADS)
 DATABASE_FILES = (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm")
 ADAPTERS = "adopted.json"  # in RUNS: which adapters are in use
 CHECKPOINT_END = "trainer_state.json"  # written last, so that a checkpoint with it is complete
@@ -123,9 +123,10 @@ def state_files(data_dir: Path) -> Iterator[Path]:
     runs = data_dir / RUNS
     if (runs / ADAPTERS).is_file():
         yield runs / ADAPTERS
-    for run in sorted(_folders(runs)):
-        if _RUN_ID.fullmatch(run.name):
-            yield from _run_files(run, data_dir / UPLOADS)
+    for folder in (runs, data_dir / EVALUATIONS):
+        for run in sorted(_folders(folder)):
+            if _RUN_ID.fullmatch(run.name):
+                yield from _run_files(run, data_dir / UPLOADS)
     for tenant in sorted(_folders(data_dir / FINETUNES)):
         for finetune in sorted(_folders(tenant)):
             if (finetune / "finetune.json").is_file():
@@ -134,7 +135,7 @@ def state_files(data_dir: Path) -> Iterator[Path]:
 
 
 def _run_files(run: Path, uploads: Path) -> Iterator[Path]:
-    """Yield the files of a run; of its checkpoints only the newest complete one, and none of a finished run."""
+    """Yield the files of a run or evaluation; of checkpoints only the newest complete one, none of a finished run."""
     status = run / "status.json"
     if status.is_file():
         yield status

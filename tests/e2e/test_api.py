@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 CAT = str(SAMPLES["chelsea.jpg"].path)
 ENDPOINTS = {"/compare", "/score", "/models", "/reward_functions", "/save_reward_function"}
 ENDPOINTS |= {"/retrain", "/run_status", "/cancel_run", "/runs", "/use_run", "/revert"}
+ENDPOINTS |= {"/evaluate", "/evaluation"}
 ENDPOINTS |= {"/usage", "/usage_series"}
 ENDPOINTS |= {"/prefer", "/fit_reward", "/preferences", "/delete_preferences"}
 

@@ -16,7 +16,7 @@ import pytest
 
 from storage.state import bucket as state_bucket
 from storage.state.bucket import StateBucket
-from storage.state.files import DATABASE, FileCopier, is_state_path
+from storage.state.files import DATABASE, FileCopier, is_state_path, state_files
 from storage.state.remote import BucketClient, BucketError
 from tests.support.bucket_server import TOKEN, BucketServer, run_bucket_server
 from tests.support.runs import until
@@ -147,6 +147,16 @@ def test_secrets_locks_temporary_files_and_unknown_files_are_not_saved(hub: Buck
     assert not [path for path in saved if path.endswith((".part", ".worker", "link", "lock"))]
     contents_in_bucket = b"".join(hub.xorbs.values())
     assert b"not for the bucket" not in contents_in_bucket
+
+
+def test_evaluations_are_saved_without_their_lock_and_the_shared_references(tmp_path: Path) -> None:
+    evaluation = tmp_path / "evaluations" / RUN
+    for name in ("config.json", "answers.jsonl", "photo-0.jpg", "lock"):
+        write(evaluation / name, "{}")
+    write(tmp_path / "evaluations" / ".references" / "1" / "2.npy", "scores")
+    saved = [path.relative_to(tmp_path).as_posix() for path in state_files(tmp_path)]
+    assert saved == [f"evaluations/{RUN}/{name}" for name in ("answers.jsonl", "config.json", "photo-0.jpg")]
+    assert all(map(is_state_path, saved))
 
 
 def test_database_elsewhere_is_neither_saved_nor_restored(hub: BucketServer, tmp_path: Path) -> None:

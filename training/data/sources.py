@@ -84,7 +84,9 @@ def load_photos(source: str, split: str = "train", limit: int = 200, seed: int =
     return photo_set
 
 
-def stream_photos(source: str, split: str, limit: int, seed: int, report: PhotoSet) -> Iterator[tuple[str, np.ndarray]]:
+def stream_photos(
+    source: str, split: str, limit: int, seed: int, report: PhotoSet, hub_token: bool | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the name and the photo (uint8 RGB) of each readable photo of a source, one at a time.
 
     Args:
@@ -93,12 +95,13 @@ def stream_photos(source: str, split: str, limit: int, seed: int, report: PhotoS
         limit: Maximum number of photos.
         seed: Seed of the random sample.
         report: Receives `unreadable` and `available`.
+        hub_token: False keeps the token of this machine from a Hub dataset, so that only public ones can be read.
 
     Raises:
         PhotoSourceError: The source has no readable photo.
     """
     if source.startswith(HUB_PREFIX):
-        files = itertools.islice(_stream_hub_dataset(source.removeprefix(HUB_PREFIX)), limit)
+        files = itertools.islice(_stream_hub_dataset(source.removeprefix(HUB_PREFIX), hub_token), limit)
     else:
         files = _list_files(source, split)
         report.available = len(files)
@@ -210,7 +213,7 @@ def _list_zip(path: Path) -> list[PhotoFile]:
     return [(Path(name).name, loader(name)) for name in sorted(photos)]
 
 
-def _stream_hub_dataset(name: str) -> Iterator[PhotoFile]:
+def _stream_hub_dataset(name: str, token: bool | None = None) -> Iterator[PhotoFile]:
     """Yield the images in a dataset's Parquet files, in order: the first column of images, row by row.
 
     Only that column's bytes are read. A row's path or address, other columns and the dataset's own loading instructions
@@ -219,7 +222,7 @@ def _stream_hub_dataset(name: str) -> Iterator[PhotoFile]:
     from huggingface_hub import HfFileSystem
 
     try:
-        hub, number = HfFileSystem(), 0
+        hub, number = HfFileSystem(token=token), 0
         for path in _parquet_files(hub, name):
             with hub.open(path, "rb", block_size=HUB_BLOCK_BYTES) as file:
                 for data in _parquet_images(file):

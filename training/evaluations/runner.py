@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -122,8 +122,9 @@ def run_evaluation(
         RunError: Another process works on the evaluation, or its folder cannot be written.
     """
     with acquire(evaluation):
+        runner = _Runner(evaluation, access, cancel or threading.Event(), workers, cache_folder)
         try:
-            _Runner(evaluation, access, cancel or threading.Event(), workers, cache_folder).run()
+            runner.run()
         except (EvaluationStopped, PhotoSourceError, RunError) as error:
             evaluation.set_status(state="failed", ended=time.time(), message=str(error), eta=0.0)
         except InferenceError as error:
@@ -132,6 +133,9 @@ def run_evaluation(
             evaluation.set_status(state=state, ended=time.time(), message=message, eta=0.0)
         except OSError as error:
             raise RunError(f"The evaluation's folder cannot be written ({error.strerror}).") from None
+        finally:
+            for tracker in list(runner.open):
+                tracker.close()
 
 
 class _Runner:
@@ -149,6 +153,7 @@ class _Runner:
         self.workers, self.cache_folder = workers, cache_folder
         self.config: EvaluationConfig = evaluation.config()
         self.failures = [0] * len(self.config.models)
+        self.open: set[CallTracker] = set()  # whose usage events wait for a reward
         self._lock = threading.Lock()
         self._status_time = 0.0
 
@@ -172,7 +177,8 @@ class _Runner:
     def _copy_photos(self) -> list[dict[str, Any]]:
         """Copy the photos to the folder, one at a time, and score them as they are."""
         config, report, rows = self.config, PhotoSet(), []
-        stream = stream_photos(config.photos, "held-out", config.max_photos, config.seed, report)
+        hub_token = False if self.evaluation.owner else None  # a visitor cannot read what this deployment can
+        stream = stream_photos(config.photos, "held-out", config.max_photos, config.seed, report, hub_token)
         for index, (name, photo) in enumerate(stream):
             self._check_cancelled()
             if config.degraded is not None:
@@ -203,7 +209,7 @@ class _Runner:
         done = {key for key, row in self.evaluation.rows().items() if not row.get("error")}
         total, self.done, first = count * len(self.config.models), len(done), len(done)
         self.started = time.monotonic()
-        pool_seconds = count * POOL_SECONDS * self.config.pool / 256 / self.workers if self.config.is_scored else 0.0
+        pool_seconds = self._pool_seconds()
 
         def report() -> None:
             elapsed = time.monotonic() - self.started
@@ -224,6 +230,14 @@ class _Runner:
                 self.done += pending.popleft().result()
                 report()
 
+    def _pool_seconds(self) -> float:
+        """Estimate the seconds that the reference recipes take for photos whose scores are not known."""
+        if not self.config.is_scored:
+            return 0.0
+        digests = [photo["digest"] for photo in self.evaluation.photos() or []]
+        unknown = [digest for digest in digests if not (self.cache_folder and self._cache_file(digest).exists())]
+        return len(unknown) * POOL_SECONDS * self.config.pool / 256 / self.workers
+
     def _answer_chunk(
         self, photos: Mapping[int, np.ndarray], done: set[tuple[int, int]], count: int, calls: ThreadPoolExecutor
     ) -> Iterator[list[_Answered]]:
@@ -233,6 +247,7 @@ class _Runner:
             if self.access.specs[settings.name].backend != "local":
                 todo = [photo for photo in photos if (photo, model) not in done]
                 hosted += [calls.submit(self._answer_one, photo, photos[photo], model) for photo in todo]
+        failure: Exception | None = None
         try:
             for model, settings in enumerate(self.config.models):
                 spec = self.access.specs[settings.name]
@@ -240,11 +255,20 @@ class _Runner:
                     todo = [photo for photo in photos if (photo, model) not in done]
                     for batch in self._batches(todo, spec, count):
                         yield self._answer_batch(batch, [photos[photo] for photo in batch], model)
-            for future in as_completed(hosted):
+        except (InferenceError, EvaluationStopped) as error:
+            failure = error
+        for future in as_completed(hosted):  # also after a failure: answers that were paid for are kept
+            if failure:
+                for other in hosted:
+                    other.cancel()
+            try:
                 yield [future.result()]
-        finally:
-            for future in hosted:
-                future.cancel()
+            except CancelledError:
+                continue
+            except (InferenceError, EvaluationStopped) as error:
+                failure = failure or error
+        if failure:
+            raise failure
 
     def _batches(self, photos: Sequence[int], spec: ModelSpec, count: int) -> list[list[int]]:
         """Divide photos into batches. A few photos stay alone."""
@@ -292,6 +316,7 @@ class _Runner:
         """
         name, answers, error = self.config.models[model].name, [], ""
         tracker = CallTracker(self.access.meter, request, function, SOURCE, self.access.session, "", self.access.payer)
+        self.open.add(tracker)
         try:
             for event in tracker.answer(name, request, self.cancel):
                 if isinstance(event, Answer):
@@ -300,13 +325,11 @@ class _Runner:
                     error = event.message
         except InferenceError as failure:
             if failure.kind == "cancelled" or failure.kind in FATAL_ERRORS:
-                tracker.close()
                 raise
             error = failure.message
         with self._lock:
             self.failures[model] = self.failures[model] + 1 if not answers else 0
             if self.failures[model] >= MAX_FAILURES:
-                tracker.close()
                 title = self.config.models[model].label
                 raise EvaluationStopped(f"{title} failed for {MAX_FAILURES} photos in a row. The last error: {error}")
         return _Answered(photo, model, sorted(answers, key=lambda item: item.index), tracker, batch, error)
@@ -352,6 +375,7 @@ class _Runner:
             row |= {"tokens_in": usage.tokens_in, "tokens_out": usage.tokens_out}
         item.tracker.record_reward(name, reward)
         item.tracker.close()
+        self.open.discard(item.tracker)
         return row | ({"error": item.error} if item.error else {})
 
     def _score_references(self, photos: Sequence[Mapping[str, Any]], scoring: ThreadPoolExecutor) -> None:

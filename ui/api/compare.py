@@ -13,6 +13,7 @@ from inference.types import LENGTHS, MAX_CANDIDATES, MAX_SEED, MAX_TEMPERATURE, 
 from recipes import Recipe, describe, parse
 from rewards import RewardFunction, RewardFunctionError, score_recipes
 from storage.reward_functions import StoreError
+from ui.api import evaluations as api_evaluations
 from ui.api import preferences as api_preferences
 from ui.api import runs as api_runs
 from ui.api import usage as api_usage
@@ -195,5 +196,6 @@ def build(services: AppServices) -> None:
     on_call(reward_functions, None, answer, api_name="reward_functions")
     on_call(save_reward_function, [name, weights], answer, api_name="save_reward_function")
     api_preferences.build(services)
+    api_evaluations.build(services)
     api_runs.build(services)
     api_usage.build(services)

@@ -15,8 +15,10 @@ from access.roles import Visitor
 from inference.types import MAX_CANDIDATES, MAX_SEED, MAX_TEMPERATURE
 from recipes import Recipe, encode_jpeg, parse, render, shrink
 from rewards import EQUAL_WEIGHTS, RewardFunction, RewardFunctionError
-from training.runs.run import MAX_STEPS
+from training.evaluations.evaluation import DEFAULT_CANDIDATES, DEFAULT_PHOTOS, MAX_MODELS
+from training.runs.run import MAX_PHOTOS, MAX_STEPS
 from ui.api import compare as api
+from ui.api import evaluations as api_evaluations
 from ui.api import runs as api_runs
 from ui.finetune.estimate import DEFAULT_STEPS
 from ui.mcp.photos import PhotoStore
@@ -134,7 +136,27 @@ def create_tools(
         """Return the state, progress, alarms and result of a fine-tuning run."""
         return api_runs.run_status(services, caller().visitor, run)
 
-    tools = (models, compare, score, finish_photo, retrain, run_status)
+    def evaluate(
+        models: Annotated[list[str], Field(min_length=1, max_length=MAX_MODELS)],
+        reward: Weights | None = None,
+        photos: Annotated[str, Field(description='"bundled" or "hub:owner/dataset"')] = "bundled",
+        skill: Annotated[str, Field(description="recipe, query, caption, detect, point or segment")] = "recipe",
+        prompt: str = "",
+        n: Count = DEFAULT_CANDIDATES,
+        max_photos: Annotated[int, Field(ge=1, le=MAX_PHOTOS)] = DEFAULT_PHOTOS,
+        seed: Seed = 1,
+    ) -> dict[str, Any]:
+        """Rank models on a set of photos. Returns the status of the new evaluation, whose id is `evaluation`."""
+        visitor = caller().visitor
+        return api_evaluations.evaluate(services, visitor, models, photos, reward, skill, prompt, n, max_photos, seed)
+
+    def evaluation(
+        evaluation: Annotated[str, Field(description="Id of the evaluation")], reward: Weights | None = None
+    ) -> dict[str, Any]:
+        """Return the state, progress and leaderboard of an evaluation, for other weights if `reward` is given."""
+        return api_evaluations.evaluation(services, caller().visitor, evaluation, reward)
+
+    tools = (models, compare, score, finish_photo, retrain, run_status, evaluate, evaluation)
     return {tool.__name__: tool for tool in tools}
 
 

@@ -328,6 +328,7 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
     with gr.Row(elem_id="playground"):
         with gr.Column(elem_id="inputs", min_width=320, scale=1):
             inputs = _draw_inputs(shared_components.picker)
+            shared_components.playground.update(inputs)
             with gr.Row(elem_id="run-actions"):
                 run_button = gr.Button("Run", variant="primary", elem_id="run", min_width=120)
                 cancel_button = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel", min_width=120)

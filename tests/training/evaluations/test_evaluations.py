@@ -231,6 +231,26 @@ def test_a_model_that_always_fails_ends_the_evaluation(
     assert table["rows"][1]["reward"]["mean"] is None and table["rows"][0]["photos"] == 3
 
 
+def test_answers_that_were_paid_for_are_kept_and_recorded_when_another_model_fails(
+    tmp_path: Path, photo_folder: str, meter: UsageMeter, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def failing(name: str, request: Request, cancel: threading.Event) -> Iterator[AnswerEvent]:
+        calls.append(name)
+        if name == "two":
+            raise InferenceError("unavailable", "The server is gone.")
+        yield from answer(name, request, cancel)
+
+    evaluation = create_folder(tmp_path / "e", config(photo_folder))
+    run_evaluation(evaluation, ModelAccess(MODELS, failing, meter))
+    assert evaluation.status().state == "failed" and "server is gone" in evaluation.status().message
+    assert len(evaluation.rows()) == calls.count("one")
+    meter.recorder.flush()
+    events = UsageAnalytics(database).recent(UsageFilter("day"))
+    assert len(events) == len(calls)
+
+
 def test_a_spent_budget_stops_paid_calls(
     tmp_path: Path, photo_folder: str, meter: UsageMeter, monkeypatch: pytest.MonkeyPatch, database: Database
 ) -> None:

@@ -1,0 +1,1 @@
+"""The Evaluate tab: rank models on a set of photos."""
