@@ -146,6 +146,7 @@ class SpacesServer(ThreadingHTTPServer):
         self.poll = 0.1
         self.spaces: dict[str, Space] = {}
         self.jobs: dict[str, Job] = {}
+        self.is_closed = False
         self.responses: dict[tuple[str, str], list[tuple[int, Any, dict[str, str]]]] = {}
         self.lost_responses = self.canceled_reloads = self.stuck_restarts = self.create_conflicts = 0
         self.stale_seconds = 0.3
@@ -244,7 +245,7 @@ class SpacesServer(ThreadingHTTPServer):
             space.stage, space.running = "BUILD_ERROR", oid
             return False
         with self.lock:
-            if oid != space.head or start_request != space.start_requests:
+            if self.is_closed or oid != space.head or start_request != space.start_requests:
                 return False  # superseded by a newer commit or start
             space.stage = "APP_STARTING"
             space.stop()
@@ -626,6 +627,8 @@ def spaces_server(folder: Path, **durations: float) -> Iterator[SpacesServer]:
     try:
         yield hub
     finally:
+        with hub.lock:
+            hub.is_closed = True  # no start that waits begins now
         for space in hub.spaces.values():
             space.stop()
         for job in hub.jobs.values():

@@ -241,6 +241,8 @@ class BatchService:
             spec = self.find_model(state["tenant"], state["model"])
         except ApiError as error:
             raise BatchError("invalid_model", str(error.detail)) from None
+        if not (path / "input.jsonl").is_file():
+            raise BatchError("input_lost", "The file was lost when the server lost its disk. Send the batch again.")
         total, progress = count_lines(path / "input.jsonl"), Progress(path / "results.jsonl")
         state |= {"status": "processing", "model": spec.name, **progress.fields(total)}
         self._write(path, state)

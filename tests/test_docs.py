@@ -49,9 +49,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_every_block_is_checked() -> None:
-    """A block in a language that no test handles is an error. tests/serving/test_clients.py runs those of clients."""
+    """A block in a language that no test handles is an error.
+
+    tests/serving/test_clients.py runs those of clients, tests/inference/moondream/test_export.py that of the export.
+    """
     checked = {"python", "sh", "json", "text", "map", "link", "signature", "tuning-client", "imports"}
-    checked |= {"python clients", "sh clients"}
+    checked |= {"python clients", "sh clients", "python export"}
     assert {block.language for block in BLOCKS} <= checked
 
 

@@ -1,8 +1,9 @@
 """Which files of DATA_DIR are state worth keeping, and consistent copies of them while the application writes.
 
 Kept are the SQLite database (through SQLite's online backup), runs with their adapters and results, evaluations, the
-list of enabled adapters, finetunes, usage events that wait for the database, and uploaded photos of runs that can still
-be resumed. Everything else in DATA_DIR stays on this machine: lock files, temporary files, secrets, uploads of no run.
+list of enabled adapters, finetunes, usage events that wait for the database, uploaded photos of runs that can still be
+resumed, and batches of /v1 whose upload is complete. Everything else in DATA_DIR stays on this machine: lock files,
+temporary files, secrets, uploads of no run.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ import json
 import os
 import re
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 DATABASE = "playground.sqlite3"
-RUNS, EVALUATIONS, FINETUNES, SPOOL, UPLOADS = "runs", "evaluations", "tuning", "usage-spool", "uploads"
-ROOTS = (DATABASE, RUNS, EVALUATIONS, FINETUNES, SPOOL, UPLOADS)
+RUNS, EVALUATIONS, FINETUNES, BATCHES = "runs", "evaluations", "tuning", "batches"
+SPOOL, UPLOADS = "usage-spool", "uploads"
+ROOTS = (DATABASE, RUNS, EVALUATIONS, FINETUNES, BATCHES, SPOOL, UPLOADS)
 DATABASE_FILES = (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm")
 ADAPTERS = "adopted.json"  # in RUNS: which adapters are in use
 CHECKPOINT_END = "trainer_state.json"  # written last, so that a checkpoint with it is complete
 LOCAL_NAMES = ("lock", "pid")  # in a run's folder: of the process on this machine
+MAX_BATCH_INPUT = 64 << 20  # bytes; larger files of unfinished batches would delay the other state
 MAX_ATTEMPTS = 5  # at a copy of a folder whose files disappear meanwhile
 BLOCK = 1 << 20  # bytes
 _RUN_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
@@ -127,6 +131,7 @@ def state_files(data_dir: Path) -> Iterator[Path]:
         for run in sorted(_folders(folder)):
             if _RUN_ID.fullmatch(run.name):
                 yield from _run_files(run, data_dir / UPLOADS)
+    yield from _batch_files(data_dir / BATCHES)
     for tenant in sorted(_folders(data_dir / FINETUNES)):
         for finetune in sorted(_folders(tenant)):
             if (finetune / "finetune.json").is_file():
@@ -155,6 +160,21 @@ def _run_files(run: Path, uploads: Path) -> Iterator[Path]:
         upload = Path(source)
         if upload.is_absolute() and upload.parent == uploads:
             yield from _tree(upload) if upload.is_dir() else (file for file in [upload] if file.is_file())
+
+
+def _batch_files(batches: Path) -> Iterator[Path]:
+    """Yield the files of batches that are not expired: state, results, and of unfinished ones the input."""
+    for batch in sorted(batch for tenant in _folders(batches) for batch in _folders(tenant)):
+        state = _read_json(batch / "state.json")
+        expires = state.get("expires")
+        if state.get("status", "uploading") == "uploading" or (isinstance(expires, float) and expires < time.time()):
+            continue
+        yield batch / "state.json"
+        results, content = batch / "results.jsonl", batch / "input.jsonl"
+        if results.is_file():
+            yield results
+        if content.is_file() and content.stat().st_size <= MAX_BATCH_INPUT:
+            yield content
 
 
 def _tree(folder: Path) -> Iterator[Path]:

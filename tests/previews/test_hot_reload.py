@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -171,7 +173,10 @@ class AppProcess:
         env |= {"SPACE_ID": "a/b", "GRADIO_SERVER_PORT": str(self.port), "RELOAD_PORT": str(self.reload_port)}
         env |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
         log = (folder / "log").open("w")
-        self.process = subprocess.Popen([sys.executable, "app.py"], cwd=self.folder, env=env, stdout=log, stderr=log)
+        command = [sys.executable, "app.py"]
+        self.process = subprocess.Popen(  # with a group of its own, which ends together
+            command, cwd=self.folder, env=env, stdout=log, stderr=log, start_new_session=True
+        )
 
     def wait_until_started(self) -> None:
         deadline = time.monotonic() + 60
@@ -207,7 +212,8 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppProcess]:
         app.wait_until_started()
         yield app
     finally:
-        app.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(app.process.pid, signal.SIGKILL)
         app.process.wait()
 
 

@@ -226,6 +226,10 @@ def test_batch_goes_on_after_a_restart(tmp_path: Path) -> None:
         assert resumed["progress"] == {"total": 6, "completed": 6, "failed": 0}
         assert [line["result"]["answer"] for line in results(http, resumed)] == [f"restart {n}" for n in range(6)]
         assert sorted(PROMPTS) == [f"restart {n}" for n in range(6) if n not in done]
+        (folder / "state.json").write_text(json.dumps({**state, "status": "processing"}))
+    with echo_server(tmp_path) as address, client(address) as http:  # the file of the batch is gone
+        lost = finished(http, batch_id)
+        assert lost["status"] == "failed" and lost["error"]["code"] == "input_lost"
         expired = {**resumed, "tenant": folder.parent.name, "expires": time.time() - 1}
         (folder / "state.json").write_text(json.dumps(expired))
         error_message(http.get(f"/batch/{batch_id}"), 404, "not_found")

@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +16,7 @@ import huggingface_hub.constants
 import pytest
 
 from storage.state import bucket as state_bucket
+from storage.state import files
 from storage.state.bucket import StateBucket
 from storage.state.files import DATABASE, FileCopier, is_state_path, state_files
 from storage.state.remote import BucketClient, BucketError
@@ -179,6 +181,30 @@ def test_checkpoints_and_uploads_are_saved_for_unfinished_runs_only(hub: BucketS
     assert {f"runs/{RUN}/checkpoint-10/optimizer.pt", "uploads/aa/0000-sea.jpg"} <= saved
     assert [path for path in saved if "checkpoint" in path and f"runs/{RUN}/checkpoint-10/" not in path] == []
     assert "uploads/bb.zip" not in saved and f"runs/{OTHER_RUN}/adapter/adapter_model.safetensors" in saved
+
+
+def test_batches_are_saved_without_uploads_expired_results_and_large_files(
+    hub: BucketServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MAX_BATCH_INPUT", 20)
+    batches, now = tmp_path / "a" / "batches" / "tenant", time.time()
+    states: dict[str, dict[str, Any]] = {
+        "uploading": {"status": "uploading"}, "expired": {"status": "completed", "expires": now - 1},
+        "done": {"status": "completed", "expires": now + 99.0}, "small": {"status": "processing"},
+        "large": {"status": "processing"},
+    }  # fmt: skip
+    for name, state in states.items():
+        write(batches / name / "state.json", json.dumps({"id": name, "tenant": "tenant", "created_at": name, **state}))
+        write(batches / name / "results.jsonl", f"{name}\n")
+    write(batches / "small" / "input.jsonl", "{}\n")
+    write(batches / "large" / "input.jsonl", "{}\n" * 10)
+    write(batches / "uploading" / "part-0001", "{}\n")
+    restored(tmp_path / "a").save()
+    restored(tmp_path / "b")
+    kept = {path.removeprefix("batches/tenant/") for path in contents(tmp_path / "b")}
+    assert {path.partition("/")[0] for path in kept} == {"done", "small", "large"}
+    assert {path for path in kept if "input" in path} == {"small/input.jsonl"}
+    assert (tmp_path / "b/batches/tenant/done/results.jsonl").read_text() == "done\n"
 
 
 def test_unchanged_state_sends_no_request_and_a_change_uploads_its_content_only(
