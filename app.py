@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -99,6 +100,7 @@ def build_services(settings: Settings, command: tuple[str, ...] = COMMAND) -> Ap
         PriceError: The file of prices is invalid.
         StoreError: The URL of the database is invalid.
     """
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # INFO has addresses, and a webhook's can contain a secret
     prices = Prices.read(settings.prices) if settings.prices else Prices()
     state_bucket = open_state_bucket(settings)
     deployment = resolve_deployment(settings.branch, settings.commit, settings.space, ROOT)

@@ -231,6 +231,7 @@ def _usage_event(
         latency=latency,
         first_token=min(answer.first_token_seconds for answer in answers) if answers else None,
         queue=answers[0].queue_seconds if answers else queue_seconds,
+        cold_start=answers[0].cold_start_seconds if answers else None,
         tokens_in=tokens_in if answers else None,
         tokens_out=tokens_out if answers else None,
         tokens_basis=basis if answers else "unknown",

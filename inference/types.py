@@ -229,7 +229,8 @@ class Answer:
         tokens_out: Generated tokens.
         seconds: Time from the start of generation to the last token of this candidate.
         first_token_seconds: Time from the start of generation to the first token.
-        queue_seconds: Time spent waiting before generation.
+        queue_seconds: Time spent waiting before generation, without that of a cold start.
+        cold_start_seconds: Time in which the model was loaded before generation; None if it was loaded, or unknown.
         path: Outline as SVG path data, in fractions of the photo.
         reasoning: Reasoning text that precedes the answer.
         grounded: Spans (start, end) of `reasoning` that refer to points on the photo.
@@ -248,6 +249,7 @@ class Answer:
     seconds: float = 0.0
     first_token_seconds: float = 0.0
     queue_seconds: float = 0.0
+    cold_start_seconds: float | None = None
     path: str = ""
     reasoning: str = ""
     grounded: tuple[tuple[int, int], ...] = ()

@@ -301,7 +301,8 @@ def server_timing(answers: Sequence[Answer], seconds: float) -> str:
     """Return the header Server-Timing of a complete call: its phases and its total time, in milliseconds."""
     prefill = min(answer.first_token_seconds for answer in answers)
     decode = max(0.0, max(answer.seconds for answer in answers) - prefill)
-    phases = {"queue": answers[0].queue_seconds, "prefill": prefill, "decode": decode, "total": seconds}
+    waited = answers[0].queue_seconds + (answers[0].cold_start_seconds or 0.0)
+    phases = {"queue": waited, "prefill": prefill, "decode": decode, "total": seconds}
     return ", ".join(f"{name};dur={1000 * value:.1f}" for name, value in phases.items())
 
 

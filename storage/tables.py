@@ -71,6 +71,7 @@ EVENTS = Table(
     *(Column(name, BigInteger) for name in ("tokens_in", "tokens_out", "cost", "reward", "candidates")),
     Column("request", String(64)),
     Column("session", String(64)),
+    Column("cold_start", BigInteger),
 )
 EVENT_NUMBER = {"sqlite": "usage_events.rowid", "postgresql": "usage_events.number"}
 # One row per hour (microseconds since 1970). `changes` counts the transactions that changed events of this hour: every

@@ -22,12 +22,14 @@ QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 UNITS = {
     "calls": "calls",
     "error_rate": "share of calls",
-    **dict.fromkeys((*QUANTILES, "first_token"), "s"),
+    **dict.fromkeys((*QUANTILES, "first_token", "queue"), "s"),
+    "cold_starts": "calls",
     "tokens": "tokens",
     "cost": "US dollars",
     "cost_per_request": "US dollars",
     "reward_per_cent": "reward per US cent",
 }
+NO_CALLS = {"calls": 0, "cold_starts": 0}  # metrics that are known without any call
 GROUPINGS = ("branch", "model", "skill", "outcome")
 
 # The metrics in SQL. Columns are integers: microseconds, billionths of a dollar, millionths of a reward. Cancelled
@@ -38,6 +40,8 @@ MEASURES = {
     "error_rate": "count_if(outcome = 'error') / count(*)",
     **{name: f"quantile_disc(latency, {share}) / 1e6" for name, share in QUANTILES.items()},
     "first_token": "quantile_disc(first_token, 0.5) / 1e6",
+    "queue": "quantile_disc(queue, 0.95) / 1e6",
+    "cold_starts": "count(cold_start)",
     "tokens": "sum(tokens_in + tokens_out)",
     "cost": "sum(cost) / 1e9",
     "cost_per_request": "sum(cost) / 1e9 / count(cost)",
@@ -92,6 +96,8 @@ class Metrics:
         error_rate: Fraction of calls that failed. Cancelled calls did not fail.
         p50: Median latency in seconds by nearest rank; `p95` and `p99` likewise.
         first_token: Median time to the first token in seconds, of calls that report it.
+        queue: 95th percentile of the time waited before the computation in seconds, of calls that report it.
+        cold_starts: Number of calls for which the model was loaded first. Their `queue` does not include loading.
         tokens: Input and output tokens, of calls with known counts.
         cost: US dollars, of calls with a known price; None without any.
         cost_per_request: Mean cost of these calls.
@@ -108,6 +114,8 @@ class Metrics:
     p95: Metric
     p99: Metric
     first_token: Metric
+    queue: Metric
+    cold_starts: Metric
     tokens: Metric
     cost: Metric
     cost_per_request: Metric
@@ -336,7 +344,7 @@ class Selection:
         measures = {name: MEASURES[name] for name in UNITS if name not in QUANTILES} | COUNTS
         columns = ["time >= $middle", LATENCIES, *measures.values()]
         start, middle = to_micros(self.window.previous.start), to_micros(self.window.start)
-        values: dict[bool, dict[str, Any]] = {True: {"calls": 0}, False: {"calls": 0}}
+        values: dict[bool, dict[str, Any]] = {is_current: dict(NO_CALLS) for is_current in (True, False)}
         for is_current, latencies, *row in self.query(
             ", ".join(columns), KINDS, "GROUP BY 1", start=start, middle=middle
         ):
@@ -392,7 +400,7 @@ class Selection:
 
     def _series(self, name: str, unit: str, lines: Mapping[str, Mapping[int, Any]]) -> Series:
         """Fill in bins without events: no calls, and no value of any other measure."""
-        starts, missing = tuple(self._starts), 0 if name == "calls" else None
+        starts, missing = tuple(self._starts), NO_CALLS.get(name)
         filled = (
             SeriesLine(line, tuple(values.get(index, missing) for index in range(len(starts))))
             for line, values in lines.items()
@@ -432,6 +440,7 @@ def _to_event(values: dict[str, Any]) -> UsageEvent:
         "latency": SECOND,
         "first_token": SECOND,
         "queue": SECOND,
+        "cold_start": SECOND,
         "cost": DOLLAR,
         "reward": REWARD,
     }.items():

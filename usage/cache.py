@@ -31,7 +31,7 @@ from storage.files import write_atomically
 from storage.tables import ARCHIVE, EVENT_NUMBER, EVENTS, HOUR, HOURS, KIND_COLUMNS, KINDS
 from usage.events import hide_session
 
-VERSION = 1  # of the cache's tables
+VERSION = 2  # of the cache's tables
 CACHE_FOLDER, ARCHIVE_FOLDER = "usage-cache", "usage-archive"  # in DATA_DIR
 MAX_FILES = 16  # processes with a cache of their own; further ones keep it in memory
 BATCH_SIZE = 50_000  # events that are copied at once
@@ -275,8 +275,13 @@ class EventCache:
                 folder = self._data_dir / ARCHIVE_FOLDER
                 folder.mkdir(exist_ok=True)
                 write_atomically(folder / f"{month}-{archive}.parquet", content)
-            events = pq.read_table(pa.BufferReader(content), columns=SCHEMAS["events"].names[1:])
-            events = events.add_column(0, "archive", pa.array([archive] * len(events), pa.int64()))
+            stored = pq.read_table(pa.BufferReader(content))
+            missing = pa.nulls(len(stored), pa.int64())  # of columns that are younger than the file
+            columns = {
+                name: stored[name] if name in stored.schema.names else missing for name in SCHEMAS["events"].names
+            }
+            columns["archive"] = pa.array([archive] * len(stored), pa.int64())
+            events = pa.table(columns, SCHEMAS["events"])
             with _registered(connection, events):
                 connection.execute("DELETE FROM events WHERE id IN (SELECT id FROM new_rows)")
                 connection.execute("INSERT INTO events SELECT * FROM new_rows")

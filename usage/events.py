@@ -56,6 +56,7 @@ class UsageEvent:
         error: Class of the error, or "".
         first_token: Seconds from the start of the computation to the first token.
         queue: Seconds waited before the computation.
+        cold_start: Seconds of loading the model before the computation; None if it was loaded already, or unknown.
         tokens_in: Input tokens; `tokens_out` likewise.
         tokens_basis: "reported" by the backend, "estimated", or "unknown" if and only if the counts are None.
         cost: Cost in US dollars; `cost_basis` as for tokens.
@@ -85,6 +86,7 @@ class UsageEvent:
     error: str = ""
     first_token: float | None = None
     queue: float | None = None
+    cold_start: float | None = None
     tokens_in: int | None = None
     tokens_out: int | None = None
     tokens_basis: Basis = "unknown"

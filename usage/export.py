@@ -25,7 +25,7 @@ CHUNK = 1 << 18  # bytes
 # Columns of a file and their SQL.
 COLUMNS = {field.name: f'"{field.name}"' for field in fields(UsageEvent)} | {
     "time": "make_timestamp(time) AT TIME ZONE 'UTC'",
-    **{name: f"{name} / 1e6" for name in ("latency", "first_token", "queue", "reward")},
+    **{name: f"{name} / 1e6" for name in ("latency", "first_token", "queue", "cold_start", "reward")},
     "cost": "cost / 1e9",
     "request_id": "request",
 }
@@ -111,9 +111,13 @@ def series_report(series: Series) -> dict[str, Any]:
 
 LABELS = ("branch", "model", "skill", "outcome")
 LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # upper limits in seconds
+BUCKETS = [*(f"count_if(latency <= {limit} * 1e6)" for limit in LATENCY_BUCKETS), "count(*)"]
 COUNTERS = {  # name -> description, and value in SQL
     "calls": ("Model calls.", "count(*)"),
     "latency_seconds": ("Computing time of model calls.", "sum(latency) / 1e6"),
+    "queue_seconds": ("Time that calls waited before the computation.", "coalesce(sum(queue), 0) / 1e6"),
+    "cold_starts": ("Calls for which the model was loaded first.", "count(cold_start)"),
+    "cold_start_seconds": ("Time in which models were loaded.", "coalesce(sum(cold_start), 0) / 1e6"),
     "tokens": ("Input and output tokens, if known.", "coalesce(sum(tokens_in + tokens_out), 0)"),
     "cost_dollars": ("Cost in US dollars, if known.", "coalesce(sum(cost), 0) / 1e9"),
     "unpriced_calls": ("Calls without a known cost.", "count(*) - count(cost)"),
@@ -132,15 +136,15 @@ class UsageCollector(Collector):
 
     def collect(self) -> Iterator[PrometheusMetric]:
         """Yield all metrics, read from the database."""
-        labels, values = ", ".join(LABELS), ", ".join(sql for _, sql in COUNTERS.values())
+        columns = ", ".join([*LABELS, *(sql for _, sql in COUNTERS.values()), *BUCKETS])
         with self.cache.read() as cursor:
-            rows = cursor.execute(f"SELECT {labels}, {values} FROM events {KINDS} GROUP BY ALL ORDER BY ALL").fetchall()
+            rows = cursor.execute(f"SELECT {columns} FROM events {KINDS} GROUP BY ALL ORDER BY ALL").fetchall()
         for column, (name, (description, _)) in enumerate(COUNTERS.items(), len(LABELS)):
             counter = CounterMetricFamily(f"moondream_{name}", description, labels=LABELS)
             for row in rows:
                 counter.add_metric([_label(text) for text in row[: len(LABELS)]], row[column])
             yield counter
-        yield self._latency()
+        yield _latency(rows)
         budgets = self.budgets.list()
         gauges = {"limit": "Monthly budget in US dollars.", "spent": "Spent this month in US dollars."}
         for name, description in gauges.items():
@@ -151,19 +155,19 @@ class UsageCollector(Collector):
             yield gauge
         yield CounterMetricFamily("moondream_usage_events_lost", "Events that could not be stored.", self.recorder.lost)
 
-    def _latency(self) -> HistogramMetricFamily:
-        """Return the histogram of the latency by branch, model and skill."""
-        labels = LABELS[:3]
-        counts = ", ".join(f"count_if(latency <= {limit} * 1e6)" for limit in LATENCY_BUCKETS)
-        query = f"SELECT {', '.join(labels)}, sum(latency) / 1e6, {counts}, count(*) FROM events {KINDS} GROUP BY ALL"
-        with self.cache.read() as cursor:
-            rows = cursor.execute(f"{query} ORDER BY ALL").fetchall()
-        limits = [*map(floatToGoString, LATENCY_BUCKETS), "+Inf"]
-        description = "Computing time of model calls, as a histogram."
-        family = HistogramMetricFamily("moondream_call_duration_seconds", description, labels=labels)
-        for *names, total, in_buckets in ((*row[:4], row[4:]) for row in rows):
-            family.add_metric([_label(name) for name in names], list(zip(limits, in_buckets, strict=True)), total)
-        return family
+
+def _latency(rows: list[tuple[Any, ...]]) -> HistogramMetricFamily:
+    """Return the histogram of the latency by branch, model and skill, from the rows of the counters."""
+    column, sums = len(LABELS) + list(COUNTERS).index("latency_seconds"), dict[tuple[str, ...], list[float]]()
+    for row in rows:
+        numbers = [row[column], *row[-len(BUCKETS) :]]
+        sums[row[:3]] = [sum(pair) for pair in zip(numbers, sums.get(row[:3], [0] * len(numbers)), strict=True)]
+    limits = [*map(floatToGoString, LATENCY_BUCKETS), "+Inf"]
+    description = "Computing time of model calls, as a histogram."
+    family = HistogramMetricFamily("moondream_call_duration_seconds", description, labels=LABELS[:3])
+    for names, (total, *counts) in sums.items():
+        family.add_metric([_label(name) for name in names], list(zip(limits, counts, strict=True)), total)
+    return family
 
 
 def _label(text: str) -> str:

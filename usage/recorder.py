@@ -298,6 +298,7 @@ def _to_row(event: UsageEvent, kind: int) -> dict[str, Any]:
         "latency": round(event.latency * SECOND),
         "first_token": _scale(event.first_token, SECOND),
         "queue": _scale(event.queue, SECOND),
+        "cold_start": _scale(event.cold_start, SECOND),
         "tokens_in": event.tokens_in,
         "tokens_out": event.tokens_out,
         "cost": _scale(event.cost, DOLLAR),

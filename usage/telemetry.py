@@ -116,6 +116,10 @@ class _Metrics:
         histogram = self.provider.get_meter(SERVICE).create_histogram
         self._duration = histogram("gen_ai.server.request.duration", "s", "Computing time of model calls.")
         self._first_token = histogram("gen_ai.server.time_to_first_token", "s", "Time to the first token.")
+        self._queue = histogram("moondream.queue.duration", "s", "Time that calls waited before the computation.")
+        self._cold_start = histogram(
+            "moondream.cold_start.duration", "s", "Time in which a model was loaded for a call."
+        )
         self._tokens = histogram("gen_ai.client.token.usage", "{token}", "Tokens of model calls.")
 
     def record(self, event: UsageEvent) -> None:
@@ -123,8 +127,10 @@ class _Metrics:
         names = ("gen_ai.operation.name", "gen_ai.provider.name", "gen_ai.request.model", "error.type")
         attributes = {name: value for name, value in attributes_of(event).items() if name in names}
         self._duration.record(event.latency, attributes)
-        if event.first_token is not None:
-            self._first_token.record(event.first_token, attributes)
+        times = {self._first_token: event.first_token, self._queue: event.queue, self._cold_start: event.cold_start}
+        for histogram, seconds in times.items():
+            if seconds is not None:
+                histogram.record(seconds, attributes)
         for kind, tokens in {"input": event.tokens_in, "output": event.tokens_out}.items():
             if tokens is not None:
                 self._tokens.record(tokens, {**attributes, "gen_ai.token.type": kind})
@@ -173,6 +179,7 @@ def attributes_of(event: UsageEvent) -> dict[str, Any]:
         "moondream.source": event.source,
         "moondream.outcome": event.outcome,
         "moondream.queue_seconds": event.queue,
+        "moondream.cold_start_seconds": event.cold_start,
         "moondream.cost_dollars": event.cost,
         "moondream.cost_basis": event.cost_basis,
         "moondream.reward": event.reward,

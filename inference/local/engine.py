@@ -156,7 +156,11 @@ class Engine:
     def _generate(self, jobs: list[Job]) -> None:
         torch.set_num_threads(THREADS)
         spec = jobs[0].spec
+        start, loads = time.perf_counter(), self.model_cache.loads
         loaded = self.model_cache.get(spec, self.device)
+        if self.model_cache.loads > loads:
+            for job in jobs:
+                job.cold_start_seconds = time.perf_counter() - start
         with ExitStack() as stack:
             self._use_adapter(stack, loaded, spec)
             if all(job.is_cancelled() for job in jobs):

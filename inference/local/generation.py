@@ -51,6 +51,7 @@ class Job:
         is_cancelled: Whether the caller has cancelled.
         send: Receives events, then an exception on failure, then None at the end.
         queued_at: Arrival time, by `time.perf_counter()`.
+        cold_start_seconds: Time in which the model was loaded for this job; None if it was in memory.
         claimed: Whether a thread computes the job or has computed it.
         batched: Whether the job shares its batch with others.
         remaining: Number of candidates without an answer.
@@ -61,6 +62,7 @@ class Job:
     is_cancelled: Callable[[], bool]
     send: Callable[[AnswerEvent | Exception | None], None]
     queued_at: float
+    cold_start_seconds: float | None = None
     claimed: bool = False
     batched: bool = False
     remaining: int = field(init=False)
@@ -72,6 +74,10 @@ class Job:
     def finished(self) -> bool:
         """Whether all candidates are answered."""
         return self.remaining == 0
+
+    def queue_seconds(self, start: float) -> float:
+        """Return the time spent waiting until a start by `time.perf_counter()`, without that of a cold start."""
+        return max(0.0, start - self.queued_at - (self.cold_start_seconds or 0.0))
 
     def emit(self, event: TextUpdate | Answer) -> None:
         """Send an event. The last answer of a batched job ends its stream while the rest of the batch continues."""
@@ -274,7 +280,8 @@ class StreamCallback(StoppingCriteria):
                     tokens_out=len(self.tokens[row]),
                     seconds=seconds,
                     first_token_seconds=self.first_token_seconds,
-                    queue_seconds=self.start - job.queued_at,
+                    queue_seconds=job.queue_seconds(self.start),
+                    cold_start_seconds=job.cold_start_seconds,
                     truncated=truncated,
                 )
             )
@@ -318,7 +325,8 @@ def _generate_regions(
             tokens_out=tokens_per_object * len(regions),
             seconds=seconds,
             first_token_seconds=seconds,
-            queue_seconds=start - job.queued_at,
+            queue_seconds=job.queue_seconds(start),
+            cold_start_seconds=job.cold_start_seconds,
             truncated=len(regions) >= max_objects,
         )
         for index in range(job.request.n):

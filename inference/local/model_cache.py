@@ -98,10 +98,12 @@ class ModelCache:
 
     Attributes:
         sources: Sources of the models in memory; can be read from any thread.
+        loads: Number of models loaded so far.
     """
 
     def __init__(self, limit: int = 2) -> None:
         self.sources: tuple[str, ...] = ()
+        self.loads = 0
         self._models: LRUCache[tuple, LoadedModel] = LRUCache(limit)
 
     def get(self, spec: ModelSpec, device: torch.device) -> LoadedModel:
@@ -127,6 +129,7 @@ class ModelCache:
             loaded = _load(spec, weights, tokenizer, device)
             loaded.cache_key = key
             self._models[key] = loaded
+            self.loads += 1
             self._update_sources()
         return loaded
 

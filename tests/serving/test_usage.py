@@ -123,6 +123,7 @@ def test_prometheus_metrics_can_be_parsed(client: TestClient) -> None:
     assert {name for name, *_ in samples} == {
         *(f"moondream_{name}_total" for name in ("calls", "latency_seconds", "tokens", "cost_dollars")),
         *(f"moondream_{name}_total" for name in ("unpriced_calls", "usage_events_lost")),
+        *(f"moondream_{name}_total" for name in ("queue_seconds", "cold_starts", "cold_start_seconds")),
         *(f"moondream_budget_{name}_dollars" for name in ("limit", "spent")),
         *(f"moondream_call_duration_seconds_{name}" for name in ("bucket", "count", "sum")),
     }

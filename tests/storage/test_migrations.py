@@ -36,7 +36,7 @@ def test_database_of_version_1_keeps_its_reward_functions(tmp_path: Path) -> Non
     connection.close()
     assert [saved.name for saved in RewardFunctionStore(f"sqlite:///{file}").list()] == ["crisp"]
     with sqlite3.connect(file) as connection:
-        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0007",)]
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0008",)]
         assert connection.execute("SELECT count(*) FROM usage_events").fetchone() == (0,)
     connection.close()
 
@@ -115,7 +115,15 @@ def test_sessions_of_version_2_are_hashed(version_2: Database) -> None:
 def test_branches_of_version_2_go_on_writing_to_the_new_schema(version_2: Database) -> None:
     database = reopen(version_2)
     event = UsageEvent(
-        NOW, "m", "recipe", branch="topic", commit="c0", source="playground", cost=1.0, cost_basis="reported"
+        NOW,
+        "m",
+        "recipe",
+        branch="topic",
+        commit="c0",
+        source="playground",
+        cost=1.0,
+        cost_basis="reported",
+        cold_start=0.5,
     )
     visitors = UsageEvent(**{**vars(event), "id": "visitor", "payer": "visitor"})
     insert_events(database, [event, visitors])
@@ -132,6 +140,7 @@ def test_branches_of_version_2_go_on_writing_to_the_new_schema(version_2: Databa
     events = UsageAnalytics(database).recent(usage_filter)
     assert sorted(event.payer for event in events) == ["deployment", "deployment", "visitor"]
     assert not any("gradiohash" in event.session for event in events)
+    assert sorted(str(event.cold_start) for event in events) == ["0.5", "0.5", "None"]
 
 
 def test_databases_created_concurrently_do_not_mix(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import hmac
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import app
+from settings import Settings
 from storage.database import Database
 from usage.alerts import Alert, AlertError, Alerts, Webhook
 from usage.analytics import UsageAnalytics
@@ -130,6 +133,17 @@ def test_unreachable_receiver_is_not_an_error(database: Database) -> None:
     assert alerts.list()[0].since == NOW and not alerts.list()[0].sent
     alerts.remove("main", "cost")
     assert alerts.list() == ()
+
+
+def test_address_of_the_webhook_is_not_logged(
+    tmp_path: Path, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    services = app.build_services(Settings(data_dir=tmp_path))
+    with caplog.at_level(logging.INFO):
+        address = f"http://127.0.0.1:{receiver.server_port}/hooks/token-in-the-path"
+        assert Webhook(address, SECRET).send("id", Alert("", "cost", 1.0, 2.0))
+    services.meter.recorder.close()
+    assert len(receiver.requests) == 1 and "token-in-the-path" not in caplog.text
 
 
 @pytest.mark.parametrize("alert", [Alert("b", "calls", 1.0), Alert("b", "error_rate", 1.1), Alert("b", "cost", 0.0)])  # type: ignore[arg-type]

@@ -180,3 +180,18 @@ def test_archived_events_stay_in_every_figure(
     assert analytics.metrics(ALL, now=NOW).calls.value == 116
     assert archive_old_events(database, NOW) == 1 and archive_old_events(database, NOW) == 0
     assert analytics.metrics(ALL, now=NOW).calls.value == 116
+
+
+def test_archives_of_earlier_versions_lack_younger_columns(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = NOW - timedelta(days=500)
+    insert_events(database, events(3, "old", old, cold_start=1.0))
+    written = archive.pq.write_table
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            archive.pq, "write_table", lambda rows, *args, **kw: written(rows.drop_columns("cold_start"), *args, **kw)
+        )
+        assert archive_old_events(database, NOW) == 3
+    insert_events(database, events(2, "older", old - timedelta(days=40), cold_start=2.0))
+    assert archive_old_events(database, NOW) == 2
+    metrics = UsageAnalytics(database).metrics(ALL, now=NOW)
+    assert (metrics.calls.value, metrics.cold_starts.value) == (5, 2)

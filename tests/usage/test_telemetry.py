@@ -26,6 +26,8 @@ EVENT = UsageEvent(
     "caption",
     latency=1.5,
     first_token=0.25,
+    queue=0.5,
+    cold_start=2.0,
     tokens_in=735,
     tokens_out=45,
     tokens_basis="reported",
@@ -142,6 +144,7 @@ def test_events_become_spans_and_metrics_and_an_outage_loses_nothing(receiver: R
     assert attributes["gen_ai.provider.name"] == "moondream" and attributes["gen_ai.request.model"] == "moondream2"
     assert attributes["gen_ai.usage.input_tokens"] == 735 and attributes["gen_ai.usage.output_tokens"] == 45
     assert attributes["gen_ai.response.time_to_first_chunk"] == 0.25 and "moondream.cost_dollars" not in attributes
+    assert attributes["moondream.queue_seconds"] == 0.5 and attributes["moondream.cold_start_seconds"] == 2.0
     _, failed = by_branch["main"]
     assert failed.status.code == 2 and values(failed.attributes)["error.type"] == "out_of_memory"
     assert all(header["authorization"] == "Basic abc" for header in receiver.headers)
@@ -156,6 +159,8 @@ def test_events_become_spans_and_metrics_and_an_outage_loses_nothing(receiver: R
         "gen_ai.server.request.duration",
         "gen_ai.server.time_to_first_token",
         "gen_ai.client.token.usage",
+        "moondream.queue.duration",
+        "moondream.cold_start.duration",
     }
 
 

@@ -59,6 +59,8 @@ def usage_events(draw: st.DrawFn) -> UsageEvent:
         branch=draw(st.sampled_from(("main", "other"))),
         error="failed" if outcome == "error" else "",
         first_token=draw(st.none() | st.integers(0, 10**7).map(lambda us: us / 10**6)),
+        queue=draw(st.none() | st.integers(0, 10**7).map(lambda us: us / 10**6)),
+        cold_start=draw(st.none() | st.integers(0, 10**7).map(lambda us: us / 10**6)),
         cost=cost,
         cost_basis="unknown" if cost is None else "estimated",
         reward=draw(st.none() | st.integers(0, 10**6).map(lambda millionths: millionths / 10**6)),
@@ -104,6 +106,9 @@ def test_metrics_and_series_equal_a_plain_numpy_computation(
     for name, share in {"p50": 0.5, "p95": 0.95, "p99": 0.99}.items():
         assert getattr(metrics, name).value == percentile([e.latency for e in selected], share)
     assert metrics.first_token.value == percentile([e.first_token for e in selected if e.first_token is not None], 0.5)
+    assert metrics.queue.value == percentile([e.queue for e in selected if e.queue is not None], 0.95)
+    cold_starts = sum(e.cold_start is not None for e in selected)
+    assert metrics.cold_starts.value == cold_starts
     costs = [e.cost for e in selected if e.cost is not None]
     assert metrics.cost.value == (pytest.approx(sum(costs), abs=1e-9) if costs else None)
     assert metrics.unpriced == len(selected) - len(costs)
@@ -172,6 +177,35 @@ def counters(collector: UsageCollector) -> dict[tuple[str, ...], float]:
         if family.type == "counter"
         for sample in family.samples
     }
+
+
+def test_prometheus_has_queue_times_and_cold_starts_from_one_read(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, read = [], EventCache.read
+    monkeypatch.setattr(EventCache, "read", lambda cache: reads.append(cache) or read(cache))
+    events = [
+        UsageEvent(NOW, "m", "recipe", latency=0.2, queue=0.5, cold_start=2.0),
+        UsageEvent(NOW, "m", "recipe", "error", latency=3.0, queue=0.25),
+        UsageEvent(NOW, "m", "recipe", latency=90.0),
+    ]
+    insert_events(database, events)
+    recorder = Recorder(database, tmp_path / "spool", Deployment())
+    collector = UsageCollector(EventCache(database), Budgets(database), recorder)
+    values = counters(collector)
+    assert len(reads) == 1
+
+    def value(name: str, outcome: str) -> float:
+        return values[(f"moondream_{name}_total", "local", "m", "recipe", outcome)]
+
+    assert (value("queue_seconds", "ok"), value("queue_seconds", "error")) == (0.5, 0.25)
+    assert (value("cold_starts", "ok"), value("cold_starts", "error")) == (1, 0)
+    assert value("cold_start_seconds", "ok") == 2.0
+    (histogram,) = (family for family in collector.collect() if family.type == "histogram")
+    samples = {(sample.name, sample.labels.get("le")): sample.value for sample in histogram.samples}
+    buckets = {limit: value for (_, limit), value in samples.items() if limit}
+    assert (buckets["0.1"], buckets["0.25"], buckets["5.0"], buckets["60.0"], buckets["+Inf"]) == (0, 1, 2, 2, 3)
+    assert samples["moondream_call_duration_seconds_sum", None] == pytest.approx(93.2)
 
 
 def test_prometheus_counters_do_not_fall_at_retention(database: Database, tmp_path: Path) -> None:

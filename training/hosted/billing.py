@@ -133,7 +133,7 @@ class PaidCalls:
         row |= {"cost": dollars - self._recorded_dollars if self.costs.priced else None}
         row |= {"outcome": outcome, "error": error}
         before_in, before_out = self._recorded_tokens
-        if tokens_in > before_in:  # an update reports none
+        if tokens_in > before_in:
             row |= {"tokens_in": tokens_in - before_in, "tokens_out": tokens_out - before_out}
         self._recorded_dollars, self._recorded_tokens = dollars, (tokens_in, tokens_out)
         if event := call_event(self.run, row):

@@ -32,7 +32,8 @@ class CostTracker:
         question: The prompt that is sent with each photo.
         prices: The price table.
         dollars: Amount spent so far.
-        tokens_in: Input tokens of the answers so far, estimated; likewise `tokens_out`.
+        tokens_in: Input tokens of the calls so far, estimated; likewise `tokens_out`. An update has those of its
+            answers.
     """
 
     base: str
@@ -85,12 +86,14 @@ class CostTracker:
 
     def add_inference(self, count: int, tokens_out: int) -> None:
         """Add the cost and the tokens of `count` answers with `tokens_out` tokens in total. Safe in several threads."""
-        self.add(self.inference_cost(count, tokens_out))
-        with self._lock:
-            self.tokens_in += count * (PHOTO_TOKENS + estimate_tokens(self.question))
-            self.tokens_out += tokens_out
+        self._add(self.inference_cost(count, tokens_out), count, tokens_out)
 
-    def add(self, dollars: float | None) -> None:
-        """Add an amount that was spent; None adds nothing. Safe in several threads."""
+    def add_training(self, count: int, tokens_out: int) -> None:
+        """Add the cost and the tokens of an update on `count` answers with `tokens_out` tokens in total."""
+        self._add(self.training_cost(count, tokens_out), count, tokens_out)
+
+    def _add(self, dollars: float | None, count: int, tokens_out: int) -> None:
         with self._lock:
             self.dollars += dollars or 0.0
+            self.tokens_in += count * (PHOTO_TOKENS + estimate_tokens(self.question))
+            self.tokens_out += tokens_out

@@ -235,15 +235,15 @@ class HostedTrainer:
             texts = [text for group in groups for text in group.texts]
             rewards = self.reward(texts, [index for index in indices for _ in range(self.config.rollouts)])
             call.reward = _mean(rewards)
-        payload, cost = [], 0.0
+        payload, tokens_out = [], 0
         for index, group in enumerate(groups):
             start = index * self.config.rollouts
             group_rewards = _fill_missing(rewards[start : start + self.config.rollouts], group.texts)
             if np.ptp(group_rewards) > MIN_REWARD_RANGE:
                 payload.append(rl_group(group, group_rewards))
-                cost += self.costs.training_cost(len(group_rewards), _tokens_out(group)) or 0.0
+                tokens_out += _tokens_out(group)
         silent = len(groups) - len(payload)
-        kl = self._update(payload, len(payload) * self.config.rollouts, cost, number) if payload else None
+        kl = self._update(payload, len(payload) * self.config.rollouts, tokens_out, number) if payload else None
         self.state.done = number
         self.state.groups += len(groups)
         self.state.silent += silent
@@ -259,22 +259,24 @@ class HostedTrainer:
         self.costs.add_inference(len(rollouts.texts), _tokens_out(rollouts))
         return rollouts
 
-    def _update(self, groups: Sequence[dict[str, Any]], answers: int, cost: float, done: int) -> float | None:
+    def _update(self, groups: Sequence[dict[str, Any]], answers: int, tokens_out: int, done: int) -> float | None:
         """Apply one update; return its KL divergence if the server reports it.
 
         Args:
             groups: The groups to train on.
             answers: Number of answers in them.
-            cost: Cost in US dollars.
+            tokens_out: Number of their tokens.
             done: GRPO steps done afterwards, stored together with the update, so that a killed run repeats nothing.
         """
         with self.calls.call("train_step", answers):
             try:
                 result = self.tuning.train_step(groups, self.config.learning_rate, self.state.step)
             except CloudError as error:
-                self.costs.add(cost if error.uncertain else 0.0)
+                if error.uncertain:
+                    self.costs.add_training(answers, tokens_out)
                 raise
-            self.costs.add(cost * (1 + result.extra_steps))
+            for _ in range(1 + result.extra_steps):
+                self.costs.add_training(answers, tokens_out)
         if result.response_lost:
             print("The response to this step was lost, but the finetune advanced; the step was not sent again.")
         if result.extra_steps:
@@ -294,7 +296,7 @@ class HostedTrainer:
             indices = rng.integers(len(self.photos.photos), size=self.config.photos_per_step)
             examples = [self._example(self.photos.photos[int(index)], rng) for index in indices]
             token_count = sum(estimate_tokens(group["target"]["answer"]) for group in examples)
-            self._update(examples, len(examples), self.costs.training_cost(len(examples), token_count) or 0.0, done=0)
+            self._update(examples, len(examples), token_count, done=0)
 
     def _example(self, photo: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
         recipes = [random_recipe(rng) for _ in range(SFT_CANDIDATES)]

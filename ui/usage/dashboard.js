@@ -90,7 +90,7 @@ function drawContent(data) {
     setText(node.querySelector('dt'), metric.name);
     setText(byClass('metric-value', node), metric.value);
     const change = byClass('metric-change', node);
-    setText(change, metric.change ? metric.change + ' (was ' + metric.previous + ')' : 'no data in the previous period');
+    setText(change, metric.change ? metric.change + ' (was ' + metric.previous + ')' : metric.previous ? 'was ' + metric.previous : 'no data in the previous period');
     change.dataset.trend = metric.trend;
     return node;
   }));

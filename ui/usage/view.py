@@ -34,6 +34,8 @@ METRICS = {
     "p95": "Latency p95",
     "p99": "Latency p99",
     "first_token": "Time to first token",
+    "queue": "Queue time p95",
+    "cold_starts": "Cold starts",
     "tokens": "Tokens",
     "cost": "Cost",
     "cost_per_request": "Cost per request",
@@ -47,7 +49,7 @@ BRANCH_COLUMNS = {
     "reward_per_cent": "Reward per cent",
 }
 HIGHER_IS_BETTER = ("reward", "reward_per_cent")
-LOWER_IS_BETTER = ("error_rate", "p50", "p95", "p99", "first_token", "cost_per_request")
+LOWER_IS_BETTER = ("error_rate", "p50", "p95", "p99", "first_token", "queue", "cost_per_request")
 MIN_BRANCH_CHANGE = 0.01  # difference between branches that is coloured
 MIN_CHANGE = 0.0005  # relative change below which a metric is neither better nor worse
 BIN_FORMATS = {"minute": "%H:%M", "hour": "%d %b %H:%M", "6 hours": "%d %b %H:%M", "day": "%d %b", "month": "%b %Y"}
@@ -101,7 +103,7 @@ def dashboard_snapshot(
     return {
         "empty": not metrics.calls.value,
         "period": _format_period(metrics, zone),
-        "metrics": [_metric(name, getattr(metrics, name)) for name in METRICS],
+        "metrics": [_metric(name, getattr(metrics, name), bool(metrics.calls.previous)) for name in METRICS],
         "notes": _notes(metrics),
         **_branch_comparison(dashboard.branches),
         "zone": zone,
@@ -211,8 +213,8 @@ def _three_digits(value: float) -> str:
 
 
 _FORMATTERS: dict[str, Callable[[float], str]] = {
-    **dict.fromkeys(("calls", "tokens"), lambda value: f"{value:,.0f}"),
-    **dict.fromkeys(("latency", "p50", "p95", "p99", "first_token"), format_seconds),
+    **dict.fromkeys(("calls", "cold_starts", "tokens"), lambda value: f"{value:,.0f}"),
+    **dict.fromkeys(("latency", "p50", "p95", "p99", "first_token", "queue"), format_seconds),
     **dict.fromkeys(("cost", "cost_per_request"), format_money),
     "error_rate": lambda value: f"{100 * value:.{0 if value in (0, 1) else 2}f} %",
     "reward": lambda value: f"{value:.3f}",
@@ -227,13 +229,14 @@ def _shorten(name: str) -> str:
 # ── Parts of the snapshot ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _metric(name: str, metric: Metric) -> dict[str, Any]:
+def _metric(name: str, metric: Metric, has_previous: bool) -> dict[str, Any]:
+    """Return a metric with its change; `previous` is "" if the previous period has no calls, or none with a value."""
     change = metric.change
     return {
         "name": METRICS[name],
         "value": format_value(name, metric.value),
         "change": "" if change is None else _format_change(change),
-        "previous": format_value(name, metric.previous),
+        "previous": format_value(name, metric.previous) if has_previous and metric.previous is not None else "",
         "trend": _trend(name, change),
     }
 

@@ -719,6 +719,28 @@ def test_gpu_model_is_unavailable_on_a_cpu(engine: Engine, spec: ModelSpec, phot
 # Model cache, and the layout of the released model
 
 
+def test_cold_start_is_measured_apart_from_the_queue(
+    new_engine: Engine, spec: ModelSpec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    durations, get = [], new_engine.model_cache.get
+
+    def measured(*args: Any) -> LoadedModel:
+        start = time.perf_counter()
+        loaded = get(*args)
+        durations.append(time.perf_counter() - start)
+        return loaded
+
+    monkeypatch.setattr(new_engine.model_cache, "get", measured)
+    start = time.perf_counter()
+    (cold,) = (event for event in events(new_engine, spec, request(photo)) if isinstance(event, Answer))
+    elapsed = time.perf_counter() - start
+    assert cold.cold_start_seconds is not None and cold.cold_start_seconds >= durations[0]
+    assert cold.queue_seconds + cold.cold_start_seconds + cold.seconds <= elapsed, "no time counts twice"
+    for skill in ("recipe", "detect"):
+        (warm,) = (event for event in events(new_engine, spec, request(photo, skill)) if isinstance(event, Answer))
+        assert warm.cold_start_seconds is None and warm.queue_seconds >= durations[-1]
+
+
 def test_least_recently_used_model_is_evicted(
     spec: ModelSpec, model_folder: Path, photo: np.ndarray, tmp_path: Path
 ) -> None:

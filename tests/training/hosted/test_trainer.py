@@ -78,7 +78,8 @@ def test_cost_is_recorded_and_bounded(tmp_path: Path, photo_folder: str, server:
     assert spent == sorted(spent)
     events = run_events(run, lambda seconds: None)
     assert {event.source for event in events} == {"hosted-rl"}
-    assert all(event.tokens_in and event.tokens_out for event in events if event.skill != "train_step")
+    assert "train_step" in {event.skill for event in events}
+    assert all(event.tokens_in and event.tokens_out for event in events)
     assert sum(event.cost or 0 for event in events) == pytest.approx(result["dollars"])
     assert result["dollars"] > spent[-1], "the final evaluation is paid for after the last step"
 

@@ -109,6 +109,8 @@ def test_metrics_give_the_change_and_its_trend(services: AppServices) -> None:
     assert (metric(value, "Calls")["value"], metric(value, "Calls")["change"]) == ("4", "+100.0 %")
     assert metric(value, "Latency p50")["trend"] == "better" and metric(value, "Latency p50")["previous"] == "400 ms"
     assert metric(value, "Cost")["value"] == "$0.00800" and metric(value, "Cost")["change"] == ""
+    assert metric(value, "Cost")["previous"] == "" and metric(value, "Cold starts")["previous"] == "0"
+    assert {item["previous"] for item in snapshot(services, period="week")["metrics"]} == {""}, "there were no calls"
     assert not value["empty"] and value["period"].endswith("period of the same length.")
 
 
