@@ -29,6 +29,7 @@ from training.evaluate import ScoredAnswer, reward_totals, score_answer
 from training.grpo.alarms import AlarmMonitor
 from training.grpo.result import build_result, format_log_line
 from training.grpo.reward import RecipeReward
+from training.grpo.rollouts import record_rollouts
 from training.hosted.billing import BillingAccount, PaidCalls
 from training.hosted.client import (
     MAX_ROLLOUTS,
@@ -248,6 +249,7 @@ class HostedTrainer:
         self.state.groups += len(groups)
         self.state.silent += silent
         self._log_step(number, rewards, silent / len(groups), kl)
+        record_rollouts(self.run, number, self.reward)
         if number % self.config.probe_every == 0 or number == self.config.steps:
             self._probe(number)
         self._save_state()

@@ -66,6 +66,9 @@ def test_reward_on_held_out_photos_rises(
     assert result["model"] == f"moondream3-preview/{result['finetune_id']}@{max(finetune.saved)}"
     assert 6 <= finetune.step <= 12 and result["twice"] == 0  # a step without a learning signal is not sent
     assert [row["step"] for row in run.metrics()] == list(range(1, 13))
+    last = run.rollouts(12)
+    assert last and last["step"] == 12 and len(last["groups"][0]["rollouts"]) == run.config().rollouts
+    assert all(load_photo(run.rollout_photo(group["photo"])).size for group in last["groups"])
     assert KEY not in all_text(run)
 
 
