@@ -92,6 +92,7 @@ def set_weights(page: Page, weights: dict[str, float]) -> None:
 
 def run(page: Page) -> None:
     """Run the chosen models and wait until every column is finished."""
+    page.locator(".grid-status").evaluate("node => { node.textContent = '' }")  # of the run before
     page.get_by_role("button", name="Run", exact=True).click()
     status = re.compile(r"^(\d+) of \1 candidates ready after")
     page.locator(".grid-status").filter(has_text=status).wait_for()

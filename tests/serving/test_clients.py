@@ -44,7 +44,7 @@ with moondream.vl(endpoint=url, api_key=key, model="moondream-tiny") as client:
     assert "".join(client.caption(image, length="short", stream=True, settings=settings)["caption"]) == caption != ""
     answer = client.query(client.encode_image(image), QUESTION, settings=settings)["answer"]
     assert "".join(client.query(image, QUESTION, stream=True, settings=settings)["answer"]) == answer != ""
-    assert "cannot tell" in client.query(question="What is 2 plus 2?", settings=settings)["answer"]
+    assert client.query(question="What is 2 plus 2?", settings=settings)["answer"]
     result = client.chat(messages(QUESTION), settings=settings)
     assert result["message"]["content"] == answer and result["finish_reason"] == "stop"
     assert "".join(client.chat(messages(QUESTION), stream=True, settings=settings)["message"]) == answer

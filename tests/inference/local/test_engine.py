@@ -567,6 +567,9 @@ def test_callers_context_is_inherited(engine: Engine, spec: ModelSpec, photo: np
             seen.append(visitor.get())
             return model_cache.get(*args)
 
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model_cache, name)
+
     engine.model_cache = Recording()  # type: ignore[assignment]
     events(engine, spec, request(photo))
     assert seen == ["alice"]
