@@ -37,16 +37,19 @@ BROWSER_ARGUMENTS = [
     "--no-first-run",
     "--disable-background-networking",
 ]
-# Moves a slider, waits until the grid has changed and a frame is painted. Returns milliseconds per move.
+# Moves a slider, waits until the grid has changed and a frame is painted. Returns milliseconds per move. The moves are
+# wide, because a narrow one may change no digit of the totals.
 MEASURE_MOVES = """async ({slider, moves}) => {
   const grid = document.querySelector('#candidates'), node = document.querySelector(slider), times = [];
   for (let move = 0; move < moves; move++) {
-    const changed = new Promise(done => {
+    const changed = new Promise((done, fail) => {
       const observer = new MutationObserver(() => { observer.disconnect(); done(); });
+      setTimeout(() => fail(new Error('the grid did not change after move ' + move)), 10000);
       observer.observe(grid, {subtree: true, childList: true, characterData: true});
     });
     const start = performance.now();
-    node.value = (move % 20) / 20;
+    const step = (move % 5) / 20;
+    node.value = move % 2 ? 1 - step : step;
     node.dispatchEvent(new Event('input', {bubbles: true}));
     await changed;
     await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
@@ -56,12 +59,19 @@ MEASURE_MOVES = """async ({slider, moves}) => {
   return times;
 }"""
 
-# Clicks Run and waits until a new comparison is finished. Returns milliseconds.
+# Clicks Run once the previous comparison has ended, and waits until a new one is finished. Returns milliseconds. The
+# page ignores a click in the moment between the last update of a comparison and the end of its event.
 MEASURE_COMPARISON = """async () => {
-  const grid = document.querySelector('.grid-columns'), previous = grid.dataset.run, start = performance.now();
+  const frame = () => new Promise(requestAnimationFrame), grid = document.querySelector('.grid-columns');
+  while (document.querySelector('#run').disabled) await frame();
+  await new Promise(done => setTimeout(done, 500));
+  const previous = grid.dataset.run, start = performance.now();
+  const columns = () => [...grid.querySelectorAll('.model-column')];
   document.querySelector('#run').click();
-  while (grid.dataset.run === previous || !grid.querySelector('.model-column[data-status=done]'))
-    await new Promise(requestAnimationFrame);
+  while (grid.dataset.run === previous || !columns().every(column => column.dataset.status === 'done')) {
+    if (performance.now() - start > 60000) throw new Error('no comparison after a minute');
+    await frame();
+  }
   return performance.now() - start;
 }"""
 APPLY_UPDATE = """update => {
