@@ -16,6 +16,7 @@ HEAD = "".join(
         ("style", "vendor/uPlot-1.6.32.min.css"),
         ("style", "style.css"),
         ("script", "session.js"),
+        ("script", "dom.js"),
         ("script", "vendor/uPlot-1.6.32.iife.min.js"),
         ("script", "line_plot.js"),
     )

@@ -4,19 +4,9 @@ const CONFIRM_MS = 5000;  // how long Delete asks for confirmation
 const SVG = 'http://www.w3.org/2000/svg';
 const find = (name, parent = element) => parent.querySelector('.' + name);
 const buttons = [...element.querySelectorAll('[data-action]')];
-const setText = (node, text) => { if (node.textContent !== text) node.textContent = text; };
-const showText = (node, text) => { setText(node, text || ''); node.hidden = !text; };
 let shown = null;                        // id of the evaluation that is drawn
 let sort = {key: 'reward', down: true};  // column of the leaderboard
 let axis = 'latency', confirmTimer = null;
-
-/** Creates an element with a class and a text. */
-function createNode(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
 
 const isKnown = value => value !== null && value !== undefined;
 const number = (value, digits) => !isKnown(value) ? '–' : value.toLocaleString('en', {minimumFractionDigits: digits, maximumFractionDigits: digits});

@@ -2,14 +2,6 @@
 
 const list = element.querySelector('ul');
 
-/** Creates an element with a text. */
-function createNode(tag, className, text) {
-  const node = document.createElement(tag);
-  node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-
 /** Draws the list and keeps the keyboard focus. */
 function draw() {
   const value = props.value || {list: [], selected: ''};

@@ -6,14 +6,6 @@ let current = null;    // the evaluation that the view displays: {evaluation, st
 let requested = null;  // the stamp that was last requested
 let page = 0, timer = null, lastTime = 0;
 
-/** Creates an element with a class and a text. */
-function createNode(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-
 /** Requests the photos that the controls describe. */
 function request() {
   if (!current) return;

@@ -11,20 +11,8 @@ let confirmTimer = null;  // runs while Delete asks for confirmation
 
 /** Formats a score with two decimals; "–" if unknown. */
 const formatScore = value => value === null || value === undefined ? '–' : value.toFixed(2);
-/** Sets an element's text if it differs, so that screen readers announce only changes. */
-const setText = (node, text) => { if (node.textContent !== text) node.textContent = text; };
 /** Sets an image's source if it differs, so that it does not flicker. */
 const setSource = (image, url) => { if (image.getAttribute('src') !== url) image.src = url; };
-/** Sets an element's text, and hides the element if the text is empty. */
-const showText = (node, text) => { setText(node, text || ''); node.hidden = !text; };
-
-/** Creates an HTML element with a class and a text. */
-function createNode(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
 
 /** Draws the snapshot: an introduction without a run, an error, or the run. */
 function draw() {

@@ -13,15 +13,6 @@ const format = value => value === null || value === undefined ? '–' : value.to
 const keyOf = (column, candidate) => column.name + '/' + candidate.index;
 const isScored = (data, candidate) => data.rewards.some(name => candidate.scores[name] !== undefined);
 
-/** Sets a node's text if it has changed. */
-function setText(node, text) { if (node.textContent !== text) node.textContent = text; }
-
-/** Sets a node's text and hides the node if the text is empty. */
-function setTextOrHide(node, text) {
-  setText(node, text || '');
-  node.hidden = !text;
-}
-
 // ── Drawing a snapshot ──────────────────────────────────────────────────────────────────────────────────────────────
 
 /** Draws props.value, keeping the nodes of the same run. */
@@ -58,13 +49,13 @@ function drawColumn(data, column) {
     node.setAttribute('aria-label', column.title);
     node.dataset.model = column.name;
     find(node, 'column-name').textContent = column.title;
-    setTextOrHide(find(node, 'column-note'), column.note);
+    showText(find(node, 'column-note'), column.note);
     columnNodes.set(column.name, node);
     columnsRoot.append(node);
   }
   node.dataset.status = column.status;
-  setTextOrHide(find(node, 'column-status'), column.status_text);
-  setTextOrHide(find(node, 'column-error'), column.error);
+  showText(find(node, 'column-status'), column.status_text);
+  showText(find(node, 'column-error'), column.error);
   for (const candidate of column.candidates) drawCard(data, column, candidate, node);
 }
 
@@ -82,15 +73,15 @@ function drawCard(data, column, candidate, columnNode) {
   const regions = JSON.stringify({boxes: candidate.boxes, points: candidate.points, path: candidate.path || undefined});
   card.clipboardText = candidate.recipe || (data.output === 'regions' ? regions : candidate.text);
   drawPicture(data, candidate, card);
-  setTextOrHide(find(card, 'card-text'), candidate.text);
+  showText(find(card, 'card-text'), candidate.text);
   setText(find(card, 'card-recipe-text'), candidate.recipe);
   find(card, 'card-recipe').hidden = !candidate.recipe;
-  setTextOrHide(find(card, 'card-problems'), candidate.problems);
-  setTextOrHide(find(card, 'card-details'), candidate.details);
+  showText(find(card, 'card-problems'), candidate.problems);
+  showText(find(card, 'card-details'), candidate.details);
   drawReasoning(candidate.reasoning || [], card);
   card.hidden = candidate.same_as !== candidate.index;
   const count = column.candidates.length;
-  setTextOrHide(find(card, 'card-agree'), candidate.agree > 1 ? candidate.agree + ' of ' + count + ' agree' : '');
+  showText(find(card, 'card-agree'), candidate.agree > 1 ? candidate.agree + ' of ' + count + ' agree' : '');
   find(card, 'card-copy').hidden = candidate.status !== 'ready';
   find(card, 'card-download').hidden = find(card, 'card-prefer').hidden = !candidate.recipe;
   const label = column.title + ', candidate ' + (candidate.index + 1);
@@ -156,12 +147,12 @@ function drawRegions(data, candidate, card) {
 function score() {
   const data = props.value;
   setText(find(element, 'grid-status'), (data && data.status) || '');
-  setTextOrHide(find(element, 'grid-label'), data && data.label);
+  showText(find(element, 'grid-label'), data && data.label);
   const notice = find(element, 'grid-notice'), byReward = find(element, 'grid-sort');
   byReward.hidden = !data || !data.columns || !data.columns.some(column => column.candidates.some(candidate => isScored(data, candidate)));
-  if (!data || !data.columns || data.output !== 'recipe') { setTextOrHide(notice, ''); return; }
+  if (!data || !data.columns || data.output !== 'recipe') { showText(notice, ''); return; }
   const allZero = Object.values(weights).every(weight => !(weight > 0));
-  setTextOrHide(notice, allZero ? 'All sliders are at zero, so the candidates cannot be ranked. Increase at least one.' : '');
+  showText(notice, allZero ? 'All sliders are at zero, so the candidates cannot be ranked. Increase at least one.' : '');
   let best = null;
   for (const column of data.columns) {
     const totals = column.candidates.map(candidate => total(weights, candidate.scores));
@@ -178,7 +169,7 @@ function score() {
     if (card.hidden) card.dataset.rank = '';
     card.dataset.best = best && key === best.key ? 'all' : card.dataset.rank === '1' ? 'model' : '';
     const label = {all: 'Best overall', model: 'Best of this model', '': ''}[card.dataset.best];
-    setTextOrHide(find(card, 'card-badge'), data.columns.length === 1 && label ? 'Best' : label);
+    showText(find(card, 'card-badge'), data.columns.length === 1 && label ? 'Best' : label);
   }
 }
 
@@ -292,7 +283,7 @@ function drawBusy() {
   busyTimer = null;
   const position = queuePosition(), ahead = position - 1;
   const others = ahead === 1 ? '1 comparison waits' : ahead + ' comparisons wait';
-  setTextOrHide(busy, !position ? '' : 'Busy: position ' + position + ' in the queue. ' + (ahead ? others + ' before yours.' : 'Your comparison is next.'));
+  showText(busy, !position ? '' : 'Busy: position ' + position + ' in the queue. ' + (ahead ? others + ' before yours.' : 'Your comparison is next.'));
 }
 new MutationObserver(() => {
   if (busyTimer === null && (queuePosition() || !busy.hidden)) busyTimer = setTimeout(drawBusy, 500);

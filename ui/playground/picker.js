@@ -3,26 +3,18 @@
 const list = element.querySelector('.picker-list'), selection = element.querySelector('.picker-selection');
 const details = element.querySelector('details');
 
-/** Creates an element with a class and a text. */
-function createElement(tag, className, text) {
-  const node = document.createElement(tag);
-  node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-
 /** Draws the choices; the focused check box keeps the focus. */
 function drawChoices() {
   const focused = document.activeElement && list.contains(document.activeElement) ? document.activeElement.value : null;
   list.querySelectorAll('label').forEach(label => label.remove());
   for (const choice of props.choices || []) {
-    const label = createElement('label', 'picker-choice'), box = createElement('input', 'picker-box');
-    const description = createElement('span', 'picker-description');
+    const label = createNode('label', 'picker-choice'), box = createNode('input', 'picker-box');
+    const description = createNode('span', 'picker-description');
     box.type = 'checkbox';
     box.value = choice.name;
     box.dataset.reason = choice.reason;
-    description.append(createElement('b', 'picker-title', choice.title));
-    description.append(createElement('small', choice.reason ? 'picker-reason' : 'picker-note', choice.reason ? 'Unavailable: ' + choice.reason : choice.note));
+    description.append(createNode('b', 'picker-title', choice.title));
+    description.append(createNode('small', choice.reason ? 'picker-reason' : 'picker-note', choice.reason ? 'Unavailable: ' + choice.reason : choice.note));
     label.classList.toggle('disabled', Boolean(choice.reason));
     label.append(box, description);
     list.append(label);

@@ -8,11 +8,6 @@ const BUSY_MS = 5000;   // a failed request does not disable the panel for longe
 let wanted = false;     // whether the visitor wants to see a pair
 let busy = null;
 
-function setText(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-  node.hidden = !text;
-}
-
 /** Sends an action to the server, unless another one is running. */
 function act(action, details) {
   if (busy) return;
@@ -26,10 +21,10 @@ function draw() {
   busy = null;
   const data = props.value;
   if (!data) return;
-  setText(find('panel-lead'), data.lead);
-  setText(find('panel-error'), data.error);
-  setText(find('pair-error'), data.error);
-  setText(find('panel-note'), data.note);
+  showText(find('panel-lead'), data.lead);
+  showText(find('panel-error'), data.error);
+  showText(find('pair-error'), data.error);
+  showText(find('panel-note'), data.note);
   for (const button of element.querySelectorAll('.needs-choices')) button.disabled = !data.choices;
   for (const button of element.querySelectorAll('.needs-fit')) button.disabled = !data.usable;
   find('dpo').hidden = !data.dpo;
@@ -69,7 +64,7 @@ function drawPair(data) {
   if (!source(pair.left) || !source(pair.right)) { dialog.close(); return; }
   left.src = source(pair.left);
   right.src = source(pair.right);
-  setText(find('pair-progress'), data.lead);
+  showText(find('pair-progress'), data.lead);
   find('pair-undo').disabled = !data.choices;
   if (!dialog.open) dialog.showModal();
 }

@@ -9,18 +9,8 @@ const zooms = [];  // the periods before each zoom, latest last
 let zooming = false;  // whether a period was selected that is not drawn yet
 let drawnBudgets = '', drawnAlerts = '';  // JSON of the budgets and alerts that are drawn
 
-/** Sets an element's text if it differs, so that screen readers announce only changes. */
-const setText = (node, text) => { if (node.textContent !== text) node.textContent = text; };
 /** Returns the CSS class of the colour of the line at an index. */
 const colourClass = index => 'colour-' + index % COLOURS;
-
-/** Creates an HTML element with a class and a text. */
-function createNode(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
 
 /** Creates a table row whose first cell is its header; in the table's head every cell is one. */
 function createRow(cells, inHead) {
