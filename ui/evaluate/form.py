@@ -9,13 +9,12 @@ from typing import Any
 import gradio as gr
 
 from inference.types import MAX_CANDIDATES, MAX_SEED, SKILLS, ModelSpec
-from recipes import MAX_BYTES
 from rewards import EQUAL_WEIGHTS, REWARDS
 from training.data.bundled import bundled_photos
 from training.evaluations.evaluation import DEFAULT_CANDIDATES, DEFAULT_PHOTOS, MAX_MODELS, POOL_SIZE
 from training.evaluations.runner import POOL_SECONDS
 from training.runs.run import MAX_NAME, MAX_PHOTOS
-from ui.finetune.form import HUB_DATASET, NO_AUTOCOMPLETE, UPLOADED
+from ui.finetune.form import HUB_DATASET, NO_AUTOCOMPLETE, UPLOADED, draw_photo_inputs
 from ui.finetune.run_view import format_duration
 from usage.prices import Prices
 
@@ -69,18 +68,7 @@ def draw_form(models: list[tuple[str, str]]) -> EvaluateForm:
         info=f"Each model takes part at each one, {MAX_MODELS} entries in all.",
         elem_id="eval-temperatures",
     )
-    fields["photo_source"] = gr.Radio(list(PHOTO_SOURCES), value=HELD_OUT, label="Photos", elem_id="eval-photos")
-    fields["files"] = gr.File(
-        label=f"Photos or one zip file, up to {MAX_BYTES // 1_000_000} MB each",
-        file_count="multiple",
-        file_types=["image", ".zip"],
-        height=160,
-        visible=False,
-        elem_id="eval-files",
-    )
-    fields["dataset"] = gr.Textbox(
-        label="Dataset on the Hub", placeholder="owner/name", max_length=200, max_lines=1, visible=False
-    )
+    fields |= draw_photo_inputs(PHOTO_SOURCES, "Photos", "eval")
     with gr.Row(elem_classes="settings-row"):
         fields["max_photos"] = gr.Number(
             DEFAULT_PHOTOS, label="At most", precision=0, minimum=1, maximum=MAX_PHOTOS, min_width=80

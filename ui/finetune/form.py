@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,25 +100,7 @@ def draw_form(services: AppServices, base_models: list[tuple[str, str]]) -> Retr
         base_models, value=base_models[0][1] if base_models else None, label="Base model", elem_id="tune-base"
     )
 
-    fields["photo_source"] = gr.Radio(
-        list(PHOTO_SOURCES), value=BUNDLED, label="Training photos", elem_id="tune-photos"
-    )
-    fields["files"] = gr.File(
-        label=f"Photos or one zip file, up to {MAX_BYTES // 1_000_000} MB each",
-        file_count="multiple",
-        file_types=["image", ".zip"],
-        height=160,
-        visible=False,
-        elem_id="tune-files",
-    )
-    fields["dataset"] = gr.Textbox(
-        label="Dataset on the Hub",
-        placeholder="owner/name",
-        max_length=200,
-        max_lines=1,
-        visible=False,
-        elem_id="tune-dataset",
-    )
+    fields |= draw_photo_inputs(PHOTO_SOURCES, "Training photos", "tune")
 
     fields["length"] = gr.Radio(
         [(f"{name} ({steps} steps)" if steps else name, name) for name, steps in LENGTHS.items()],
@@ -189,6 +172,38 @@ def draw_form(services: AppServices, base_models: list[tuple[str, str]]) -> Retr
     submit = gr.Button("Retrain with this reward", variant="primary", elem_id="tune-start")
     note = gr.Markdown(visible=False, elem_id="tune-note")
     return RetrainForm(reward, fields, jobs_group, hosted_group, estimated, submit, note)
+
+
+def draw_photo_inputs(sources: Sequence[str], label: str, prefix: str) -> dict[str, Any]:
+    """Draw the inputs that choose a set of photos, with the first source chosen.
+
+    Args:
+        sources: The sources; `photo_source_changed` shows the input of UPLOADED or HUB_DATASET.
+        label: Label of the sources.
+        prefix: Prefix of the components' ids.
+
+    Returns:
+        The inputs `photo_source`, `files` and `dataset`.
+    """
+    return {
+        "photo_source": gr.Radio(list(sources), value=sources[0], label=label, elem_id=f"{prefix}-photos"),
+        "files": gr.File(
+            label=f"Photos or one zip file, up to {MAX_BYTES // 1_000_000} MB each",
+            file_count="multiple",
+            file_types=["image", ".zip"],
+            height=160,
+            visible=False,
+            elem_id=f"{prefix}-files",
+        ),
+        "dataset": gr.Textbox(
+            label="Dataset on the Hub",
+            placeholder="owner/name",
+            max_length=200,
+            max_lines=1,
+            visible=False,
+            elem_id=f"{prefix}-dataset",
+        ),
+    }
 
 
 def draw_push_form() -> PushForm:
