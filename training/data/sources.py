@@ -177,11 +177,15 @@ def _list_files(source: str, split: str) -> list[PhotoFile]:
         return [(photo.path.name, _file_loader(photo.path)) for photo in bundled_photos(split)]
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
-        return [(file.name, _file_loader(file)) for file in files[:MAX_FILES]]
+        return [(file.name, _file_loader(file)) for file in photo_files(path)[:MAX_FILES]]
     if path.is_file() and zipfile.is_zipfile(path):
         return _list_zip(path)
     raise PhotoSourceError(f"{_public_name(source)} is neither a folder of photos nor a zip file. Choose one of these.")
+
+
+def photo_files(folder: Path) -> list[Path]:
+    """List the files in a folder, and in those below, whose names end like those of photos, in order."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
 
 
 def _file_loader(path: Path) -> Callable[[], np.ndarray]:

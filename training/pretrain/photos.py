@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from recipes import PhotoError, load_photo, shrink
 from training.data.bundled import bundled_photos
-from training.data.sources import EXTENSIONS
+from training.data.sources import photo_files
 from training.pretrain import image_facts
 
 MIN_SHARPNESS = 0.6  # of a photo at its own size: in a soft photo, the blur of a lesson cannot be seen
@@ -100,7 +100,7 @@ class PretrainPhotos(Sequence[np.ndarray]):
     def describe(self) -> list[dict[str, Any]]:
         """Return the content of `sources.json`: name, weight, count and files of the bundled photos and each folder."""
         files = [info.path for info in bundled_photos("train")]
-        hashes = {file.name: _sha256(file) for file in files}
+        hashes = {file.name: _sha256(file.read_bytes()) for file in files}
         bundled = {"name": "bundled", "weight": 1.0, "photos": len(files), "files": hashes}
         return [bundled, *(source.describe() for source in self.sources)]
 
@@ -121,21 +121,28 @@ def load_training_photos(folders: Sequence[tuple[Path, float]] = ()) -> Pretrain
     largest = Counter(info.source for info in infos).most_common(1)[0][0]
     photos = [(load_photo(info.path), 1 if info.source == largest else 3) for info in infos]
     bundled = [photo for photo, repeats in photos for _ in range(repeats)]
-    return PretrainPhotos(bundled, [_list_source(folder, weight) for folder, weight in folders])
+    held_out = [info.path.read_bytes() for info in bundled_photos("held-out")] if folders else []
+    hashes = {_sha256(data) for data in held_out}
+    copies = np.array([difference_hash(load_photo(data)) for data in held_out])
+    return PretrainPhotos(bundled, [_list_source(folder, weight, hashes, copies) for folder, weight in folders])
 
 
-def _list_source(folder: Path, weight: float) -> Source:
-    """Check every photo of a folder. Raises PretrainPhotosError if none can be used."""
-    held_out = [info.path for info in bundled_photos("held-out")]
-    hashes = {_sha256(path) for path in held_out}
-    copies = np.array([difference_hash(load_photo(path)) for path in held_out])
+def _list_source(folder: Path, weight: float, held_out: set[str], copies: np.ndarray) -> Source:
+    """Check every photo of a folder. Raises PretrainPhotosError if none can be used.
+
+    Args:
+        folder: The folder.
+        weight: Its weight.
+        held_out: Hashes of the held-out photos.
+        copies: Their difference hashes, bool [N, 64].
+    """
     source = Source(folder, weight)
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
-    for file in tqdm(files, f"checking {folder.name}", mininterval=5):
-        digest = _sha256(file)
+    for file in tqdm(photo_files(folder), f"checking {folder.name}", mininterval=5):
+        data = file.read_bytes()
+        digest = _sha256(data)
         if digest in source.sha256:
             source.skipped["a second copy"] += 1
-        elif reason := "held out" if digest in hashes else _reason_to_skip(file, copies):
+        elif reason := "held out" if digest in held_out else _reason_to_skip(data, copies):
             source.skipped[reason] += 1
         else:
             source.files.append(file)
@@ -145,10 +152,10 @@ def _list_source(folder: Path, weight: float) -> Source:
     return source
 
 
-def _reason_to_skip(file: Path, held_out: np.ndarray) -> str:
-    """Return why a photo is not used, "" if it is. `held_out` are the difference hashes [N, 64] of held-out photos."""
+def _reason_to_skip(data: bytes, held_out: np.ndarray) -> str:
+    """Return why a file is not used, "" if it is. `held_out` are the difference hashes [N, 64] of held-out photos."""
     try:
-        photo = load_photo(file)
+        photo = load_photo(data)
     except PhotoError:
         return "not readable"
     if ((difference_hash(photo) != held_out).sum(1) <= SAME_PHOTO_BITS).any():
@@ -179,5 +186,5 @@ def difference_hash(photo: np.ndarray) -> np.ndarray:
     return (small[:, 1:] > small[:, :-1]).ravel()
 
 
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:HASH_DIGITS]
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:HASH_DIGITS]
