@@ -218,7 +218,7 @@ def picture(photo: Path, recipe: str = "", regions: str = "", side: int = PICTUR
 
     Args:
         photo: The file.
-        recipe: The recipe; "" leaves the photo as it is.
+        recipe: The recipe; "" leaves the photo untouched.
         regions: JSON object with `boxes` and `points`, in fractions of the photo.
         side: Long side in pixels.
     """

@@ -175,7 +175,7 @@ class _Runner:
     # ── Photos ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _copy_photos(self) -> list[dict[str, Any]]:
-        """Copy the photos to the folder, one at a time, and score them as they are."""
+        """Copy the photos to the folder, one at a time, and score them untouched."""
         config, report, rows = self.config, PhotoSet(), []
         hub_token = False if self.evaluation.owner else None  # a visitor cannot read what this deployment can
         stream = stream_photos(config.photos, "held-out", config.max_photos, config.seed, report, hub_token)
@@ -205,7 +205,7 @@ class _Runner:
                 raise EvaluationStopped(f"The model {model.title or model.name} is no longer available.")
 
     def _answer_all(self, count: int, scoring: ThreadPoolExecutor) -> None:
-        """Let the models answer all photos that have no answer yet. Answers with an error are asked for again."""
+        """Let the models answer all photos that have no answer yet. Answers with an error are requested again."""
         done = {key for key, row in self.evaluation.rows().items() if not row.get("error")}
         total, self.done, first = count * len(self.config.models), len(done), len(done)
         self.started = time.monotonic()

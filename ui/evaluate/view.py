@@ -217,7 +217,7 @@ def photos_snapshot(
         services: The application's services.
         visitor: The visitor.
         wanted: `evaluation`, `order` (one of ORDERS), `a` and `b` (indices of rows), `page`, and `stamp`, which is
-            returned as it is.
+            returned unchanged.
         function: The reward on the sliders; None shows the evaluation's own.
 
     Raises:
