@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -82,21 +83,44 @@ def retrain(address: str) -> None:
         raise SystemExit(f"The fine-tune ended as {status['state']}: {status}")
 
 
+def run(page: Page) -> None:
+    """Run the chosen models and wait until every candidate is ready."""
+    page.locator(".grid-status").evaluate("node => { node.textContent = '' }")  # of the run before
+    page.get_by_role("button", name="Run", exact=True).click()
+    status = re.compile(r"^(\d+) of \1 candidates ready after")
+    page.locator(".grid-status").filter(has_text=status).wait_for()
+
+
+def take_screenshot(page: Page) -> Image.Image:
+    """Return what the page shows once its pictures are loaded and its transitions have ended."""
+    page.wait_for_function("() => [...document.images].every(image => image.complete)")
+    page.wait_for_timeout(700)  # transitions
+    with Image.open(io.BytesIO(page.screenshot())) as picture:
+        return picture.convert("RGB")
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Start the installed Chromium. Raises SystemExit if there is none."""
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        raise SystemExit("no Chromium found: install it, or set CHROMIUM to its path")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=list(BROWSER_ARGS))
+        yield browser
+        browser.close()
+
+
 def open_tab(page: Page, tab: str) -> None:
     """Bring a tab into the state that the screenshot shows."""
     if tab == "Playground":
         page.wait_for_selector("#photo img[src]")
-        page.get_by_role("button", name="Run", exact=True).click()
-        page.wait_for_selector("#run:not([disabled])", state="attached")
-        page.wait_for_function(
-            "() => document.querySelectorAll('.model-column').length === 2 && "
-            "[...document.querySelectorAll('.model-column')].every(column => column.dataset.status === 'done')"
-        )
+        run(page)
         if page.viewport_size == PHONE:
             page.locator(".model-column").first.scroll_into_view_if_needed()
         return
     page.get_by_role("tab", name=tab).click()
-    page.wait_for_selector({"Fine-tune": "#run-view .run[data-state=done]", "Usage": "#dashboard svg"}[tab])
+    page.wait_for_selector({"Fine-tune": "#run-view .run[data-state=done]", "Usage": "#dashboard canvas"}[tab])
 
 
 def capture(browser: Browser, address: str, out: Path) -> None:
@@ -110,11 +134,8 @@ def capture(browser: Browser, address: str, out: Path) -> None:
             page.goto(f"{address}/?{'usage.period=hour' if tab == 'Usage' else SETTINGS}")
             page.wait_for_selector("body[data-opened]")
             open_tab(page, tab)
-            page.wait_for_function("() => [...document.images].every(image => image.complete)")
-            page.wait_for_timeout(700)  # transitions
             file = out / f"{tab.lower().replace('-', '')}-{view}.webp"
-            with Image.open(io.BytesIO(page.screenshot())) as picture:
-                picture.convert("RGB").save(file, quality=82, method=6)
+            take_screenshot(page).save(file, quality=82, method=6)
             context.close()
             print(file, flush=True)
 
@@ -124,9 +145,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images", help="folder of the screenshots")
     args = parser.parse_args()
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        parser.error("no Chromium found: install it, or set CHROMIUM to its path")
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="playground-capture-") as folder:
         for branch, names in CALLS.items():
@@ -134,10 +152,8 @@ def main() -> None:
                 answer_photos(address, names)
                 if branch == "main":
                     retrain(address)
-                    with sync_playwright() as playwright:
-                        browser = playwright.chromium.launch(executable_path=path, args=list(BROWSER_ARGS))
+                    with chromium() as browser:
                         capture(browser, address, args.out)
-                        browser.close()
 
 
 if __name__ == "__main__":

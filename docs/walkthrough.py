@@ -6,18 +6,14 @@
 from __future__ import annotations
 
 import argparse
-import io
-import os
-import re
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
-from docs.capture import BROWSER_ARGS, ROOT, answer_photos, app
+from docs.capture import ROOT, answer_photos, app, chromium, run, take_screenshot
 
 BRANCH = "feature/warmer"
 PHOTO = "dark-city.jpg"
@@ -90,14 +86,6 @@ def set_weights(page: Page, weights: dict[str, float]) -> None:
         page.locator(f"#weight-{name} input[type=range]").fill(str(value))
 
 
-def run(page: Page) -> None:
-    """Run the chosen models and wait until every column is finished."""
-    page.locator(".grid-status").evaluate("node => { node.textContent = '' }")  # of the run before
-    page.get_by_role("button", name="Run", exact=True).click()
-    status = re.compile(r"^(\d+) of \1 candidates ready after")
-    page.locator(".grid-status").filter(has_text=status).wait_for()
-
-
 def retrain(page: Page, steps: int) -> None:
     """Start a fine-tune with the sliders' reward and wait until it ends."""
     page.get_by_role("tab", name="Fine-tune").click()
@@ -114,33 +102,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "walkthrough", help="folder")
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of the fine-tune")
     args = parser.parse_args()
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        parser.error("no Chromium found: install it, or set CHROMIUM to its path")
     args.out.mkdir(parents=True, exist_ok=True)
     frames: list[Image.Image] = []
     with (
         tempfile.TemporaryDirectory(prefix="playground-walkthrough-") as folder,
         app(Path(folder), BRANCH) as preview,
         app(Path(folder), "main") as address,
-        sync_playwright() as playwright,
+        chromium() as browser,
     ):
         answer_photos(preview, ("coffee.jpg", "chelsea.jpg"))
-        browser = playwright.chromium.launch(executable_path=path, args=list(BROWSER_ARGS))
         page = browser.new_page(viewport=SIZE)  # type: ignore[arg-type]
         page.set_default_timeout(60_000)
 
         def visit(name: str) -> None:
-            page.wait_for_function("() => [...document.images].every(image => image.complete)")
-            page.wait_for_timeout(700)  # transitions
-            with Image.open(io.BytesIO(page.screenshot())) as picture:
-                frame = picture.convert("RGB")
+            frame = take_screenshot(page)
             frame.save(args.out / f"{name}.webp", quality=80, method=6)
             frames.append(frame.resize((FILM_WIDTH, FILM_WIDTH * frame.height // frame.width)))
             print(args.out / f"{name}.webp", flush=True)
 
         walk(page, address, preview, args.steps, visit)
-        browser.close()
     film, duration = args.out / "walkthrough.webp", round(1000 * FILM_SECONDS)
     frames[0].save(film, save_all=True, append_images=frames[1:], duration=duration, loop=0, quality=70, method=6)
     print(film)
