@@ -62,7 +62,8 @@ ALLOWED_LIBRARIES: dict[str, set[str]] = {
     "rewards": {"numpy", "cv2"},
     "settings": set(),
     "storage": {"alembic", "huggingface_hub", "sqlalchemy"},
-    "usage": {"duckdb", "filelock", "httpx", "opentelemetry", "prometheus_client", "pyarrow", "pydantic", "sqlalchemy"},
+    "usage": {"duckdb", "filelock", "httpx", "numpy", "opentelemetry", "prometheus_client", "pyarrow", "pydantic"}
+    | {"sqlalchemy"},
 }
 # Library -> the files that may import it, for libraries that are heavy or tie the code to a framework.
 LIBRARY_LOCATIONS: dict[str, re.Pattern[str]] = {

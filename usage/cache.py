@@ -117,7 +117,7 @@ class EventCache:
                     self._discard(second_error)
                     self._data_dir = None
                     connection = self._update()
-            cursor = connection.cursor()
+            cursor = connection.cursor().begin()
         try:
             yield cursor
         except _DAMAGE as error:
@@ -203,6 +203,9 @@ class EventCache:
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
             "preserve_insertion_order": True,
+            # Queries join the events to small tables, in this order. The planner cannot estimate how many events
+            # have a bin, and would build a hash table of all of them instead.
+            "disabled_optimizers": "join_order,build_side_probe_side",
         }
         return duckdb.connect(str(path), config=options)
 
