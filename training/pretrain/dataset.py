@@ -21,9 +21,10 @@ from training.pretrain.degradation import ERROR_SIDE, random_degradation, slight
 from training.pretrain.photos import PretrainPhotos
 
 IGNORE = -100
+EXAMPLES = ("recipe", "region", "question", "caption")  # of each image, in the order of packed rows
 ASPECTS = (2.0, 1.5, 1.33, 1.0, 0.75, 0.67)
-GOOD_SHARE = 0.2  # of the lessons: photos in their own tones, undamaged or slightly damaged
-VARIED_SHARE = 0.6  # of the other lessons: photos in random tones and hues
+GOOD_SHARE = 0.15  # of the lessons: photos in their own tones, undamaged or slightly damaged
+VARIED_SHARE = 0.5  # of the other lessons: photos in random tones and hues
 
 
 @dataclass
@@ -46,8 +47,8 @@ class PretrainDataset(Dataset):
     """Batches by step number. The same photos, seed and step give the same batch in any process.
 
     Each item is a dict of lists with one entry per image: `images` (uint8 [H, W, 3], degraded), `originals` (not
-    degraded, at ERROR_SIDE), `recipe`, `text` and `region` (an `Example` each), `token_targets` and `image_targets`
-    (of the auxiliary heads).
+    degraded, at ERROR_SIDE), an `Example` for each of `EXAMPLES`, `token_targets` and `image_targets` (of the auxiliary
+    heads).
 
     Args:
         photos: The training photos.
@@ -83,7 +84,7 @@ class PretrainDataset(Dataset):
 
     def __getitem__(self, step: int) -> dict:
         cv2.setNumThreads(1)
-        names = ("images", "originals", "recipe", "text", "region", "token_targets", "image_targets")
+        names = ("images", "originals", *EXAMPLES, "token_targets", "image_targets")
         batch: dict[str, list] = {name: [] for name in names}
         for row in range(self.batch_size):
             rng = np.random.default_rng([self.seed, step, row])
@@ -100,8 +101,9 @@ class PretrainDataset(Dataset):
             batch["images"].append(item.degraded)
             batch["originals"].append(shrink(item.original, ERROR_SIDE))
             batch["recipe"].append(self.query(RECIPE_QUESTION, str(recipe)))
-            batch["text"].append(self.text_example(facts, rng))
             batch["region"].append(self.region_example(areas, rng))
+            batch["question"].append(self.query(*image_facts.question_and_answer(facts, rng)))
+            batch["caption"].append(self.caption(facts, rng))
             batch["token_targets"].append(token_targets(item.degraded, areas, item.inverse_recipe, self.grid))
             batch["image_targets"].append(image_targets(facts, item.inverse_recipe))
         return batch
@@ -116,10 +118,8 @@ class PretrainDataset(Dataset):
         prompt = template["prefix"] + self.encode(question) + 2 * template["suffix"]
         return Example(prompt, [*self.encode(answer), self.tokenizer.eos_token_id])
 
-    def text_example(self, facts: image_facts.ImageFacts, rng: np.random.Generator) -> Example:
-        """Build an example of a question, or of a caption of random length."""
-        if rng.random() < 0.5:
-            return self.query(*image_facts.question_and_answer(facts, rng))
+    def caption(self, facts: image_facts.ImageFacts, rng: np.random.Generator) -> Example:
+        """Build an example of a caption of random length."""
         length = str(rng.choice(LENGTHS, p=(0.2, 0.3, 0.5)))
         answer = [*self.encode(image_facts.caption(facts, length)), self.tokenizer.eos_token_id]
         return Example(list(self.templates["caption"][length]), answer)

@@ -231,24 +231,18 @@ def saliency(image: np.ndarray) -> np.ndarray:
 
 
 def best_rectangle(level: np.ndarray) -> tuple[int, int, int, int]:
-    """Find the rectangle with the largest sum in a grid [G, G] (Kadane's algorithm over all pairs of rows).
+    """Find the rectangle with the largest sum in a grid [G, G] (prefix sums over all pairs of rows).
 
     Returns:
         Left, top, right, bottom in cells, right and bottom exclusive.
     """
-    size = level.shape[0]
-    column_sums = np.vstack([np.zeros((1, level.shape[1])), np.cumsum(level, axis=0)])
-    best, rectangle = -np.inf, (0, 0, size, size)
-    for top in range(size):
-        for bottom in range(top + 1, size + 1):
-            running, start = 0.0, 0
-            for column, value in enumerate((column_sums[bottom] - column_sums[top]).tolist()):
-                if running <= 0:
-                    running, start = 0.0, column
-                running += value
-                if running > best:
-                    best, rectangle = running, (start, top, column + 1, bottom)
-    return rectangle
+    rows = np.vstack([np.zeros((1, level.shape[1])), np.cumsum(level, axis=0)])
+    tops, bottoms = np.triu_indices(len(rows), 1)
+    columns = np.cumsum(np.pad(rows[bottoms] - rows[tops], ((0, 0), (1, 0))), axis=1)
+    gains = columns[:, 1:] - np.minimum.accumulate(columns, axis=1)[:, :-1]
+    pair, right = (int(index) for index in np.unravel_index(gains.argmax(), gains.shape))
+    left = int(columns[pair, : right + 1].argmin())
+    return left, int(tops[pair]), right + 1, int(bottoms[pair])
 
 
 def locate_area(heat: np.ndarray) -> Area:

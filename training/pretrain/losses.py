@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from inference.moondream import MoondreamForConditionalGeneration
 from recipes import grammar_segments
 from training.pretrain.auxiliary_heads import AuxiliaryHeads
-from training.pretrain.dataset import IGNORE, Example, pad
+from training.pretrain.dataset import EXAMPLES, IGNORE, Example, pad
 
 LOSS_WEIGHTS = {"recipe": 0.25, "text": 2.0, "end": 0.3, "region": 0.3, "tokens": 3.0, "positions": 3.0, "image": 5.0}
 CROP_WEIGHT = 2.0  # of a crop's tokens in the recipe loss: a wrong crop damages a picture more than a wrong level
@@ -151,6 +152,9 @@ def step_loss(
 ) -> dict[str, torch.Tensor]:
     """Compute all losses of a step.
 
+    Attention is computed by plain matrix products: at this width, the backward pass of PyTorch's fused attention takes
+    40 % of a step on a CPU.
+
     Args:
         model: The model.
         heads: The auxiliary heads.
@@ -161,21 +165,27 @@ def step_loss(
     Returns:
         Scalar losses by name; `end` is the loss of whether there is a region.
     """
-    rows = list(zip(batch["recipe"], batch["text"], batch["region"], strict=True))
-    with torch.autocast("cpu", torch.bfloat16):
+    rows = list(zip(*(batch[name] for name in EXAMPLES), strict=True))
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         features = model.model.get_image_features(images["pixel_values"], images["image_sizes"])
         targets = (torch.from_numpy(np.stack(batch[name])) for name in ("token_targets", "image_targets"))
         auxiliary = heads(features, *targets)
         logits, labels, regions = packed_forward(model, features, rows)
-    kinds = torch.tensor([kind for row in rows for kind, example in enumerate(row) for _ in example.answer])
+    kinds = example_kinds(rows)
     recipes = logits[kinds == 0].unflatten(0, (len(rows), -1)), labels[kinds == 0].unflatten(0, (len(rows), -1))
     return {
         "recipe": recipe_loss(*recipes, segments),
-        "text": cross_entropy(logits[kinds == 1], labels[kinds == 1]),
-        "end": cross_entropy(logits[kinds == 2], labels[kinds == 2]),
+        "end": cross_entropy(logits[kinds == 1], labels[kinds == 1]),
+        "text": cross_entropy(logits[kinds == 2], labels[kinds == 2]),
         "region": regions,
         **auxiliary,
     }
+
+
+def example_kinds(rows: list[list[Example]]) -> torch.Tensor:
+    """Return what each answer token of packed rows belongs to: 0 recipe, 1 region, 2 text, 3 further examples; [L]."""
+    kinds = [min(kind, 2) if kind < len(EXAMPLES) else 3 for kind in range(max(map(len, rows)))]
+    return torch.tensor([kinds[index] for row in rows for index, example in enumerate(row) for _ in example.answer])
 
 
 # Per segment of the grammar: token ids of its alternatives [n], soft targets [n, n], weight.

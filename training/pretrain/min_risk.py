@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -30,9 +31,9 @@ from rewards.comparison import compare
 from rewards.guard import framing_fault
 from rewards.measures import measure
 from rewards.naturalness import tone_fault
-from training.pretrain.dataset import Example, PretrainDataset
+from training.pretrain.dataset import EXAMPLES, Example, PretrainDataset
 from training.pretrain.degradation import ERROR_SIDE, lab_error
-from training.pretrain.losses import Segments, packed_forward, recipe_loss, recipe_segments
+from training.pretrain.losses import Segments, example_kinds, packed_forward, recipe_loss, recipe_segments
 from training.pretrain.photos import PretrainPhotos
 
 LOSS_WEIGHTS = {"risk": 1.0, "recipe": 0.1, "text": 4.0, "end": 0.3, "region": 0.3}
@@ -66,7 +67,7 @@ class CachedBatch:
 
     Attributes:
         features: Image features [N, T, D].
-        examples: The `recipe`, `text` and `region` examples.
+        examples: The examples of each of `EXAMPLES`.
         pairs: Degraded and original photo at ERROR_SIDE, uint8 RGB.
     """
 
@@ -138,7 +139,7 @@ def cache_batch(
         (shrink(degraded, ERROR_SIDE), original)
         for degraded, original in zip(batch["images"], batch["originals"], strict=True)
     ]
-    return CachedBatch(features, {name: batch[name] for name in ("recipe", "text", "region")}, pairs)
+    return CachedBatch(features, {name: batch[name] for name in EXAMPLES}, pairs)
 
 
 @torch.no_grad()
@@ -213,12 +214,12 @@ def min_risk_losses(
     """Compute the risk of the sampled recipes `ids` [N * count, K] and the supervised losses, packed per photo."""
     count = len(ids) // len(batch.features)
     rows = []
-    for index, examples in enumerate(zip(*(batch.examples[k] for k in ("recipe", "text", "region")), strict=True)):
+    for index, examples in enumerate(zip(*(batch.examples[name] for name in EXAMPLES), strict=True)):
         samples = [Example(examples[0].prompt, row.tolist()) for row in ids[index * count : (index + 1) * count]]
         rows.append([*examples, *samples])
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         logits, labels, regions = packed_forward(model, batch.features, rows)
-    kinds = torch.tensor([min(kind, 3) for row in rows for kind, example in enumerate(row) for _ in example.answer])
+    kinds = example_kinds(rows)
     recipes = [part[kinds == 0].unflatten(0, (len(rows), -1)) for part in (logits, labels)]
     sampled = labels[kinds == 3].unflatten(0, (len(ids), -1))
     log_probs = constraint.apply(logits[kinds == 3].unflatten(0, (len(ids), -1)), sampled).log_softmax(-1)
@@ -226,7 +227,7 @@ def min_risk_losses(
     return {
         "risk": -(advantages * sequence_log_probs).mean(),
         "recipe": recipe_loss(recipes[0], recipes[1], segments),
-        "text": cross_entropy(logits[kinds == 1], labels[kinds == 1]),
-        "end": cross_entropy(logits[kinds == 2], labels[kinds == 2]),
+        "end": cross_entropy(logits[kinds == 1], labels[kinds == 1]),
+        "text": cross_entropy(logits[kinds == 2], labels[kinds == 2]),
         "region": regions,
     }

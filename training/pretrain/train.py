@@ -67,9 +67,9 @@ class PretrainConfig:
     """
 
     seed: int = 7
-    steps: int = 4800
+    steps: int = 4000
     batch_size: int = 12
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 100
     ema_decay: float = 0.998
     threads: int = 1
@@ -204,13 +204,20 @@ def sincos_position_embedding(grid: int, width: int) -> torch.Tensor:
     return 0.5 * torch.cat([rows, columns], -1).flatten(0, 1)
 
 
-def build_optimizer(model: nn.Module, heads: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
-    """Create AdamW with weight decay on matrices only."""
-    parameters = [p for p in (*model.parameters(), *heads.parameters()) if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+def build_optimizers(model: nn.Module, heads: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:
+    """Create Muon (Jordan 2024) for the matrices of the transformer blocks, and AdamW for all other parameters.
+
+    AdamW decays matrices only. Muon's updates are scaled to the size of AdamW's, so that both use one learning rate.
+    """
+    named = [(name, p) for module in (model, heads) for name, p in module.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in named if p.ndim == 2 and ".blocks." in name]
+    others = [p for name, p in named if not (p.ndim == 2 and ".blocks." in name)]
+    groups = [
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    muon = torch.optim.Muon(hidden, lr=config.learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))]
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
@@ -254,7 +261,7 @@ def train(
     work.mkdir(parents=True, exist_ok=True)
     model, image_processor, tokenizer = build_model(config, photos.bundled)
     heads = AuxiliaryHeads(model.config.text_config.dim)
-    optimizer = build_optimizer(model, heads, config)
+    optimizers = build_optimizers(model, heads, config)
     first, elapsed = 0, 0.0
     checkpoint = work / "checkpoint.pt"
     ema = build_ema(model, config.ema_decay)
@@ -263,7 +270,8 @@ def train(
         first, elapsed = state["step"], state["seconds"]
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         ema.load_state_dict(state["ema"])
     grid = model.config.vision_config.grid
     dataset = PretrainDataset(
@@ -276,13 +284,15 @@ def train(
     started = time.monotonic() - elapsed
     progress = tqdm(loader, initial=first, total=config.steps, unit="step", file=sys.stdout, mininterval=5)
     for step, (images, batch) in enumerate(progress, first):
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = config.learning_rate * learning_rate_factor(step, config)
         losses = step_loss(model, heads, images, batch, segments)
-        optimizer.zero_grad()
+        model.zero_grad()
+        heads.zero_grad()
         sum(weight * losses[name] for name, weight in LOSS_WEIGHTS.items()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         ema.update_parameters(model)
         last = step + 1 == config.steps
         if step % 20 == 0 or last:
@@ -293,7 +303,8 @@ def train(
                 file.write(json.dumps(line) + "\n")
         if (step + 1) % save_every == 0 or last:
             state = {"config": asdict(config), "step": step + 1, "seconds": time.monotonic() - started}
-            modules = {"model": model, "heads": heads, "optimizer": optimizer, "ema": ema}
-            save_checkpoint(state | {name: module.state_dict() for name, module in modules.items()}, checkpoint)
+            modules = {"model": model, "heads": heads, "ema": ema}
+            state |= {name: module.state_dict() for name, module in modules.items()}
+            save_checkpoint(state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}, checkpoint)
     model.load_state_dict(ema.module.state_dict())
     return (model.eval(), image_processor, tokenizer), time.monotonic() - started

@@ -13,7 +13,7 @@ from inference.types import RECIPE_QUESTION
 from recipes import grammar_segments, load_photo, parse
 from training.data.bundled import bundled_photos
 from training.pretrain.auxiliary_heads import IMAGE_TARGETS, TOKEN_TARGETS
-from training.pretrain.dataset import IGNORE, PretrainDataset, augment, rotate_hues
+from training.pretrain.dataset import EXAMPLES, IGNORE, PretrainDataset, augment, rotate_hues
 from training.pretrain.image_facts import to_lab
 from training.pretrain.losses import PackedBatch, pack, recipe_loss, recipe_segments
 from training.pretrain.model_card import export
@@ -81,7 +81,7 @@ def test_packed_examples_equal_separate_ones(parts: ModelParts, dataset: Pretrai
     model, image_processor, _ = parts
     batch = dataset[0]
     images = image_processor(batch["images"], return_tensors="pt")
-    rows = list(zip(batch["recipe"], batch["text"], batch["region"], strict=True))
+    rows = list(zip(*(batch[name] for name in EXAMPLES), strict=True))
     with torch.inference_mode():
         features = model.get_image_features(images["pixel_values"], images["image_sizes"])
 
