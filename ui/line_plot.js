@@ -33,7 +33,7 @@ window.LinePlot = class {
     this.key = key;
     const {height, axes, scale, range, cursor, settings, onCursor, onSelect, onReset} = this.options;
     this.plot = new uPlot({
-      ...settings, width, height, legend: {show: false}, cursor, padding: [8, 18, 0, 0],
+      ...settings, width, height, legend: {show: false}, cursor, padding: [8, 24, 0, 0],
       scales: {x: scale, y: {range: (_, low, high) => low === null ? [0, 1] : range(low, high)}},
       axes: axes.map(axis => ({...this.axisStyle(), ...axis})),
       series: [{}, ...lines.map(line => ({...line, values: undefined, points: {filter: line.spanGaps ? null : (plot, index) => isolatedPoints(plot.data[index]), ...line.points}}))],

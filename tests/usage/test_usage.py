@@ -8,6 +8,7 @@ import subprocess
 import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -50,6 +51,7 @@ def usage_events(draw: st.DrawFn) -> UsageEvent:
     """Draw an event of the two months before NOW."""
     outcome = draw(st.sampled_from(("ok", "error", "cancelled")))
     cost = draw(st.none() | st.integers(0, 10**9).map(lambda nano: nano / 10**9))
+    tokens = draw(st.none() | st.integers(0, 1000))
     return UsageEvent(
         NOW - timedelta(microseconds=draw(st.integers(1, 60 * 86_400 * 10**6))),
         draw(st.sampled_from(("m1", "m2"))),
@@ -61,6 +63,9 @@ def usage_events(draw: st.DrawFn) -> UsageEvent:
         first_token=draw(st.none() | st.integers(0, 10**7).map(lambda us: us / 10**6)),
         queue=draw(st.none() | st.integers(0, 10**7).map(lambda us: us / 10**6)),
         cold_start=draw(st.none() | st.integers(0, 10**7).map(lambda us: us / 10**6)),
+        tokens_in=tokens,
+        tokens_out=tokens,
+        tokens_basis="unknown" if tokens is None else "reported",
         cost=cost,
         cost_basis="unknown" if cost is None else "estimated",
         reward=draw(st.none() | st.integers(0, 10**6).map(lambda millionths: millionths / 10**6)),
@@ -69,6 +74,12 @@ def usage_events(draw: st.DrawFn) -> UsageEvent:
 
 def percentile(values: list[float], share: float) -> float | None:
     return float(np.quantile(values, share, method="inverted_cdf")) if values else None
+
+
+def mean(values: list[float | None]) -> Any:
+    """Return the approximate mean of the known values, or None if there are none."""
+    known = [value for value in values if value is not None]
+    return pytest.approx(sum(known) / len(known), abs=1e-9) if known else None
 
 
 def clear(database: Database) -> None:
@@ -122,6 +133,22 @@ def test_metrics_and_series_equal_a_plain_numpy_computation(
         e for e in events if previous.start <= e.time < window.start and (not branches or e.branch in branches)
     ]
     assert metrics.calls.previous == len(previous_events)
+    assert metrics.p95.previous == percentile([e.latency for e in previous_events], 0.95)
+    tokens = [2 * e.tokens_in for e in selected if e.tokens_in is not None]
+    assert metrics.tokens.value == (sum(tokens) if tokens else None) and metrics.estimated == len(costs)
+    assert metrics.uncounted == len(selected) - len(tokens)
+    failed = sum(e.outcome == "error" for e in selected)
+    assert metrics.error_rate.value == (failed / len(selected) if selected else None)
+    assert [error.calls for error in dashboard.errors] == ([failed] if failed else [])
+    for branch in dashboard.branches:
+        calls = [e for e in selected if e.branch == branch.name]
+        assert (branch.calls, branch.reward) == (len(calls), mean([e.reward for e in calls]))
+        assert branch.cost_per_request == mean([e.cost for e in calls])
+    for point, model_cost in zip(dashboard.scatter, dashboard.cost_per_model, strict=True):
+        calls = [e for e in selected if e.model == point.model]
+        assert point.calls == len(calls) and point.latency == percentile([e.latency for e in calls], 0.5)
+        assert point.reward == mean([e.reward for e in calls])
+        assert model_cost.unpriced == sum(e.cost is None for e in calls)
     starts = bin_starts(window, zone)
     assert len(starts) <= 200
     times = [e.time.timestamp() for e in selected]
@@ -133,6 +160,10 @@ def test_metrics_and_series_equal_a_plain_numpy_computation(
         share = {"p50": 0.5, "p95": 0.95, "p99": 0.99}[line.name]
         by_bin = [[e.latency for p, e in zip(bins, selected, strict=True) if p == n] for n in range(len(starts))]
         assert list(line.values) == [percentile(values, share) for values in by_bin]
+    for line in analytics.series(usage_filter, "p95", "skill", NOW).lines:
+        chosen = [(index, e.latency) for index, e in zip(bins, selected, strict=True) if e.skill == line.name]
+        by_bin = [[latency for index, latency in chosen if index == n] for n in range(len(starts))]
+        assert list(line.values) == [percentile(values, 0.95) for values in by_bin]
 
 
 def test_sqlite_and_postgresql_give_the_same_dashboard(tmp_path: Path, postgres_url: str) -> None:

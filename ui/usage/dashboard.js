@@ -80,7 +80,8 @@ function drawContent(data) {
     setText(node.querySelector('dt'), metric.name);
     setText(byClass('metric-value', node), metric.value);
     const change = byClass('metric-change', node);
-    setText(change, metric.change ? metric.change + ' (was ' + metric.previous + ')' : metric.previous ? 'was ' + metric.previous : 'no data in the previous period');
+    const missing = data.has_previous ? 'no data in the previous period' : '';
+    setText(change, metric.change ? metric.change + ' (was ' + metric.previous + ')' : metric.previous ? 'was ' + metric.previous : missing);
     change.dataset.trend = metric.trend;
     return node;
   }));

@@ -103,6 +103,7 @@ def dashboard_snapshot(
     return {
         "empty": not metrics.calls.value,
         "period": _format_period(metrics, zone),
+        "has_previous": bool(metrics.calls.previous),
         "metrics": [_metric(name, getattr(metrics, name), bool(metrics.calls.previous)) for name in METRICS],
         "notes": _notes(metrics),
         **_branch_comparison(dashboard.branches),
@@ -272,7 +273,9 @@ def _branch_cell(name: str, value: float | None, reference: float | None) -> dic
 
 def _format_change(change: float) -> str:
     """Format a relative change in per cent; growth to more than tenfold as a factor."""
-    return f"{100 * change:+,.1f} %" if change < 9 else f"× {_three_digits(change + 1)}"
+    if change >= 9:
+        return f"× {_three_digits(change + 1)}"
+    return f"{100 * change:+z,.1f} %".replace("+0.0 %", "±0.0 %")
 
 
 def _branch_verdict(branch: BranchSummary, reference: BranchSummary) -> str:
@@ -304,7 +307,8 @@ def _trend(name: str, change: float | None) -> str:
 def _format_period(metrics: Metrics, zone: str) -> str:
     start, end = (moment.astimezone(ZoneInfo(zone)) for moment in (metrics.window.start, metrics.window.end))
     period = f"{start:%d %b %Y %H:%M} to {end:%d %b %Y %H:%M}, {zone}"
-    return f"{period}. Changes are relative to the preceding period of the same length."
+    known, missing = "Changes are relative to the previous period.", "No data in the previous period."
+    return f"{period}. {known if metrics.calls.previous else missing}"
 
 
 def _notes(metrics: Metrics) -> list[str]:

@@ -21,7 +21,15 @@ from training.runs.run import RunConfig
 from ui.services import AppServices
 from ui.usage import tab
 from ui.usage.tab import FIELDS, DashboardFilter, filters_from_link, refresh, refresh_if_open
-from ui.usage.view import MAX_LINES, MAX_NAME_LENGTH, METRICS, format_money, format_seconds, format_value
+from ui.usage.view import (
+    MAX_LINES,
+    MAX_NAME_LENGTH,
+    METRICS,
+    _format_change,
+    format_money,
+    format_seconds,
+    format_value,
+)
 from usage.analytics import UsageAnalytics
 from usage.budgets import Budget
 from usage.events import UsageEvent
@@ -110,8 +118,11 @@ def test_metrics_give_the_change_and_its_trend(services: AppServices) -> None:
     assert metric(value, "Latency p50")["trend"] == "better" and metric(value, "Latency p50")["previous"] == "400 ms"
     assert metric(value, "Cost")["value"] == "$0.00800" and metric(value, "Cost")["change"] == ""
     assert metric(value, "Cost")["previous"] == "" and metric(value, "Cold starts")["previous"] == "0"
-    assert {item["previous"] for item in snapshot(services, period="week")["metrics"]} == {""}, "there were no calls"
-    assert not value["empty"] and value["period"].endswith("period of the same length.")
+    assert value["has_previous"] and value["period"].endswith("Changes are relative to the previous period.")
+    week = snapshot(services, period="week")
+    assert {item["previous"] for item in week["metrics"]} == {""} and not week["has_previous"], "there were no calls"
+    assert week["period"].endswith("No data in the previous period.")
+    assert [_format_change(change) for change in (-0.0004, 0.0004, -0.1)] == ["±0.0 %", "±0.0 %", "-10.0 %"]
 
 
 def test_snapshot_is_empty_without_matching_calls(services: AppServices) -> None:
