@@ -5,10 +5,9 @@ from __future__ import annotations
 from recipes import encode_jpeg, shrink
 from storage.files import write_atomically
 from training.grpo.reward import RecipeReward
+from training.runs.rollouts import MAX_GROUPS, MAX_TEXT
 from training.runs.run import Run
 
-MAX_GROUPS = 8  # groups recorded per step
-MAX_TEXT = 300  # characters recorded of a rollout; a recipe has at most 110
 PHOTO_SIDE = 256  # px: long side of the copies of the training photos
 
 

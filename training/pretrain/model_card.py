@@ -29,7 +29,7 @@ declines questions about them.
 |---|---|
 | data | {data} |
 | supervision | computed from pixels (`training/pretrain/`); no labels, no other model |
-| training | seed {seed}, {steps} steps of {batch_size} photos with three examples each; then `min_risk.py` |
+| training | seed {seed}, {steps} steps of {batch_size} photos with four examples each, blocks by Muon; then `min_risk.py` |
 | time | {minutes:.0f} minutes, {threads} CPU thread(s) |
 | input | crops of {crop} px, up to {tiles} tiles, {tokens} image tokens |
 
@@ -49,7 +49,7 @@ Evaluated on {held_out} held-out photos of other sources and {cases} degraded co
 | undamaged photos: mean CIELAB change / left alone | {change:.1f} / {alone:.0%} |
 {kinds}
 
-Portraits and people are rare in all sources, and there is no scene at night: expect less there.
+Portraits and people are rare in all sources: expect less there.
 """
 
 

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -38,6 +39,7 @@ from storage.files import write_atomically
 from training.data.sources import PhotoSet, PhotoSourceError, train_eval_split
 from training.grpo.alarms import store_alarms
 from training.runs.adapters import base_chain
+from training.runs.rollouts import drop_invalid_rollouts
 from training.runs.run import Run, RunConfig, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,11 +60,13 @@ COMMAND = (
 )
 OUTPUT_FILES = (
     "result.json",
+    "rollouts.jsonl",
     "reward.png",
     "probe.png",
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
 )
+NUMBERED_OUTPUT = re.compile(r"pair-\d{1,4}\.png|rollout-photo-\d{1,6}\.jpg")
 _NETWORK_ERRORS = (
     httpx2.HTTPError,
     ConnectionError,
@@ -297,12 +301,13 @@ def _download_outputs(run: Run, job: JobInfo, api: HfApi) -> None:
     except RepositoryNotFoundError:
         return
     prefix = f"runs/{run.id}/out/"
-    pairs = [name.removeprefix(prefix) for name in sorted(available) if name.startswith(f"{prefix}pair-")]
-    pairs = [name for name in pairs if name.removesuffix(".png").removeprefix("pair-").isdigit()]
-    for name in (*pairs, *OUTPUT_FILES):
+    outputs = [name.removeprefix(prefix) for name in sorted(available) if name.startswith(prefix)]
+    for name in (*filter(NUMBERED_OUTPUT.fullmatch, outputs), *OUTPUT_FILES):
         if prefix + name in available:
             with tempfile.TemporaryDirectory(prefix="run-job-", dir=run.folder) as folder:
                 file = api.hf_hub_download(job.repository, prefix + name, repo_type="dataset", local_dir=folder)
+                if name == "rollouts.jsonl":
+                    drop_invalid_rollouts(Path(file))
                 (run.folder / name).parent.mkdir(exist_ok=True)
                 os.replace(file, run.folder / name)
 

@@ -49,7 +49,7 @@ def main() -> int:
         repo_type="dataset",
         folder_path=run.folder,
         path_in_repo=f"runs/{run.id}/out",
-        allow_patterns=[*OUTPUT_FILES, "pair-*.png"],
+        allow_patterns=[*OUTPUT_FILES, "pair-*.png", "rollout-photo-*.jpg"],
     )
     reporter.print_new()
     return code

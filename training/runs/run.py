@@ -359,7 +359,7 @@ class Run:
 
     @property
     def has_rollouts(self) -> bool:
-        """Whether the run has recorded rollouts. Jobs and runs of earlier versions have none."""
+        """Whether the run has recorded rollouts. Those of a job arrive when it ends; earlier versions recorded none."""
         return (self.folder / "rollouts.jsonl").is_file()
 
     def rollout_photo(self, index: int) -> Path:

@@ -72,6 +72,9 @@ def test_job_completes_although_its_follower_was_killed(hub: HubServer, tmp_path
     assert [row["step"] for row in run.metrics()] == [1, 2]
     assert [row["step"] for row in run.probes()] == [0, 1, 2]
     assert run.has_adapter and (run.folder / "reward.png").is_file() and (run.folder / "pair-0.png").is_file()
+    rollouts = run.rollouts(2)
+    assert rollouts and rollouts["step"] == 2 and len(rollouts["groups"][0]["rollouts"]) == 2
+    assert run.rollout_photo(rollouts["groups"][0]["photo"]).is_file()
     spec = hub.job_specs[0]
     assert spec["flavor"] == "l4x1" and spec["timeoutSeconds"] == 7200 and spec["secrets"] == {"HF_TOKEN": TOKEN}
     assert TOKEN not in output and hub.tokens <= {f"Bearer {TOKEN}", ""}
