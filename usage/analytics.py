@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -364,21 +365,27 @@ class Selection:
     """The events that a filter selects in its period and in the previous one, in one state of the cache."""
 
     def __init__(self, cursor: duckdb.DuckDBPyConnection, usage_filter: UsageFilter, window: Window, by: str) -> None:
-        """Sum up the events of each bin, for each value of the column `by` and of `NAMES`."""
+        """Create tables of the bins and of the selected kinds. Sums are kept apart by `NAMES` and the column `by`."""
         self.cursor, self.usage_filter, self.window = cursor, usage_filter, window
         self.starts = bin_starts(window, usage_filter.zone)
-        slot, middle = SLOTS.get(bin_size(window), QUARTER), to_micros(window.start)
+        slot = SLOTS.get(bin_size(window), QUARTER)
         start, end = to_micros(window.previous.start), to_micros(window.end)
         edges = [start // slot * slot, *map(to_micros, self.starts), -(-end // slot) * slot]
         cursor.execute(BINS, {"edges": edges, "slot": slot})
         condition, parameters = conditions(usage_filter)
         cursor.execute(SELECTED.format(names=", ".join({*NAMES, by} - {""}), condition=condition), parameters)
         self.bins, self.filter = f"JOIN bins ON slot = time // {slot}", KIND_NAMES if parameters else ""
+
+    @cached_property
+    def sums(self) -> str:
+        """Name of the table of sums per bin and kind. The bin of the previous period is -1."""
         known = {name: f"{sql} IS NOT NULL" for name, sql in KNOWN.items()}
-        columns = {"bin": f"if(time < {middle}, -1, bin)", "kind": "first_kind"} | known | SUMS
+        columns = {"bin": f"if(time < {to_micros(self.window.start)}, -1, bin)", "kind": "first_kind"} | known | SUMS
         selection = ", ".join(f"{sql} AS {name}" for name, sql in columns.items())
-        sums = self._events(selection, f"{self.bins} {KIND_NAMES}", Window(window.previous.start, window.end))
-        cursor.execute(f"CREATE OR REPLACE TEMP TABLE sums AS {sums} GROUP BY ALL")
+        both = Window(self.window.previous.start, self.window.end)
+        sums = self._events(selection, f"{self.bins} {KIND_NAMES}", both)
+        self.cursor.execute(f"CREATE OR REPLACE TEMP TABLE sums AS {sums} GROUP BY ALL")
+        return "sums"
 
     def _events(self, columns: str, joins: str, window: Window | None = None) -> str:
         """Return a query on the events of a window, by default of the filter's period.
@@ -390,7 +397,7 @@ class Selection:
 
     def _sums(self, columns: str, end: str) -> list[tuple[Any, ...]]:
         """Select from the sums."""
-        return self.cursor.execute(f"SELECT {columns} FROM sums {KIND_NAMES} {end}").fetchall()
+        return self.cursor.execute(f"SELECT {columns} FROM {self.sums} {KIND_NAMES} {end}").fetchall()
 
     def metrics(self) -> Metrics:
         """Return the metrics of the window and of the previous one."""
