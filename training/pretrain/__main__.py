@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from training.pretrain.min_risk import train_min_risk
 from training.pretrain.model_card import export, model_card
 from training.pretrain.photos import PretrainPhotosError, load_training_photos
 from training.pretrain.quality import ModelEvaluator, evaluate, held_out_photos
+from training.pretrain.text_stage import cache_batches, train_text
 from training.pretrain.train import OUT, PretrainConfig, train
 
 
@@ -56,7 +58,11 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     config = PretrainConfig(seed=args.seed, steps=args.steps, threads=args.threads, photos=photos.digest())
     (model, image_processor, tokenizer), seconds = train(config, args.work, photos, args.resume)
-    seconds += train_min_risk(model, image_processor, tokenizer, photos, config.seed)
+    started = time.monotonic()
+    batches = cache_batches(model, image_processor, tokenizer, photos, config.seed)
+    train_text(model, tokenizer, batches)
+    train_min_risk(model, tokenizer, batches, config.seed)
+    seconds += time.monotonic() - started
     print(f"Trained in {seconds / 60:.1f} minutes. Evaluating on the held-out photos ...")
     model = model.half().float()  # evaluated at the precision of the exported weights
     figures = evaluate(ModelEvaluator(model, image_processor, tokenizer), held_out_photos())

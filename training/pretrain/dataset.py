@@ -47,8 +47,8 @@ class PretrainDataset(Dataset):
     """Batches by step number. The same photos, seed and step give the same batch in any process.
 
     Each item is a dict of lists with one entry per image: `images` (uint8 [H, W, 3], degraded), `originals` (not
-    degraded, at ERROR_SIDE), an `Example` for each of `EXAMPLES`, `token_targets` and `image_targets` (of the auxiliary
-    heads).
+    degraded, at ERROR_SIDE), an `Example` for each of `EXAMPLES`, `regions` (a list of further region examples),
+    `token_targets` and `image_targets` (of the auxiliary heads).
 
     Args:
         photos: The training photos.
@@ -60,6 +60,7 @@ class PretrainDataset(Dataset):
         grid: Image tokens per side.
         varied: Share of the lessons, other than those of good photos, whose photos have random tones and hues.
         good: Share of the lessons with good photos.
+        regions: Number of further region examples per image.
     """
 
     def __init__(
@@ -73,18 +74,19 @@ class PretrainDataset(Dataset):
         grid: int,
         varied: float = VARIED_SHARE,
         good: float = GOOD_SHARE,
+        regions: int = 0,
     ) -> None:
         self.photos, self.templates = photos, templates
         self.tokenizer: Any = tokenizer
         self.batch_size, self.seed, self.steps, self.grid = batch_size, seed, steps, grid
-        self.varied, self.good = varied, good
+        self.varied, self.good, self.regions = varied, good, regions
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> dict:
         cv2.setNumThreads(1)
-        names = ("images", "originals", *EXAMPLES, "token_targets", "image_targets")
+        names = ("images", "originals", *EXAMPLES, "regions", "token_targets", "image_targets")
         batch: dict[str, list] = {name: [] for name in names}
         for row in range(self.batch_size):
             rng = np.random.default_rng([self.seed, step, row])
@@ -104,6 +106,7 @@ class PretrainDataset(Dataset):
             batch["region"].append(self.region_example(areas, rng))
             batch["question"].append(self.query(*image_facts.question_and_answer(facts, rng)))
             batch["caption"].append(self.caption(facts, rng))
+            batch["regions"].append([self.region_example(areas, rng) for _ in range(self.regions)])
             batch["token_targets"].append(token_targets(item.degraded, areas, item.inverse_recipe, self.grid))
             batch["image_targets"].append(image_targets(facts, item.inverse_recipe))
         return batch

@@ -171,20 +171,37 @@ def step_loss(
         targets = (torch.from_numpy(np.stack(batch[name])) for name in ("token_targets", "image_targets"))
         auxiliary = heads(features, *targets)
         logits, labels, regions = packed_forward(model, features, rows)
-    kinds = example_kinds(rows)
+    return answer_losses(rows, logits, labels, segments) | {"region": regions} | auxiliary
+
+
+def answer_losses(
+    rows: list[list[Example]], logits: torch.Tensor, labels: torch.Tensor, segments: Segments, regions: int = 0
+) -> dict[str, torch.Tensor]:
+    """Compute the losses `recipe`, `end` and `text` of packed rows.
+
+    Args:
+        rows: The examples of each image; see `example_kinds`.
+        logits: [L, V] of the answer tokens.
+        labels: [L].
+        segments: From `recipe_segments`.
+        regions: Number of further region examples in each row.
+    """
+    kinds = example_kinds(rows, regions)
     recipes = logits[kinds == 0].unflatten(0, (len(rows), -1)), labels[kinds == 0].unflatten(0, (len(rows), -1))
     return {
         "recipe": recipe_loss(*recipes, segments),
         "end": cross_entropy(logits[kinds == 1], labels[kinds == 1]),
         "text": cross_entropy(logits[kinds == 2], labels[kinds == 2]),
-        "region": regions,
-        **auxiliary,
     }
 
 
-def example_kinds(rows: list[list[Example]]) -> torch.Tensor:
-    """Return what each answer token of packed rows belongs to: 0 recipe, 1 region, 2 text, 3 further examples; [L]."""
-    kinds = [min(kind, 2) if kind < len(EXAMPLES) else 3 for kind in range(max(map(len, rows)))]
+def example_kinds(rows: list[list[Example]], regions: int = 0) -> torch.Tensor:
+    """Return what each answer token of packed rows belongs to: 0 recipe, 1 region, 2 text, 3 others; [L].
+
+    Each row has an example of each of EXAMPLES, `regions` further regions, and others.
+    """
+    kinds = [min(kind, 2) for kind in range(len(EXAMPLES))] + [1] * regions
+    kinds += [3] * (max(map(len, rows)) - len(kinds))
     return torch.tensor([kinds[index] for row in rows for index, example in enumerate(row) for _ in example.answer])
 
 

@@ -9,36 +9,31 @@ a person. The vision tower is frozen, and the other losses continue, so that not
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from inference.local.constraint import RecipeConstraint
-from inference.moondream import MoondreamForConditionalGeneration, MoondreamImageProcessor
-from inference.types import RECIPE_QUESTION
-from recipes import grammar_segments, parse, render, shrink
+from inference.moondream import MoondreamForConditionalGeneration
+from recipes import grammar_segments, parse, render
 from rewards.comparison import compare
 from rewards.guard import framing_fault
 from rewards.measures import measure
 from rewards.naturalness import tone_fault
-from training.pretrain.dataset import EXAMPLES, Example, PretrainDataset
-from training.pretrain.degradation import ERROR_SIDE, lab_error
-from training.pretrain.losses import Segments, example_kinds, packed_forward, recipe_loss, recipe_segments
-from training.pretrain.photos import PretrainPhotos
+from training.pretrain.dataset import Example
+from training.pretrain.degradation import lab_error
+from training.pretrain.losses import Segments, answer_losses, example_kinds, packed_forward, recipe_segments
+from training.pretrain.text_stage import CachedBatch, text_parameters, warmup_cosine
 
-LOSS_WEIGHTS = {"risk": 1.0, "recipe": 0.1, "text": 4.0, "end": 0.3, "region": 0.3}
+LOSS_WEIGHTS = {"risk": 1.0, "recipe": 0.1, "text": 4.0, "end": 0.3, "region": 2.0}
 ERROR_SCALE = 5.0  # CIELAB units of error per unit of advantage
-GOOD_SHARE = 0.12  # of the lessons; with more, ambiguous photos are left alone
 FAULT_COST = 1.0  # CIELAB units per unit of the faults of framing and tone
 
 
@@ -48,74 +43,38 @@ class MinRiskConfig:
 
     Attributes:
         steps: Optimisation steps.
-        batch_size: Photos per step.
-        cached_batches: Batches that are prepared once and reused in turn.
+        warmup_steps: Steps of linear warm-up.
         samples: Recipes sampled per photo and step.
         learning_rate: Peak learning rate.
     """
 
     steps: int = 300
-    batch_size: int = 12
-    cached_batches: int = 300
+    warmup_steps: int = 20
     samples: int = 6
-    learning_rate: float = 4e-4
-
-
-@dataclass
-class CachedBatch:
-    """A batch with the image features of its photos.
-
-    Attributes:
-        features: Image features [N, T, D].
-        examples: The examples of each of `EXAMPLES`.
-        pairs: Degraded and original photo at ERROR_SIDE, uint8 RGB.
-    """
-
-    features: torch.Tensor
-    examples: dict[str, list[Example]]
-    pairs: list[tuple[np.ndarray, np.ndarray]]
+    learning_rate: float = 8e-4
 
 
 def train_min_risk(
     model: MoondreamForConditionalGeneration,
-    image_processor: MoondreamImageProcessor,
     tokenizer: PreTrainedTokenizerFast,
-    photos: PretrainPhotos,
+    batches: list[CachedBatch],
     seed: int,
     config: MinRiskConfig = MinRiskConfig(),
 ) -> float:
-    """Train the model in place. Returns the duration in seconds."""
+    """Train the model in place on batches of its image features. Returns the duration in seconds."""
     started = time.monotonic()
-    cv2.setNumThreads(1)
     torch.manual_seed(seed)
-    grid = model.config.vision_config.grid
-    # seed + 1, so that the photos are degraded in other ways than before
-    dataset = PretrainDataset(
-        photos,
-        tokenizer,
-        model.config.templates,
-        config.batch_size,
-        seed + 1,
-        config.cached_batches,
-        grid,
-        varied=0,
-        good=GOOD_SHARE,
-    )
-    indices = tqdm(range(config.cached_batches), "encoding images", file=sys.stdout)
-    batches = [cache_batch(model, image_processor, dataset[index]) for index in indices]
     constraint = RecipeConstraint(tokenizer, grammar_segments(), end_id=model.config.eos_id)
     segments = recipe_segments(tokenizer)
-    question = dataset.query(RECIPE_QUESTION, "")
-    parameters = [p for name, p in model.named_parameters() if ".vision." not in name and p.requires_grad]
+    question = Example(batches[0].examples["recipe"][0].prompt, [])
+    parameters = [p for _, p in text_parameters(model)]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     progress = tqdm(range(config.steps), "minimum risk", file=sys.stdout, mininterval=5)
     average_reduction = 0.0
     for step in progress:
-        warmup = min(1.0, (step + 1) / 20)
-        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps))
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * (warmup * cosine)
-        batch = batches[step % config.cached_batches]
+            group["lr"] = config.learning_rate * warmup_cosine(step, config.steps, config.warmup_steps)
+        batch = batches[step % len(batches)]
         texts, ids = sample_recipes(model, constraint, tokenizer, question, batch.features, config.samples)
         advantages, reduction = compute_advantages(texts, batch.pairs, config.samples)
         losses = min_risk_losses(model, constraint, batch, ids, advantages, segments)
@@ -126,20 +85,6 @@ def train_min_risk(
         average_reduction += 0.05 * (reduction - average_reduction) if step else reduction
         progress.set_postfix(error_reduction=round(average_reduction, 3), text=round(losses["text"].item(), 3))
     return time.monotonic() - started
-
-
-@torch.no_grad()
-def cache_batch(
-    model: MoondreamForConditionalGeneration, image_processor: MoondreamImageProcessor, batch: dict
-) -> CachedBatch:
-    """Compute the image features of an item of `PretrainDataset`."""
-    images = image_processor(batch["images"])
-    features = model.get_image_features(images["pixel_values"], images["image_sizes"])
-    pairs = [
-        (shrink(degraded, ERROR_SIDE), original)
-        for degraded, original in zip(batch["images"], batch["originals"], strict=True)
-    ]
-    return CachedBatch(features, {name: batch[name] for name in EXAMPLES}, pairs)
 
 
 @torch.no_grad()
@@ -214,20 +159,18 @@ def min_risk_losses(
     """Compute the risk of the sampled recipes `ids` [N * count, K] and the supervised losses, packed per photo."""
     count = len(ids) // len(batch.features)
     rows = []
-    for index, examples in enumerate(zip(*(batch.examples[name] for name in EXAMPLES), strict=True)):
+    for index, examples in enumerate(batch.rows()):
         samples = [Example(examples[0].prompt, row.tolist()) for row in ids[index * count : (index + 1) * count]]
         rows.append([*examples, *samples])
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        logits, labels, regions = packed_forward(model, batch.features, rows)
-    kinds = example_kinds(rows)
-    recipes = [part[kinds == 0].unflatten(0, (len(rows), -1)) for part in (logits, labels)]
+        logits, labels, region = packed_forward(model, batch.features, rows)
+    regions = len(batch.regions[0])
+    kinds = example_kinds(rows, regions)
     sampled = labels[kinds == 3].unflatten(0, (len(ids), -1))
     log_probs = constraint.apply(logits[kinds == 3].unflatten(0, (len(ids), -1)), sampled).log_softmax(-1)
     sequence_log_probs = log_probs.gather(-1, sampled[..., None]).squeeze(-1).sum(-1)
     return {
         "risk": -(advantages * sequence_log_probs).mean(),
-        "recipe": recipe_loss(recipes[0], recipes[1], segments),
-        "end": cross_entropy(logits[kinds == 1], labels[kinds == 1]),
-        "text": cross_entropy(logits[kinds == 2], labels[kinds == 2]),
-        "region": regions,
+        **answer_losses(rows, logits, labels, segments, regions),
+        "region": region,
     }

@@ -29,7 +29,7 @@ declines questions about them.
 |---|---|
 | data | {data} |
 | supervision | computed from pixels (`training/pretrain/`); no labels, no other model |
-| training | seed {seed}, {steps} steps of {batch_size} photos with four examples each, blocks by Muon; then `min_risk.py` |
+| training | seed {seed}, {steps} steps of {batch_size} photos with four examples each; then `min_risk.py` |
 | time | {minutes:.0f} minutes, {threads} CPU thread(s) |
 | input | crops of {crop} px, up to {tiles} tiles, {tokens} image tokens |
 

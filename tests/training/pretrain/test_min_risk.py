@@ -10,12 +10,11 @@ from inference.local.constraint import RecipeConstraint
 from inference.types import RECIPE_QUESTION
 from recipes import Recipe, grammar_segments, load_photo, parse, shrink
 from training.data.bundled import bundled_photos
-from training.pretrain.dataset import PretrainDataset
+from training.pretrain.dataset import EXAMPLES, PretrainDataset
 from training.pretrain.degradation import ERROR_SIDE, degrade
-from training.pretrain.losses import recipe_segments
+from training.pretrain.losses import packed_forward, recipe_segments
 from training.pretrain.min_risk import (
     MinRiskConfig,
-    cache_batch,
     compute_advantages,
     min_risk_losses,
     recipe_costs,
@@ -23,6 +22,7 @@ from training.pretrain.min_risk import (
     train_min_risk,
 )
 from training.pretrain.photos import PretrainPhotos
+from training.pretrain.text_stage import REGIONS, TextStageConfig, cache_batch, cache_batches, train_text
 from training.pretrain.train import ModelParts, PretrainConfig, build_model
 
 pytestmark = pytest.mark.slow
@@ -83,13 +83,28 @@ def test_a_gradient_step_lowers_the_risk(photos: PretrainPhotos) -> None:
 
 
 def test_training_is_reproducible_and_freezes_the_vision_tower(photos: PretrainPhotos) -> None:
-    config = MinRiskConfig(steps=2, batch_size=2, cached_batches=2, samples=2)
     first, second = untrained_model(photos), untrained_model(photos)
     before = {name: value.clone() for name, value in first[0].state_dict().items()}
     for model, image_processor, tokenizer in (first, second):
-        assert train_min_risk(model, image_processor, tokenizer, photos, 5, config) > 0
+        batches = cache_batches(model, image_processor, tokenizer, photos, 5, count=2)
+        assert train_text(model, tokenizer, batches, TextStageConfig(steps=2)) > 0
+        assert train_min_risk(model, tokenizer, batches, 5, MinRiskConfig(steps=2, samples=2)) > 0
     changed = {name for name, value in first[0].state_dict().items() if not torch.equal(value, before[name])}
-    assert any(".text." in name for name in changed)
+    assert any(".text." in name for name in changed) and any(".region." in name for name in changed)
     assert not any(".vision." in name for name in changed)
     for name, value in first[0].state_dict().items():
         assert torch.equal(value, second[0].state_dict()[name]), name
+
+
+def test_the_text_stage_lowers_the_loss_of_regions(photos: PretrainPhotos) -> None:
+    model, image_processor, tokenizer = untrained_model(photos)
+    batches = cache_batches(model, image_processor, tokenizer, photos, 5, count=1)
+    assert len(batches[0].rows()[0]) == len(EXAMPLES) + REGIONS
+
+    def region_loss() -> float:
+        with torch.no_grad():
+            return packed_forward(model, batches[0].features, batches[0].rows())[2].item()
+
+    before = region_loss()
+    train_text(model, tokenizer, batches, TextStageConfig(steps=8, warmup_steps=2))
+    assert region_loss() < 0.95 * before
