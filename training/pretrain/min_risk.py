@@ -1,10 +1,13 @@
 """Minimum risk training, the last stage of pre-training: sampled recipes are rendered and weighted by their error.
 
-Until this stage every token of a recipe counts alike. But a wrong crop damages a picture more than three wrong levels,
+Before this stage every token of a recipe counts alike. But a wrong crop damages a picture more than three wrong levels,
 and where exposure and contrast are ambiguous, a moderate pair of levels beats the most likely value of each. This stage
 minimises the expected cost itself (Shen et al. 2016), with the photo's other samples as the baseline: the CIELAB error,
 and the faults of framing and tone of the rewards, so that a crop through the subject or a grey veil costs what it costs
 a person. The vision tower is frozen, and the other losses continue, so that nothing is forgotten.
+
+It starts from the first stage, as `text_stage` does, and the weights of both are averaged (Wortsman et al. 2022, "Model
+soups"): one after the other, each undid what the other had learned.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ from training.pretrain.degradation import lab_error
 from training.pretrain.losses import Segments, answer_losses, example_kinds, packed_forward, recipe_segments
 from training.pretrain.text_stage import CachedBatch, text_parameters, warmup_cosine
 
-LOSS_WEIGHTS = {"risk": 1.0, "recipe": 0.1, "text": 4.0, "end": 0.3, "region": 2.0}
+LOSS_WEIGHTS = {"risk": 1.0, "recipe": 0.1, "text": 2.0, "end": 0.3, "region": 1.0}
+MIN_RISK_SHARE = 0.25  # of this model in the average with that of the text stage
 ERROR_SCALE = 5.0  # CIELAB units of error per unit of advantage
 FAULT_COST = 1.0  # CIELAB units per unit of the faults of framing and tone
 
@@ -85,6 +89,15 @@ def train_min_risk(
         average_reduction += 0.05 * (reduction - average_reduction) if step else reduction
         progress.set_postfix(error_reduction=round(average_reduction, 3), text=round(losses["text"].item(), 3))
     return time.monotonic() - started
+
+
+@torch.no_grad()
+def average_weights(model: nn.Module, other: nn.Module, share: float) -> None:
+    """Replace the weights of a model by the average with those of another, which has `share` of it."""
+    others = other.state_dict()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(others[name], share)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
 from inference.local.constraint import RecipeConstraint
@@ -39,6 +40,8 @@ BATCH = 64  # photos that are answered at once
 MAX_PHOTOS = 10_000
 SUBJECT_SPARED = 0.1  # share of the subject that a crop may remove
 HEAD_SPARED = 0.05  # share of a head's box
+SHEET_PHOTOS = 12
+SHEET_CELL = (190, 150)  # px, width and height of a picture on a contact sheet
 GREY_CHROMA = 5.0  # mean chroma of a photo without colours
 QUESTIONS = (
     *(attribute.questions[0] for attribute in image_facts.ATTRIBUTES.values()),
@@ -303,6 +306,38 @@ def evaluate(
     }
 
 
+def draw_sheet(
+    evaluator: ModelEvaluator, photos: Sequence[np.ndarray], count: int = SHEET_PHOTOS, seed: int = 1234
+) -> Image.Image:
+    """Draw a contact sheet to look at: per photo a degraded copy, the same restored, the photo, and the photo finished.
+
+    Args:
+        evaluator: The model.
+        photos: uint8 RGB.
+        count: Maximum number of photos.
+        seed: Seed of the degradations.
+    """
+    degraded = degraded_photos(photos[:count], 1, seed)
+    untouched = [shrink(photo, SIDE) for photo in photos[:count]]
+    restored = zip(degraded, evaluator.recipes([pair.degraded for pair in degraded]), strict=True)
+    finished = zip(untouched, evaluator.recipes(untouched), strict=True)
+    columns = [
+        [pair.degraded for pair in degraded],
+        [render(pair.degraded, recipe) for pair, recipe in restored],
+        untouched,
+        [render(photo, recipe) for photo, recipe in finished],
+    ]
+    across = 2  # photos side by side
+    page = Image.new("RGB", (across * 4 * SHEET_CELL[0], -(-len(untouched) // across) * SHEET_CELL[1]), "white")
+    for index in range(len(untouched)):
+        row, block = divmod(index, across)
+        for number, pictures in enumerate(columns):
+            picture = Image.fromarray(pictures[index])
+            picture.thumbnail((SHEET_CELL[0] - 8, SHEET_CELL[1] - 8))
+            page.paste(picture, ((block * 4 + number) * SHEET_CELL[0] + 4, row * SHEET_CELL[1] + 4))
+    return page
+
+
 def summary(figures: dict[str, dict]) -> str:
     """Format the main figures as text, one line each."""
     recipe, facts, regions, undamaged = (figures[name] for name in ("recipe", "facts", "regions", "undamaged"))
@@ -333,6 +368,9 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", default="assets/moondream-tiny", help="the model's folder")
     parser.add_argument("--photos", metavar="FOLDER", help="folder or zip file of photos (default: bundled held-out)")
     parser.add_argument("--copies", type=int, default=4, help="degraded copies of each photo")
+    parser.add_argument(
+        "--sheet", metavar="FILE", help="also write a contact sheet: degraded, restored, photo, finished"
+    )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     args = parser.parse_args()
     if args.copies < 1:
@@ -342,6 +380,11 @@ def main() -> None:
         evaluator = ModelEvaluator.from_folder(args.folder)
     except (OSError, PhotoSourceError) as error:
         sys.exit(str(error))
+    if args.sheet:
+        try:
+            draw_sheet(evaluator, photos).save(args.sheet, quality=85)
+        except (OSError, ValueError) as error:
+            sys.exit(f"The contact sheet cannot be written: {error}")
     figures = evaluate(evaluator, photos, args.copies)
     print(json.dumps(figures, indent=1) if args.json else summary(figures))
 

@@ -1,7 +1,7 @@
 """The second stage of pre-training: the text model and the region heads learn on, with a frozen vision tower.
 
 The image features are computed once, so a step costs a fraction of one of the first stage, and each photo carries
-several region examples. The same batches serve the last stage (`min_risk`).
+several region examples. The same batches serve the last stage (`min_risk`), whose weights are averaged with these.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from training.pretrain.degradation import ERROR_SIDE
 from training.pretrain.losses import answer_losses, packed_forward, recipe_segments
 from training.pretrain.photos import PretrainPhotos
 
-LOSS_WEIGHTS = {"recipe": 0.25, "end": 0.3, "text": 2.0, "region": 1.0}
+LOSS_WEIGHTS = {"recipe": 0.25, "end": 0.3, "text": 3.0, "region": 3.0}
 BATCH_SIZE = 12
 BATCHES = 300
 GOOD_SHARE = 0.12  # of the lessons; with more, ambiguous photos are left alone
@@ -43,7 +43,7 @@ class TextStageConfig:
         learning_rate: Peak learning rate.
     """
 
-    steps: int = 600
+    steps: int = 800
     warmup_steps: int = 30
     learning_rate: float = 2e-3
 

@@ -15,6 +15,7 @@ from training.pretrain.degradation import ERROR_SIDE, degrade
 from training.pretrain.losses import packed_forward, recipe_segments
 from training.pretrain.min_risk import (
     MinRiskConfig,
+    average_weights,
     compute_advantages,
     min_risk_losses,
     recipe_costs,
@@ -94,6 +95,13 @@ def test_training_is_reproducible_and_freezes_the_vision_tower(photos: PretrainP
     assert not any(".vision." in name for name in changed)
     for name, value in first[0].state_dict().items():
         assert torch.equal(value, second[0].state_dict()[name]), name
+
+
+def test_weights_are_averaged() -> None:
+    model, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    expected = 0.75 * model.weight.detach() + 0.25 * other.weight.detach()
+    average_weights(model, other, 0.25)
+    assert torch.allclose(model.weight, expected)
 
 
 def test_the_text_stage_lowers_the_loss_of_regions(photos: PretrainPhotos) -> None:

@@ -127,8 +127,12 @@ def test_command_measures_a_folder_of_photos(
     figures = json.loads(capsys.readouterr().out)
     assert figures["recipe"]["cases"] == 2 and figures["undamaged"]["photos"] == 2
     assert figures["undamaged"]["change"] > 0 or figures["undamaged"]["share_untouched"] == 1
-    monkeypatch.setattr(sys, "argv", arguments)
+    sheet = tmp_path / "sheet.jpg"
+    monkeypatch.setattr(sys, "argv", [*arguments, "--sheet", str(sheet)])
     quality.main()
+    drawn = load_photo(sheet)
+    assert drawn.shape[:2] == (quality.SHEET_CELL[1], 8 * quality.SHEET_CELL[0]) and drawn.std() > 20
+    sheet.unlink()
     assert f"{figures['facts']['true']:.1%} true of {figures['facts']['facts']}" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["quality", str(TINY), "--photos", str(tmp_path / "missing")])
     with pytest.raises(SystemExit, match="missing"):
