@@ -93,7 +93,10 @@ def run(page: Page) -> None:
 
 def take_screenshot(page: Page) -> Image.Image:
     """Return what the page shows once its pictures are loaded and its transitions have ended."""
-    page.wait_for_function("() => [...document.images].every(image => image.complete)")
+    page.wait_for_function(
+        "() => [...document.images].every(image => image.complete || image.loading === 'lazy' && "
+        "!image.checkVisibility() || image.getBoundingClientRect().top > innerHeight)"
+    )
     page.wait_for_timeout(700)  # transitions
     with Image.open(io.BytesIO(page.screenshot())) as picture:
         return picture.convert("RGB")
