@@ -61,10 +61,10 @@ def main() -> None:
     (model, image_processor, tokenizer), seconds = train(config, args.work, photos, args.resume)
     started = time.monotonic()
     batches = cache_batches(model, image_processor, tokenizer, photos, config.seed)
-    careful = copy.deepcopy(model)
+    min_risk_model = copy.deepcopy(model)
     train_text(model, tokenizer, batches)
-    train_min_risk(careful, tokenizer, batches, config.seed)
-    average_weights(model, careful, MIN_RISK_SHARE)
+    train_min_risk(min_risk_model, tokenizer, batches, config.seed)
+    average_weights(model, min_risk_model, MIN_RISK_SHARE)
     seconds += time.monotonic() - started
     print(f"Trained in {seconds / 60:.1f} minutes. Evaluating on the held-out photos ...")
     model = model.half().float()  # evaluated at the precision of the exported weights

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,13 +149,20 @@ def packed_forward(
     return logits, packed.labels[answered], region_loss(model, output.pre_norm_hidden_state, packed.region_slots)
 
 
+@contextmanager
+def mixed_precision() -> Iterator[None]:
+    """Compute in bfloat16 where it is safe, and attention by plain matrix products.
+
+    At this width, the backward pass of PyTorch's fused attention takes 40 % of a step on a CPU.
+    """
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
 def step_loss(
     model: MoondreamForConditionalGeneration, heads: AuxiliaryHeads, images: dict, batch: dict, segments: Segments
 ) -> dict[str, torch.Tensor]:
     """Compute all losses of a step.
-
-    Attention is computed by plain matrix products: at this width, the backward pass of PyTorch's fused attention takes
-    40 % of a step on a CPU.
 
     Args:
         model: The model.
@@ -166,7 +175,7 @@ def step_loss(
         Scalar losses by name; `end` is the loss of whether there is a region.
     """
     rows = list(zip(*(batch[name] for name in EXAMPLES), strict=True))
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    with mixed_precision():
         features = model.model.get_image_features(images["pixel_values"], images["image_sizes"])
         targets = (torch.from_numpy(np.stack(batch[name])) for name in ("token_targets", "image_targets"))
         auxiliary = heads(features, *targets)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -32,7 +31,14 @@ from rewards.measures import measure
 from rewards.naturalness import tone_fault
 from training.pretrain.dataset import Example
 from training.pretrain.degradation import lab_error
-from training.pretrain.losses import Segments, answer_losses, example_kinds, packed_forward, recipe_segments
+from training.pretrain.losses import (
+    Segments,
+    answer_losses,
+    example_kinds,
+    mixed_precision,
+    packed_forward,
+    recipe_segments,
+)
 from training.pretrain.text_stage import CachedBatch, text_parameters, warmup_cosine
 
 LOSS_WEIGHTS = {"risk": 1.0, "recipe": 0.1, "text": 2.0, "end": 0.3, "region": 1.0}
@@ -175,7 +181,7 @@ def min_risk_losses(
     for index, examples in enumerate(batch.rows()):
         samples = [Example(examples[0].prompt, row.tolist()) for row in ids[index * count : (index + 1) * count]]
         rows.append([*examples, *samples])
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    with mixed_precision():
         logits, labels, region = packed_forward(model, batch.features, rows)
     regions = len(batch.regions[0])
     kinds = example_kinds(rows, regions)

@@ -158,7 +158,7 @@ def _reason_to_skip(data: bytes, held_out: np.ndarray) -> str:
         photo = load_photo(data)
     except PhotoError:
         return "not readable"
-    if ((difference_hash(photo) != held_out).sum(1) <= SAME_PHOTO_BITS).any():
+    if is_copy(difference_hash(photo), held_out):
         return "held out"
     if image_facts.sharpness(image_facts.to_lab(shrink(photo, SIDE))[..., 0]) < MIN_SHARPNESS:
         return "soft"
@@ -184,6 +184,11 @@ def difference_hash(photo: np.ndarray) -> np.ndarray:
     grey = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (_HASH_CELLS + 1, _HASH_CELLS), interpolation=cv2.INTER_AREA).astype(int)
     return (small[:, 1:] > small[:, :-1]).ravel()
+
+
+def is_copy(digest: np.ndarray, others: np.ndarray) -> bool:
+    """Return whether a difference hash [64] is that of a copy of one of the photos with the hashes `others` [N, 64]."""
+    return bool(((digest != others).sum(1) <= SAME_PHOTO_BITS).any())
 
 
 def _sha256(data: bytes) -> str:

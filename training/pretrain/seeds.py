@@ -13,13 +13,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+LEVELS = ("exposure", "contrast", "saturation", "warmth", "sharpening")
 HEADING = "## Spread over seeds"
 # Name, keys in quality.json, and format of each figure.
 ROWS = (
     ("CIELAB error lowered by", ("recipe", "error_lowered_by"), "{:.1%}"),
     ("cases lowered", ("recipe", "share_lowered"), "{:.1%}"),
-    *((f"correlation of {level}", ("levels", level), "{:.2f}") for level in ("exposure", "contrast", "saturation")),
-    *((f"correlation of {level}", ("levels", level), "{:.2f}") for level in ("warmth", "sharpening")),
+    *((f"correlation of {level}", ("levels", level), "{:.2f}") for level in LEVELS),
     ("stated facts that are true", ("facts", "true"), "{:.1%}"),
     ("point: inside the area", ("regions", "hit"), "{:.1%}"),
     ("detect: mean IoU", ("regions", "iou"), "{:.3f}"),

@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -23,8 +22,9 @@ from inference.moondream import MoondreamForConditionalGeneration, MoondreamImag
 from recipes import shrink
 from training.pretrain.dataset import EXAMPLES, Example, PretrainDataset
 from training.pretrain.degradation import ERROR_SIDE
-from training.pretrain.losses import answer_losses, packed_forward, recipe_segments
+from training.pretrain.losses import answer_losses, mixed_precision, packed_forward, recipe_segments
 from training.pretrain.photos import PretrainPhotos
+from training.pretrain.train import split_block_matrices
 
 LOSS_WEIGHTS = {"recipe": 0.25, "end": 0.3, "text": 3.0, "region": 3.0}
 BATCH_SIZE = 12
@@ -132,8 +132,7 @@ def train_text(
     started = time.monotonic()
     segments = recipe_segments(tokenizer)
     named = text_parameters(model)
-    hidden = [p for name, p in named if p.ndim == 2 and ".blocks." in name]
-    others = [p for name, p in named if not (p.ndim == 2 and ".blocks." in name)]
+    hidden, others = split_block_matrices(named)
     rate = config.learning_rate
     optimizers = [
         torch.optim.Muon(hidden, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
@@ -145,7 +144,7 @@ def train_text(
             group["lr"] = rate * warmup_cosine(step, config.steps, config.warmup_steps)
         batch = batches[step % len(batches)]
         rows = batch.rows()
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with mixed_precision():
             logits, labels, regions = packed_forward(model, batch.features, rows)
         losses = answer_losses(rows, logits, labels, segments, len(batch.regions[0])) | {"region": regions}
         model.zero_grad()

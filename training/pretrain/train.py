@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -204,14 +204,24 @@ def sincos_position_embedding(grid: int, width: int) -> torch.Tensor:
     return 0.5 * torch.cat([rows, columns], -1).flatten(0, 1)
 
 
+def split_block_matrices(
+    named: Iterable[tuple[str, nn.Parameter]],
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the matrices of the transformer blocks, which Muon updates, and all other parameters."""
+    hidden: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in named:
+        (hidden if parameter.ndim == 2 and ".blocks." in name else others).append(parameter)
+    return hidden, others
+
+
 def build_optimizers(model: nn.Module, heads: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:
     """Create Muon (Jordan 2024) for the matrices of the transformer blocks, and AdamW for all other parameters.
 
     AdamW decays matrices only. Muon's updates are scaled to the size of AdamW's, so that both use one learning rate.
     """
     named = [(name, p) for module in (model, heads) for name, p in module.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in named if p.ndim == 2 and ".blocks." in name]
-    others = [p for name, p in named if not (p.ndim == 2 and ".blocks." in name)]
+    hidden, others = split_block_matrices(named)
     groups = [
         {"params": [p for p in others if p.ndim > 1], "weight_decay": 0.05},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},

@@ -28,7 +28,7 @@ from recipes import PhotoError, load_photo, shrink
 from training.data.bundled import bundled_photos
 from training.data.sources import photo_files
 from training.pretrain.image_facts import to_lab
-from training.pretrain.photos import SAME_PHOTO_BITS, difference_hash
+from training.pretrain.photos import difference_hash, is_copy
 
 ARCHIVE = "https://archive.ubuntu.com/ubuntu"
 INDEXES = tuple(f"dists/noble/{component}/binary-amd64/Packages.xz" for component in ("main", "universe"))
@@ -66,7 +66,7 @@ def save_photos(package: Path, folder: Path, hashes: list[np.ndarray]) -> int:
     Args:
         package: The .deb file.
         folder: The folder to create.
-        hashes: Difference hashes of the photos that exist already; those of the saved ones are appended.
+        hashes: Difference hashes of the photos that exist already, one or more; those of the saved ones are appended.
 
     Returns:
         The number of saved photos.
@@ -75,13 +75,14 @@ def save_photos(package: Path, folder: Path, hashes: list[np.ndarray]) -> int:
     with tempfile.TemporaryDirectory() as unpacked:
         subprocess.run(["dpkg-deb", "-x", package, unpacked], check=True)
         for file in photo_files(Path(unpacked)):
+            if file.is_symlink():
+                continue
             try:
                 photo = load_photo(file)
             except PhotoError:
                 continue
             digest = difference_hash(photo)
-            second = bool(hashes) and bool(((digest != np.array(hashes)).sum(1) <= SAME_PHOTO_BITS).any())
-            if file.is_symlink() or second or not is_usable(photo):
+            if is_copy(digest, np.array(hashes)) or not is_usable(photo):
                 continue
             hashes.append(digest)
             folder.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ class GroupRow(_Row):
 
     Attributes:
         photo: Index of the training photo.
-        no_signal: Whether all rewards are equal, so that the group teaches nothing.
+        no_signal: Whether all rewards are equal, so that the group has no gradient.
         rollouts: The sampled answers.
     """
 
