@@ -15,6 +15,7 @@ import moondream
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import training.server
 from inference.metering import UsageMeter
@@ -293,20 +294,21 @@ def test_rl_steps_raise_the_reward_of_regions(server: str, skill: str) -> None:
     """The reward is the x coordinate of the rightmost region; training moves the regions to the right."""
     finetune = open_finetune(server, f"regions-{skill}")
     name, side = ("points", "x") if skill == "point" else ("objects", "x_min")
-    means = []
-    for _ in range(30):
-        settings = {"max_objects": 2, "temperature": 1.0}
-        response = finetune.rollouts(
-            skill, image=make_picture(), object="the main subject", num_rollouts=8, settings=settings
-        )
+    path = next(info.path for info in bundled_photos("held-out") if info.path.name == "coffee.jpg")
+    photo = Image.fromarray(shrink(load_photo(path), 256))
+    settings = {"max_objects": 2, "temperature": 2.0}
+    means: list[float] = []
+    for _ in range(100):  # 10 to 50 were measured in 16 runs
+        response = finetune.rollouts(skill, image=photo, object="the main subject", num_rollouts=16, settings=settings)
         rewards = [
             max((region[side] for region in rollout["output"][name]), default=0.0) for rollout in response["rollouts"]
         ]
         means.append(float(np.mean(rewards)))
-        group = rl_group(response, rewards)
-        assert finetune.train_step([group], lr=5e-3)["applied"]
-    best = max(np.convolve(means, np.ones(5) / 5, "valid"))  # at this rate, training may overshoot afterwards
-    assert best > np.mean(means[:5]) + 0.05, means
+        if len(means) >= 10 and np.mean(means[-5:]) > np.mean(means[:5]) + 0.1:
+            break
+        assert finetune.train_step([rl_group(response, rewards)], lr=5e-3)["applied"]
+    else:
+        pytest.fail(f"The mean rewards did not rise: {means}")
 
 
 def test_ground_truth_gives_rewards_and_sft_targets(server: str) -> None:
