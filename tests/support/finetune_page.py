@@ -21,7 +21,7 @@ FORM: dict[str, Any] = {
     "name": "",
     "learning_rate": 2e-3,
     "beta": 0.02,
-    "rollouts": 8,
+    "rollouts": 4,
     "rank": 16,
     "backend": "This machine",
     "hardware": None,

@@ -49,8 +49,10 @@ MAX_CUT_SHARE = 0.25  # of the answers. Models that were not tuned cut the subje
 # Recipes at the limits of the grammar. Of the recipes that restore randomly degraded photos, 23 % are there.
 MAX_LIMIT_SHARE = 0.6  # of the answers: 5 of 8, which such recipes reach in one probe of fifty
 
-# Repeated answers. One recipe for most photos means that the photo no longer matters.
+# Repeated answers. One edit for most photos means that the photo no longer matters. Leaving a good photo alone is what
+# people prefer, so the recipe that changes nothing may be the answer to most photos, but not to all of them.
 MAX_REPEATED_SHARE = 0.6
+MAX_UNTOUCHED_SHARE = 0.9
 
 MIN_ANSWERS = 4  # fewer say nothing about a share
 MIN_AFFECTED = 2  # answers: a single one may be an error of the subject measure
@@ -238,15 +240,20 @@ def _repeated_answers(_: Sequence[Row], first: Row, last: Row, weights: RewardFu
     counts = Counter(recipe for recipe in last["recipes"] if recipe)
     answers = sum(counts.values())
     recipe, affected = counts.most_common(1)[0] if counts else ("", 0)
-    if not _is_alarming(affected, answers, MAX_REPEATED_SHARE):
+    untouched = recipe == str(Recipe())
+    if not _is_alarming(affected, answers, MAX_UNTOUCHED_SHARE if untouched else MAX_REPEATED_SHARE):
         return None
     indices = [index for index, text in enumerate(last["recipes"]) if text == recipe]
     change = np.nan_to_num(_changes(first["totals"], last["totals"]))
     return Alarm(
         "repeated_answers",
         "Most photos get the same recipe",
-        f"{_share(affected, answers).capitalize()} are the same recipe. The model has stopped looking at the photo: "
-        "one edit for all is a filter.",
+        f"{_share(affected, answers).capitalize()} "
+        + (
+            "change nothing. The model has stopped editing."
+            if untouched
+            else "are the same recipe. The model has stopped looking at the photo: one edit for all is a filter."
+        ),
         "Train again on more varied photos, or with a higher KL weight, a lower learning rate or a higher temperature.",
         index=min(indices, key=lambda index: change[index]),
     )

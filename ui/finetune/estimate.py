@@ -19,7 +19,7 @@ DEFAULT_ROLLOUTS = RunConfig.model_fields["rollouts"].default
 DEFAULT_HARDWARE = RunConfig.model_fields["hardware"].default
 LENGTHS = {"Smoke test": 10, "Short run": DEFAULT_STEPS, "Custom": 0}
 BACKENDS = {"This machine": "here", "Hugging Face Jobs": "jobs", "Moondream's tuning API": "hosted"}
-STARTUP_SECONDS, SECONDS_PER_STEP = 20.0, 0.5  # assumed until a run has been timed; per step of 8 rollouts
+STARTUP_SECONDS, SECONDS_PER_STEP = 20.0, 0.65  # assumed until a run has been timed; a step of DEFAULT_ROLLOUTS
 RECENT_RUNS = 5  # earlier runs that the estimate is based on
 
 
@@ -111,7 +111,7 @@ def _duration_factor(run: Run, backend: str, hardware: str) -> float | None:
 
 def assumed_seconds(steps: float, rollouts: float) -> float:
     """Return the duration that is assumed for a run until runs have been timed, in seconds."""
-    return STARTUP_SECONDS + SECONDS_PER_STEP * steps * rollouts / 8
+    return STARTUP_SECONDS + SECONDS_PER_STEP * steps * rollouts / DEFAULT_ROLLOUTS
 
 
 def step_count_of(length: str, steps: float | None) -> int:

@@ -38,7 +38,15 @@ STEP = 0.05  # of the sliders
 NO_PAIR = "There are no two different edits of a photo to choose between. Run the skill “Edit recipe” first."
 NO_MORE_PAIRS = "All pairs of this comparison were shown. Run again for new candidates."
 LEAD = "Choose the pictures that you prefer: the reward weights are fitted to your choices."
-DPO_SETTINGS = {"steps": 60, "rollouts": 2, "learning_rate": 1e-3, "beta": 0.1, "seed": 1, "name": "DPO on my choices"}
+DPO_SETTINGS = {
+    "name": "DPO on my choices",
+    "steps": 60,
+    "photos_per_step": 4,
+    "rollouts": 2,
+    "learning_rate": 1e-3,
+    "beta": 0.1,
+    "seed": 1,
+}
 NOTE = (
     "Stored with each choice: both recipes, their scores and models, and the sliders. Photos are stored only if you "
     "agree; sample photos by name. Only you see your choices. DPO, which trains a model on the choices themselves, is "

@@ -143,6 +143,17 @@ def test_share_of_answers_that_repeat(affected: int, raised: bool) -> None:
     assert not raised or (alarms[0].index == 2 and alarms[0].recipe == str(Recipe(sharpening=20)))
 
 
+@pytest.mark.parametrize(("affected", "raised"), [(5, False), (7, False), (8, True)])
+def test_share_of_photos_left_alone(affected: int, raised: bool) -> None:
+    """Good photos need no edit: leaving most of them alone is no alarm, leaving all of them alone is one."""
+    rows, probes = healthy()
+    for row in probes[-2:]:
+        row["recipes"][:affected] = [str(Recipe())] * affected
+    alarms = find_alarms(rows, probes, EQUAL_WEIGHTS)
+    assert [alarm.kind for alarm in alarms] == ["repeated_answers"] * raised
+    assert not raised or "change nothing" in alarms[0].message
+
+
 def test_missing_training_signal() -> None:
     _, probes = healthy()
     assert kinds(metrics(0.4, 0.4, no_signal=1.0), probes) == ["no_signal"]

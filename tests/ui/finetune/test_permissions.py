@@ -102,8 +102,8 @@ def test_runs_belong_to_the_visitor_who_starts_them(services: AppServices) -> No
         (NO_SECRET, {}, "session is unknown"),
         (GUEST, {"backend": JOBS, "hub_token": TOKEN}, "this machine only. Sign in with Hugging Face"),
         (GUEST, {"backend": HOSTED, "moondream_key": "md-key"}, "this machine only"),
-        (GUEST, {"length": "Custom", "steps": MAX_GUEST_STEPS + 1}, "at most 140 steps"),
-        (GUEST, {"rollouts": 9}, "at most 8 rollouts"),
+        (GUEST, {"length": "Custom", "steps": MAX_GUEST_STEPS + 1}, "at most 120 steps"),
+        (GUEST, {"rollouts": 5}, "at most 4 rollouts"),
         (ADA, {"backend": JOBS}, "Enter your Hugging Face token"),
         (ADA, {"backend": HOSTED}, "Enter your Moondream API key"),
         (ADMIN, {"backend": JOBS}, "Enter your Hugging Face token"),
@@ -431,7 +431,7 @@ def test_page_shows_the_visitors_own_run_first_and_polls_for_own_runs_only(servi
 
 
 def test_form_says_why_a_guest_cannot_train(services: AppServices, no_guest_runs: AppServices) -> None:
-    inputs = {"backend": "This machine", "length": "Short run", "steps": None, "rollouts": 8}
+    inputs = {"backend": "This machine", "length": "Short run", "steps": None, "rollouts": 4}
     submit, note = finetune.form_updates(no_guest_runs, GUEST, inputs)
     assert not submit["interactive"] and note["visible"] and "Sign in with Hugging Face" in note["value"]
     for visitor in (GUEST, ADA, ADMIN):

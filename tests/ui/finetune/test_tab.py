@@ -118,7 +118,7 @@ def test_submitting_the_form_queues_a_run_with_its_settings(idle: AppServices) -
     ).config()
     assert config.reward == {"sharpness": 0.5, "creativity": 1.0}
     assert (config.base, config.seed, config.name, config.rank, config.steps) == ("moondream-tiny", 7, "Mine", 4, 33)
-    assert config.photos == "bundled" and (config.learning_rate, config.beta, config.rollouts) == (2e-3, 0.02, 8)
+    assert config.photos == "bundled" and (config.learning_rate, config.beta, config.rollouts) == (2e-3, 0.02, 4)
 
 
 @pytest.mark.parametrize(("length", "steps"), [("Smoke test", 10), ("Short run", DEFAULT_STEPS)])
@@ -182,9 +182,9 @@ def test_jobs_backend_lists_hardware_with_prices_and_the_estimate_gives_the_maxi
     base, _, jobs_group, hosted_group, hardware, hourly_prices = backend_changed(JOBS)
     assert base["visible"] and jobs_group["visible"] and not hosted_group["visible"]
     assert hardware["choices"][0] == ("l4x1 · $0.80 an hour · 1 x L4 24 GB, 8 vCPU, 30 GB", "l4x1")
-    text = estimate(idle, "Short run", None, 8, JOBS, "l4x1", hourly_prices)
+    text = estimate(idle, "Short run", None, 4, JOBS, "l4x1", hourly_prices)
     assert "an unknown time" in text and "$0.80 an hour" in text and "$1.60 at most" in text
-    assert "price is not known" in estimate(idle, "Short run", None, 8, JOBS, "h200", hourly_prices)
+    assert "price is not known" in estimate(idle, "Short run", None, 4, JOBS, "h200", hourly_prices)
     assert not any(group["visible"] for group in backend_changed("This machine")[2:4])
     hub.refuse["/api/jobs"] = 500
     *_, hardware, hourly_prices = backend_changed(JOBS)
@@ -193,10 +193,10 @@ def test_jobs_backend_lists_hardware_with_prices_and_the_estimate_gives_the_maxi
 
 def test_estimate_for_jobs_uses_earlier_runs_on_the_same_hardware_only(idle: AppServices) -> None:
     run = finished_run(idle, where="jobs", hardware="l4x1")
-    (run.folder / "result.json").write_text(json.dumps({"seconds": 2 * assumed_seconds(10, 8), "steps": 10}))
-    text = estimate(idle, "Short run", None, 8, JOBS, "l4x1", {})
-    assert run_view.format_duration(2 * assumed_seconds(DEFAULT_STEPS, 8)) in text
-    assert "a first guess" in estimate(idle, "Short run", None, 8), "a job is no measure for this machine"
+    (run.folder / "result.json").write_text(json.dumps({"seconds": 2 * assumed_seconds(10, 4), "steps": 10}))
+    text = estimate(idle, "Short run", None, 4, JOBS, "l4x1", {})
+    assert run_view.format_duration(2 * assumed_seconds(DEFAULT_STEPS, 4)) in text
+    assert "a first guess" in estimate(idle, "Short run", None, 4), "a job is no measure for this machine"
 
 
 def test_sliders_at_zero_are_refused(idle: AppServices) -> None:
@@ -228,12 +228,12 @@ def test_base_models_are_local_models_with_distinct_weights(idle: AppServices) -
 
 
 def test_estimate_uses_earlier_runs_and_counts_waiting_ones(idle: AppServices) -> None:
-    assert "25 s (a first guess" in estimate(idle, "Smoke test", None, 8)
+    assert "26 s (a first guess" in estimate(idle, "Smoke test", None, 4)
     finished_run(idle)
-    text = estimate(idle, "Smoke test", None, 8)
+    text = estimate(idle, "Smoke test", None, 4)
     assert "based on earlier runs" in text and "42 s" in text
     submit_form(idle)
-    assert "waits for 1 other run first" in estimate(idle, "Custom", 20, 8)
+    assert "waits for 1 other run first" in estimate(idle, "Custom", 20, 4)
 
 
 # Display
@@ -566,5 +566,5 @@ def test_estimate_for_the_tuning_api_gives_the_maximum_cost(idle: AppServices) -
     assert not base["visible"] and not jobs_group["visible"] and hosted_group["visible"]
     assert learning_rate["value"] == 2e-4
     assert backend_changed("This machine")[1]["value"] == RunConfig.model_fields["learning_rate"].default
-    text = estimate(idle, "Short run", None, 8, HOSTED, None, {}, 2.0, 10)
+    text = estimate(idle, "Short run", None, 4, HOSTED, None, {}, 2.0, 10)
     assert "at most" in text and "stops at your budget of $2.00" in text and "assumed" in text
