@@ -1,7 +1,7 @@
 """`python -m training.specialists`: train the specialists of moondream-tiny that ship with the project.
 
-One GRPO run per reward function from moondream-tiny, with the default settings and seed 1: about a minute each on two
-CPU cores. Writes adapter, settings, model card and a contact sheet of the held-out photos to a folder in
+One GRPO run per reward function from moondream-tiny, with the default settings and seed 1: 1.5 minutes each on two CPU
+cores. Writes adapter, settings, model card and a contact sheet of the held-out photos to a folder in
 `assets/specialists`. Runs for `sharpness` or `colour` alone end with nearly the edits of `balanced`, since the rewards
 share what people reject, so that they are not published.
 """

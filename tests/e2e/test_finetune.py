@@ -454,7 +454,7 @@ def test_guest_trains_one_short_run_and_an_administrator_shares_it(browser: Brow
         guest = open_as(browser, address)
         guest.get_by_label("Custom").check()
         guest.locator("#tune-steps input").fill("500")
-        guest.get_by_text("Guests can train for at most 140 steps").wait_for()
+        guest.get_by_text(f"Guests can train for at most {DEFAULT_STEPS} steps").wait_for()
         assert guest.locator("#tune-start").is_disabled()
         guest.get_by_label("Smoke test").check()
         guest.wait_for_selector("#tune-start:not([disabled])")
