@@ -22,6 +22,7 @@ TINY = str(ASSETS / "moondream-tiny")
 SPECIALISTS: dict[str, dict[str, float]] = {
     "balanced": {"sharpness": 1.0, "colour": 1.0, "creativity": 1.0},
     "bold": {"creativity": 1.0},
+    "crisp": {"sharpness": 1.0},
 }
 
 

@@ -87,14 +87,18 @@ def saliency(photo: np.ndarray) -> np.ndarray:
     return np.maximum(combined - 0.3 * combined.max(), 0) + 1e-6
 
 
+_import_lock = threading.Lock()  # the importer fails at times if threads use it at once: 1 of 200 processes
+
+
 class _Networks(threading.local):
     """The two networks of a thread; OpenCV's are not safe to share."""
 
     def __init__(self) -> None:
         files = ("face_detection_short_range.tflite", "selfie_segmentation.tflite")
-        self.faces, self.people = (
-            cv2.dnn.readNetFromTFLite(str(MODELS / file), engine=cv2.dnn.ENGINE_CLASSIC) for file in files
-        )
+        with _import_lock:
+            self.faces, self.people = (
+                cv2.dnn.readNetFromTFLite(str(MODELS / file), engine=cv2.dnn.ENGINE_CLASSIC) for file in files
+            )
 
 
 _local = threading.local()
