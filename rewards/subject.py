@@ -90,7 +90,7 @@ def saliency(photo: np.ndarray) -> np.ndarray:
 _import_lock = threading.Lock()  # the importer fails at times if threads use it at once: 1 of 200 processes
 
 
-class _Networks(threading.local):
+class _Networks:
     """The two networks of a thread; OpenCV's are not safe to share."""
 
     def __init__(self) -> None:
