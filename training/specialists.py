@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 
 from inference.registry import ASSETS, MODELS, SPECIALISTS
-from recipes import encode_jpeg, load_photo, shrink
+from recipes import encode_jpeg, shrink
 from rewards import RewardFunction
 from storage.files import write_atomically
 from training.contact_sheet import draw_sheets
-from training.data.bundled import bundled_photos
-from training.data.sources import degrade
+from training.data.sources import degrade, load_photos
 from training.evaluate import DEFAULT_BASE, bootstrap_interval, model_answers, reward_totals, sheet_columns
 from training.runs.adapters import ADAPTER_FILE, check_adapter
 from training.runs.export import model_card
@@ -85,11 +84,10 @@ def publish(name: str, run: Run) -> None:
 
 def draw_sheet(run: Run) -> np.ndarray:
     """Draw all held-out photos, untouched and as edited by the base and by a run: uint8 RGB."""
-    infos = bundled_photos("held-out")
-    photos = [shrink(load_photo(info.path)) for info in infos]
-    answers = model_answers([DEFAULT_BASE, str(run.folder)], photos)
-    columns = sheet_columns(answers, photos, RewardFunction(run.config().reward))
-    pages = draw_sheets(photos, [info.path.name for info in infos], columns)
+    held_out = load_photos("bundled", "held-out")
+    answers = model_answers([DEFAULT_BASE, str(run.folder)], held_out.photos)
+    columns = sheet_columns(answers, held_out.photos, RewardFunction(run.config().reward))
+    pages = draw_sheets(held_out.photos, held_out.names, columns)
     return np.vstack([shrink(np.asarray(page), SHEET_WIDTH) for page in pages])
 
 
@@ -100,7 +98,7 @@ def compare() -> list[dict[str, Any]]:
         One row per pair: "model", "other", and mean, low and high of the model's total minus the other's, on the
         held-out photos and on DEGRADED_COPIES of each. The interval is over the photos, of which each counts once.
     """
-    photos = [shrink(load_photo(info.path)) for info in bundled_photos("held-out")]
+    photos = load_photos("bundled", "held-out").photos
     rng = np.random.default_rng(SEED)
     copies = [*photos, *(degrade(photo, rng) for _ in range(DEGRADED_COPIES) for photo in photos)]
     answers = model_answers([DEFAULT_BASE, *(f"moondream-tiny-{name}" for name in SPECIALISTS)], copies)

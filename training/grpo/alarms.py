@@ -243,17 +243,17 @@ def _repeated_answers(_: Sequence[Row], first: Row, last: Row, weights: RewardFu
     untouched = recipe == str(Recipe())
     if not _is_alarming(affected, answers, MAX_UNTOUCHED_SHARE if untouched else MAX_REPEATED_SHARE):
         return None
+    meaning = (
+        "change nothing. The model has stopped editing."
+        if untouched
+        else "are the same recipe. The model has stopped looking at the photo: one edit for all is a filter."
+    )
     indices = [index for index, text in enumerate(last["recipes"]) if text == recipe]
     change = np.nan_to_num(_changes(first["totals"], last["totals"]))
     return Alarm(
         "repeated_answers",
         "Most photos get the same recipe",
-        f"{_share(affected, answers).capitalize()} "
-        + (
-            "change nothing. The model has stopped editing."
-            if untouched
-            else "are the same recipe. The model has stopped looking at the photo: one edit for all is a filter."
-        ),
+        f"{_share(affected, answers).capitalize()} {meaning}",
         "Train again on more varied photos, or with a higher KL weight, a lower learning rate or a higher temperature.",
         index=min(indices, key=lambda index: change[index]),
     )
