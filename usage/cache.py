@@ -17,6 +17,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,11 @@ CACHE_FOLDER, ARCHIVE_FOLDER = "usage-cache", "usage-archive"  # in DATA_DIR
 MAX_FILES = 16  # processes with a cache of their own; further ones keep it in memory
 BATCH_SIZE = 50_000  # events that are copied at once
 MAX_HOURS_PER_QUERY = 50  # more hours are compared, and copied, in a single query over all events
-ALWAYS = (-(2**62), 2**62)  # a time span
+Span = tuple[int, int]  # from a time in microseconds to another, which it does not include
+ALWAYS: Span = (-(2**62), 2**62)
 VERIFY_DELAY = 30.0  # seconds after the start until all of an existing cache is compared
+EVENTS_PER_PART = 50_000  # events that are compared at once, while reads wait
+PAUSE = 0.05  # seconds between two parts
 MEMORY_LIMIT = "2GB"
 TEXTS = ("id", "request", "session", *KIND_COLUMNS, "source_url")
 
@@ -104,7 +108,7 @@ class EventCache:
         """Bring the cache up to date and open a cursor, which sees one state of the events.
 
         Raises:
-            StoreError: The database cannot be read, or the cache cannot be written.
+            StoreError: The database cannot be read, the cache cannot be written, or memory is too small for the query.
         """
         with self._lock:
             try:
@@ -125,18 +129,28 @@ class EventCache:
                 self._discard(error)
             message = "The local copy of the usage events was damaged. It is being built again; try again in a moment."
             raise StoreError("database", message) from error
+        except duckdb.OutOfMemoryException as error:
+            message = "This period has more usage events than fit into memory. Choose a shorter period."
+            raise StoreError("database", message) from error
         finally:
             with suppress(duckdb.Error):
                 cursor.close()
 
     def verify(self) -> None:
-        """Compare all of the cache with the database, and copy the hours that differ.
+        """Compare all of the cache with the database, part by part, and copy the hours that differ.
 
         Raises:
             StoreError: The database cannot be read.
         """
-        with self._lock:
-            self._update(verify=True)
+        numbered = "SELECT time, row_number() OVER (ORDER BY time) AS row FROM events WHERE archive = 0"
+        starts = f"SELECT DISTINCT time - time % {HOUR} FROM ({numbered}) WHERE row % {EVENTS_PER_PART} = 0 ORDER BY 1"
+        with self.read() as cursor:
+            hours = [hour for (hour,) in cursor.execute(starts).fetchall()]
+        for part in pairwise([ALWAYS[0], *hours, ALWAYS[1]]):
+            with self._lock:
+                self._update([part])
+            if self._closed.wait(PAUSE):
+                return
 
     def _prepare(self) -> None:
         try:
@@ -232,11 +246,11 @@ class EventCache:
 
     # ── Copying from the database ───────────────────────────────────────────────────────────────────────────────────
 
-    def _update(self, verify: bool = False) -> duckdb.DuckDBPyConnection:
+    def _update(self, verify: Sequence[Span] = ()) -> duckdb.DuckDBPyConnection:
         """Take over what has changed in the database. Call it with the lock.
 
         Args:
-            verify: Whether to compare all hours instead of the changed ones.
+            verify: Whole hours that are compared in addition to the changed ones.
         """
         connection = self._connection = self._connection or self._open()
         with self.database.transaction() as source:
@@ -291,17 +305,16 @@ class EventCache:
         if len(archives) != len(known):
             _replace(connection, "archives", [(archive,) for archive, _ in archives])
 
-    def _copy_events(self, source: Connection, connection: duckdb.DuckDBPyConnection, verify: bool) -> None:
-        """Copy new events, then compare the changed hours and copy those that differ."""
+    def _copy_events(self, source: Connection, connection: duckdb.DuckDBPyConnection, verify: Sequence[Span]) -> None:
+        """Copy new events, then compare the changed hours and `verify`, and copy the hours that differ."""
         known = dict(connection.execute("SELECT hour, changes FROM hours").fetchall())
         current = dict(source.execute(select(HOURS.c.hour, HOURS.c.changes)).all())
         ((newest,),) = connection.execute("SELECT coalesce(max(number), -1) FROM events WHERE archive = 0").fetchall()
         self._copy(source, connection, self._number > newest)
         if known or verify:
             changed = sorted(hour for hour in known.keys() | current.keys() if known.get(hour) != current.get(hour))
-            differing = self._differing_hours(source, connection, None if verify else changed)
-            spans = [(hour, hour + HOUR) for hour in differing]
-            for start, end in spans if len(spans) <= MAX_HOURS_PER_QUERY else [ALWAYS]:
+            differing = self._differing_hours(source, connection, [*_spans(changed), *verify])
+            for start, end in _spans(differing):
                 connection.execute("DELETE FROM events WHERE archive = 0 AND time >= ? AND time < ?", [start, end])
                 self._copy(source, connection, EVENTS.c.time >= start, EVENTS.c.time < end)
         if known != current:
@@ -321,10 +334,9 @@ class EventCache:
                     self._progress = (self._progress[0] + len(rows), self._progress[1])
 
     def _differing_hours(
-        self, source: Connection, connection: duckdb.DuckDBPyConnection, hours: Sequence[int] | None
+        self, source: Connection, connection: duckdb.DuckDBPyConnection, spans: Sequence[Span]
     ) -> list[int]:
-        """Return the hours whose events differ from those in the database: of the given hours, or of all (None)."""
-        spans = [ALWAYS] if hours is None or len(hours) > MAX_HOURS_PER_QUERY else [(h, h + HOUR) for h in hours]
+        """Return the hours in the spans whose events differ from those in the database."""
         hour, number = EVENTS.c.time - EVENTS.c.time % HOUR, self._number.element
         sums = [func.sum(EVENTS.c[name]) for name in SUMMED]
         query = select(hour, func.count(), func.sum(number), *sums).group_by(hour)
@@ -338,6 +350,11 @@ class EventCache:
             stored = source.execute(query.where(EVENTS.c.time >= start, EVENTS.c.time < end))
             theirs |= {row[0]: tuple(row[1:]) for row in stored}
         return sorted(hour for hour in ours.keys() | theirs.keys() if ours.get(hour) != theirs.get(hour))
+
+
+def _spans(hours: Sequence[int]) -> list[Span]:
+    """Return the time spans of hours; a single one for many hours."""
+    return [ALWAYS] if len(hours) > MAX_HOURS_PER_QUERY else [(hour, hour + HOUR) for hour in hours]
 
 
 def _to_arrow(table: str, rows: Sequence[Any]) -> pa.Table:

@@ -136,11 +136,43 @@ def test_whole_cache_is_compared_with_the_database_after_the_start(database: Dat
     assert cached(event_cache) == {"e0", "e1", "e2", "e4"}
 
 
+def test_cache_is_compared_in_parts_between_which_it_can_be_read(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "EVENTS_PER_PART", 10)
+    for day in range(6):
+        insert_events(database, events(20, f"d{day}-", NOW + timedelta(days=day)))
+    event_cache = EventCache(database, tmp_path)
+    assert len(cached(event_cache)) == 120
+    with database.transaction(write=True) as connection:  # without incrementing `changes`
+        connection.execute(text("DELETE FROM usage_events WHERE id IN ('d0-3', 'd3-0', 'd5-19')"))
+    sizes = []
+
+    def read(_: float) -> bool:
+        sizes.append(len(cached(event_cache)))  # would wait forever if the comparison kept the lock
+        return False
+
+    monkeypatch.setattr(event_cache._closed, "wait", read)
+    event_cache.verify()
+    assert sorted(set(sizes)) == [117, 118, 119, 120] and sizes == sorted(sizes, reverse=True)
+
+
 def test_damage_during_a_query_is_reported_and_repaired(database: Database, tmp_path: Path) -> None:
     insert_events(database, events(3))
     event_cache = EventCache(database, tmp_path)
     with pytest.raises(StoreError, match="built again"), event_cache.read():
         raise duckdb.IOException("Could not read enough bytes")
+    assert len(cached(event_cache)) == 3
+
+
+def test_period_that_does_not_fit_into_memory_is_an_error_that_says_what_to_do(
+    database: Database, tmp_path: Path
+) -> None:
+    insert_events(database, events(3))
+    event_cache = EventCache(database, tmp_path)
+    with pytest.raises(StoreError, match="shorter period"), event_cache.read() as cursor:
+        cursor.execute("SET memory_limit = '8MB'")
+        cursor.execute("SELECT quantile_disc(range, 0.5), list(range) FROM range(10_000_000)").fetchall()
     assert len(cached(event_cache)) == 3
 
 
