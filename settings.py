@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,7 @@ class Settings:
         retention_months: Months after which usage events are archived.
         alert_webhook: Address that alerts are sent to. Not part of the repr, because it may contain a secret.
         alert_secret: Key of their signatures. Not part of the repr.
-        telemetry: Whether usage events are sent to OTEL_EXPORTER_OTLP_ENDPOINT.
+        telemetry: Signals that are sent to collectors of OpenTelemetry: "traces" and "metrics".
         metrics_token: SHA-256 digest of the token that may only read /v1/usage and /metrics. Not part of the repr.
         state_bucket: Hugging Face Storage Bucket that keeps the state of `data_dir`, as owner/name.
         state_bucket_token: Token with write access to it; by default HF_TOKEN. Not part of the repr.
@@ -78,7 +79,7 @@ class Settings:
     behind_proxy: bool = False
     upload_quota: int = 2_000_000_000
     retention_months: int = 13
-    telemetry: bool = False
+    telemetry: tuple[str, ...] = ()
     alert_webhook: str | None = field(default=None, repr=False)
     alert_secret: str = field(default="", repr=False)
     metrics_token: str = field(default="", repr=False)
@@ -102,7 +103,8 @@ class Settings:
           (1 or 0). A Space with `hf_oauth` sets OAUTH_CLIENT_ID.
         - Usage: PREVIEW_BRANCH, PREVIEW_COMMIT, SPACE_ID, PRICES_FILE, HARDWARE, METRICS_TOKEN (a token or "sha256:"
           and its digest, with which a program may only read usage and metrics), USAGE_RETENTION_MONTHS (2 to 120),
-          OTEL_EXPORTER_OTLP_ENDPOINT (address of an OpenTelemetry collector), ALERT_WEBHOOK_URL and
+          OTEL_EXPORTER_OTLP_ENDPOINT (address of an OpenTelemetry collector; also the other standard variables of its
+          addresses, OTEL_TRACES_EXPORTER, OTEL_METRICS_EXPORTER and OTEL_SDK_DISABLED), ALERT_WEBHOOK_URL and
           ALERT_WEBHOOK_SECRET (receiver of alerts, and the key of their signatures).
         - State: STATE_BUCKET (owner/name), STATE_BUCKET_TOKEN, STATE_BUCKET_SECONDS (1 to 3600).
 
@@ -142,8 +144,8 @@ class Settings:
             else cls.upload_quota,
             retention_months=_parse_months(env.get("USAGE_RETENTION_MONTHS", str(cls.retention_months))),
             alert_webhook=_parse_webhook(env["ALERT_WEBHOOK_URL"]) if "ALERT_WEBHOOK_URL" in env else None,
-            alert_secret=env.get("ALERT_WEBHOOK_SECRET", ""),
-            telemetry="OTEL_EXPORTER_OTLP_ENDPOINT" in env,
+            alert_secret=_parse_webhook_secret(env.get("ALERT_WEBHOOK_SECRET", "")),
+            telemetry=_parse_telemetry(env),
             metrics_token=_parse_secret("METRICS_TOKEN", env["METRICS_TOKEN"]) if "METRICS_TOKEN" in env else "",
             state_bucket=_parse_bucket(env["STATE_BUCKET"]) if "STATE_BUCKET" in env else None,
             state_bucket_token=env.get("STATE_BUCKET_TOKEN"),
@@ -179,10 +181,31 @@ def _parse_save_interval(text: str) -> float:
     return seconds
 
 
+def _parse_telemetry(env: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the signals for which the standard variables name a collector."""
+    if env.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return ()
+    return tuple(
+        signal.lower()
+        for signal in ("TRACES", "METRICS")
+        if env.keys() & {"OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT"}
+        and env.get(f"OTEL_{signal}_EXPORTER") != "none"
+    )
+
+
 def _parse_webhook(text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise SettingsError("ALERT_WEBHOOK_URL must be an address like https://example.org/hook.")
+    return text
+
+
+def _parse_webhook_secret(text: str) -> str:
+    try:
+        if text.startswith("whsec_"):
+            b64decode(text.removeprefix("whsec_"), validate=True)
+    except ValueError:
+        raise SettingsError("ALERT_WEBHOOK_SECRET must be base64 after whsec_.") from None
     return text
 
 

@@ -105,3 +105,28 @@ def test_state_bucket_is_read_and_its_token_is_not_shown() -> None:
     for text in ("0", "soon", "nan", "86400"):
         with pytest.raises(SettingsError, match="STATE_BUCKET_SECONDS"):
             Settings.from_env({"STATE_BUCKET_SECONDS": text})
+
+
+def test_secret_of_webhooks_is_checked_without_being_shown() -> None:
+    for text in ("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "any text"):
+        settings = Settings.from_env({"ALERT_WEBHOOK_SECRET": text})
+        assert settings.alert_secret == text and text not in repr(settings)
+    with pytest.raises(SettingsError, match="ALERT_WEBHOOK_SECRET") as caught:
+        Settings.from_env({"ALERT_WEBHOOK_SECRET": "whsec_not base64"})
+    assert "not base64" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("env", "signals"),
+    [
+        ({}, ()),
+        ({"ENDPOINT": "http://c:4318"}, ("traces", "metrics")),
+        ({"TRACES_ENDPOINT": "http://c:4318/v1/traces"}, ("traces",)),
+        ({"METRICS_ENDPOINT": "http://c:4318/v1/metrics"}, ("metrics",)),
+        ({"ENDPOINT": "http://c:4318", "OTEL_METRICS_EXPORTER": "none"}, ("traces",)),
+        ({"ENDPOINT": "http://c:4318", "OTEL_SDK_DISABLED": "True"}, ()),
+    ],
+)
+def test_standard_variables_choose_the_signals_of_telemetry(env: dict[str, str], signals: tuple[str, ...]) -> None:
+    full = {name if name.startswith("OTEL") else f"OTEL_EXPORTER_OTLP_{name}": text for name, text in env.items()}
+    assert Settings.from_env(full).telemetry == signals

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +92,11 @@ class AppServices:
         return in_space and on_disk and self.state_bucket is None
 
     def close(self) -> None:
-        """Write the usage events in memory to disk, and the state to its bucket. Call before the process ends."""
+        """Interrupt a running evaluation, and write the usage events in memory to disk and the state to its bucket.
+
+        Call before the process ends.
+        """
+        self.evaluation_queue.stop()
         self.meter.recorder.close()
         self.alerts.stop()
         self.usage.cache.close()
@@ -112,7 +116,7 @@ class AppServices:
         access: AccessControl | None = None,
         upload_quota: int = TOTAL_QUOTA_BYTES,
         retention_months: int = RETENTION_MONTHS,
-        telemetry_enabled: bool = False,
+        telemetry_signals: Sequence[str] = (),
         webhook: Webhook | None = None,
     ) -> AppServices:
         """Build the services: register the enabled adapters and resume unfinished runs.
@@ -128,7 +132,7 @@ class AppServices:
             access: Determines who sends a request. By default requests from this machine are the administrator's.
             upload_quota: Bytes of photos that all visitors together may upload for training runs.
             retention_months: Months after which usage events are archived.
-            telemetry_enabled: Whether usage events are also sent to a collector of OpenTelemetry.
+            telemetry_signals: "traces" and "metrics" if usage events are also sent to a collector of OpenTelemetry.
             webhook: Receives alerts about the usage.
 
         Raises:
@@ -138,8 +142,8 @@ class AppServices:
         runs = RunStore(data_dir / "runs")
         adapters = AdapterRegistry(runs)
         adapters.load()
-        spool, telemetry = data_dir / "usage-spool", open_telemetry(data_dir) if telemetry_enabled else None
-        recorder = Recorder(database, spool, deployment or Deployment(), retention_months, telemetry)
+        telemetry = open_telemetry(data_dir, telemetry_signals) if telemetry_signals else None
+        recorder = Recorder(database, data_dir / "usage-spool", deployment or Deployment(), retention_months, telemetry)
         recorder.start()
         usage = UsageAnalytics(database, data_dir)
         usage.cache.start()
@@ -185,11 +189,11 @@ class AppServices:
         )
 
 
-def open_telemetry(data_dir: Path) -> TelemetryExporter:
+def open_telemetry(data_dir: Path, signals: Sequence[str]) -> TelemetryExporter:
     """Create the export to a collector. The SDK is imported only where it is used."""
     from usage.telemetry import TelemetryExporter
 
-    return TelemetryExporter(data_dir / "telemetry-spool")
+    return TelemetryExporter(data_dir / "telemetry-spool", signals)
 
 
 @dataclass(frozen=True)
@@ -197,20 +201,23 @@ class SharedComponents:
     """Components that several tabs use. The Playground renders them.
 
     Attributes:
+        page: The page. Use its event `load` for what opening the page does: `gr.on` without triggers would repeat it
+            whenever an input of the handler changes.
         tabs: The tabs of the page.
         sliders: One slider per reward, in the order of REWARDS.
         picker: The model picker.
         playground: Inputs of the Playground by name, which its tab adds; other tabs fill them in.
     """
 
+    page: gr.Blocks
     tabs: gr.Tabs
     sliders: list[gr.Slider]
     picker: gr.HTML
     playground: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def create(cls, tabs: gr.Tabs) -> SharedComponents:
-        """Create the components without rendering them."""
+    def create(cls, page: gr.Blocks, tabs: gr.Tabs) -> SharedComponents:
+        """Create the other components without rendering them."""
         sliders = [
             gr.Slider(
                 0,
@@ -225,4 +232,5 @@ class SharedComponents:
             )
             for name in REWARDS
         ]
-        return cls(tabs, sliders, model_picker(list(PlaygroundSettings().models), elem_id="models", render=False))
+        picker = model_picker(list(PlaygroundSettings().models), elem_id="models", render=False)
+        return cls(page, tabs, sliders, picker)

@@ -35,6 +35,7 @@ MIN_CALLS = 10  # in the period, for an error rate or a percentile to count
 CHECK_SECONDS = 60.0
 RETRY = timedelta(minutes=2)  # between two attempts to send a webhook
 TIMEOUT = 10.0  # seconds
+SECRET_PREFIX = "whsec_"
 ALL_BRANCHES = ""
 _log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Webhook:
 
     Attributes:
         address: Its URL.
-        secret: Key of the signatures; "" for unsigned webhooks.
+        secret: Key of the signatures: base64 after "whsec_", else any text; "" for unsigned webhooks.
     """
 
     address: str
@@ -85,9 +86,7 @@ class Webhook:
         body, timestamp = json.dumps(content), str(int(time.time()))
         headers = {"content-type": "application/json", "webhook-id": webhook_id, "webhook-timestamp": timestamp}
         if self.secret:
-            signed = f"{webhook_id}.{timestamp}.{body}".encode()
-            signature = hmac.new(self.secret.encode(), signed, hashlib.sha256).digest()
-            headers["webhook-signature"] = f"v1,{base64.b64encode(signature).decode()}"
+            headers["webhook-signature"] = self.sign(webhook_id, timestamp, body)
         try:
             response = httpx.post(self.address, content=body, headers=headers, timeout=TIMEOUT)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -96,6 +95,13 @@ class Webhook:
         if not response.is_success:
             _log.warning("The receiver of alerts answered with status %d. It is sent again.", response.status_code)
         return response.is_success
+
+    def sign(self, webhook_id: str, timestamp: str, body: str) -> str:
+        """Return the signature of a message. Raises ValueError if the secret is not base64 after its prefix."""
+        encoded = self.secret.removeprefix(SECRET_PREFIX)
+        key = self.secret.encode() if encoded == self.secret else base64.b64decode(encoded, validate=True)
+        signature = hmac.new(key, f"{webhook_id}.{timestamp}.{body}".encode(), hashlib.sha256).digest()
+        return f"v1,{base64.b64encode(signature).decode()}"
 
 
 class Alerts:
@@ -116,7 +122,7 @@ class Alerts:
         return self._analytics.database
 
     def start(self) -> None:
-        """Check the limits once a minute, in a background thread."""
+        """Check the limits and send webhooks once a minute, in a background thread."""
         threading.Thread(target=self._loop, name="usage-alerts", daemon=True).start()
 
     def stop(self) -> None:
@@ -156,7 +162,7 @@ class Alerts:
         )
 
     def check(self, now: datetime | None = None) -> None:
-        """Compare all limits with the usage, and send the webhooks that are due."""
+        """Compare all limits with the usage."""
         now = now or datetime.now(timezone.utc)
         for alert in self.list():
             value = self._measure(alert, now)
@@ -169,17 +175,12 @@ class Alerts:
                     connection.execute(begun.values(since=to_micros(now), attempt=0, sent=False))
                 else:
                     connection.execute(update(ALERTS).where(row).values(since=None))
-        if self.webhook:
-            self._send_due(self.webhook, now)
 
-    def _measure(self, alert: Alert, now: datetime) -> float | None:
-        """Return the value of a measure; None if it is unknown or there are too few calls."""
-        branches = (alert.branch,) if alert.branch != ALL_BRANCHES else ()
-        metrics = self._analytics.metrics(UsageFilter(PERIODS[alert.measure], branches), now)
-        too_few = alert.measure != "cost" and (metrics.calls.value or 0) < MIN_CALLS
-        return None if too_few else getattr(metrics, alert.measure).value
-
-    def _send_due(self, webhook: Webhook, now: datetime) -> None:
+    def send_webhooks(self, now: datetime | None = None) -> None:
+        """Send the webhooks that are due."""
+        now, webhook = now or datetime.now(timezone.utc), self.webhook
+        if webhook is None:
+            return
         for alert in self.list():
             if alert.since is None or alert.sent:
                 continue
@@ -195,10 +196,19 @@ class Alerts:
                 with self._database.transaction(write=True) as connection:
                     connection.execute(update(ALERTS).where(*row).values(sent=True))
 
+    def _measure(self, alert: Alert, now: datetime) -> float | None:
+        """Return the value of a measure; None if it is unknown or there are too few calls."""
+        branches = (alert.branch,) if alert.branch != ALL_BRANCHES else ()
+        metrics = self._analytics.metrics(UsageFilter(PERIODS[alert.measure], branches), now)
+        too_few = alert.measure != "cost" and (metrics.calls.value or 0) < MIN_CALLS
+        return None if too_few else getattr(metrics, alert.measure).value
+
     def _loop(self) -> None:
         while not self._stop.wait(CHECK_SECONDS):
             try:
                 if self.list():
                     self.check()
-            except StoreError as error:
-                _log.warning("The limits of the usage could not be checked: %s", error)
+                    self.send_webhooks()
+            except Exception as error:
+                reason = error if isinstance(error, StoreError) else type(error).__name__
+                _log.warning("The limits of the usage could not be checked: %s", reason)

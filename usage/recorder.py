@@ -159,12 +159,19 @@ class Recorder:
             return
         name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.jsonl"
         lines = "".join(json.dumps(_to_json(event), separators=(",", ":")) + "\n" for event in events)
+        copy = self._telemetry.folder / name if self._telemetry else None
+        if copy:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if _size(copy.parent) <= MAX_SPOOL:
+                write_atomically(copy, lines)
+        try:
+            write_atomically(self._folder / name, lines)
+        except OSError:  # the events will be written again, under another name
+            if copy:
+                copy.unlink(missing_ok=True)
+            raise
         if self._telemetry:
-            self._telemetry.folder.mkdir(parents=True, exist_ok=True)
-            if _size(self._telemetry.folder) <= MAX_SPOOL:
-                write_atomically(self._telemetry.folder / name, lines)
-                self._telemetry.notify()
-        write_atomically(self._folder / name, lines)
+            self._telemetry.notify()
 
     # ── Disk to database ────────────────────────────────────────────────────────────────────────────────────────────
 

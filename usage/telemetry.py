@@ -1,8 +1,9 @@
 """OpenTelemetry export: one span per usage event and the metrics of the GenAI conventions, over OTLP/HTTP.
 
 Events come from copies of the spool files, which are deleted once the collector has accepted them: its outage only
-delays them. Addresses and headers are the standard OTEL_EXPORTER_OTLP_* environment variables. Prompts, photos and
-answers are not part of an event and therefore never exported.
+delays them. Of several processes with one folder, one sends at a time. Addresses and headers are the standard
+OTEL_EXPORTER_OTLP_* environment variables. Prompts, photos and answers are not part of an event and therefore never
+exported.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from itertools import islice
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.metrics import MeterProvider
@@ -29,26 +32,45 @@ from usage.recorder import read_spool_file
 from usage.time_window import to_micros
 
 SERVICE, PROVIDER = "moondream-playground", "moondream"
+SIGNALS = ("traces", "metrics")
 BATCH_SIZE = 500  # spans per request
 RETRY_DELAYS = (1.0, 60.0)  # first and longest delay, in seconds
+POLL_INTERVAL = 5.0  # seconds between two searches for files of other processes
 METRICS_INTERVAL = 60_000  # milliseconds
 TRAINING_SOURCES = ("fine-tune", "hosted-rl")
 SCOPE = InstrumentationScope(SERVICE)
+# Bucket boundaries of the conventions, https://github.com/open-telemetry/semantic-conventions-genai. The SDK's own are
+# for milliseconds.
+SECONDS = [0.01 * 2**power for power in range(14)]
+FIRST_TOKEN_SECONDS = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0]
+TOKEN_SECONDS = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5]
+TOKENS = [4**power for power in range(14)]
+TOKEN_USAGE = "gen_ai.client.token.usage"
+HISTOGRAMS = {  # name -> unit, description, bucket boundaries
+    "gen_ai.server.request.duration": ("s", "Computing time of model calls.", SECONDS),
+    "gen_ai.server.time_to_first_token": ("s", "Time to the first token.", FIRST_TOKEN_SECONDS),
+    "gen_ai.server.time_per_output_token": ("s", "Time per token after the first.", TOKEN_SECONDS),
+    "moondream.queue.duration": ("s", "Time that calls waited before the computation.", SECONDS),
+    "moondream.cold_start.duration": ("s", "Time in which a model was loaded for a call.", SECONDS),
+    TOKEN_USAGE: ("{token}", "Tokens of model calls.", TOKENS),
+}
 _log = logging.getLogger(__name__)
 
 
 class TelemetryExporter:
     """Sends the events in a folder of spool files to a collector, from a background thread."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, signals: Sequence[str] = SIGNALS) -> None:
         """Create the exporter.
 
         Args:
-            folder: Folder of the spool files. `notify` tells that there are new ones.
+            folder: Folder of the spool files. `notify` announces new ones.
+            signals: What is sent: values of SIGNALS.
         """
-        self.folder = folder
+        self.folder, self._signals = folder, signals
         self._spans = OTLPSpanExporter()
         self._meters: dict[tuple[str, str], _Metrics] = {}  # by branch and commit
+        self._lock = FileLock(folder / "exporter.lock")
         self._files, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="usage-telemetry", daemon=True)
 
@@ -72,30 +94,42 @@ class TelemetryExporter:
             metrics.provider.shutdown(5_000)
 
     def _loop(self) -> None:
-        delay = RETRY_DELAYS[0]
         while not self._stop.is_set():
-            self._files.wait()
+            self._files.wait(POLL_INTERVAL)
             self._files.clear()
-            for file in sorted(self.folder.glob("[0-9]*.jsonl")):
-                while not self._stop.is_set() and not self._send(file):
-                    self._stop.wait(delay)
-                    delay = min(2 * delay, RETRY_DELAYS[1])
-                delay = RETRY_DELAYS[0]
+            try:
+                with suppress(Timeout), self._lock.acquire(timeout=0):  # else another process is sending
+                    self._send_all()
+            except Exception as error:
+                _log.warning("Usage events could not be exported (%s). They are sent later.", type(error).__name__)
+                self._stop.wait(RETRY_DELAYS[0])
+                self._files.set()
+
+    def _send_all(self) -> None:
+        """Send all files, and repeat each until the collector has accepted it."""
+        delay = RETRY_DELAYS[0]
+        for file in sorted(self.folder.glob("[0-9]*.jsonl")):
+            while not self._stop.is_set() and not self._send(file):
+                self._stop.wait(delay)
+                delay = min(2 * delay, RETRY_DELAYS[1])
+            delay = RETRY_DELAYS[0]
 
     def _send(self, file: Path) -> bool:
-        """Send a file and delete it. Returns whether the collector accepted it."""
+        """Send a file and delete it. Returns whether to go on with the next one."""
         try:
-            events = iter(list(read_spool_file(file)))
-        except (OSError, ValueError, TypeError, KeyError):
+            events = list(read_spool_file(file))
+        except OSError as error:
+            _log.warning("%s cannot be read (%s). It is sent later.", file.name, error.strerror)
+            return True
+        except (ValueError, TypeError, KeyError):
             _log.error("%s is not a file of usage events. Renaming it to .bad.", file.name)
             file.rename(file.with_suffix(".bad"))
             return True
-        sent: list[UsageEvent] = []
-        while batch := list(islice(events, BATCH_SIZE)):
-            if self._spans.export([to_span(event) for event in batch]) != SpanExportResult.SUCCESS:
+        for start in range(0, len(events), BATCH_SIZE) if "traces" in self._signals else ():
+            spans = [to_span(event) for event in events[start : start + BATCH_SIZE]]
+            if self._spans.export(spans) != SpanExportResult.SUCCESS:
                 return False  # the whole file is sent again; its spans have the same ids
-            sent += batch
-        for event in sent:
+        for event in events if "metrics" in self._signals else ():
             self._metrics_of(event).record(event)
         file.unlink(missing_ok=True)
         return True
@@ -113,27 +147,41 @@ class _Metrics:
     def __init__(self, resource: Resource) -> None:
         reader = PeriodicExportingMetricReader(OTLPMetricExporter(), METRICS_INTERVAL)
         self.provider = MeterProvider([reader], resource, shutdown_on_exit=False)
-        histogram = self.provider.get_meter(SERVICE).create_histogram
-        self._duration = histogram("gen_ai.server.request.duration", "s", "Computing time of model calls.")
-        self._first_token = histogram("gen_ai.server.time_to_first_token", "s", "Time to the first token.")
-        self._queue = histogram("moondream.queue.duration", "s", "Time that calls waited before the computation.")
-        self._cold_start = histogram(
-            "moondream.cold_start.duration", "s", "Time in which a model was loaded for a call."
-        )
-        self._tokens = histogram("gen_ai.client.token.usage", "{token}", "Tokens of model calls.")
+        meter = self.provider.get_meter(SERVICE)
+        self._histograms = {
+            name: meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=boundaries)
+            for name, (unit, description, boundaries) in HISTOGRAMS.items()
+        }
 
     def record(self, event: UsageEvent) -> None:
         """Add an event."""
         names = ("gen_ai.operation.name", "gen_ai.provider.name", "gen_ai.request.model", "error.type")
         attributes = {name: value for name, value in attributes_of(event).items() if name in names}
-        self._duration.record(event.latency, attributes)
-        times = {self._first_token: event.first_token, self._queue: event.queue, self._cold_start: event.cold_start}
-        for histogram, seconds in times.items():
-            if seconds is not None:
-                histogram.record(seconds, attributes)
+        for name, seconds in durations_of(event).items():
+            self._histograms[name].record(seconds, attributes)
         for kind, tokens in {"input": event.tokens_in, "output": event.tokens_out}.items():
             if tokens is not None:
-                self._tokens.record(tokens, {**attributes, "gen_ai.token.type": kind})
+                self._histograms[TOKEN_USAGE].record(tokens, {**attributes, "gen_ai.token.type": kind})
+
+
+def durations_of(event: UsageEvent) -> dict[str, float]:
+    """Return the known durations of an event in seconds, by the names of their histograms.
+
+    Times of tokens are those of successful calls, as the conventions define them. The time per token is known if a
+    call has one answer: the tokens of several are counted together.
+    """
+    first_token = event.first_token if event.outcome == "ok" else None
+    per_token = None
+    if first_token is not None and event.candidates == 1 and event.tokens_out and event.tokens_out > 1:
+        per_token = (event.latency - first_token) / (event.tokens_out - 1)
+    values = {
+        "gen_ai.server.request.duration": event.latency,
+        "gen_ai.server.time_to_first_token": first_token,
+        "gen_ai.server.time_per_output_token": per_token,
+        "moondream.queue.duration": event.queue,
+        "moondream.cold_start.duration": event.cold_start,
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def to_span(event: UsageEvent) -> ReadableSpan:

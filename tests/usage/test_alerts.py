@@ -17,7 +17,7 @@ import pytest
 
 import app
 from settings import Settings
-from storage.database import Database
+from storage.database import Database, StoreError
 from usage.alerts import Alert, AlertError, Alerts, Webhook
 from usage.analytics import UsageAnalytics
 from usage.events import UsageEvent
@@ -25,6 +25,11 @@ from usage.recorder import insert_events
 
 NOW = datetime(2026, 11, 20, 12, 30, tzinfo=timezone.utc)
 SECRET = "a secret"
+
+
+def check_and_send(alerts: Alerts, now: datetime) -> None:
+    alerts.check(now)
+    alerts.send_webhooks(now)
 
 
 class Receiver(ThreadingHTTPServer):
@@ -94,7 +99,7 @@ def test_exceeded_limit_sends_one_signed_webhook_and_again_after_a_recovery(
     alerts.set(Alert("topic", "error_rate", 0.3))  # too few calls
     alerts.set(Alert("", "cost", 100.0))  # not reached
     for process in (alerts, other_process, alerts):
-        process.check(NOW)
+        check_and_send(process, NOW)
     ((headers, body),) = receiver.requests
     signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.{body}".encode()
     expected = base64.b64encode(hmac.new(SECRET.encode(), signed, hashlib.sha256).digest()).decode()
@@ -107,7 +112,7 @@ def test_exceeded_limit_sends_one_signed_webhook_and_again_after_a_recovery(
     assert by_limit["topic", "error_rate"].since is None and by_limit["", "cost"].value == 6.0
     alerts.check(NOW + timedelta(hours=2))  # recovered: no calls
     assert all(alert.since is None for alert in alerts.list())
-    alerts.check(NOW)
+    check_and_send(alerts, NOW)
     assert len(receiver.requests) == 2
 
 
@@ -116,11 +121,11 @@ def test_webhook_is_sent_again_until_it_is_accepted(database: Database, receiver
     alerts.set(Alert("main", "p95", 1.5))
     receiver.status = 503
     for minutes in (0, 1, 2):  # the second is too early
-        alerts.check(NOW + timedelta(minutes=minutes))
+        check_and_send(alerts, NOW + timedelta(minutes=minutes))
     assert len(receiver.requests) == 2 and not alerts.list()[0].sent
     receiver.status = 204
-    alerts.check(NOW + timedelta(minutes=4))
-    alerts.check(NOW + timedelta(minutes=8))
+    check_and_send(alerts, NOW + timedelta(minutes=4))
+    check_and_send(alerts, NOW + timedelta(minutes=8))
     assert len(receiver.requests) == 3 and alerts.list()[0].sent
     assert len({headers["webhook-id"] for headers, _ in receiver.requests}) == 1  # the receiver can tell repetitions
     assert "webhook-signature" not in receiver.requests[0][0]
@@ -129,10 +134,46 @@ def test_webhook_is_sent_again_until_it_is_accepted(database: Database, receiver
 def test_unreachable_receiver_is_not_an_error(database: Database) -> None:
     alerts = Alerts(UsageAnalytics(database), Webhook("http://127.0.0.1:1/"))
     alerts.set(Alert("main", "cost", 5.0))
-    alerts.check(NOW)
+    check_and_send(alerts, NOW)
     assert alerts.list()[0].since == NOW and not alerts.list()[0].sent
     alerts.remove("main", "cost")
     assert alerts.list() == ()
+
+
+def test_secret_with_the_prefix_of_standard_webhooks_is_base64() -> None:
+    """Check the example of https://github.com/standard-webhooks/standard-webhooks, also with a secret of plain text."""
+    message = "msg_p5jXN8AQM9LWM0D4loKWxJek", "1614265330", '{"test": 2432232314}'
+    signature = Webhook("http://unused", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").sign(*message)
+    assert signature == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+    assert Webhook("http://unused", "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").sign(*message) != signature
+
+
+def test_check_does_not_wait_for_the_receiver(database: Database, receiver: Receiver) -> None:
+    alerts = Alerts(UsageAnalytics(database), Webhook(f"http://127.0.0.1:{receiver.server_port}"))
+    alerts.set(Alert("main", "cost", 5.0))
+    alerts.check(NOW)
+    assert alerts.list()[0].since == NOW and not receiver.requests
+    alerts.send_webhooks(NOW)
+    assert alerts.list()[0].sent and len(receiver.requests) == 1
+
+
+def test_thread_survives_errors(database: Database, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("usage.alerts.CHECK_SECONDS", 0.01)
+    alerts = Alerts(UsageAnalytics(database), Webhook(f"http://127.0.0.1:{receiver.server_port}"))
+    alerts.set(Alert("main", "cost", 5.0))
+    check, failures = alerts.check, [RuntimeError("unexpected"), StoreError("database", "unreachable")]
+    checked = threading.Event()
+
+    def fail_at_first() -> None:
+        if failures:
+            raise failures.pop()
+        check(NOW)
+        checked.set()
+
+    monkeypatch.setattr(alerts, "check", fail_at_first)
+    alerts.start()
+    assert checked.wait(60)
+    alerts.stop()
 
 
 def test_address_of_the_webhook_is_not_logged(

@@ -213,8 +213,9 @@ def counters(collector: UsageCollector) -> dict[tuple[str, ...], float]:
 def test_prometheus_has_queue_times_and_cold_starts_from_one_read(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reads, read = [], EventCache.read
-    monkeypatch.setattr(EventCache, "read", lambda cache: reads.append(cache) or read(cache))
+    cache, reads = EventCache(database), []
+    read = cache.read
+    monkeypatch.setattr(cache, "read", lambda: reads.append(cache) or read())
     events = [
         UsageEvent(NOW, "m", "recipe", latency=0.2, queue=0.5, cold_start=2.0),
         UsageEvent(NOW, "m", "recipe", "error", latency=3.0, queue=0.25),
@@ -222,7 +223,7 @@ def test_prometheus_has_queue_times_and_cold_starts_from_one_read(
     ]
     insert_events(database, events)
     recorder = Recorder(database, tmp_path / "spool", Deployment())
-    collector = UsageCollector(EventCache(database), Budgets(database), recorder)
+    collector = UsageCollector(cache, Budgets(database), recorder)
     values = counters(collector)
     assert len(reads) == 1
 
