@@ -43,9 +43,10 @@ def rows() -> list[dict[str, Any]]:
     count = int(os.environ.get("EVALUATION_PHOTOS", DEFAULT_COUNT))
     with tempfile.TemporaryDirectory(prefix="evaluation-bench-") as name:
         photos = _photo_folder(Path(name) / "photos", count)
-        loop = _loop_seconds(sorted(photos.iterdir())[:LOOP_PHOTOS])
+        files = sorted(photos.iterdir())
+        loop = _loop_seconds(files[:: max(1, count // LOOP_PHOTOS)][:LOOP_PHOTOS])
         seconds, growth = _evaluation_seconds(photos, Path(name) / "evaluation", count)
-        pool = _pool_seconds(sorted(photos.iterdir())[:2])
+        pool = _pool_seconds(files[:2])
     rescoring, loading = _rescoring_milliseconds()
     size = f"{count} photos, {len(NAMES)} models, {CANDIDATES} candidates"
     board = f"{BOARD[0]} x {BOARD[1]} x {BOARD[2]} candidates"
@@ -116,7 +117,7 @@ def _evaluation_seconds(photos: Path, folder: Path, count: int) -> tuple[float, 
         while not ended.wait(0.1):
             memory.append(psutil.Process().memory_info().rss)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     start = time.perf_counter()
     run_evaluation(evaluation, ModelAccess.of_specs(MODELS, UsageMeter(UnrecordedCalls(), Prices())))

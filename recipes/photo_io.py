@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ MAX_PIXELS = 50_000_000
 MAX_BYTES = 50_000_000
 MIN_SIDE = 16
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM")
+_DATA_URL = re.compile(r"data:image/(jpeg|jpg|png|webp);base64,", re.IGNORECASE)
 _IMAGE_DESCRIPTION = 0x010E  # the EXIF tag
 _SOFTWARE = 0x0131
 _DAMAGED = "This file is damaged or incomplete ({reason}). Copy or export the photo again and choose the new file."
@@ -224,3 +226,18 @@ def encode_jpeg(photo: np.ndarray, quality: int = 92) -> bytes:
 def jpeg_data_url(photo: np.ndarray, quality: int = 92) -> str:
     """Encode a photo as a JPEG data URL; arguments and exceptions are as for `encode_jpeg`."""
     return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(photo, quality)).decode("ascii")
+
+
+def data_url_content(text: str) -> bytes | None:
+    """Return the file in a data URL of a JPEG, PNG or WebP photo, or None if the text is something else.
+
+    Raises:
+        PhotoError: If the content is not valid base64.
+    """
+    prefix = _DATA_URL.match(text)
+    if prefix is None:
+        return None
+    try:
+        return base64.b64decode(text[prefix.end() :], validate=True)
+    except ValueError:
+        raise PhotoError("The data URL is not valid base64.") from None

@@ -5,9 +5,6 @@ Fields that only Moondream Cloud supports are ignored or rejected.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -24,12 +21,11 @@ from inference.types import (
     Box,
     Point,
 )
-from recipes import PhotoError, load_photo, shrink
+from recipes import PhotoError, data_url_content, load_photo, shrink
 from serving.errors import ApiError
 
 MAX_PIXELS = 24_000_000
 MAX_SIDE = 2048  # pixels; larger photos are scaled down, since no local model uses more
-DATA_URL = re.compile(r"data:image/(jpeg|jpg|png|webp);base64,", re.IGNORECASE)
 DATA_URL_ONLY = (
     "image_url must be a data URL (data:image/jpeg;base64,...) of a JPEG, PNG or WebP; addresses are not fetched."
 )
@@ -217,15 +213,13 @@ def decode_photo(url: str) -> np.ndarray:
     Raises:
         ApiError: The URL is not a data URL, or the photo cannot be decoded (400).
     """
-    prefix = DATA_URL.match(url)
-    if prefix is None:
-        raise ApiError(400, DATA_URL_ONLY)
     try:
-        data = base64.b64decode(url[prefix.end() :], validate=True)
+        data = data_url_content(url)
+        if data is None:
+            raise ApiError(400, DATA_URL_ONLY)
         return shrink(load_photo(data, MAX_PIXELS), MAX_SIDE)
-    except (binascii.Error, ValueError) as error:
-        reason = str(error) if isinstance(error, PhotoError) else "It is not valid base64."
-        raise ApiError(400, f"image_url cannot be read. {reason}") from None
+    except PhotoError as error:
+        raise ApiError(400, f"image_url cannot be read. {error}") from None
 
 
 def query_fields(answer: Answer) -> dict[str, Any]:

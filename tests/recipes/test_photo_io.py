@@ -13,7 +13,19 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from recipes import MAX_BYTES, MAX_PIXELS, PhotoError, Recipe, load_photo, read_recipe, render, save_picture
+from recipes import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    PhotoError,
+    Recipe,
+    data_url_content,
+    encode_jpeg,
+    jpeg_data_url,
+    load_photo,
+    read_recipe,
+    render,
+    save_picture,
+)
 
 ADVICE = ("Choose", "choose", "Export", "Save", "Check", "Copy")
 
@@ -256,3 +268,18 @@ def test_a_failed_write_keeps_the_existing_file(
 def test_saving_into_a_missing_folder_raises(scene: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(PhotoError, match="could not be saved"):
         save_picture(scene, Recipe(), tmp_path / "nowhere" / "result.png")
+
+
+def test_data_url_is_decoded_and_other_text_is_none(scene: np.ndarray) -> None:
+    assert data_url_content(jpeg_data_url(scene)) == encode_jpeg(scene)
+    assert data_url_content("DATA:image/PNG;base64,AAEC") == b"\x00\x01\x02"
+    for text in (
+        "https://example.org/a.jpg",
+        "data:image/svg+xml;base64,AAEC",
+        "data:image/png,AAEC",
+        "/etc/passwd",
+        "",
+    ):
+        assert data_url_content(text) is None
+    with pytest.raises(PhotoError, match="not valid base64"):
+        data_url_content("data:image/jpeg;base64,!!!")

@@ -367,7 +367,11 @@ def test_tenants_cannot_access_each_others_finetunes(server: str) -> None:
     group = rl_group(response, [0.0, 1.0])
     mine.train_step([group])
     mine.save_checkpoint()
-    assert httpx.get(f"{server}/tuning/finetunes", headers=auth(OTHER_KEY)).json()["finetunes"] == []
+    own, others = (
+        {item["finetune_id"] for item in httpx.get(f"{server}/tuning/finetunes", headers=headers).json()["finetunes"]}
+        for headers in (auth(), auth(OTHER_KEY))
+    )
+    assert mine.finetune_id in own and not own & others
     url = f"{server}/tuning/finetunes/{mine.finetune_id}"
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/checkpoints"), ("POST", "/checkpoints/save")):
         error_message(httpx.request(method, url + path, headers=auth(OTHER_KEY)), 404, "not_found")

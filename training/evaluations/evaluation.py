@@ -2,7 +2,7 @@
 
 Beside config.json, status.json, owner.json, cancel and lock, which are those of a run, the folder holds:
 
-    photos.json      name, digest and scores of each photo, written once all photos are copied
+    photos.json      name and digest of each photo, written once all photos are copied
     photo-N.jpg      the photos, at preview size
     answers.jsonl    one row per photo and model: answers, recipes, scores by reward, time, tokens, cost
     references.npy   scores of 256 random recipes per photo, float32 [photos, recipes, rewards]
@@ -137,7 +137,7 @@ class Results:
         seconds: Time of a call for one photo, float64 [P, M]; NaN for photos that shared a batch.
         tokens_in: Input tokens per photo, float64 [P, M]; `tokens_out` likewise.
         cost: US dollars per photo, float64 [P, M].
-        untouched: Scores of the photos themselves, float64 [P, R].
+        untouched: Scores of the photos themselves, float64 [P, R]; NaN before the first answer to a photo.
         pool: Scores of random recipes, float64 [P, recipes, R].
     """
 
@@ -183,7 +183,7 @@ class Evaluation(Run):
         return FileLock(self.folder / "lock", timeout=0)
 
     def photos(self) -> list[dict[str, Any]] | None:
-        """Read name, digest and scores of each photo; None until all photos are copied."""
+        """Read name and digest of each photo; None until all photos are copied."""
         try:
             return json.loads((self.folder / "photos.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -247,16 +247,19 @@ def _read_results(folder: Path, _: tuple[Any, ...]) -> Results:
     scores = np.full((*shape, config.candidates, count), np.nan)
     columns = {name: np.full(shape, np.nan) for name in ("valid", "seconds", "tokens_in", "tokens_out", "cost")}
     rows = {key: row for key, row in rows.items() if key[0] < shape[0] and key[1] < shape[1]}
+    unknown = [None] * count
+    untouched = np.array([photo.get("untouched") or unknown for photo in photos], np.float64).reshape(-1, count)
     for key, row in rows.items():
+        if "untouched" in row:  # else in photos.json, by earlier versions
+            untouched[key[0]] = row["untouched"]
         scored = row.get("scores") or []
         if scored:
             scores[key][: len(scored)] = scored
         for name, column in columns.items():
             if row.get(name) is not None and (name != "seconds" or row.get("batch", 1) == 1):
                 column[key] = row[name]
-    untouched = np.array([photo.get("untouched") or [None] * count for photo in photos], np.float64)
     pool = evaluation.references((len(photos), config.pool, count)).astype(np.float64)
-    return Results(config, photos, rows, scores, untouched=untouched.reshape(-1, count), pool=pool, **columns)
+    return Results(config, photos, rows, scores, untouched=untouched, pool=pool, **columns)
 
 
 class EvaluationStore(RunStore):

@@ -207,9 +207,14 @@ def _intervals(columns: np.ndarray) -> list[dict[str, float | None]]:
     known = ~np.isnan(columns)
     values = np.nan_to_num(columns).astype(np.float32)
     counts = _resamples(len(columns))
-    sums = counts @ values
-    weights = np.float32(len(columns)) if known.all() else np.maximum(counts @ known.astype(np.float32), 1e-9)
-    low, high = np.percentile(sums / weights, [2.5, 97.5], axis=0)
+    if known.all():
+        low, high = np.percentile(counts @ values / np.float32(len(columns)), [2.5, 97.5], axis=0)
+    else:  # resamples without a known value do not count
+        weights = counts @ known.astype(np.float32)
+        empty = (weights == 0) & known.any(0)
+        resampled = np.where(empty, np.float32(np.nan), counts @ values / np.maximum(weights, 1))
+        percentile = np.nanpercentile if empty.any() else np.percentile  # much faster
+        low, high = percentile(resampled, [2.5, 97.5], axis=0)
     means = np.nan_to_num(columns).sum(0) / np.maximum(known.sum(0), 1)
     return [
         {"mean": float(means[index]), "low": float(low[index]), "high": float(high[index])}

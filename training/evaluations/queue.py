@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +13,8 @@ from training.runs.run import RunError
 
 MAX_OWN = 15  # stored evaluations of one visitor
 MAX_WAITING = 20  # of all visitors together
+STOP_SECONDS = 5.0  # Spaces are killed soon after SIGTERM
+RESTARTED = "The application restarted. Resume it."
 NEEDS_KEY = "This evaluation uses your own Moondream API key, which is not stored. Enter it again and resume."
 _log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class EvaluationQueue:
         self._waiting: dict[str, ModelAccess] = {}  # by id, in order; kept in memory only, because of the keys
         self._running: tuple[str, threading.Event] | None = None
         self._thread: threading.Thread | None = None
+        self._stopping = False
 
     def submit(
         self,
@@ -101,10 +102,19 @@ class EvaluationQueue:
         self.store.remove_leftovers()
         for evaluation in self.store.list():
             if evaluation.status().state == "queued":
-                with contextlib.suppress(OSError):
-                    evaluation.set_status(
-                        state="interrupted", ended=time.time(), message="The application restarted. Resume it."
-                    )
+                evaluation.mark_ended("interrupted", RESTARTED)
+
+    def stop(self) -> None:
+        """Interrupt the evaluation that is worked on and keep those that wait. Call before the process ends.
+
+        They can be resumed after a restart; see `mark_orphans`.
+        """
+        with self._lock:
+            self._stopping = True
+            self._waiting.clear()
+            if self._running:
+                self._running[1].set()
+        self.join(STOP_SECONDS)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the queue is empty."""
@@ -143,8 +153,9 @@ class EvaluationQueue:
             except Exception as error:
                 _log.exception("The evaluation %s failed", name)
                 message = str(error) if isinstance(error, RunError) else f"It failed ({type(error).__name__})."
-                with contextlib.suppress(OSError):
-                    evaluation.set_status(state="failed", ended=time.time(), message=f"{message} Resume it.")
+                evaluation.mark_ended("failed", f"{message} Resume it.")
+            if self._stopping and evaluation.status().state != "done":
+                evaluation.mark_ended("interrupted", RESTARTED)
 
     @property
     def cache_folder(self) -> Path:

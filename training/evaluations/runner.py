@@ -175,7 +175,7 @@ class _Runner:
     # ── Photos ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _copy_photos(self) -> list[dict[str, Any]]:
-        """Copy the photos to the folder, one at a time, and score them untouched."""
+        """Copy the photos to the folder, one at a time."""
         config, report, rows = self.config, PhotoSet(), []
         hub_token = False if self.evaluation.owner else None  # a visitor cannot read what this deployment can
         stream = stream_photos(config.photos, "held-out", config.max_photos, config.seed, report, hub_token)
@@ -185,10 +185,7 @@ class _Runner:
                 photo = degrade(photo, np.random.default_rng([config.degraded, index]))
             data = encode_jpeg(photo, PHOTO_QUALITY)
             self.evaluation.photo_file(index).write_bytes(data)
-            row: dict[str, Any] = {"name": name, "digest": hashlib.sha256(data).hexdigest()[:32]}
-            if config.is_scored:
-                row["untouched"] = _rounded(score_each(load_photo(data), [Recipe()]))[0]
-            rows.append(row)
+            rows.append({"name": name, "digest": hashlib.sha256(data).hexdigest()[:32]})
             self._report("copying photos", index + 1, 0, 0.0)
         write_atomically(self.evaluation.folder / "photos.json", json.dumps(rows))
         return rows
@@ -352,11 +349,11 @@ class _Runner:
             "batch": item.batch,
         }
         reward = None
-        if self.config.is_scored and item.answers:
+        if self.config.is_scored:
             parsed = [parse(answer.text) for answer in item.answers]
-            scores = score_each(image, [result.recipe if result.ok else Recipe() for result in parsed])
+            recipes = [result.recipe if result.ok else Recipe() for result in parsed]
+            row["untouched"], *row["scores"] = _rounded(score_each(image, [Recipe(), *recipes]))
             row["recipes"] = [str(result.recipe) if result.ok else None for result in parsed]
-            row["scores"] = _rounded(scores)
             row["valid"] = sum(result.ok for result in parsed) / self.config.candidates
             totals = [self.config.function.total(dict(zip(REWARDS, values))) for values in row["scores"]]
             known = [total for total in totals if total is not None]

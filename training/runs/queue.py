@@ -207,7 +207,7 @@ class RunQueue:
         self.runs.remove_leftovers()
         for run in self.unfinished():
             if self._is_inline(run) and not run.alive():
-                _mark_ended(run, "interrupted", "The application restarted before the run started. Resume it.")
+                run.mark_ended("interrupted", "The application restarted before the run started. Resume it.")
 
     def wake(self) -> None:
         """Start the worker thread if runs need it. Call after every change."""
@@ -264,7 +264,7 @@ class RunQueue:
     def _start_process(self, run: Run) -> subprocess.Popen[bytes] | None:
         token = self._tokens.get(run.id, "")
         if not token and (run.own_key or run.config().backend == "jobs"):
-            _mark_ended(run, "failed", _missing_key(run))  # the deployment's key must not pay for a visitor's run
+            run.mark_ended("failed", _missing_key(run))  # the deployment's key must not pay for a visitor's run
             return None
         try:
             with open(run.folder / "log.txt", "ab") as log:
@@ -278,7 +278,7 @@ class RunQueue:
                     start_new_session=True,
                 )
         except OSError as error:
-            _mark_ended(run, "failed", f"The training process could not be started ({error.strerror}).")
+            run.mark_ended("failed", f"The training process could not be started ({error.strerror}).")
             return None
         with contextlib.suppress(OSError, AttributeError):  # not available on every system
             os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
@@ -289,15 +289,15 @@ class RunQueue:
         code = process.returncode if process else None
         state, ended = run.status().state, run.status().ended
         if state == "queued" and self._is_inline(run):
-            _mark_ended(run, "interrupted", "The run could not start here. Resume it later.")
+            run.mark_ended("interrupted", "The run could not start here. Resume it later.")
         elif state == "queued" and process:
-            _mark_ended(
-                run, "failed", f"The training process ended before the run started (exit code {code}). See the log."
+            run.mark_ended(
+                "failed", f"The training process ended before the run started (exit code {code}). See the log."
             )
         elif state == "interrupted" and not ended and code is not None and code > 0:
-            _mark_ended(run, "failed", f"The training process ended with an error (exit code {code}). See the log.")
+            run.mark_ended("failed", f"The training process ended with an error (exit code {code}). See the log.")
         elif state == "interrupted" and not ended:  # else the process has stored the reason
-            _mark_ended(run, "interrupted", "The training process was killed. Resume the run, or see the log.")
+            run.mark_ended("interrupted", "The training process was killed. Resume the run, or see the log.")
         with self._submit_lock:  # a run that is resumed at this moment keeps its new token
             if run.status().finished:
                 self._tokens.pop(run.id, None)
@@ -306,11 +306,6 @@ class RunQueue:
                 self.on_end(run)
             except Exception:
                 _log.exception("The callback after a run failed")
-
-
-def _mark_ended(run: Run, state: str, message: str) -> None:
-    with contextlib.suppress(OSError):  # the run was deleted or the disk is full: the next check repeats this
-        run.set_status(state=state, ended=time.time(), message=message)
 
 
 def _base_id(config: RunConfig) -> str:

@@ -325,6 +325,11 @@ class Run:
         write_atomically(self.folder / "status.json", json.dumps(asdict(status)))
         return status
 
+    def mark_ended(self, state: RunState, message: str) -> None:
+        """Store how the run ended, unless it was deleted or the disk is full: its queue checks runs again."""
+        with contextlib.suppress(OSError):
+            self.set_status(state=state, ended=time.time(), message=message)
+
     def cancel(self) -> None:
         """Ask the training process to stop at its next step, keeping what it learned. A queued run ends at once."""
         (self.folder / "cancel").touch()

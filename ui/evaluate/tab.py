@@ -33,7 +33,7 @@ from ui.evaluate.view import (
     snapshot,
     title_of,
 )
-from ui.events import PRIVATE, UNQUEUED, tab_selected
+from ui.events import PRIVATE, UNQUEUED, UNQUEUED_EACH, tab_selected
 from ui.files import download_on, new_file, writing
 from ui.finetune.form import UPLOADED, photo_source_changed
 from ui.finetune.tab import hub_dataset
@@ -369,7 +369,7 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
         )
 
     refresh_after(timer.tick)
-    opened = shared_components.tabs.select(tab_selected(TAB), None, tab_open, **UNQUEUED)
+    opened = shared_components.tabs.select(tab_selected(TAB), None, tab_open, **UNQUEUED_EACH)
     opened.then(tab_opened, browser, [fields["models"], form.reward], **UNQUEUED)
     refresh_after(opened.then)
     refresh_after(partial(gr.on, [slider.change for slider in sliders]), trigger_mode="always_last")

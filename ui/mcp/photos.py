@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 import secrets
 import threading
@@ -11,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes import PhotoError, encode_jpeg, load_photo, shrink
+from recipes import PhotoError, data_url_content, encode_jpeg, load_photo, shrink
 from storage.files import write_atomically
 from ui.playground.samples import SAMPLES
 
 MAX_PIXELS = 24_000_000
 MAX_SIDE = 2048  # pixels; larger photos are scaled down
-DATA_URL = re.compile(r"data:image/(jpeg|jpg|png|webp);base64,", re.IGNORECASE)
 PHOTO_ID = re.compile(r"[0-9a-f]{32}")
 KEEP_SECONDS = 24 * 3600.0
 MAX_PHOTOS = 300  # the oldest are deleted first
@@ -83,11 +81,7 @@ class PhotoStore:
         Raises:
             PhotoError: It is none of these, or cannot be read.
         """
-        if prefix := DATA_URL.match(photo):
-            try:
-                data = base64.b64decode(photo[prefix.end() :], validate=True)
-            except ValueError:
-                raise PhotoError("The data URL is not valid base64.") from None
+        if (data := data_url_content(photo)) is not None:
             return shrink(load_photo(data, MAX_PIXELS), MAX_SIDE)
         sample = SAMPLES.get(photo)
         path = sample.path if sample else self.path(photo)

@@ -23,6 +23,7 @@ from inference.registry import MODELS, answer
 from inference.types import Answer, AnswerEvent, InferenceError, Request
 from recipes import Recipe, load_photo, parse
 from rewards import EQUAL_WEIGHTS, REWARDS, RewardFunction, score_recipes
+from rewards.report import score_each
 from storage.database import Database
 from tests.support.fake_backend import HOSTILE, fake_spec
 from training.evaluate import evaluate_to_folder
@@ -320,6 +321,28 @@ def evaluation(tmp_path: Path, photo_folder: str, meter: UsageMeter) -> Evaluati
     return evaluated(tmp_path / "e", config(photo_folder, candidates=3), meter)
 
 
+def test_interval_of_the_first_answers_is_within_their_rewards(evaluation: Evaluation) -> None:
+    first, *_ = evaluation.rows().values()
+    (evaluation.folder / "answers.jsonl").write_text(json.dumps(first) + "\n")
+    row = leaderboard(evaluation.results(), EQUAL_WEIGHTS)["rows"][first["model"]]
+    assert row["photos"] == 1 and row["reward"]["mean"] > 0
+    assert row["reward"]["low"] == row["reward"]["high"] == pytest.approx(row["reward"]["mean"])
+
+
+def test_scores_of_untouched_photos_are_in_the_rows_or_in_files_of_earlier_versions(
+    evaluation: Evaluation,
+) -> None:
+    scores = evaluation.results().untouched
+    expected = [score_each(load_photo(evaluation.photo_file(photo)), [Recipe()])[0] for photo in range(3)]
+    assert scores == pytest.approx(np.array(expected), abs=1e-5)
+    rows = [{key: value for key, value in row.items() if key != "untouched"} for row in evaluation.rows().values()]
+    (evaluation.folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert np.isnan(evaluation.results().untouched).all()
+    photos = [{**photo, "untouched": scores[index].tolist()} for index, photo in enumerate(evaluation.photos() or [])]
+    (evaluation.folder / "photos.json").write_text(json.dumps(photos))
+    assert evaluation.results().untouched.tolist() == scores.tolist()
+
+
 @pytest.mark.parametrize("function", [EQUAL_WEIGHTS, SHARP, RewardFunction({"colour": 0.2, "creativity": 0.9})])
 def test_leaderboard_follows_the_weights_without_rendering(
     evaluation: Evaluation, function: RewardFunction, monkeypatch: pytest.MonkeyPatch
@@ -333,7 +356,7 @@ def test_leaderboard_follows_the_weights_without_rendering(
         return max(function.total(dict(zip(REWARDS, values))) or 0.0 for values in scores)
 
     best = np.array([[best_total(photo, model) for model in range(2)] for photo in range(3)])
-    untouched = np.array([function.total(dict(zip(REWARDS, photo["untouched"]))) for photo in results.photos], float)
+    untouched = np.array([function.total(dict(zip(REWARDS, scores.tolist()))) for scores in results.untouched], float)
     assert [row["reward"]["mean"] for row in table["rows"][:2]] == pytest.approx(best.mean(0))
     assert table["rows"][2]["label"] == "untouched photo" and table["rows"][2]["wins"] is None
     assert table["rows"][2]["reward"]["mean"] == pytest.approx(untouched.mean())

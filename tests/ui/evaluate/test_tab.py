@@ -24,7 +24,7 @@ from tests.support.runs import FAKE, until
 from training.data import uploads
 from training.evaluations import runner
 from training.evaluations.evaluation import Evaluation
-from training.evaluations.queue import EvaluationQueue
+from training.evaluations.queue import RESTARTED, EvaluationQueue
 from training.runs.run import RunError
 from ui.api import evaluations as api
 from ui.evaluate import tab, view
@@ -220,6 +220,25 @@ def test_a_restart_interrupts_what_waits(services: AppServices, files: list[str]
     EvaluationQueue(services.evaluations).mark_orphans()
     assert evaluation.status().state == "interrupted"
     assert "resume" in refreshed(services)["actions"]
+
+
+def test_the_end_of_the_process_interrupts_an_evaluation_and_keeps_those_that_wait(
+    services: AppServices, files: list[str]
+) -> None:
+    slow = FORM | {"files": files, "models": ["slow"]}
+    running, waiting = (services.evaluations.get(tab.start(services, ADA, slow, EQUAL)) for _ in range(2))
+    until(lambda: running.photos() is not None)
+    services.close()
+    assert (running.status().state, waiting.status().state) == ("interrupted", "queued")
+    assert running.status().message == RESTARTED
+    queue = EvaluationQueue(services.evaluations)
+    queue.mark_orphans()
+    assert waiting.status().state == "interrupted"
+    services.adapters.models["slow"] = fake_spec("slow")  # answers at once
+    for evaluation in (running, waiting):
+        queue.resume(evaluation, tab.model_access(services, ADA, visitor_models(services.adapters, ADA)))
+    queue.join(60)
+    assert (running.status().state, waiting.status().state) == ("done", "done")
 
 
 def test_one_unfinished_evaluation_per_guest(services: AppServices, files: list[str]) -> None:
