@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("no branch is checked out: set --branch")
     progress = Progress(sys.stderr)
     gc.disable()  # saves a third of the time to parse the application's Python files
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # clean up in canceled workflows
+    for number in (signal.SIGINT, signal.SIGTERM):  # the latter comes from canceled workflows
+        signal.signal(number, progress.interrupt)
     try:
         configure_hub_client()
         result = args.run(args, Hub(os.environ.get("HF_TOKEN"), progress.log), progress)
@@ -85,6 +86,15 @@ class Progress:
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._is_terminal = stream, stream.isatty()
         self._last_line, self._has_transient_line = PROCESS_START, False
+        self._interrupted = False
+
+    def interrupt(self, *_: object) -> None:
+        """Raise KeyboardInterrupt, as a signal handler, and again from the next `update`.
+
+        Python ignores exceptions in code such as `__del__`, in which the signal may arrive.
+        """
+        self._interrupted = True
+        raise KeyboardInterrupt
 
     def log(self, line: str) -> None:
         """Print a lasting line."""
@@ -92,7 +102,12 @@ class Progress:
         print(self._with_time(line), file=self._stream, flush=True)
 
     def update(self, line: str) -> None:
-        """Print a transient line, overwritten by the next; elsewhere than on a terminal, at most every 15 s."""
+        """Print a transient line, overwritten by the next; elsewhere than on a terminal, at most every 15 s.
+
+        Raises KeyboardInterrupt after `interrupt`.
+        """
+        if self._interrupted:
+            raise KeyboardInterrupt
         if self._is_terminal:
             print(f"\r\x1b[K{self._with_time(line)[:100]}", end="", file=self._stream, flush=True)
             self._has_transient_line = True

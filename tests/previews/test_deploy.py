@@ -5,8 +5,10 @@ The application is the small one of `tests.support.preview_world`; test_branches
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import signal
 import subprocess
 import threading
 import time
@@ -22,7 +24,7 @@ from huggingface_hub.utils._http import default_client_factory
 from bench.spaces_server import TOKEN
 from previews import hub as hub_client
 from previews.__main__ import Progress
-from previews.deploy import DeployResult
+from previews.deploy import Deployer, DeployOptions, DeployResult
 from previews.errors import ExitCode, PreviewError, redact_secrets
 from previews.hot_reload import Codebase
 from previews.hub import Hub, configure_hub_client
@@ -290,15 +292,39 @@ def test_job_that_cannot_be_canceled_does_not_hide_why_the_deploy_failed(world: 
 
 def test_canceled_workflow_cancels_its_job(world: PreviewWorld) -> None:
     world.commit()
-    world.hub.build_seconds = 60.0
+    world.hub.build_seconds = 600.0
     process = world.start_cli("deploy", "--branch", "x", "--fast")
     assert process.stderr is not None
     while "temporary Job" not in (line := process.stderr.readline()):
         assert line, "the deploy ended without starting a Job"
     process.terminate()
-    assert process.wait(30) == 130
+    try:
+        code = process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # prints the stacks of all threads
+        pytest.fail(f"The deploy does not end:\n{process.communicate(timeout=30)[1]}")
+    assert code == 130
     (job,) = world.hub.jobs.values()
     assert job.stage == "CANCELED" and job.process.poll() is not None
+
+
+def test_interrupt_that_other_code_swallows_is_raised_by_the_next_progress(world: PreviewWorld) -> None:
+    sha, stream = world.commit(), io.StringIO()
+    world.hub.build_seconds = 60.0
+    progress = Progress(stream)
+
+    def log(line: str) -> None:
+        progress.log(line)
+        if "starting a temporary Job" in line:
+            with contextlib.suppress(KeyboardInterrupt):  # as Python does in `__del__`
+                progress.interrupt()
+
+    options = DeployOptions(poll=0.05, timeout=30.0, job_image_space="team/small")
+    deployer = Deployer(Hub(TOKEN, log), world.folder, options, log, progress.update)
+    with pytest.raises(KeyboardInterrupt):
+        deployer.deploy(world.target, sha)
+    (job,) = world.hub.jobs.values()
+    assert job.stage == "CANCELED" and "has been canceled" in stream.getvalue()
 
 
 def test_paused_space_is_restarted(world: PreviewWorld) -> None:

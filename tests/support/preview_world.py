@@ -120,6 +120,7 @@ class PreviewWorld:
         env = {"PATH": os.environ["PATH"], "HOME": str(self.folder.parent), "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
         env |= {"HF_ENDPOINT": self.hub.address, "HF_HUB_DISABLE_XET": "1", "PREVIEW_OWNER": "team"}
         env |= {"PREVIEW_APP": "small", "STATE_BUCKET_TOKEN": os.environ.get("STATE_BUCKET_TOKEN", "")}
+        env |= {"PYTHONFAULTHANDLER": "1"}
         poll = ["--poll", "0.05"] if arguments[0] in ("deploy", "promote", "rollback") else []
         command = [sys.executable, "-m", "previews", *arguments, *poll]
         pipe = subprocess.PIPE
