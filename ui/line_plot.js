@@ -29,6 +29,7 @@ window.LinePlot = class {
     if (!width) return false;
     const key = JSON.stringify([variant, width, ...lines.map(line => line.name)]);
     if (key === this.key) { this.plot.setData(data, false); return true; }
+    const {left, top} = this.plot ? this.plot.cursor : {};
     if (this.plot) this.plot.destroy();
     this.key = key;
     const {height, axes, scale, range, cursor, settings, onCursor, onSelect, onReset} = this.options;
@@ -46,6 +47,7 @@ window.LinePlot = class {
       },
     }, data, this.container);
     this.plot.over.addEventListener('dblclick', onReset);
+    if (left >= 0) this.plot.setCursor({left, top});
     return true;
   }
 

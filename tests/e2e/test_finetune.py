@@ -17,10 +17,11 @@ from inference.registry import MODELS
 from settings import Settings
 from tests.support.app_server import app_server
 from tests.support.browser import PHONE, set_weight, violations
-from tests.support.fake_run import write_adapter, write_result
+from tests.support.fake_run import write_adapter, write_result, write_step
 from tests.support.finetune_page import open_finetune_tab, start_run, wait_for_state
 from tests.support.hub_server import TOKEN, HubServer
 from tests.support.runs import FAKE, make_config, until
+from training.runs.adapters import AdapterRegistry
 from training.runs.run import RunConfig, RunStore
 from ui.playground.samples import SAMPLES
 
@@ -49,20 +50,34 @@ def server(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def runs(folder: Path) -> Iterator[RunStore]:
-    """Return the application's runs, and cancel unfinished ones at the end of a test."""
+    """Return the application's runs. At the end of a test, cancel unfinished ones and disable their models."""
     store = RunStore(folder / "runs")
     yield store
     for run in store.list():
         if not run.status().finished:
             run.cancel()
     until(lambda: all(run.status().finished and not run.alive() for run in store.list()))
+    adapters = AdapterRegistry(store)
+    for run in store.list():
+        if adapters.is_enabled(run.id):
+            adapters.disable(run.id)
+
+
+def create_finished_run(runs: RunStore, name: str, *owner: str) -> None:
+    """Create a run that has ended, with a result. `owner` is its owner's id and name."""
+    run = runs.create(make_config(name=name), *owner)
+    write_adapter(run)
+    write_result(run, wins=False, alarm="")
+    run.set_status(state="done", step=6, steps=6, started=100.0, ended=142.0)
 
 
 def selected_models(page: Page) -> str:
     return page.locator(".picker-selection").text_content() or ""
 
 
-def test_empty_tab_explains_the_steps_and_estimates_a_run(open_page: Open) -> None:
+def test_empty_tab_explains_the_steps_and_estimates_a_run(open_page: Open, runs: RunStore) -> None:
+    for run in runs.list():
+        runs.delete(run.id)
     page = open_page("reward=sharpness:0.5,colour:0.25")
     open_finetune_tab(page)
     introduction = page.locator("#run-view").inner_text()
@@ -214,6 +229,27 @@ def test_alarm_is_shown_live_and_the_model_is_used_by_hand_only(open_page: Open,
     page.get_by_role("button", name="Use anyway").wait_for()
 
 
+def test_values_at_the_pointer_stay_while_a_run_trains(open_page: Open, runs: RunStore) -> None:
+    page = open_page("")
+    start_run(page, seed=300)
+    page.locator(".run-log").get_by_text("step 3:").wait_for()
+    page.locator(".curve-reward .u-over").hover(position={"x": 2, "y": 100})
+    page.locator(".curve-at").get_by_text("step 1", exact=True).wait_for()
+    page.evaluate(
+        "() => { const at = document.querySelector('.curve-at'); window.changed = 0;"
+        " new MutationObserver(() => { window.changed += 1; }).observe(at, {childList: true, subtree: true}); }"
+    )
+    values = page.locator(".curve-legend").inner_text()
+    write_step(runs.list()[-1], 4, 10, runs.list()[-1].probes()[0]["photo"], "")
+    page.wait_for_function("() => document.querySelector('.curve-reward').ariaLabel.includes('to 0.46')")
+    assert page.locator(".curve-at").inner_text() == "step 1" and page.evaluate("window.changed") == 0
+    assert page.locator(".curve-legend").inner_text() == values
+    width = page.locator(".curve-reward canvas").evaluate("canvas => canvas.width")
+    page.set_viewport_size({"width": 1200, "height": 1000})
+    page.wait_for_function("width => document.querySelector('.curve-reward canvas').width < width", arg=width)
+    assert page.locator(".curve-at").inner_text() == "step 1"
+
+
 def test_failed_run_shows_its_log_and_can_be_resumed(open_page: Open) -> None:
     page = open_page("")
     start_run(page, seed=200)
@@ -333,6 +369,8 @@ def test_uploaded_photos_are_used_and_invalid_ones_refused(open_page: Open, runs
 
 
 def test_earlier_run_is_selected_in_the_list_by_keyboard(open_page: Open, runs: RunStore) -> None:
+    for name in ("Earlier", "Later"):
+        create_finished_run(runs, name)
     page = open_page("")
     open_finetune_tab(page)
     page.locator(".history-row").last.wait_for()
@@ -345,7 +383,8 @@ def test_earlier_run_is_selected_in_the_list_by_keyboard(open_page: Open, runs: 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_violations(open_page: Open, scheme: str) -> None:
+def test_axe_finds_no_violations(open_page: Open, runs: RunStore, scheme: str) -> None:
+    create_finished_run(runs, f"Finished, {scheme}")
     page = open_page("", color_scheme=scheme)
     start_run(page, seed=302 if scheme == "light" else 303)
     page.get_by_text("step 3 of 10").first.wait_for()
@@ -357,7 +396,7 @@ def test_axe_finds_no_violations(open_page: Open, scheme: str) -> None:
     assert violations(page) == []
     page.get_by_role("button", name="Cancel", exact=True).last.click()
     wait_for_state(page, "cancelled")
-    page.locator(".history-row").last.click()
+    page.locator(".history-row", has_text=f"Finished, {scheme}").click()
     page.wait_for_selector(".run-table")
     assert violations(page) == []
 
@@ -419,10 +458,7 @@ def open_as(browser: Browser, address: str, path: str = "/", **settings: Any) ->
 def test_guest_sees_runs_of_others_and_why_nothing_can_be_changed(
     browser: Browser, tmp_path: Path, scheme: str
 ) -> None:
-    run = RunStore(tmp_path / "runs").create(make_config(name="Crisp"), "hf:1", "ada")
-    write_adapter(run)
-    write_result(run, wins=False, alarm="")
-    run.set_status(state="done", step=6, steps=6, started=100.0, ended=142.0)
+    create_finished_run(RunStore(tmp_path / "runs"), "Crisp", "hf:1", "ada")
     with app_server(tmp_path, host="0.0.0.0") as address:
         page = open_as(browser, address, color_scheme=scheme, viewport={"width": 1280, "height": 900})
         page.get_by_text("Guests cannot train models here").wait_for()

@@ -214,7 +214,7 @@ function drawCurves(data) {
   klPlot.draw(chart.steps, [{name: 'kl', values: data.kl, stroke: cssColour('--body-text-color-subdued'), width: 1.6, spanGaps: true, points: {show: false}}], runId);
   setZoom(zoom);
   byClass('curve-kl').setAttribute('aria-label', kl.length ? 'Latest ' + latest + ', maximum ' + Math.max(...kl).toFixed(3) : 'No values yet');
-  drawLegend(null);
+  drawLegend(rewardPlot.index);
 }
 
 /** Creates a plot over the steps. */
