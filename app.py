@@ -72,7 +72,7 @@ def build_page(services: AppServices, deployment: Deployment | None = None, sign
             build_account(services.access, sign_in)
         build_state_notice(services.access, services.state_bucket, services.forgets)
         with gr.Tabs() as tabs:
-            shared_components = SharedComponents.create(tabs)
+            shared_components = SharedComponents.create(page, tabs)
             for title, build in TABS.items():
                 with gr.Tab(title, id=title):
                     build(services, shared_components)

@@ -105,7 +105,6 @@ HANDLERS: dict[str, HandlerRule] = {
     "ui.evaluate.tab.cell_opened": SESSION,  # owners only
     # Usage
     "ui.usage.tab.link_opened": GUEST,
-    "ui.usage.tab.refreshed": GUEST,
     "ui.usage.tab.refreshed_if_open": GUEST,
     "ui.usage.tab.period_changed": GUEST,
     "ui.usage.tab.period_selected": GUEST,

@@ -8,7 +8,7 @@ import gradio as gr
 
 from access.control import AccessControl
 from access.roles import Role
-from ui.events import PRIVATE
+from ui.events import UNQUEUED
 from ui.permissions import visitor_of
 
 GUEST_NOTE = {
@@ -32,7 +32,7 @@ def build_account(access: AccessControl, sign_in: bool) -> None:
     def show_account(request: gr.Request) -> str:
         return account_html(access, request)
 
-    gr.on(None, show_account, None, account, **PRIVATE)
+    gr.on(None, show_account, None, account, **UNQUEUED)
 
 
 def account_html(access: AccessControl, request: gr.Request) -> str:

@@ -9,7 +9,7 @@ import gradio as gr
 from access.control import AccessControl
 from access.roles import Role
 from storage.state.bucket import BucketStatus, StateBucket
-from ui.events import PRIVATE
+from ui.events import UNQUEUED
 from ui.permissions import visitor_of
 
 FORGETS = "This Space has no lasting disk: runs, reward functions and usage are lost when it restarts."
@@ -33,7 +33,7 @@ def build_state_notice(access: AccessControl, bucket: StateBucket | None, forget
         is_admin = visitor_of(access, request).role == Role.ADMIN
         return notice_html(bucket.status() if bucket else None, is_admin)
 
-    gr.on(None, show_state, None, note, **PRIVATE)
+    gr.on(None, show_state, None, note, **UNQUEUED)
 
 
 def notice_html(status: BucketStatus | None, is_admin: bool) -> str:

@@ -35,7 +35,7 @@ from settings import Settings
 from tests.support.app_server import app_server
 from tests.support.page_client import TIMEOUT_SECONDS, Outcome, PageClient
 from tests.support.runs import FAKE
-from tests.support.server_routes import handler_names, walk_routes
+from tests.support.server_routes import SPACE_HANDLERS, handler_names, walk_routes
 from tests.support.space_server import API_KEY, METRICS_TOKEN, SpaceServer
 from ui.permissions import protect
 from ui.services import AppServices
@@ -95,14 +95,7 @@ def test_every_handler_of_the_page_is_listed(space: SpaceServer, visitors: dict[
     numbers = {dependency["id"] for dependency in config if dependency["backend_fn"]}
     assert numbers == set(space.handlers)
     assert set(space.handlers.values()) - set(HANDLERS) == set()
-
-
-def test_every_listed_handler_exists(space: SpaceServer, tmp_path: Path) -> None:
-    """Some handlers exist only with sign-in, others only where runs work inside the request, as on ZeroGPU."""
-    services = app.build_services(Settings(data_dir=tmp_path))
-    services.worker.inline = lambda folder: None
-    names = {*space.handlers.values(), *handler_names(app.build_page(services)).values()}
-    assert set(HANDLERS) - names == set()
+    assert SPACE_HANDLERS - set(space.handlers.values()) == set()
 
 
 @pytest.mark.parametrize("visitor", VISITORS)

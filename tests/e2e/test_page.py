@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -12,6 +12,9 @@ from PIL import Image
 
 from tests.support.browser import HOSTILE, PHONE, OpenPage, run_comparison, set_weight, violations
 from tests.support.invalid_photos import INVALID_PHOTOS
+
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext, Request
 
 pytestmark = pytest.mark.browser
 
@@ -46,8 +49,21 @@ def test_run_without_a_photo_shows_a_message(open_page: OpenPage) -> None:
 def test_overlong_prompt_shows_a_message(open_page: OpenPage) -> None:
     page = open_page("photo=chelsea.jpg&models=one&skill=query")
     page.locator("#prompt textarea").fill("why? " * 20_000)
+    page.wait_for_timeout(500)  # until the settings are in the URL, which each request repeats
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("the limit is 2,000").wait_for()
+
+
+def test_prompt_that_is_too_long_for_a_link_is_left_out(open_page: OpenPage) -> None:
+    page = open_page("photo=chelsea.jpg&models=one&skill=query&n=1", permissions=["clipboard-read", "clipboard-write"])
+    page.locator("#prompt textarea").fill("为什么" * 600)
+    page.wait_for_timeout(500)
+    assert "skill=query" in page.url and "prompt" not in page.url
+    page.get_by_role("button", name="Copy link").click()
+    page.get_by_role("button", name="Link copied without the prompt, which is too long").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == page.url
+    run_comparison(page)
+    assert page.locator(".card[data-status=ready]").count() == 1
 
 
 def test_hostile_prompt_is_not_executed(open_page: OpenPage) -> None:
@@ -140,6 +156,22 @@ def test_page_opens_with_a_comparison_that_the_sliders_rank(open_page: OpenPage,
     page.reload()
     page.wait_for_selector("body[data-opened]")
     assert page.locator(".grid-label").is_visible() and page.locator(".card").count() == 12
+
+
+def test_opening_the_page_joins_the_queue_once(open_page: OpenPage, context: BrowserContext) -> None:
+    # If a second queued event ends before its request is answered, Gradio's client opens a stream that nothing closes.
+    # A browser opens six connections to a server: a few such tabs would block each other.
+    joins: list[str] = []
+
+    def started(request: Request) -> None:
+        if "/queue/join" in request.url:
+            joins.append(request.url)
+
+    context.on("request", started)
+    page = open_page()
+    page.wait_for_timeout(1000)
+    context.remove_listener("request", started)
+    assert len(joins) == 1
 
 
 def test_empty_page_explains_the_steps(open_page: OpenPage) -> None:

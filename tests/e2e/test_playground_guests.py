@@ -136,6 +136,19 @@ def test_guests_reward_functions_stay_in_the_browser(open_page: OpenPage) -> Non
     assert saved_options(page) == []
 
 
+def test_saving_a_reward_function_keeps_the_guests_photo_and_results(open_page: OpenPage) -> None:
+    page = open_page("models=one&n=1", viewport={"width": 1280, "height": 900})
+    page.locator("#photo input[type=file]").set_input_files(CAT)
+    page.wait_for_selector("#photo img[src*='/file=']")
+    run_comparison(page)
+    photo = page.locator("#photo img").get_attribute("src")
+    open_saved(page)
+    save_as(page, "quiet")
+    page.wait_for_timeout(1000)
+    assert page.locator("#photo img").get_attribute("src", timeout=1000) == photo
+    assert page.locator(".card[data-status=ready]").count() == 1
+
+
 def test_damaged_browser_storage_does_not_break_the_page(open_page: OpenPage) -> None:
     page = open_page("", viewport={"width": 1280, "height": 900})
     open_saved(page)
@@ -150,7 +163,11 @@ def test_damaged_browser_storage_does_not_break_the_page(open_page: OpenPage) ->
 
 
 def test_third_comparison_of_a_browser_is_refused_until_one_is_cancelled(open_page: OpenPage) -> None:
-    pages = [open_page("photo=chelsea.jpg&models=slow&n=8") for _ in range(3)]
+    # Contexts that share a cookie: one browser would open six connections in all, one per page and running event.
+    query, viewport = "photo=chelsea.jpg&models=slow&n=8", {"width": 1280, "height": 900}
+    pages = [open_page(query, viewport=viewport)]
+    state = pages[0].context.storage_state()
+    pages += [open_page(query, viewport=viewport, storage_state=state) for _ in range(2)]
     for page in pages[:2]:
         click_run(page)
         page.wait_for_selector(".model-column[data-status=running]")

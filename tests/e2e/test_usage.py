@@ -38,13 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             UsageEvent(
                 time=now - timedelta(minutes=4 * index),
                 branch=("main", "feature/warm, and more", HOSTILE)[index % 3],
-                model=("moondream-tiny", "moondream2")[index % 2],
+                model=("moondream2", "moondream-tiny")[index % 2],
                 skill="recipe",
                 outcome="error" if failed else "ok",
                 error="provider" if failed else "",
                 latency=0.1 + index / 1000,
-                cost=0.0001 if index % 2 else None,
-                cost_basis="reported" if index % 2 else "unknown",
+                cost=None if index % 2 else 0.0001,
+                cost_basis="unknown" if index % 2 else "reported",
                 reward=0.4,
             )
         )
@@ -84,6 +84,42 @@ def test_filters_are_in_the_url_and_survive_a_reload(open_page: Open) -> None:
     assert page.get_by_label("model", exact=True).is_checked()
     page.get_by_role("tab", name="Playground").click()
     page.wait_for_function("!location.search.includes('usage.')")
+
+
+def test_opened_link_stays_in_the_url(open_page: Open) -> None:
+    page = wait_for_dashboard(open_page("usage.period=week&usage.branches=main"))
+    for _ in range(2):
+        page.wait_for_timeout(1000)
+        assert "usage.period=week" in page.url and "usage.branches=main" in page.url
+        page.evaluate("document.querySelector('.dash-metric').dataset.stale = 'yes'")
+        page.wait_for_selector(".dash-metric:not([data-stale])")  # the next refresh has been drawn
+    page.get_by_role("tab", name="Playground").click()
+    page.wait_for_function("!location.search.includes('usage.')")
+
+
+def test_time_zone_is_kept_when_it_is_chosen(open_page: Open) -> None:
+    now = datetime.now(timezone.utc)
+    start, end = (f"{now + timedelta(days=days):%Y-%m-%d+00:00:00}" for days in (-2, 2))
+    page = wait_for_dashboard(open_page(f"usage.period=custom&usage.start={start}&usage.end={end}"))
+    zone = page.get_by_label("Time zone")
+    zone.fill("Asia/Tokyo")
+    zone.press("Enter")
+    page.wait_for_url("**usage.zone=Asia%2FTokyo**")
+    page.wait_for_timeout(1000)
+    assert zone.input_value() == "Asia/Tokyo"
+
+
+def test_custom_period_begins_as_the_period_that_was_shown(open_page: Open) -> None:
+    page = wait_for_dashboard(open_page("usage.period=week"))
+    page.get_by_label("custom", exact=True).check()
+    page.wait_for_url("**usage.start=**")
+    fields = [page.locator(".time-field", has_text=label).locator("input") for label in ("From", "To")]
+    start, end = (field.input_value() for field in fields)
+    assert datetime.fromisoformat(end) - datetime.fromisoformat(start) == timedelta(days=7)
+    assert calls(page) == "300" and page.locator(".dash-error").is_hidden()
+    page.reload()
+    wait_for_dashboard(page)
+    assert fields[0].input_value() == start
 
 
 @pytest.mark.parametrize("branch", ["feature/warm, and more", HOSTILE])
@@ -207,7 +243,7 @@ def test_filtered_events_are_downloaded_as_csv(open_page: Open, tmp_path: Path) 
 def test_budget_is_set_and_removed_by_keyboard(open_page: Open) -> None:
     page = wait_for_dashboard(open_page("usage.period=day"))
     page.get_by_label("Branch", exact=True).fill("main")
-    page.get_by_label("US dollars per month").fill("0.005")
+    page.get_by_label("US dollars per month").fill("0.0001")  # one call: early in a month there are no more
     page.get_by_label("Stop paid calls").check()
     page.get_by_role("button", name="Set budget").press("Enter")
     budget = page.locator(".dash-budget")
@@ -222,6 +258,9 @@ def test_phone_in_dark_mode_does_not_scroll_horizontally_and_axe_finds_no_violat
     page.wait_for_selector(".dash-chart")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert violations(page) == []
+    page.get_by_label("custom", exact=True).check()
+    time = page.locator(".time-field input").first
+    assert time.evaluate("field => field.offsetWidth") > 200, "the whole time is legible"
 
 
 def test_axe_finds_no_violations_in_light_mode(open_page: Open) -> None:

@@ -9,6 +9,8 @@ import gradio as gr
 
 from access.permissions import handler_name
 
+SPACE_HANDLERS = {"gradio.components.login_button._check_login_status", "ui.state_notice.show_state"}  # only in a Space
+
 
 def walk_routes(routes: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield method and path of every route, also of mounted applications and included routers."""

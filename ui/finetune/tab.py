@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -22,7 +21,7 @@ from training.hosted.client import BASE
 from training.runs import export
 from training.runs.adapters import model_name, run_title
 from training.runs.run import GUEST_PREFIX, Run, RunConfig, RunError
-from ui.events import PRIVATE, UNQUEUED, tab_selected
+from ui.events import PRIVATE, UNQUEUED, UNQUEUED_EACH, UNQUEUED_LATEST, tab_selected
 from ui.files import download_on, new_file, writing
 from ui.finetune.estimate import BACKENDS, DEFAULT_HARDWARE, DEFAULT_ROLLOUTS, estimate, step_count_of
 from ui.finetune.form import (
@@ -575,8 +574,8 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
         return event(refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
 
     refresh_after(timer.tick)
-    refresh_after(partial(gr.on, None))  # when the page loads
-    refresh_after(shared_components.tabs.select(tab_selected(TAB), None, tab_open, **UNQUEUED).then)
+    refresh_after(shared_components.page.load)
+    refresh_after(shared_components.tabs.select(tab_selected(TAB), None, tab_open, **UNQUEUED_EACH).then)
     refresh_after(history.pick(pick, None, selected, **UNQUEUED).then)
     gr.on(
         [slider.change for slider in sliders],
@@ -616,9 +615,8 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
         return visitor_updates(visitor(request))
 
     estimate_outputs = [form.estimate, form.submit, form.note]
-    estimate_events = [component.change for component in estimate_inputs.values()]
-    gr.on(estimate_events, updated_estimate, set(estimate_inputs.values()), estimate_outputs, **UNQUEUED)
-    gr.on(None, updated_estimate, set(estimate_inputs.values()), estimate_outputs, **UNQUEUED)  # when the page loads
+    estimate_events = [shared_components.page.load, *(component.change for component in estimate_inputs.values())]
+    gr.on(estimate_events, updated_estimate, set(estimate_inputs.values()), estimate_outputs, **UNQUEUED_LATEST)
     gr.on(None, form_opened, None, [fields["backend"], fields["moondream_key"]], **UNQUEUED)
 
     # Actions

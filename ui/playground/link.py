@@ -12,6 +12,7 @@ from rewards import EQUAL_WEIGHTS, REWARDS, RewardFunction, RewardFunctionError
 from ui.playground.picker import MAX_MODELS
 from ui.playground.samples import SAMPLES
 
+MAX_LINK = 6000  # characters of the query: Gradio repeats it in each request, and servers limit a request's first line
 _LINK_JS = (Path(__file__).resolve().parent / "link.js").read_text(encoding="utf-8")
 
 
@@ -119,7 +120,7 @@ LINK_FIELDS = tuple(name for name in _parsers(()) if name != "reward")
 
 
 def link_js(copy: bool) -> str:
-    """Build the JavaScript event handler that writes the settings to the page's URL.
+    """Build the JavaScript event handler that writes the settings to the page's URL, without a prompt that is too long.
 
     Args:
         copy: Whether to copy the URL to the clipboard as well and to return a message about it.
@@ -127,4 +128,5 @@ def link_js(copy: bool) -> str:
     Returns:
         A function of the values of LINK_FIELDS, followed by the weight of each reward.
     """
-    return f"({_LINK_JS.strip()})({json.dumps(LINK_FIELDS)}, {json.dumps(list(REWARDS))}, {json.dumps(copy)})"
+    arguments = json.dumps([LINK_FIELDS, list(REWARDS), MAX_LINK, copy])
+    return f"({_LINK_JS.strip()})(...{arguments})"

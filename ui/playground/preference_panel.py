@@ -402,7 +402,7 @@ def build(
     retrain.success(None, None, None, js=open_fine_tune, **UNQUEUED)
     panel.dpo(dpo_clicked, sliders, None, **PRIVATE).success(None, None, None, js=open_fine_tune, **UNQUEUED)
     download_on(panel.download, download_choices, None, download)
-    gr.on(None, panel_opened, None, panel, **UNQUEUED)  # with inputs, their changes would trigger it as well
+    gr.on(None, panel_opened, None, panel, **UNQUEUED)
     return action, retrain
 
 

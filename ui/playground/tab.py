@@ -348,7 +348,8 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
             code = code_panel.code_panel()
     api.build(services)
 
-    # Opening the page. Queued, because only queued events can show a warning.
+    # Opening the page. Queued, because only queued events can show a warning. The only queued event of the page's load:
+    # if a second one ends before its request is answered, Gradio's client opens a stream that nothing closes.
     outputs = {name: component for name, component in inputs.items() if name != "key"}
     outputs |= {"grid": grid, "session": session}
 
@@ -360,8 +361,8 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
         updates |= dict(zip(sliders, values["sliders"], strict=True))
         return updates | {saved.selected: values["saved"], saved.note: values["saved_note"]}
 
-    opened = gr.on(
-        None, page_opened, saved.browser, [*outputs.values(), *sliders, saved.selected, saved.note], **PRIVATE
+    opened = shared_components.page.load(
+        page_opened, saved.browser, [*outputs.values(), *sliders, saved.selected, saved.note], **PRIVATE
     )
     opened.then(None, None, None, js=OPENED_JS, **PRIVATE)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from functools import partial
 from string import Template
 from threading import Event
@@ -23,7 +23,7 @@ from storage.reward_functions import StoreError
 from training.data.bundled import bundled_photos
 from training.runs.adapters import model_name, run_title
 from training.runs.run import RunError, is_run_id
-from ui.events import PRIVATE, UNQUEUED, tab_selected
+from ui.events import PRIVATE, UNQUEUED, UNQUEUED_EACH, UNQUEUED_LATEST, tab_selected
 from ui.messages import user_error
 from ui.permissions import visitor_of
 from ui.services import AppServices, SharedComponents
@@ -32,7 +32,7 @@ from usage.alerts import Alert, AlertError
 from usage.analytics import FilterOptions
 from usage.budgets import Budget, BudgetError
 from usage.machine import MachinePriceError
-from usage.time_window import CUSTOM, PERIODS, FilterError, UsageFilter, time_zones
+from usage.time_window import CUSTOM, PERIODS, FilterError, UsageFilter, Window, time_zones
 
 TAB = "Usage"
 GROUPINGS = ("branch", "model")
@@ -90,10 +90,25 @@ class DashboardFilter:
         return UsageFilter(self.period, self.branches, self.models, self.skills, self.outcomes, self.zone, start, end)
 
 
+@dataclass(frozen=True)
+class ShownUsage:
+    """What a page shows.
+
+    Attributes:
+        options: The choices of the filters.
+        window: The period of the dashboard.
+    """
+
+    options: FilterOptions
+    window: Window
+
+
 FIELDS = tuple(DashboardFilter.__dataclass_fields__)
 NAME_FIELDS = ("branches", "models", "skills", "outcomes")
-PERIOD_FIELDS = ("period", "start", "end")
+DATE_FIELDS = ("start", "end")
+PERIOD_FIELDS = ("period", *DATE_FIELDS)
 OPTION_FIELDS = ("branches", "models", "skills")  # whose choices come from the database
+UPDATED_FIELDS = (*OPTION_FIELDS, *DATE_FIELDS)  # that a refresh may update
 
 
 def _parse_time(text: str | None) -> datetime | None:
@@ -111,36 +126,47 @@ def _valid_grouping(by: Any) -> str:
     return by if by in GROUPINGS else GROUPINGS[0]
 
 
+def _local_text(time: datetime, zone: str) -> str:
+    """Return a time as the value of a time field, to the second."""
+    return time.astimezone(ZoneInfo(zone)).replace(tzinfo=None).isoformat(timespec="seconds")
+
+
 # ── Handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def refresh(
-    services: AppServices, options: FilterOptions | None, inputs: Mapping[str, Any], visitor: Visitor = LOCAL_ADMIN
+    services: AppServices, shown: ShownUsage | None, inputs: Mapping[str, Any], visitor: Visitor = LOCAL_ADMIN
 ) -> tuple[Any, ...]:
-    """Query the dashboard.
+    """Query the dashboard. A custom period without dates becomes the period that is shown, as a start to change it.
 
     Args:
         services: The application's services.
-        options: The choices that the page's filters have now.
+        shown: What the page shows now; None if it shows no dashboard yet.
         inputs: Values of the filter inputs by name.
         visitor: The sender of the request. Only administrators see usage.
 
     Returns:
-        The dashboard's snapshot or an error; updates of the choices of OPTION_FIELDS; and the new options.
+        The dashboard's snapshot or an error; updates of UPDATED_FIELDS; and what the page shows then.
     """
-    unchanged = [gr.skip()] * len(OPTION_FIELDS)
+    unchanged = [gr.skip()] * len(UPDATED_FIELDS)
     if visitor.role < Role.ADMIN:
-        return {"error": ADMINS_SEE_USAGE, "notice": True}, *unchanged, options
+        return {"error": ADMINS_SEE_USAGE, "notice": True}, *unchanged, shown
     if progress := services.usage.cache.progress:
         done, total = progress
         notice = f"The usage events are being read: {done:,} of {total:,}. The dashboard appears in a few seconds."
-        return {"error": notice, "notice": True}, *unchanged, options
+        return {"error": notice, "notice": True}, *unchanged, shown
     filters = DashboardFilter.from_inputs(inputs)
+    choices, dates = [gr.skip()] * len(OPTION_FIELDS), [gr.skip()] * len(DATE_FIELDS)
     try:
-        new_options = services.usage.options()
+        if filters.period == CUSTOM and not filters.start and not filters.end:
+            window = shown.window if shown else UsageFilter().window(datetime.now(timezone.utc))
+            dates = [_local_text(time, filters.zone) for time in (window.start, window.end)]
+            filters = replace(filters, start=dates[0], end=dates[1])
+        options = services.usage.options()
         query = filters.to_query()
+        usage = services.usage.dashboard(query, filters.by)
         snapshot = dashboard_snapshot(
-            services.usage.dashboard(query, filters.by),
+            usage,
             services.usage.recent(query, RECENT_CALLS),
             services.budgets.list(),
             filters.zone,
@@ -151,12 +177,11 @@ def refresh(
         snapshot["alerts"] = alerts_snapshot(services.alerts.list(), services.alerts.webhook is not None, filters.zone)
         snapshot["filter"] = {name: getattr(filters, name) for name in PERIOD_FIELDS}
     except (StoreError, FilterError) as error:
-        return {"error": str(error)}, *unchanged, options
-    if new_options == options:
-        return snapshot, *unchanged, options
-    titles = {"models": [(model_label(services, name).title, name) for name in new_options.models]}
-    choices = [gr.update(choices=titles.get(name, list(getattr(new_options, name)))) for name in OPTION_FIELDS]
-    return snapshot, *choices, new_options
+        return {"error": str(error)}, *unchanged, shown
+    if not shown or options != shown.options:
+        titles = {"models": [(model_label(services, name).title, name) for name in options.models]}
+        choices = [gr.update(choices=titles.get(name, list(getattr(options, name)))) for name in OPTION_FIELDS]
+    return snapshot, *choices, *dates, ShownUsage(options, usage.metrics.window)
 
 
 def model_label(services: AppServices, name: str) -> ModelLabel:
@@ -172,12 +197,12 @@ def model_label(services: AppServices, name: str) -> ModelLabel:
 def refresh_if_open(
     services: AppServices,
     tab_open: bool,
-    options: FilterOptions | None,
+    shown: ShownUsage | None,
     inputs: Mapping[str, Any],
     visitor: Visitor = LOCAL_ADMIN,
 ) -> tuple[Any, ...]:
     """Refresh the dashboard if the tab is open."""
-    return refresh(services, options, inputs, visitor) if tab_open else (gr.skip(),) * (len(OPTION_FIELDS) + 2)
+    return refresh(services, shown, inputs, visitor) if tab_open else (gr.skip(),) * (len(UPDATED_FIELDS) + 2)
 
 
 def filters_from_link(request: gr.Request, zone: str) -> dict[str, Any]:
@@ -224,14 +249,11 @@ def period_selected(event: gr.EventData, zone: str) -> tuple[str, Any, Any]:
     data = event._data if isinstance(event._data, dict) else {}
     try:
         if "period" not in data:
-            tz = ZoneInfo(_valid_zone(zone))
-            start, end = (
-                datetime.fromtimestamp(float(data[name]), tz).replace(tzinfo=None).isoformat(timespec="seconds")
-                for name in ("start", "end")
-            )
-            return CUSTOM, start, end
+            zone = _valid_zone(zone)
+            start, end = (datetime.fromtimestamp(float(data[name]), timezone.utc) for name in DATE_FIELDS)
+            return CUSTOM, _local_text(start, zone), _local_text(end, zone)
         if data["period"] == CUSTOM:
-            start, end = (_parse_time(data[name]) for name in ("start", "end"))
+            start, end = (_parse_time(data[name]) for name in DATE_FIELDS)
             if start and end:
                 return CUSTOM, start.isoformat(timespec="seconds"), end.isoformat(timespec="seconds")
         elif data["period"] in PERIODS:
@@ -329,7 +351,9 @@ LINK_JS = """(...values) => {
     [values[index]].flat().filter(value => (value ?? '') !== '').forEach(value => query.append($PREFIX + name, value));
   });
   const search = query.toString();
-  history.replaceState(history.state, '', location.pathname + (search ? '?' + search : ''));
+  if (search !== new URLSearchParams(location.search).toString()) {
+    history.replaceState(history.state, '', location.pathname + (search ? '?' + search : ''));
+  }
   return [];
 }"""
 # Downloads the filtered events from GET /v1/usage.csv or /v1/usage.parquet.
@@ -360,7 +384,7 @@ def fill_in(code: str, **values: Any) -> str:
 
 def build(services: AppServices, shared_components: SharedComponents) -> None:
     """Build the tab: filters, dashboard and downloads."""
-    tab_open, options = gr.State(False), gr.State(None)
+    tab_open, shown = gr.State(False), gr.State(None)
     timer = gr.Timer(REFRESH_SECONDS)
     filters: dict[str, Any] = {}
     names: dict[str, Any] = {
@@ -391,17 +415,13 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
         }
 
     # Refreshing
-    refresh_inputs = {tab_open, options, *filters.values()}
-    refresh_outputs = [dashboard, *(filters[name] for name in OPTION_FIELDS), options]
-
-    def refreshed(values: dict[Any, Any], request: gr.Request) -> tuple[Any, ...]:
-        inputs = {name: values[filters[name]] for name in FIELDS}
-        return refresh(services, values[options], inputs, visitor_of(services.access, request))
+    refresh_inputs = {tab_open, shown, *filters.values()}
+    refresh_outputs = [dashboard, *(filters[name] for name in UPDATED_FIELDS), shown]
 
     def refreshed_if_open(values: dict[Any, Any], request: gr.Request) -> tuple[Any, ...]:
         inputs = {name: values[filters[name]] for name in FIELDS}
         visitor = visitor_of(services.access, request)
-        return refresh_if_open(services, values[tab_open], values[options], inputs, visitor)
+        return refresh_if_open(services, values[tab_open], values[shown], inputs, visitor)
 
     filter_list = [filters[name] for name in FIELDS]  # in the order that the JavaScript expects
     link_js = fill_in(LINK_JS, FIELDS=FIELDS, PREFIX=LINK_PREFIX, TAB=TAB)
@@ -413,23 +433,25 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
             values |= {name: gr.update(interactive=False) for name in downloads}
         return {linked_components[name]: value for name, value in values.items()}
 
-    loaded = gr.on(None, link_opened, filters["zone"], list(linked_components.values()), js=ZONE_JS, **UNQUEUED)
+    loaded = shared_components.page.load(
+        link_opened, filters["zone"], list(linked_components.values()), js=ZONE_JS, **UNQUEUED
+    )
     loaded.then(refreshed_if_open, refresh_inputs, refresh_outputs, **UNQUEUED)
-    opened = shared_components.tabs.select(tab_selected(TAB), None, tab_open, **UNQUEUED)
+    opened = shared_components.tabs.select(tab_selected(TAB), None, tab_open, **UNQUEUED_EACH)
     opened.then(refreshed_if_open, refresh_inputs, refresh_outputs, **UNQUEUED)
     opened.then(None, filter_list, None, js=link_js, **PRIVATE)
-    timer.tick(refreshed_if_open, refresh_inputs, refresh_outputs, **UNQUEUED)
 
     # Filters
     filters["period"].input(period_changed, filters["period"], custom_period, **UNQUEUED)
     filters["period"].change(period_changed, filters["period"], custom_period, **UNQUEUED)
     changes = [filters[name].input for name in FIELDS]
-    gr.on(changes, refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
-    gr.on(changes, None, filter_list, None, js=link_js, **PRIVATE)
+    # One event, so that a slow refresh of the timer does not arrive after that of a filter that was changed meanwhile.
+    changed = gr.on([timer.tick, *changes], refreshed_if_open, refresh_inputs, refresh_outputs, **UNQUEUED_LATEST)
+    changed.then(None, filter_list, None, js=link_js, **PRIVATE)  # also the dates that the refresh fills in
 
     period_inputs = [filters[name] for name in PERIOD_FIELDS]
     zoomed = dashboard.zoom(period_selected, filters["zone"], period_inputs, **UNQUEUED)
-    zoomed.then(refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
+    zoomed.then(refreshed_if_open, refresh_inputs, refresh_outputs, **UNQUEUED)
     zoomed.then(None, filter_list, None, js=link_js, **PRIVATE)
 
     # Actions
@@ -437,22 +459,22 @@ def build(services: AppServices, shared_components: SharedComponents) -> None:
         update_budget(services, event)
 
     budget_updated = dashboard.budget(budget_submitted, None, None, **PRIVATE)
-    budget_updated.then(refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
+    budget_updated.then(refreshed_if_open, refresh_inputs, refresh_outputs, **UNQUEUED)
 
     def alert_submitted(event: gr.EventData) -> None:
         update_alert(services, event)
 
     alert_updated = dashboard.alert(alert_submitted, None, None, **PRIVATE)
-    alert_updated.then(refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
+    alert_updated.then(refreshed_if_open, refresh_inputs, refresh_outputs, **UNQUEUED)
 
     def machine_price_submitted(event: gr.EventData) -> None:
         gr.Info(update_machine_price(services, event), title="Machine")
 
     priced = dashboard.machine(machine_price_submitted, None, None, **PRIVATE)
-    priced.then(refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
+    priced.then(refreshed_if_open, refresh_inputs, refresh_outputs, **UNQUEUED)
     generated = dashboard.generate(
         partial(generate_sample_traffic, services), None, None, concurrency_limit=1, **PRIVATE
     )
-    generated.then(refreshed, refresh_inputs, refresh_outputs, **UNQUEUED)
+    generated.then(refreshed_if_open, refresh_inputs, refresh_outputs, **UNQUEUED)
     for file_format, button in downloads.items():
         button.click(None, filter_list, None, js=fill_in(EXPORT_JS, FIELDS=FIELDS, FORMAT=file_format), **PRIVATE)

@@ -50,8 +50,8 @@ BRANCH_COLUMNS = {
 }
 HIGHER_IS_BETTER = ("reward", "reward_per_cent")
 LOWER_IS_BETTER = ("error_rate", "p50", "p95", "p99", "first_token", "queue", "cost_per_request")
-MIN_BRANCH_CHANGE = 0.01  # difference between branches that is coloured
-MIN_CHANGE = 0.0005  # relative change below which a metric is neither better nor worse
+MIN_CHANGE = 0.0005  # relative difference between branches that is shown
+MIN_TREND = 0.01  # relative change from which a value is better or worse
 BIN_FORMATS = {"minute": "%H:%M", "hour": "%d %b %H:%M", "6 hours": "%d %b %H:%M", "day": "%d %b", "month": "%b %Y"}
 UNKNOWN = "–"
 
@@ -252,7 +252,7 @@ def _branch_comparison(branches: Sequence[BranchSummary]) -> dict[str, Any]:
     rows = [
         {
             "name": _shorten(branch.name),
-            "cells": [_branch_cell(name, getattr(branch, name), getattr(reference, name)) for name in BRANCH_COLUMNS],
+            "cells": [_branch_cell(name, branch, reference) for name in BRANCH_COLUMNS],
         }
         for branch in (reference, *others)
     ]
@@ -262,13 +262,26 @@ def _branch_comparison(branches: Sequence[BranchSummary]) -> dict[str, Any]:
     return {"columns": list(BRANCH_COLUMNS.values()), "branches": rows, "verdict": verdict}
 
 
-def _branch_cell(name: str, value: float | None, reference: float | None) -> dict[str, str]:
-    change = None if value is None or not reference else value / reference - 1
-    return {
-        "value": format_value(name, value),
-        "change": _format_change(change) if change is not None and abs(change) >= MIN_CHANGE else "",
-        "trend": _trend(name, change) if change is not None and abs(change) >= MIN_BRANCH_CHANGE else "",
-    }
+def _branch_cell(name: str, branch: BranchSummary, reference: BranchSummary) -> dict[str, str]:
+    value, other = getattr(branch, name), getattr(reference, name)
+    text, change = "", None
+    if value and other == 0:
+        text, change = f"from {format_value(name, other)}", math.inf
+    elif value is not None and other:
+        change = value / other - 1
+        text = _format_change(change) if abs(change) >= MIN_CHANGE else ""
+    is_chance = name == "error_rate" and not _rates_differ(branch, reference)
+    return {"value": format_value(name, value), "change": text, "trend": "" if is_chance else _trend(name, change)}
+
+
+def _rates_differ(branch: BranchSummary, reference: BranchSummary) -> bool:
+    """Whether two error rates differ by more than two standard errors of their difference."""
+    if branch.error_rate is None or reference.error_rate is None:
+        return False
+    calls = branch.calls + reference.calls
+    rate = (branch.calls * branch.error_rate + reference.calls * reference.error_rate) / calls
+    error = math.sqrt(rate * (1 - rate) * (1 / branch.calls + 1 / reference.calls))
+    return abs(branch.error_rate - reference.error_rate) > 2 * error
 
 
 def _format_change(change: float) -> str:
@@ -297,7 +310,7 @@ def _branch_verdict(branch: BranchSummary, reference: BranchSummary) -> str:
 
 def _trend(name: str, change: float | None) -> str:
     """Return whether a relative change of a metric is "better" or "worse"; "" if neither."""
-    if change is None or abs(change) < MIN_CHANGE:
+    if change is None or abs(change) < MIN_TREND:
         return ""
     if name in (HIGHER_IS_BETTER if change > 0 else LOWER_IS_BETTER):
         return "better"
@@ -343,7 +356,7 @@ def _limit_lines(series: Series, order: list[str]) -> Series:
         for bin_values in zip(*(line.values for line in rest), strict=True):
             known = [value for value in bin_values if value is not None]
             sums.append(sum(known) if known else None)
-        lines = [*lines[: MAX_LINES - 1], SeriesLine(f"{len(rest)} others", tuple(sums))]
+        lines = [*lines[: MAX_LINES - 1], SeriesLine(f"{len(rest)} others, total", tuple(sums))]
     return replace(series, lines=tuple(lines))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from inference.registry import MODELS
 from inference.types import LENGTHS, MAX_PROMPT, SKILLS
 from rewards import REWARDS, RewardFunction
-from ui.playground.link import LINK_FIELDS, PlaygroundSettings, link_js, read_link
+from ui.playground.link import LINK_FIELDS, MAX_LINK, PlaygroundSettings, link_js, read_link
 from ui.playground.samples import SAMPLES
 
 
@@ -69,5 +69,5 @@ def test_no_query_raises(query: dict[str, str]) -> None:
 @pytest.mark.parametrize("copy", [True, False])
 def test_link_js_is_called_with_the_names_of_fields_and_rewards(copy: bool) -> None:
     code = link_js(copy)
-    arguments = f"({json.dumps(list(LINK_FIELDS))}, {json.dumps(list(REWARDS))}, {json.dumps(copy)})"
-    assert code.startswith("(") and code.endswith(f"){arguments}")
+    arguments = json.dumps([LINK_FIELDS, list(REWARDS), MAX_LINK, copy])
+    assert code.startswith("(") and code.endswith(f")(...{arguments})")

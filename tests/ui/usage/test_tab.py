@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import gradio as gr
 import pytest
@@ -122,6 +123,10 @@ def test_metrics_give_the_change_and_its_trend(services: AppServices) -> None:
     week = snapshot(services, period="week")
     assert {item["previous"] for item in week["metrics"]} == {""} and not week["has_previous"], "there were no calls"
     assert week["period"].endswith("No data in the previous period.")
+    record(services, 2, latency=0.3985, branch="a", seconds_ago=2 * 3600.0 - 60)
+    record(services, 2, latency=0.4, branch="a")
+    slower = metric(snapshot(services, period="hour", branches=("a",)), "Latency p50")
+    assert (slower["change"], slower["trend"]) == ("+0.4 %", ""), "less than 1 % is neither better nor worse"
     assert [_format_change(change) for change in (-0.0004, 0.0004, -0.1)] == ["±0.0 %", "±0.0 %", "-10.0 %"]
 
 
@@ -141,8 +146,8 @@ def test_branches_are_compared_and_long_names_are_shortened(services: AppService
     assert len(snapshot(services)["branches"]) == 4 and not snapshot(services, branches=("main",))["branches"]
     names = [line["name"] for line in snapshot(services)["charts"][0]["lines"]]
     assert HOSTILE in names and max(map(len, names)) <= max(MAX_NAME_LENGTH, len(HOSTILE))
-    options = refresh(services, None, inputs())[4]
-    assert long in options.branches, "the filter takes the whole name"
+    shown = refresh(services, None, inputs())[-1]
+    assert long in shown.options.branches, "the filter takes the whole name"
     assert metric(snapshot(services, branches=(long,)), "Calls")["value"] == "1"
 
 
@@ -159,6 +164,26 @@ def test_table_says_whether_a_branch_is_cheaper_and_better_than_main(services: A
     assert cells["Calls"] == {"value": "3", "change": "+50.0 %", "trend": ""}
     assert cells["Cost per request"] == {"value": "$0.0150", "change": "-25.0 %", "trend": "better"}
     assert cells["Reward per cent"] == {"value": "0.400", "change": "+60.0 %", "trend": "better"}
+
+
+@pytest.mark.parametrize(("calls", "trend"), [(100, ""), (1_000, "worse")])
+def test_difference_of_error_rates_that_chance_explains_is_not_worse(
+    services: AppServices, calls: int, trend: str
+) -> None:
+    for branch, failed in {"main": calls // 50, "topic": calls // 25}.items():
+        record(services, calls - failed, branch=branch)
+        record(services, failed, branch=branch, outcome="error")
+    value = snapshot(services)
+    cells = dict(zip(value["columns"], value["branches"][1]["cells"], strict=True))
+    assert cells["Error rate"] == {"value": "4.00 %", "change": "+100.0 %", "trend": trend}
+
+
+def test_first_errors_of_a_branch_are_worse_than_none(services: AppServices) -> None:
+    record(services, 20, branch="main")
+    record(services, 20, branch="topic", outcome="error")
+    value = snapshot(services)
+    cells = dict(zip(value["columns"], value["branches"][1]["cells"], strict=True))
+    assert cells["Error rate"] == {"value": "100 %", "change": "from 0 %", "trend": "worse"}
 
 
 def test_models_appear_by_title_and_runs_by_name(services: AppServices) -> None:
@@ -226,7 +251,7 @@ def test_smallest_lines_are_added_up_and_charts_share_their_order(services: AppS
     for index in range(12):
         record(services, 12 - index, branch=f"b{index}", cost=0.001, cost_basis="reported")
     calls, _, cost = snapshot(services)["charts"]
-    assert [line["name"] for line in calls["lines"]] == [*(f"b{n}" for n in range(MAX_LINES - 1)), "5 others"]
+    assert [line["name"] for line in calls["lines"]] == [*(f"b{n}" for n in range(MAX_LINES - 1)), "5 others, total"]
     assert [line["name"] for line in cost["lines"]] == [line["name"] for line in calls["lines"]]
     assert sum(value or 0 for line in calls["lines"] for value in line["values"]) == sum(range(1, 13))
 
@@ -257,7 +282,8 @@ def test_custom_period_is_in_local_time_of_its_zone() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"period": "custom"}, {"period": "aeon"}, {"period": "custom", "start": "x", "end": "y"}]
+    "changes",
+    [{"period": "custom", "start": "2026-11-23"}, {"period": "aeon"}, {"period": "custom", "start": "x", "end": "y"}],
 )
 def test_invalid_filter_shows_an_error(services: AppServices, changes: dict[str, Any]) -> None:
     assert len(snapshot(services, **changes)["error"]) > 20
@@ -271,9 +297,26 @@ def test_unreachable_database_shows_an_error(services: AppServices, monkeypatch:
     assert snapshot(services) == {"error": "The database cannot be reached."}
 
 
+def test_custom_period_begins_as_the_period_that_was_shown(services: AppServices) -> None:
+    record(services, seconds_ago=3 * 86400)
+    week = refresh(services, None, inputs(period="week", zone="Asia/Tokyo"))
+    assert all(date == gr.skip() for date in week[4:6])
+    value, *_, start, end, shown = refresh(services, week[-1], inputs(period="custom", zone="Asia/Tokyo"))
+    assert metric(value, "Calls")["value"] == "1"
+    assert value["filter"] == {"period": "custom", "start": start, "end": end}
+    assert datetime.fromisoformat(end) - datetime.fromisoformat(start) == timedelta(days=7)
+    tokyo = datetime.fromisoformat(end).replace(tzinfo=ZoneInfo("Asia/Tokyo"))
+    assert abs((tokyo - datetime.now(timezone.utc)).total_seconds()) < 60
+    later = refresh(services, shown, inputs(period="custom", zone="Asia/Tokyo", start=start, end=end))
+    assert "error" not in later[0] and all(date == gr.skip() for date in later[4:6]), "entered dates stay"
+    linked = refresh(services, None, inputs(period="custom"))
+    assert datetime.fromisoformat(linked[5]) - datetime.fromisoformat(linked[4]) == timedelta(days=1)
+    assert "needs a start and an end" in refresh(services, shown, inputs(period="custom", start=start))[0]["error"]
+
+
 def test_nothing_is_refreshed_while_the_tab_is_closed(services: AppServices) -> None:
     updates = refresh_if_open(services, False, None, inputs())
-    assert len(updates) == 5 and all(update == gr.skip() for update in updates)
+    assert len(updates) == 7 and all(update == gr.skip() for update in updates)
 
 
 class FakeRequest:
@@ -369,5 +412,5 @@ def test_sample_traffic_is_recorded_calls_of_the_built_in_model(services: AppSer
 def test_only_administrators_see_usage(services: AppServices, role: Role) -> None:
     shown, *rest = refresh(services, None, inputs(), Visitor(role, "hf:1"))
     assert shown == {"error": tab.ADMINS_SEE_USAGE, "notice": True}
-    assert rest == [gr.skip(), gr.skip(), gr.skip(), None]
+    assert rest == [gr.skip()] * 5 + [None]
     assert "metrics" not in shown and "notice" not in refresh(services, None, inputs())[0]
