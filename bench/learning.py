@@ -97,8 +97,7 @@ def _run(folder: Path, function: RewardFunction, seed: int, photos: HeldOutPhoto
     process = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     summary, result = json.loads(process.stdout.splitlines()[-1]), json.loads((folder / "result.json").read_text())
     answers = photos.score_model(str(folder))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    print(f"{folder.name}: {summary['paired_difference']} in {summary['seconds']:.0f} s", file=sys.stderr, flush=True)
+    print(f"{folder.name}: {summary['difference']} in {summary['seconds']:.0f} s", file=sys.stderr, flush=True)
     return {
         "answers": answers,
         "gain": paired_difference(photos.base, answers, function),
@@ -107,7 +106,7 @@ def _run(folder: Path, function: RewardFunction, seed: int, photos: HeldOutPhoto
         "swapped": photos.swapped_total(answers, function),
         "entropy": result["entropy"],
         "distinct": result["distinct"],
-        "valid": min(line["valid"] for line in lines),
+        "valid": result["valid"],
         "recipes": len({str(parse(str(answer.recipe)).recipe) for answer in answers}),
     }
 
