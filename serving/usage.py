@@ -17,12 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from storage.database import StoreError
 from usage.analytics import UsageAnalytics
 from usage.budgets import Budgets
+from usage.cache import CacheBuildingError
 from usage.export import UsageCollector, export_events, metrics_report
 from usage.recorder import Recorder
 from usage.time_window import FilterError, UsageFilter
 
 Names = Annotated[list[str], Field(max_length=50)]
 MEDIA_TYPES = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
+RETRY_SECONDS = "5"
 T = TypeVar("T")
 
 
@@ -89,8 +91,10 @@ def router(analytics: UsageAnalytics, budgets: Budgets, recorder: Recorder) -> A
 
 
 def _or_unavailable(query: Callable[[], T]) -> T:
-    """Run a query. Raises HTTPException (503) if the database cannot be used."""
+    """Run a query. Raises HTTPException (503) if the database cannot be used, or its events are being read."""
     try:
         return query()
+    except CacheBuildingError as error:
+        raise HTTPException(503, str(error), {"Retry-After": RETRY_SECONDS}) from None
     except StoreError as error:
         raise HTTPException(503, str(error)) from None

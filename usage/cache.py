@@ -42,6 +42,7 @@ ALWAYS: Span = (-(2**62), 2**62)
 VERIFY_DELAY = 30.0  # seconds after the start until all of an existing cache is compared
 EVENTS_PER_PART = 50_000  # events that are compared at once, while reads wait
 PAUSE = 0.05  # seconds between two parts
+BUILD_WAIT = 1.0  # seconds after which a read gives up while the cache is built, which can take a minute
 MEMORY_LIMIT = "2GB"
 TEXTS = ("id", "request", "session", *KIND_COLUMNS, "source_url")
 
@@ -64,6 +65,14 @@ _DAMAGE = (duckdb.IOException, duckdb.FatalException, duckdb.InternalException, 
 _log = logging.getLogger(__name__)
 
 
+class CacheBuildingError(StoreError):
+    """Raised by reads while many events are copied to the cache."""
+
+    def __init__(self, copied: int, total: int) -> None:
+        message = f"The usage events are being read: {copied:,} of {total:,}. They are available in a moment."
+        super().__init__("database", message)
+
+
 class EventCache:
     """The usage events of a database in a local DuckDB file. Threads can share a cache."""
 
@@ -81,12 +90,7 @@ class EventCache:
         self._file: Path | None = None
         self._file_lock: FileLock | None = None
         self._head: tuple[Any, ...] = ()  # state of the database that the cache has
-        self._progress: tuple[int, int] | None = None
-
-    @property
-    def progress(self) -> tuple[int, int] | None:
-        """Numbers of copied events and of all events while the cache is built; None otherwise."""
-        return self._progress
+        self._progress: tuple[int, int] | None = None  # copied events and all of them, while many are copied
 
     @property
     def folder(self) -> Path | None:
@@ -108,9 +112,13 @@ class EventCache:
         """Bring the cache up to date and open a cursor, which sees one state of the events.
 
         Raises:
+            CacheBuildingError: Another thread is building the cache.
             StoreError: The database cannot be read, the cache cannot be written, or memory is too small for the query.
         """
-        with self._lock:
+        while not self._lock.acquire(timeout=BUILD_WAIT):
+            if progress := self._progress:
+                raise CacheBuildingError(*progress)
+        try:
             try:
                 connection = self._update()
             except _DAMAGE as error:
@@ -122,6 +130,8 @@ class EventCache:
                     self._data_dir = None
                     connection = self._update()
             cursor = connection.cursor().begin()
+        finally:
+            self._lock.release()
         try:
             yield cursor
         except _DAMAGE as error:

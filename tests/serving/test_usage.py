@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serving import usage
 from storage.database import Database
+from tests.support.usage_cache import building
 from usage.analytics import UsageAnalytics
 from usage.budgets import Budget, Budgets
 from usage.events import Deployment, UsageEvent
@@ -23,10 +24,10 @@ NOW = datetime.now(timezone.utc)
 HOSTILE_NAME = 'a"b\\c\nd'
 
 
-def create_client(database: Database, folder: Path) -> TestClient:
+def create_client(database: Database, folder: Path, analytics: UsageAnalytics | None = None) -> TestClient:
     recorder = Recorder(database, folder / "spool", Deployment())
     app = FastAPI()
-    app.include_router(usage.router(UsageAnalytics(database), Budgets(database), recorder))
+    app.include_router(usage.router(analytics or UsageAnalytics(database), Budgets(database), recorder))
     return TestClient(app)
 
 
@@ -135,7 +136,23 @@ def test_prometheus_metrics_can_be_parsed(client: TestClient) -> None:
     assert all(line.startswith(("# HELP ", "# TYPE ", "moondream_")) for line in response.text.splitlines())
 
 
-@pytest.mark.parametrize("path", ["/v1/usage", "/v1/usage.csv", "/v1/usage.parquet", "/metrics"])
+PATHS = ["/v1/usage", "/v1/usage.csv", "/v1/usage.parquet", "/metrics"]
+
+
+def test_request_does_not_wait_until_the_cache_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'usage.sqlite3'}")
+    insert_events(database, [UsageEvent(NOW - timedelta(minutes=n), "m", "recipe") for n in range(5)])
+    analytics = UsageAnalytics(database)
+    client = create_client(database, tmp_path, analytics)
+    with building(analytics.cache, monkeypatch) as finish:
+        for response in map(client.get, PATHS):
+            assert response.status_code == 503 and "2 of 5" in response.json()["detail"]
+            assert response.headers["Retry-After"] == "5"
+        finish()
+        assert {client.get(path).status_code for path in PATHS} == {200}
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_unreachable_database_is_reported_without_its_password(path: str, tmp_path: Path) -> None:
     client = create_client(Database("postgresql://me:s3cret@127.0.0.1:1/none", 0.1), tmp_path)
     response = client.get(path)

@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import text
 
 from storage.database import Database, StoreError
+from tests.support.usage_cache import building
 from usage import archive, cache
 from usage.analytics import UsageAnalytics
 from usage.archive import archive_old_events
@@ -124,6 +125,18 @@ def test_file_is_used_again_after_a_restart_and_replaced_if_it_does_not_fit(
         patched.setattr(cache, "VERSION", cache.VERSION + 1)
         assert reopen() == {f"e{n}" for n in range(5)}
     assert reopen(Database(f"sqlite:///{tmp_path / 'other.sqlite3'}")) == set()
+
+
+def test_read_reports_the_progress_while_the_cache_is_built(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert_events(database, events(5))
+    event_cache = EventCache(database, tmp_path)
+    with building(event_cache, monkeypatch) as finish:
+        with pytest.raises(cache.CacheBuildingError, match="2 of 5"):
+            cached(event_cache)
+        finish()
+        assert len(cached(event_cache)) == 5
 
 
 def test_whole_cache_is_compared_with_the_database_after_the_start(database: Database, tmp_path: Path) -> None:

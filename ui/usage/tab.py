@@ -31,6 +31,7 @@ from ui.usage.view import ModelLabel, alerts_snapshot, dashboard_snapshot, dashb
 from usage.alerts import Alert, AlertError
 from usage.analytics import FilterOptions
 from usage.budgets import Budget, BudgetError
+from usage.cache import CacheBuildingError
 from usage.machine import MachinePriceError
 from usage.time_window import CUSTOM, PERIODS, FilterError, UsageFilter, Window, time_zones
 
@@ -151,10 +152,6 @@ def refresh(
     unchanged = [gr.skip()] * len(UPDATED_FIELDS)
     if visitor.role < Role.ADMIN:
         return {"error": ADMINS_SEE_USAGE, "notice": True}, *unchanged, shown
-    if progress := services.usage.cache.progress:
-        done, total = progress
-        notice = f"The usage events are being read: {done:,} of {total:,}. The dashboard appears in a few seconds."
-        return {"error": notice, "notice": True}, *unchanged, shown
     filters = DashboardFilter.from_inputs(inputs)
     choices, dates = [gr.skip()] * len(OPTION_FIELDS), [gr.skip()] * len(DATE_FIELDS)
     try:
@@ -176,6 +173,8 @@ def refresh(
         snapshot["machine"] = machine_snapshot(services.meter.machine)
         snapshot["alerts"] = alerts_snapshot(services.alerts.list(), services.alerts.webhook is not None, filters.zone)
         snapshot["filter"] = {name: getattr(filters, name) for name in PERIOD_FIELDS}
+    except CacheBuildingError as error:
+        return {"error": str(error), "notice": True}, *unchanged, shown
     except (StoreError, FilterError) as error:
         return {"error": str(error)}, *unchanged, shown
     if not shown or options != shown.options:

@@ -18,6 +18,7 @@ from access.roles import Role, Visitor
 from storage.reward_functions import StoreError
 from tests.support.fake_run import HOSTILE
 from tests.support.runs import FAKE
+from tests.support.usage_cache import building
 from training.runs.run import RunConfig
 from ui.services import AppServices
 from ui.usage import tab
@@ -295,6 +296,16 @@ def test_unreachable_database_shows_an_error(services: AppServices, monkeypatch:
 
     monkeypatch.setattr(UsageAnalytics, "options", fail)
     assert snapshot(services) == {"error": "The database cannot be reached."}
+
+
+def test_progress_is_shown_while_the_events_are_read(services: AppServices, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot(services)
+    record(services, 5)
+    with building(services.usage.cache, monkeypatch) as finish:
+        shown = snapshot(services)
+        assert shown["notice"] and "are being read: 2 of 5" in shown["error"]
+        finish()
+        assert metric(snapshot(services), "Calls")["value"] == "5"
 
 
 def test_custom_period_begins_as_the_period_that_was_shown(services: AppServices) -> None:
