@@ -52,6 +52,9 @@ from usage.visitors import VisitorHasher
 
 TITLE = "Moondream Playground"
 STREAM_SECONDS = 3  # that open pages may delay the end of the server
+# That idle connections stay open: longer than those of clients (httpx: 5) and load balancers (often 60), or they would
+# send requests on connections that the server is closing.
+IDLE_SECONDS = 75
 MAX_SESSIONS = 1000  # open pages whose state is kept; each takes about 0.5 MB
 M_ARENA_MAX = -8  # glibc's name of the option
 LOCAL_HOSTS = ("127.0.0.1", "0.0.0.0", "::", "::1")
@@ -249,6 +252,7 @@ def main() -> None:
             port=settings.port,
             log_level="warning",
             timeout_graceful_shutdown=STREAM_SECONDS,
+            timeout_keep_alive=IDLE_SECONDS,
         )
 
 

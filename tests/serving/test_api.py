@@ -1,5 +1,6 @@
 """Tests of the /v1 API over HTTP: the official SDK, responses, errors, limits, disconnects, and schema fuzzing."""
 
+import http.client
 import json
 import socket
 import threading
@@ -9,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import moondream
@@ -276,6 +278,16 @@ def test_sdk_segments_with_a_model_that_can(server: str, model: str) -> None:
         "completed": True,
     }
     assert "".join(event.get("chunk", "") for event in events) == events[-1]["path"]
+
+
+def test_idle_connection_stays_open_longer_than_clients_keep_it(server: str) -> None:
+    connection = http.client.HTTPConnection(urlsplit(server).netloc)
+    connection.request("GET", "/healthz")
+    connection.getresponse().read()
+    connection.sock.settimeout(6)  # httpx keeps it 5 seconds
+    with pytest.raises(TimeoutError):  # else the server has closed it
+        connection.sock.recv(1)
+    connection.close()
 
 
 def test_request_id_of_the_client_is_kept(server: str) -> None:

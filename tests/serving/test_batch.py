@@ -20,7 +20,6 @@ from serving import batch
 from settings import Settings
 from tests.support.api_client import PHOTO_URL, error_message
 from tests.support.app_server import app_server
-from tests.support.page_client import CONNECTION_LIMITS
 from tests.support.usage_rows import wait_for_usage
 
 pytestmark = pytest.mark.slow
@@ -58,7 +57,7 @@ def echo_server(folder: Path) -> Iterator[str]:
 
 
 def client(server: str, key: str = KEYS[0]) -> httpx.Client:
-    return httpx.Client(base_url=server, headers={"X-Moondream-Auth": key}, timeout=60, limits=CONNECTION_LIMITS)
+    return httpx.Client(base_url=server, headers={"X-Moondream-Auth": key}, timeout=60)
 
 
 def lines(*items: Any) -> bytes:

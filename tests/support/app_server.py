@@ -44,7 +44,12 @@ def app_server(
         application = app.create_app(Settings(data_dir=folder, **settings), training, services)
         # Gradio keeps a stream open for each client: without a limit the shutdown would wait for it.
         config = uvicorn.Config(
-            application, host="127.0.0.1", port=0, log_level="critical", timeout_graceful_shutdown=1
+            application,
+            host="127.0.0.1",
+            port=0,
+            log_level="critical",
+            timeout_graceful_shutdown=1,
+            timeout_keep_alive=app.IDLE_SECONDS,
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, daemon=True)

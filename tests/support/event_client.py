@@ -9,8 +9,6 @@ from typing import Any
 
 import httpx
 
-from tests.support.page_client import CONNECTION_LIMITS
-
 
 class EventError(Exception):
     """Raised when an event fails. The message is the one that the page displays."""
@@ -25,7 +23,7 @@ class EventClient:
     """
 
     def __init__(self, address: str, **options: Any) -> None:
-        self.http = httpx.Client(base_url=address, timeout=60, limits=CONNECTION_LIMITS, **options)
+        self.http = httpx.Client(base_url=address, timeout=60, **options)
         self.session_hash = secrets.token_hex(6)
         self.http.get("/").raise_for_status()  # sets the browser's cookie
         self.config = self.http.get("/config").raise_for_status().json()

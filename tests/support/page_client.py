@@ -17,8 +17,6 @@ from access.control import SESSION_HEADER
 
 NOT_ALLOWED = "Not allowed"  # title of the errors of refused handlers
 TIMEOUT_SECONDS = 60.0  # generous: the machine may be busy
-# httpx keeps an idle connection for 5 seconds and uvicorn closes it after 5: a request at that moment is reset.
-CONNECTION_LIMITS = httpx.Limits(keepalive_expiry=2.0)
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class PageClient:
         self.session_hash = secrets.token_hex(6)
         self.page_secret = secrets.token_hex(24) if page_secret else ""
         self._block_cookies = block_cookies
-        self.http = httpx.Client(base_url=address, timeout=TIMEOUT_SECONDS, limits=CONNECTION_LIMITS)
+        self.http = httpx.Client(base_url=address, timeout=TIMEOUT_SECONDS)
         self._config: dict[str, Any] | None = None
 
     def headers(self, headers: dict[str, str] | None = None) -> dict[str, str]:
