@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
-from _pytest._code.code import ExceptionRepr
 
 from tests.support.app_server import app_server
 
@@ -58,7 +57,7 @@ class OpenedPage:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Add the pages of a failed test to its report."""
     report: Any = yield
-    if report.when == "call" and isinstance(report.longrepr, ExceptionRepr):
+    if report.when == "call" and hasattr(report.longrepr, "addsection"):
         for index, page in enumerate(item.stash.get(PAGES, [])):
             report.longrepr.addsection(f"page {index}", page.report())
     return report
