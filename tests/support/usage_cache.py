@@ -11,12 +11,12 @@ import pytest
 
 from tests.support.runs import until
 from usage import cache
-from usage.cache import EventCache
+from usage.cache import CacheBuildingError, EventCache
 
 
 @contextmanager
 def building(event_cache: EventCache, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """Build a cache in another thread, two events at a time, and pause at the third. Yields a function that goes on."""
+    """Start a cache that copies two events at a time, and pause it at the third. Yields a function to continue it."""
     convert, pause, paused, batches = cache._to_arrow, threading.Event(), threading.Event(), iter(range(10**6))
 
     def convert_and_pause(table: str, rows: Any) -> Any:
@@ -28,17 +28,22 @@ def building(event_cache: EventCache, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setattr(cache, "BATCH_SIZE", 2)
     monkeypatch.setattr(cache, "BUILD_WAIT", 0.01)
     monkeypatch.setattr(cache, "_to_arrow", convert_and_pause)
-    thread = threading.Thread(target=event_cache._prepare, daemon=True)
-    thread.start()
+    event_cache.start()
     until(paused.is_set)
+
+    def is_built() -> bool:
+        try:
+            with event_cache.read():
+                return True
+        except CacheBuildingError:
+            return False
 
     def finish() -> None:
         pause.set()
-        until(lambda: event_cache._progress is None)
+        until(is_built)
 
     try:
         yield finish
     finally:
         pause.set()
-        event_cache._closed.set()
-        thread.join(60)
+        event_cache.close()
